@@ -1,0 +1,137 @@
+"""One tree of errors. Each says what happened, what to do next, and what became of the tree.
+
+The exit codes are a contract (DESIGN.md): a scheduler decides by them. The table in README is generated
+from `EXIT_CODES`, so the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from crcli.findings import Finding
+
+
+class TreeState(StrEnum):
+    """What became of the process tree that a command was asked to work on."""
+
+    UNTOUCHED = "untouched"
+    RUNNING = "running"
+    STOPPED = "stopped"
+    DEAD = "dead"
+
+
+EXIT_CODES: dict[int, tuple[str, str]] = {
+    0: ("done", "nothing"),
+    1: ("crcli itself failed (a bug)", "report it, with --json output and the log that it names"),
+    2: ("wrong usage", "correct the command line"),
+    10: ("preflight refused; the tree was not touched", "act on the finding, or choose another pid"),
+    11: ("dump failed; the tree is running", "try again later, or act on the hint"),
+    12: ("dump failed; the tree is not running", "read the hint: it says what state the tree is in"),
+    20: ("guard refused; nothing was started", "restore on a host that fits, or act on the finding"),
+    21: ("restore failed; nothing was left running", "try again, here or elsewhere"),
+    22: ("the image is damaged or not what it claims", "use an older image; `crcli verify` lists the damage"),
+    30: ("store unreachable or refused", "check the URL, credentials and network, then try again"),
+    31: ("no such image, or no such object", "`crcli ls` shows what the store holds"),
+    40: ("this host lacks something", "`crcli doctor` says what, and how to get it"),
+}
+
+
+class CrcliError(Exception):
+    """Base of every error that crcli reports on purpose.
+
+    `message` says what happened in one sentence, `hint` what the user can do next (may be empty), `state`
+    what became of the tree, `findings` the evidence.
+    """
+
+    exit_code: ClassVar[int] = 1
+    code: ClassVar[str] = "internal"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        state: TreeState = TreeState.UNTOUCHED,
+        findings: Sequence[Finding] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.state = state
+        self.findings = tuple(findings)
+
+
+class UsageError(CrcliError):
+    """The command line asks for something that makes no sense."""
+
+    exit_code = 2
+    code = "usage"
+
+
+class PreflightRefused(CrcliError):
+    """The tree cannot be dumped as it is; it was not touched."""
+
+    exit_code = 10
+    code = "preflight-refused"
+
+
+class DumpFailed(CrcliError):
+    """The dump did not become an image; `state` says whether the tree runs (exit 11) or not (exit 12)."""
+
+    code = "dump-failed"
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]  # the one error whose code depends on the tree
+        return 11 if self.state in (TreeState.RUNNING, TreeState.UNTOUCHED) else 12
+
+
+class GuardRefused(CrcliError):
+    """This host cannot take the image; nothing was started."""
+
+    exit_code = 20
+    code = "guard-refused"
+
+
+class RestoreFailed(CrcliError):
+    """The restore was begun and undone; nothing of it is left running."""
+
+    exit_code = 21
+    code = "restore-failed"
+
+
+class ImageDamaged(CrcliError):
+    """An object of the image is missing, unreadable, or not what its hash says."""
+
+    exit_code = 22
+    code = "image-damaged"
+
+
+class StoreError(CrcliError):
+    """The store cannot be reached, or refused a request."""
+
+    exit_code = 30
+    code = "store"
+
+
+class ObjectExists(StoreError):
+    """A conditional put found that the object is there already."""
+
+    code = "object-exists"
+
+
+class NotFound(StoreError):
+    """The store answered, and has no such object or image."""
+
+    exit_code = 31
+    code = "not-found"
+
+
+class HostLacks(CrcliError):
+    """Something that crcli needs (CRIU, a capability, a kernel feature) is not here."""
+
+    exit_code = 40
+    code = "host-lacks"

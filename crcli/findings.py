@@ -1,0 +1,42 @@
+"""A finding: one fact that a preflight or a guard has established, with its remedy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Severity(StrEnum):
+    """How much a finding weighs: it stops the work, it alters what the tree sees, or it is worth knowing."""
+
+    BLOCKER = "blocker"
+    CHANGE = "change"
+    NOTE = "note"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact, with its evidence.
+
+    `name` is stable (scripts match on it), `action` is what crcli does about it by itself, `remedy` what the
+    user can do. `evidence` holds JSON values: pids, fds, paths, addresses.
+    """
+
+    name: str
+    severity: Severity
+    message: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    action: str = ""
+    remedy: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the finding as the JSON object that DESIGN.md promises."""
+        return {
+            "name": self.name,
+            "severity": self.severity.value,
+            "message": self.message,
+            "evidence": self.evidence,
+            "action": self.action,
+            "remedy": self.remedy,
+        }
