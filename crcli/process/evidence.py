@@ -1,0 +1,316 @@
+"""Everything that /proc and the kernel say about a tree before anything is frozen.
+
+`gather` (its own module) collects the facts once; the plan of a dump chooses its options from them,
+`preflight` turns them into findings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from crcli.process.files import FileId, Kind, Lock, Mapping, Mount, OpenFile
+from crcli.process.outside import Outsider
+from crcli.process.sockets import Socket, State
+from crcli.process.tree import Process, Tree
+
+MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs", "hugetlbfs"))
+CAP_SYS_RESOURCE = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Terminal:
+    """One terminal that the tree has open.
+
+    `index` is N of /dev/pts/N (None for a console or a serial line), `rdev` and `dev` name it to CRIU
+    (`criu_key`). `master_inside`: a process of the tree drives it; else `master` is who does, if found.
+    """
+
+    path: str
+    index: int | None
+    rdev: int
+    dev: int
+    holders: tuple[OpenFile, ...]
+    master_inside: bool
+    master: Outsider | None
+    controls: tuple[int, ...]
+
+    @property
+    def criu_key(self) -> str:
+        """The name under which CRIU takes it as external, and inherits another in its place."""
+        return f"tty[{self.rdev:x}:{self.dev:x}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Pipe:
+    """One pipe or FIFO (then with a `path`) of the tree. `outsiders` hold an end that the tree lacks."""
+
+    id: FileId
+    path: str
+    readers: tuple[OpenFile, ...]
+    writers: tuple[OpenFile, ...]
+    outsiders: tuple[Outsider, ...]
+
+    @property
+    def criu_key(self) -> str:
+        """The name under which CRIU's restore can be given another pipe or file in its place."""
+        return f"pipe:[{self.id.ino}]"
+
+    @property
+    def holders(self) -> tuple[OpenFile, ...]:
+        """Every descriptor of it in the tree; one that is open both ways counts once."""
+        return tuple(dict.fromkeys(self.readers + self.writers))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldSocket:
+    """One socket of the tree.
+
+    `inside`: its other end is in the tree as well, False for one that leads out, None where there is no other
+    end. `outsiders` are the processes at the other end of a unix socket, when they could be found.
+    `peer` is a unix socket's other end.
+    """
+
+    socket: Socket
+    holders: tuple[OpenFile, ...]
+    inside: bool | None
+    peer: Socket | None = None
+    outsiders: tuple[Outsider, ...] = ()
+
+    @property
+    def criu_key(self) -> str:
+        """The name under which CRIU takes a unix socket as external."""
+        return f"unix[{self.socket.inode}]"
+
+
+@dataclass(frozen=True, slots=True)
+class HeldLock:
+    """One file lock of the tree, with one descriptor through which it is held."""
+
+    file: OpenFile
+    lock: Lock
+
+
+@dataclass(frozen=True, slots=True)
+class DeletedFile:
+    """A file without its path, kept by descriptors and mappings. `nlink` > 0: it has another name."""
+
+    path: str
+    id: FileId
+    size: int
+    nlink: int
+    open: tuple[OpenFile, ...]
+    mapped: tuple[Mapping, ...]
+
+    @property
+    def needs_link_remap(self) -> bool:
+        """Whether CRIU must give it a temporary name to find it again (glibc semaphores are such files)."""
+        return self.nlink > 0
+
+
+@dataclass(frozen=True, slots=True)
+class NamedFile:
+    """A regular file with a path, that the tree has open or mapped."""
+
+    path: str
+    id: FileId
+    size: int
+    mode: int
+    open: tuple[OpenFile, ...]
+    mapped: tuple[Mapping, ...]
+
+    @property
+    def written(self) -> bool:
+        """Whether the tree can write to it."""
+        return any(file.writable for file in self.open) or any(
+            mapping.shared and "w" in mapping.permissions for mapping in self.mapped
+        )
+
+    @property
+    def append_only(self) -> bool:
+        """Whether the tree can only add to it: O_WRONLY|O_APPEND, which alone CRIU lets grow meanwhile."""
+        return self.written and all(file.append and not file.readable for file in self.open if file.writable)
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """An SQLite database that the tree has open, and the files beside it that exist now."""
+
+    path: str
+    siblings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignNamespace:
+    """A namespace of one process that is not the root's. `ours`: it is crcli's own."""
+
+    pid: int
+    name: str
+    inode: int
+    ours: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Relative:
+    """A process outside the tree that seems to belong to it, and why."""
+
+    pid: int
+    comm: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """crcli itself, as far as it matters what it may do: its namespaces, cgroups and capabilities."""
+
+    namespaces: dict[str, int]
+    cgroups: str
+    cap_eff: int
+
+    @property
+    def lacks_sys_resource(self) -> bool:
+        """Whether CAP_SYS_RESOURCE is missing, without which CRIU cannot read another user's limits."""
+        return not self.cap_eff >> CAP_SYS_RESOURCE & 1
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What was seen of a tree, in one moment before the freeze.
+
+    `files` and `mappings` are everything; the rest is drawn from them. `mounts` are those of the root
+    process, by device. `prlimit_denied` are the processes whose limits the kernel does not let us read,
+    `stuck` those that wait in the kernel where no signal reaches them.
+    """
+
+    tree: Tree
+    viewer: Viewer
+    files: tuple[OpenFile, ...]
+    mappings: tuple[Mapping, ...]
+    mounts: dict[int, Mount]
+    terminals: tuple[Terminal, ...]
+    pipes: tuple[Pipe, ...]
+    sockets: tuple[HeldSocket, ...]
+    locks: tuple[HeldLock, ...]
+    deleted: tuple[DeletedFile, ...]
+    named: tuple[NamedFile, ...]
+    databases: tuple[Database, ...]
+    foreign_namespaces: tuple[ForeignNamespace, ...]
+    relatives: tuple[Relative, ...]
+    prlimit_denied: tuple[Process, ...]
+    stuck: tuple[Process, ...]
+
+    @property
+    def root(self) -> Process:
+        """The process that the dump was asked for."""
+        return self.tree.root
+
+    @property
+    def root_leads_session(self) -> bool:
+        """Whether the root is a session leader; when it is not, its session's leader stays behind."""
+        return self.root.sid == self.root.pid
+
+    @property
+    def foreign_sessions(self) -> tuple[Process, ...]:
+        """The processes whose session leader or process group leader is not in the tree."""
+        return tuple(p for p in self.tree if p.sid not in self.tree or p.pgid not in self.tree)
+
+    @property
+    def own_namespaces(self) -> dict[str, int]:
+        """The root's namespaces that crcli does not share; CRIU takes those into the image."""
+        mine = self.viewer.namespaces
+        return {
+            name: inode
+            for name, inode in self.root.namespaces.items()
+            if not name.endswith("_for_children") and mine.get(name) != inode
+        }
+
+    @property
+    def outside_terminals(self) -> tuple[Terminal, ...]:
+        """The terminals that something outside the tree drives."""
+        return tuple(terminal for terminal in self.terminals if not terminal.master_inside)
+
+    @property
+    def outside_pipes(self) -> tuple[Pipe, ...]:
+        """The pipes and FIFOs whose other end a process outside the tree holds."""
+        return tuple(pipe for pipe in self.pipes if pipe.outsiders)
+
+    @property
+    def tcp(self) -> tuple[HeldSocket, ...]:
+        """The TCP sockets that are bound or connected."""
+        return tuple(held for held in self.sockets if held.socket.protocol == "tcp")
+
+    @property
+    def listeners(self) -> tuple[HeldSocket, ...]:
+        """The TCP sockets that wait for connections."""
+        return tuple(held for held in self.tcp if held.socket.state is State.LISTEN)
+
+    @property
+    def outside_tcp(self) -> tuple[HeldSocket, ...]:
+        """The TCP connections whose other end is not in the tree."""
+        return tuple(held for held in self.tcp if held.inside is False)
+
+    @property
+    def inside_tcp(self) -> tuple[HeldSocket, ...]:
+        """The TCP connections with both ends in the tree."""
+        return tuple(held for held in self.tcp if held.inside)
+
+    @property
+    def in_flight_tcp(self) -> tuple[HeldSocket, ...]:
+        """TCP on the way: SYN sent or received, and listeners with connections that nobody has accepted."""
+        return tuple(
+            held
+            for held in self.tcp
+            if held.socket.state in (State.SYN_SENT, State.SYN_RECV)
+            or (held.socket.state is State.LISTEN and held.socket.queued)
+        )
+
+    @property
+    def outside_unix(self) -> tuple[HeldSocket, ...]:
+        """The unix sockets that are connected to one outside the tree."""
+        return tuple(held for held in self.sockets if held.socket.family == "unix" and held.inside is False)
+
+    @property
+    def ghost_bytes(self) -> int:
+        """What CRIU must copy of files that have no name left at all; its ghost limit must lie above each."""
+        return sum(file.size for file in self.deleted if not file.needs_link_remap)
+
+    @property
+    def in_memory_files(self) -> tuple[NamedFile, ...]:
+        """The files on tmpfs and its like: gone after a reboot, absent on another host."""
+        return tuple(
+            file
+            for file in self.named
+            if file.id.dev in self.mounts and self.mounts[file.id.dev].fstype in MEMORY_FILE_SYSTEMS
+        )
+
+    @property
+    def written_files(self) -> tuple[NamedFile, ...]:
+        """The regular files that the tree can write to."""
+        return tuple(file for file in self.named if file.written)
+
+    @property
+    def devices(self) -> tuple[OpenFile, ...]:
+        """Open device files that are no terminals; /dev/null and its kin are among them."""
+        return tuple(file for file in self.files if file.kind is Kind.DEVICE)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of all processes, shared pages counted once each time."""
+        return sum(process.resident_bytes for process in self.tree)
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """About what CRIU would write as pages, shared memory counted once per process."""
+        return sum(process.anonymous_bytes for process in self.tree)
+
+    @property
+    def threads(self) -> int:
+        """Threads of all processes."""
+        return sum(process.threads for process in self.tree)
+
+    def anon(self, name: str) -> tuple[OpenFile, ...]:
+        """Return the descriptors of one kind of anonymous inode (`io_uring`, `userfaultfd`…)."""
+        return tuple(file for file in self.files if file.anon_name == name)
+
+    def label(self, pid: int) -> str:
+        """Return a process of the tree as it stands in a sentence: `python3 (4711)`."""
+        return self.tree.process(pid).label

@@ -1,0 +1,108 @@
+"""Who a process is: a pid together with its start time.
+
+The kernel hands pids out again within minutes on a busy host (pid_max is often 32768), so a pid alone names
+nobody. With the start time in clock ticks since boot (field 22 of /proc/PID/stat) it does.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+PF_KTHREAD = 0x00200000
+"""The bit of `Stat.flags` that marks a kernel thread (include/linux/sched.h)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """The fields of one /proc/PID/stat that crcli uses, named as in proc_pid_stat(5)."""
+
+    pid: int
+    comm: str
+    state: str
+    ppid: int
+    pgid: int
+    sid: int
+    tty_nr: int
+    tty_pgid: int
+    flags: int
+    threads: int
+    start_time: int
+    rss_pages: int
+
+    @property
+    def is_kernel_thread(self) -> bool:
+        """Whether this is a thread of the kernel, which has no memory to dump."""
+        return bool(self.flags & PF_KTHREAD)
+
+    @property
+    def is_zombie(self) -> bool:
+        """Whether the process has ended and only waits for its parent to look."""
+        return self.state in ("Z", "X", "x")
+
+
+def parse_stat(raw: bytes) -> Stat:
+    """Return the record of one stat file.
+
+    The command name stands in parentheses and may itself hold spaces and parentheses; the last ')' ends it.
+    """
+    opening, closing = raw.index(b"("), raw.rindex(b")")
+    rest = raw[closing + 1 :].split()
+    return Stat(
+        pid=int(raw[:opening]),
+        comm=os.fsdecode(raw[opening + 1 : closing]),
+        state=rest[0].decode(),
+        ppid=int(rest[1]),
+        pgid=int(rest[2]),
+        sid=int(rest[3]),
+        tty_nr=int(rest[4]),
+        tty_pgid=int(rest[5]),
+        flags=int(rest[6]),
+        threads=int(rest[17]),
+        start_time=int(rest[19]),
+        rss_pages=int(rest[21]),
+    )
+
+
+def read_proc(path: str) -> bytes:
+    """Return the whole content of a file in /proc.
+
+    Raises FileNotFoundError or ProcessLookupError when the process is gone.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pieces = []
+        while piece := os.read(fd, 1 << 16):
+            pieces.append(piece)
+        return b"".join(pieces)
+    finally:
+        os.close(fd)
+
+
+def read_stat(pid: int) -> Stat:
+    """Return the stat record of a process that exists; raise ProcessLookupError when it does not."""
+    try:
+        return parse_stat(read_proc(f"/proc/{pid}/stat"))
+    except FileNotFoundError:
+        raise ProcessLookupError(f"no process {pid}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """One process, for ever: its pid and its start time in clock ticks since boot."""
+
+    pid: int
+    start_time: int
+
+    def alive(self) -> bool:
+        """Whether this very process still runs (or stands stopped): not gone, not replaced, not a zombie."""
+        try:
+            stat = read_stat(self.pid)
+        except ProcessLookupError:
+            return False
+        return stat.start_time == self.start_time and not stat.is_zombie
+
+
+def identify(pid: int) -> ProcessId:
+    """Return the identity of the process that has this pid now; raise ProcessLookupError for none."""
+    return ProcessId(pid, read_stat(pid).start_time)
