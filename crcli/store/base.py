@@ -1,20 +1,50 @@
 """What a store is: named objects, written whole, read in ranges.
 
-Every store behaves the same to the rest of crcli; `tests/store/` runs one suite over all of them. Keys are
-relative, '/'-separated, and made of `[A-Za-z0-9._@+-]` only. An object does not exist until its writing is
-complete, and is durable when the call that writes it returns.
+Every store behaves the same to the rest of crcli; `tests/store/` runs one suite over all of them. An object
+does not exist until its writing is complete, and is durable when the call that writes it returns.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from crcli.errors import ObjectExists
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
 Buffer = bytes | bytearray | memoryview
+
+_SEGMENT = r"[A-Za-z0-9_@+-][A-Za-z0-9._@+-]*"
+_KEY = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
+_KEY_PREFIX = re.compile(rf"(?:{_SEGMENT}/)*(?:{_SEGMENT})?")
+
+
+def check_key(key: str) -> str:
+    """Return `key` if every store can hold it, else raise ValueError (a bug in the caller, not the user's).
+
+    Keys are relative and '/'-separated; a segment is made of `[A-Za-z0-9._@+-]` and does not begin with a
+    dot: that keeps `..` out, and leaves dot names to the stores themselves. A key must not be the directory
+    of another (`a` beside `a/b`): a directory store cannot hold both.
+    """
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"not a key for an object: {key!r}")
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Return `prefix` if some key could start with it, else raise ValueError."""
+    if not _KEY_PREFIX.fullmatch(prefix):
+        raise ValueError(f"not the beginning of any key: {prefix!r}")
+    return prefix
+
+
+def taken(key: str) -> ObjectExists:
+    """The error of a conditional write that came second."""
+    return ObjectExists(f"{key} exists already", hint="Somebody else wrote it first; nothing was changed.")
 
 
 @dataclass(frozen=True)
@@ -31,7 +61,7 @@ class ObjectWriter(Protocol):
 
     Used as a context manager: leaving the block without `commit` aborts. `write` may block when the store
     is slower than the caller (that is the back-pressure), and may return before the bytes have been sent:
-    the caller must not change a buffer that it has handed over.
+    the caller must not change a buffer that it has handed over. One thread at a time.
     """
 
     def write(self, data: Buffer) -> None:
@@ -56,7 +86,8 @@ class ObjectWriter(Protocol):
 class Store(Protocol):
     """Where objects live. Methods may be called from several threads at once.
 
-    All raise StoreError (exit 30) when the store cannot be reached or refuses, NotFound for an absent key.
+    All raise StoreError (exit 30) when the store cannot be reached or refuses, NotFound for an absent key
+    and for a directory that is not there yet: a directory store comes into being with its first write.
     """
 
     @property
@@ -64,15 +95,28 @@ class Store(Protocol):
         """The store's address as a user would write it, without credentials."""
         ...
 
+    def warm(self, *, for_writing: bool = False) -> None:
+        """Pay now for what the first request would cost, and find out now if the store cannot be used.
+
+        A dump calls this before it freezes anything: settings and credentials are resolved and the store
+        has answered; with `for_writing` a directory store exists and takes files.
+        """
+        ...
+
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         """Write a whole object durably; with `if_absent`, raise ObjectExists when the key is taken.
 
         Where the store ignores conditional writes, `if_absent` falls back to look-then-write-then-verify.
+        A put whose answer was lost counts as ours if the object holds exactly `data`: whoever uses
+        `if_absent` to claim a name should write something into it that nobody else would.
         """
         ...
 
-    def writer(self, key: str) -> ObjectWriter:
-        """Begin an object of unknown size (parallel multipart where the store has it)."""
+    def writer(self, key: str, *, if_absent: bool = False) -> ObjectWriter:
+        """Begin an object of unknown size (parallel multipart where the store has it).
+
+        With `if_absent`, `commit` raises ObjectExists when the key is taken by then.
+        """
         ...
 
     def get(self, key: str) -> bytes:
@@ -95,6 +139,10 @@ class Store(Protocol):
         """Remove an object durably; removing an absent one is not an error."""
         ...
 
+    def sweep(self, older_than_s: float) -> int:
+        """Remove what killed writers left behind and nobody touched for that long; return how many."""
+        ...
+
     def close(self) -> None:
-        """Give back connections and threads."""
+        """Give back connections and threads; requests still waiting to be retried give up."""
         ...

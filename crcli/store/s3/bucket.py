@@ -1,0 +1,116 @@
+"""One bucket, spoken to patiently: requests are repeated where that helps, and refusals are translated."""
+
+from __future__ import annotations
+
+import threading
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from crcli.errors import StoreError
+from crcli.store.base import check_key
+from crcli.store.retrying import Retrier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from crcli.store.s3.body import Body
+    from crcli.store.s3.client import Connection
+    from crcli.store.s3.settings import S3Settings
+
+Result = TypeVar("Result")
+
+FIRST_CONTACT_PATIENCE_S = 10.0
+"""Patience with a store that has never answered: it is misspelt more often than it is busy."""
+
+
+class Bucket:
+    """The objects of the bucket `name` whose keys begin with `prefix` (empty, or ending in a slash)."""
+
+    def __init__(self, name: str, prefix: str, settings: S3Settings) -> None:
+        self.name = name
+        self.prefix = prefix
+        self.settings = settings
+        self._retrier = Retrier(settings.patience_s)
+        self._making = threading.Lock()
+        self._answered = False
+
+    @property
+    def connection(self) -> Connection:
+        """The client, made by whoever asks first."""
+        with self._making:
+            return self._connection
+
+    @cached_property
+    def _connection(self) -> Connection:
+        from crcli.store.s3.client import connect
+
+        try:
+            connection = connect(self.settings)
+        except Exception as error:
+            raise self._translated(error, "") from error
+        self._retrier.max_attempts = connection.max_attempts
+        return connection
+
+    def of(self, key: str) -> dict[str, Any]:
+        """The parameters that name the object."""
+        return {"Bucket": self.name, "Key": self.prefix + check_key(key)}
+
+    def checksum(self, body: Body) -> dict[str, str]:
+        """The parameters by which the store sees whether it got `body` undamaged."""
+        if self.connection.checksums:
+            return {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": body.crc32()}
+        return {"ContentMD5": body.md5()}
+
+    def request(self, operation: str, parameters: dict[str, Any], key: str = "") -> dict[str, Any]:
+        """Send a request, again where that helps; return the answer, or raise StoreError."""
+        return self.patiently(lambda: self.send(operation, parameters), key)
+
+    def pages(
+        self, operation: str, parameters: dict[str, Any], resume: dict[str, str]
+    ) -> Iterator[dict[str, Any]]:
+        """Every page of a listing; `resume` maps parameters of the next request to fields of a page."""
+        while True:
+            page = self.request(operation, parameters)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            parameters = parameters | {name: page[field] for name, field in resume.items()}
+
+    def send(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Send a request once; raises what botocore raises."""
+        response: dict[str, Any] = getattr(self.connection.client, operation)(**parameters)
+        self._answered = True
+        return response
+
+    def patiently(
+        self, attempt: Callable[[], Result], key: str = "", given_up: threading.Event | None = None
+    ) -> Result:
+        """Return what `attempt` returns, tried again where that helps; raise StoreError where it does not.
+
+        `given_up` ends the patience early.
+        """
+        from crcli.store.s3.errors import passes
+
+        patience_s = self.settings.patience_s
+        if not self._answered:
+            patience_s = min(patience_s, FIRST_CONTACT_PATIENCE_S)
+        try:
+            return self._retrier.call(attempt, passes, patience_s=patience_s, given_up=given_up)
+        except Exception as error:
+            raise self._translated(error, key) from error
+
+    def _translated(self, error: Exception, key: str) -> StoreError:
+        from crcli.store.s3.errors import Place, translate
+
+        connection = self.__dict__.get("_connection")
+        endpoint_url = connection.endpoint_url if connection else self.settings.endpoint_url or ""
+        return translate(error, Place(self.name, self.prefix, endpoint_url), key)
+
+    def give_up(self) -> None:
+        """End all patience: what fails from now on is not tried again."""
+        self._retrier.stop()
+
+    def close(self) -> None:
+        """Close the connections."""
+        if "_connection" in self.__dict__:
+            self._connection.client.close()

@@ -1,0 +1,133 @@
+"""A bucket, or a part of one, as a store."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from crcli.errors import StoreError
+from crcli.store.base import ObjectInfo, check_key, check_prefix
+from crcli.store.s3.body import Body
+from crcli.store.s3.bucket import Bucket
+from crcli.store.s3.creating import put_whole
+from crcli.store.s3.uploads import PART_SIZE, S3Writer, UploadThreads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from crcli.store.base import Buffer
+    from crcli.store.s3.settings import S3Settings
+
+
+class S3Store:
+    """The objects of a bucket whose names begin with `prefix`/. The client is made by the first request."""
+
+    def __init__(self, bucket: str, prefix: str, settings: S3Settings) -> None:
+        self._bucket = Bucket(bucket, prefix + "/" if prefix else "", settings)
+
+    @property
+    def url(self) -> str:
+        """`s3://bucket/prefix`."""
+        return f"s3://{self._bucket.name}/{quote(self._bucket.prefix, safe='/@+')}".rstrip("/")
+
+    def warm(self, *, for_writing: bool = False) -> None:
+        """Make the client, resolve credentials, and have the bucket answer one cheap request."""
+        try:
+            self._bucket.request("list_objects_v2", self._below() | {"MaxKeys": 1})
+        except StoreError as error:
+            from crcli.store.s3.errors import code_of
+
+            if code_of(error.__cause__) != "AccessDenied":
+                raise  # who may not list may still be allowed to read and write
+
+    def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
+        """Send `data` in one request, or in parallel parts if it is larger than one."""
+        if memoryview(data).nbytes <= PART_SIZE:
+            put_whole(self._bucket, check_key(key), Body.of(data), if_absent=if_absent)
+            return
+        with self.writer(key, if_absent=if_absent) as writer:
+            writer.write(data)
+            writer.commit()
+
+    def writer(self, key: str, *, if_absent: bool = False) -> S3Writer:
+        """Begin an object; nothing is sent before the first part is full."""
+        return S3Writer(self._bucket, lambda: self._threads, key, if_absent=if_absent)
+
+    def get(self, key: str) -> bytes:
+        """Read the object in one request."""
+        return self._read(key, {})
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        """Ask for exactly these bytes."""
+        if length == 0:
+            self.stat(key)
+            return b""
+        data = self._read(key, {"Range": f"bytes={offset}-{offset + length - 1}"})
+        if len(data) != length:
+            raise StoreError(
+                f"{key} gave {len(data)} bytes where {length} were asked for, at {offset}",
+                hint="The object is damaged or was replaced; `crcli verify` reads the whole image.",
+            )
+        return data
+
+    def stat(self, key: str) -> ObjectInfo:
+        """Ask for the object's headers."""
+        head = self._bucket.request("head_object", self._bucket.of(key), key)
+        return ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp())
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """List page by page, as far as the caller reads."""
+        pages = self._bucket.pages(
+            "list_objects_v2",
+            self._below(check_prefix(prefix)),
+            {"ContinuationToken": "NextContinuationToken"},
+        )
+        for page in pages:
+            for entry in page.get("Contents", ()):
+                key = entry["Key"][len(self._bucket.prefix) :]
+                yield ObjectInfo(key, entry["Size"], entry["LastModified"].timestamp())
+
+    def delete(self, key: str) -> None:
+        """Delete the object (in a versioned bucket: hide it)."""
+        self._bucket.request("delete_object", self._bucket.of(key), key)
+
+    def sweep(self, older_than_s: float) -> int:
+        """Abort multipart uploads that were begun so long ago and never completed."""
+        limit = time.time() - older_than_s
+        pages = self._bucket.pages(
+            "list_multipart_uploads",
+            self._below(),
+            {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"},
+        )
+        uploads = [upload for page in pages for upload in page.get("Uploads", ())]
+        old = [upload for upload in uploads if upload["Initiated"].timestamp() <= limit]
+        for upload in old:
+            where = {"Bucket": self._bucket.name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            self._bucket.request("abort_multipart_upload", where)
+        return len(old)
+
+    def close(self) -> None:
+        """Let uploads end (aborts included), and close the connections."""
+        self._bucket.give_up()
+        if "_threads" in self.__dict__:
+            self._threads.close()
+        self._bucket.close()
+
+    @cached_property
+    def _threads(self) -> UploadThreads:
+        return UploadThreads()
+
+    def _below(self, prefix: str = "") -> dict[str, Any]:
+        return {"Bucket": self._bucket.name, "Prefix": self._bucket.prefix + prefix}
+
+    def _read(self, key: str, part: dict[str, str]) -> bytes:
+        parameters = self._bucket.of(key) | part
+
+        def attempt() -> bytes:
+            with self._bucket.send("get_object", parameters)["Body"] as body:
+                data: bytes = body.read()
+                return data
+
+        return self._bucket.patiently(attempt, key)
