@@ -1,0 +1,1 @@
+"""Pages: received, classified, described, and put back."""

@@ -1,0 +1,44 @@
+"""Where the criu binary is, and how to start it.
+
+Looked for in this order: `$CRCLI_CRIU` (an executable), crcli's own relocatable prefix
+(`$CRCLI_CRIU_PREFIX`, by default /usr/local/lib/crcli/criu, made by scripts/install-criu), `criu` on PATH.
+A prefix brings its own C library and is started through its own dynamic loader, so that it runs on a
+system that is older than it; no other program maps that loader, because CRIU cannot restore a process
+into the very file that it runs from itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from crcli.errors import HostLacks
+
+DEFAULT_PREFIX = "/usr/local/lib/crcli/criu"
+_LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
+
+
+def criu_command() -> list[str]:
+    """Return the argv prefix that starts criu; raise HostLacks when there is none."""
+    if named := os.environ.get("CRCLI_CRIU"):
+        if not os.access(named, os.X_OK):
+            raise HostLacks(f"CRCLI_CRIU names {named}, which cannot be executed")
+        return [named]
+    prefix = os.environ.get("CRCLI_CRIU_PREFIX", DEFAULT_PREFIX)
+    if command := _from_prefix(prefix):
+        return command
+    if found := shutil.which("criu", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin"):
+        return [found]
+    raise HostLacks(
+        "CRIU is not installed here",
+        hint="run scripts/install-criu, or install your distribution's criu 4.1 or newer",
+    )
+
+
+def _from_prefix(prefix: str) -> list[str] | None:
+    binary = f"{prefix}/usr/sbin/criu"
+    if not os.access(binary, os.X_OK):
+        return None
+    machine = os.uname().machine
+    libraries = f"{prefix}/usr/lib/{machine}-linux-gnu"
+    return [f"{libraries}/{_LOADERS.get(machine, 'ld.so')}", "--library-path", libraries, binary]

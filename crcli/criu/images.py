@@ -1,0 +1,171 @@
+"""CRIU's own image files: read, edited and written with pycriu's messages.
+
+A file is two 32-bit magics followed by protobuf messages, each after its 32-bit size (pagemaps begin with
+a head message). Only files of that plain kind are touched here; the others pass through as bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pycriu.images import magic
+from pycriu.images.core_pb2 import core_entry
+from pycriu.images.fdinfo_pb2 import fd_types, fdinfo_entry, file_entry
+from pycriu.images.ghost_file_pb2 import ghost_file_entry
+from pycriu.images.inventory_pb2 import inventory_entry
+from pycriu.images.pagemap_pb2 import pagemap_entry, pagemap_head
+from pycriu.images.pstree_pb2 import pstree_entry
+from pycriu.images.remap_file_path_pb2 import remap_file_path_entry
+
+from crcli.memory.extents import PAGE, SpaceKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from crcli.criu.workspace import Workspace
+    from crcli.memory.extents import SpaceKey
+
+FD = fd_types
+
+_COMMON_MAGIC = 0x54564319
+_SIZE = struct.Struct("<I")
+_PRESENT = 4
+_TASK_ALIVE = 1
+
+
+@dataclass
+class ImageFile:
+    """One image file taken apart: its magics, and its messages, which may be edited in place."""
+
+    head: bytes
+    entries: list[Any]
+
+    @classmethod
+    def parse(cls, data: bytes, kind: Any) -> ImageFile:
+        """Take a file apart. Raises ValueError when it is not a whole file of messages of `kind`."""
+        entries: list[Any] = []
+        at = 8
+        while at < len(data):
+            (size,) = _SIZE.unpack_from(data, at)
+            at += 4
+            if at + size > len(data):
+                raise ValueError("an image of CRIU's is cut short")
+            entries.append(kind.FromString(data[at : at + size]))
+            at += size
+        return cls(data[:8], entries)
+
+    def encode(self) -> bytes:
+        """Put it together again."""
+        return self.head + b"".join(_message(entry) for entry in self.entries)
+
+
+def _message(entry: Any) -> bytes:
+    body: bytes = entry.SerializeToString()
+    return _SIZE.pack(len(body)) + body
+
+
+def _head(name: str) -> bytes:
+    return struct.pack("<II", _COMMON_MAGIC, magic.by_name[name])
+
+
+@dataclass(frozen=True)
+class TreeMember:
+    """One process as the image has it: all numbers as the tree itself sees them."""
+
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int
+    threads: tuple[int, ...]
+    alive: bool
+    comm: str
+    rseq_pages: tuple[int, ...]
+    """Pages that hold an rseq area: the kernel writes there while CRIU restores."""
+
+
+def read_tree(images: Workspace) -> list[TreeMember]:
+    """The processes of the image, the root first."""
+    members: list[TreeMember] = []
+    there = set(images.names())
+    for entry in ImageFile.parse(images.read("pstree.img"), pstree_entry).entries:
+        alive, comm, rseq = False, "", set()
+        for thread in entry.threads or [entry.pid]:
+            if (name := f"core-{thread}.img") not in there:
+                continue
+            core = ImageFile.parse(images.read(name), core_entry).entries[0]
+            if thread == entry.pid:
+                alive, comm = core.tc.task_state == _TASK_ALIVE, core.tc.comm
+            if core.thread_core.HasField("rseq_entry"):
+                rseq.add(core.thread_core.rseq_entry.rseq_abi_pointer // PAGE)
+        members.append(
+            TreeMember(
+                entry.pid, entry.ppid, entry.pgid, entry.sid, tuple(entry.threads), alive, comm, tuple(rseq)
+            )
+        )
+    return members
+
+
+def read_files(images: Workspace) -> ImageFile:
+    """Every open and mapped file of the tree (`file_entry` messages)."""
+    return ImageFile.parse(images.read("files.img"), file_entry)
+
+
+def read_descriptors(images: Workspace) -> dict[int, list[tuple[str, int]]]:
+    """For each file id of `read_files`, the (fdinfo image, descriptor) pairs that refer to it."""
+    users: dict[int, list[tuple[str, int]]] = {}
+    for name in images.names():
+        if name.startswith("fdinfo-"):
+            for entry in ImageFile.parse(images.read(name), fdinfo_entry).entries:
+                users.setdefault(entry.id, []).append((name, entry.fd))
+    return users
+
+
+def run_id(images: Workspace) -> str:
+    """The id under which CRIU locked the network at the dump (empty when it has none)."""
+    entry = ImageFile.parse(images.read("inventory.img"), inventory_entry).entries[0]
+    return str(entry.dump_criu_run_id)
+
+
+def link_remaps(images: Workspace) -> list[str]:
+    """Paths of the temporary hard links that CRIU made for files without a name of their own."""
+    if "remap-fpath.img" not in images.names():
+        return []
+    linked = {
+        entry.remap_id
+        for entry in ImageFile.parse(images.read("remap-fpath.img"), remap_file_path_entry).entries
+        if entry.remap_type == 0
+    }
+    return [entry.reg.name for entry in read_files(images).entries if entry.id in linked]
+
+
+def write_pagemap(
+    images: Workspace, space: SpaceKey, pages_id: int, runs: Iterable[tuple[int, int]]
+) -> None:
+    """Write the list of pages of one address space that stand in `pages-<pages_id>.img`, in order.
+
+    `runs` are (first page number, pages), ascending.
+    """
+    parts = [_head("PAGEMAP"), _message(pagemap_head(pages_id=pages_id))]
+    parts += [
+        _message(pagemap_entry(vaddr=start * PAGE, compat_nr_pages=pages, nr_pages=pages, flags=_PRESENT))
+        for start, pages in runs
+    ]
+    images.write(pagemap_name(space), b"".join(parts))
+
+
+def pagemap_name(space: SpaceKey) -> str:
+    """The name of an address space's pagemap."""
+    return f"pagemap-{'shmem-' if space.kind == SpaceKind.SHARED else ''}{space.number}.img"
+
+
+def create_pages(images: Workspace, pages_id: int, pages: int) -> int:
+    """Make `pages-<pages_id>.img`, all holes, and return a descriptor to fill it with."""
+    fd = images.create(f"pages-{pages_id}.img")
+    os.ftruncate(fd, pages * PAGE)
+    return fd
+
+
+__all__ = ["FD", "ImageFile", "TreeMember", "file_entry", "ghost_file_entry"]

@@ -1,0 +1,104 @@
+"""From what crcli has decided to the options that CRIU understands. Nothing else names a CRIU option."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from crcli.criu.rpc import rpc
+
+LOG_NAME = "criu.log"
+_LOG_LEVEL = 4
+_CPU_CAP = (1 << 0) | (1 << 2)  # CPU_CAP_FPU | CPU_CAP_INS: refuse a CPU that lacks what programs may use
+_GHOST_FLOOR = 1 << 20
+
+
+@dataclass(frozen=True)
+class DumpPlan:
+    """How CRIU is to take one tree, decided from what /proc says about it.
+
+    `external` names objects that lead out of the tree and are handed in again on restore; `ghost_bytes`
+    is the size of the largest deleted file; `freeze_limit_s` bounds how long CRIU may try to stop the tree.
+    """
+
+    pid: int
+    shell_job: bool = False
+    manage_cgroups: bool = False
+    network_lock: str = "nftables"
+    external: tuple[str, ...] = ()
+    ghost_bytes: int = 0
+    unprivileged: bool = False
+    orphan_terminals: bool = False
+    freeze_limit_s: int = 10
+    leave_running: bool = False
+    leave_stopped: bool = False
+
+
+@dataclass(frozen=True)
+class RestorePlan:
+    """How CRIU is to bring a tree back: the same decisions, and the descriptors for external objects."""
+
+    shell_job: bool = False
+    manage_cgroups: bool = False
+    tcp_close: bool = False
+    external: tuple[str, ...] = ()
+    inherit: dict[str, int] = field(default_factory=dict)
+    leave_stopped: bool = False
+    sibling: bool = True
+    root: str = ""
+
+
+def dump_options(plan: DumpPlan, images_fd: int, page_fd: int) -> Any:
+    """Return the request's options for a dump into `images_fd`, pages into the socket `page_fd`."""
+    options = _common(plan.shell_job, plan.manage_cgroups, plan.external)
+    options.images_dir_fd = images_fd
+    options.pid = plan.pid
+    options.leave_running = plan.leave_running
+    options.leave_stopped = plan.leave_stopped
+    options.ps.fd = page_fd
+    options.notify_scripts = True
+    options.ghost_limit = min(max(plan.ghost_bytes, _GHOST_FLOOR), 0xFFFF_FFFF)
+    options.network_lock = {"nftables": rpc.NFTABLES, "iptables": rpc.IPTABLES}.get(
+        plan.network_lock, rpc.SKIP
+    )
+    options.tcp_established = True
+    options.orphan_pts_master = plan.orphan_terminals
+    options.unprivileged = plan.unprivileged
+    options.timeout = plan.freeze_limit_s
+    return options
+
+
+def restore_options(plan: RestorePlan, images: int | str) -> Any:
+    """Return the request's options for a restore from `images`, a descriptor of ours or a path for CRIU."""
+    options = _common(plan.shell_job, plan.manage_cgroups, plan.external)
+    if isinstance(images, int):
+        options.images_dir_fd = images
+    else:
+        options.images_dir_fd = -1
+        options.images_dir = images
+    options.notify_scripts = True
+    options.rst_sibling = plan.sibling
+    options.leave_stopped = plan.leave_stopped
+    options.tcp_established = not plan.tcp_close
+    options.tcp_close = plan.tcp_close
+    for key, fd in plan.inherit.items():
+        options.inherit_fd.add(key=key, fd=fd)
+    if plan.root:
+        options.root = plan.root
+    return options
+
+
+def _common(shell_job: bool, manage_cgroups: bool, external: tuple[str, ...]) -> Any:
+    options = rpc.criu_opts()
+    options.log_level = _LOG_LEVEL
+    options.log_file = LOG_NAME
+    options.file_locks = True
+    options.link_remap = True
+    options.ext_unix_sk = True
+    options.evasive_devices = True
+    options.tcp_skip_in_flight = True
+    options.shell_job = shell_job
+    options.manage_cgroups_mode = rpc.SOFT if manage_cgroups else rpc.IGNORE
+    options.cpu_cap = _CPU_CAP
+    options.external.extend(external)
+    return options

@@ -1,0 +1,78 @@
+"""The receiving half of CRIU's page server: memory arrives here, tagged with its owner and address.
+
+During a dump CRIU sends each run of pages into a socket whose other end we hold. The protocol
+(criu/page-xfer.c upstream) is little-endian: a header `u32 command, pad, u64 pages, u64 address, u64
+owner`, followed, for runs that carry them, by `pages * 4096` bytes. The low 16 bits of the command are the
+operation, the high 16 its flags.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from crcli.memory.extents import PAGE, SpaceKey, SpaceKind
+from crcli.memory.intake import receive_exactly
+
+if TYPE_CHECKING:
+    from crcli.memory.intake import Intake
+
+_HEADER = struct.Struct("<I4xQQQ")
+
+_OPEN, _OPEN2, _PARENT, _ADD, _ADD_F, _HOLE, _GET = 3, 4, 5, 1, 6, 2, 7
+_CLOSE, _FORCE_CLOSE = 0x1023, 0x1024
+
+_TYPE_PROCESS, _TYPE_SHARED = 1, 2
+
+FLAG_PARENT, FLAG_LAZY, FLAG_PRESENT = 1, 2, 4
+
+
+class PageProtocolError(Exception):
+    """CRIU sent something that is not the page-server protocol as crcli knows it."""
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Return (ours, CRIU's): a stream pair with buffers as large as the system lets us have."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for end, option in ((theirs, socket.SO_SNDBUF), (ours, socket.SO_RCVBUF)):
+        end.setsockopt(socket.SOL_SOCKET, option, 8 << 20)
+    return ours, theirs
+
+
+def receive_pages(channel: socket.socket, intake: Intake) -> None:
+    """Take in all that CRIU sends until it closes the session; return when its last page is in a block.
+
+    The intake gives the memory to receive into, and by giving none holds CRIU back. Raises
+    PageProtocolError on anything unexpected, ConnectionError when CRIU ends in the middle.
+    """
+    header = bytearray(_HEADER.size)
+    view = memoryview(header)
+    closed = False
+    while receive_exactly(channel, view, end_allowed=True):
+        command, pages, address, owner = _HEADER.unpack(header)
+        operation, flags = command & 0xFFFF, command >> 16
+        if operation == _ADD_F:
+            if flags & FLAG_PRESENT:
+                intake.receive(channel, _space(owner), address // PAGE, pages, bool(flags & FLAG_LAZY))
+            elif pages:
+                raise PageProtocolError(f"{pages} pages at {address:#x} without contents (flags {flags})")
+        elif operation in (_OPEN2, _PARENT):
+            channel.send(b"\0")  # no parent image: every page comes whole
+        elif command in (_CLOSE, _FORCE_CLOSE):
+            intake.flush()
+            closed = True
+            channel.send(struct.pack("<i", 0))
+        else:
+            raise PageProtocolError(f"unknown page-server command {command:#x}")
+    if not closed:
+        raise ConnectionError("CRIU closed the page connection before it said that all pages were sent")
+
+
+def _space(owner: int) -> SpaceKey:
+    kind, number = owner & 0xFF, owner >> 8
+    if kind == _TYPE_PROCESS:
+        return SpaceKey(SpaceKind.PROCESS, number)
+    if kind == _TYPE_SHARED:
+        return SpaceKey(SpaceKind.SHARED, number)
+    raise PageProtocolError(f"pages for an unknown kind of memory: {kind}")

@@ -1,0 +1,155 @@
+"""CRIU as our child: one `criu swrk` process, one request, its notifications, its answer.
+
+pycriu brings the messages; its client class hides the notifications' pid and the server's error text,
+gives no time limit and no say over the process, so the exchange itself is here. The protocol is CRIU's
+(images/rpc.proto upstream): one protobuf message per SEQPACKET datagram; while a request runs, CRIU sends
+NOTIFY messages and waits for each to be answered.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from crcli.criu.binary import criu_command
+from crcli.errors import HostLacks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+try:
+    from pycriu import rpc_pb2 as rpc
+except ImportError as missing:
+    raise HostLacks(
+        "pycriu, CRIU's own Python package, cannot be imported",
+        hint="run scripts/quickstart, which makes CRIU's pycriu reachable from this Python",
+    ) from missing
+
+_MESSAGE_LIMIT = 1 << 20
+
+
+class CriuDied(Exception):
+    """CRIU ended, or was killed, without answering."""
+
+
+class CriuTimeout(Exception):
+    """CRIU did not finish within its time limit; its process group has been killed."""
+
+
+@dataclass(frozen=True)
+class CriuAnswer:
+    """What CRIU said at the end: whether it worked, its errno and error text, and the restored pid."""
+
+    success: bool
+    errno: int
+    message: str
+    pid: int
+
+
+class CriuProcess:
+    """A `criu swrk` process in its own process group; a context manager that never leaves one behind."""
+
+    def __init__(self, channel: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
+        self.channel = channel
+        self.process = process
+
+    @classmethod
+    def start(cls, pass_fds: Sequence[int] = (), **popen: Any) -> CriuProcess:
+        """Start criu, ready for one request. `pass_fds` keep their numbers in it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = subprocess.Popen(
+                [*criu_command(), "swrk", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(), *pass_fds),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                process_group=0,
+                **popen,
+            )
+        return cls(ours, process)
+
+    def request(
+        self, kind: int, options: Any, on_notify: Callable[[str, int], bool], limit_s: float | None = None
+    ) -> CriuAnswer:
+        """Send one request and return CRIU's answer.
+
+        `on_notify(script, pid)` is called for each notification; returning False (or raising, which is
+        passed on once CRIU has been told) makes CRIU abandon what it does. Time spent in `on_notify` does
+        not count against `limit_s`, which bounds CRIU's own work in seconds.
+        """
+        message = rpc.criu_req(type=kind, opts=options)
+        self.channel.send(message.SerializeToString())
+        remaining = limit_s
+        failure: BaseException | None = None
+        while True:
+            before = time.monotonic()
+            answer = self._receive(remaining)
+            if remaining is not None:
+                remaining = max(0.05, remaining - (time.monotonic() - before))
+            if answer.type != rpc.NOTIFY:
+                break
+            go_on = False
+            try:
+                go_on = failure is None and on_notify(answer.notify.script, answer.notify.pid)
+            except BaseException as error:  # told to CRIU first, raised when CRIU has let go of the tree
+                failure = error
+            reply = rpc.criu_req(type=rpc.NOTIFY, notify_success=go_on)
+            try:
+                self.channel.send(reply.SerializeToString())
+            except OSError as error:
+                raise failure or CriuDied("CRIU went away while it waited for us") from error
+        self.wait()
+        if failure is not None:
+            raise failure
+        pid = answer.restore.pid if answer.HasField("restore") else -1
+        return CriuAnswer(answer.success, answer.cr_errno, answer.cr_errmsg.strip(), pid)
+
+    def _receive(self, limit_s: float | None) -> Any:
+        ready, _, _ = select.select([self.channel], [], [], limit_s)
+        if not ready:
+            self.kill()
+            raise CriuTimeout
+        try:
+            data = self.channel.recv(_MESSAGE_LIMIT)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            raise CriuDied("CRIU ended without an answer")
+        return rpc.criu_resp.FromString(data)
+
+    def wait(self, limit_s: float = 10.0) -> int | None:
+        """Wait until the process has ended; kill it when it has not after `limit_s` seconds."""
+        if self.process is None:
+            return None
+        try:
+            return self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self.process.wait()
+
+    def kill(self) -> None:
+        """Kill CRIU's whole process group: what it has begun to restore goes with it."""
+        if self.process is not None and self.process.poll() is None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait()
+
+    def __enter__(self) -> CriuProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the channel, upon which CRIU thaws what it holds and ends; kill it only if it does not."""
+        self.channel.close()
+        self.wait()

@@ -1,0 +1,90 @@
+"""The container that manifests and indexes are written in: named sections, each compressed and hashed.
+
+Layout (little-endian; FORMAT.md has the whole of it):
+
+    magic 8 | version u16 | kind u16 | sections u32
+    sections x ( tag 4 | codec u32 | offset u64 | stored u64 | raw u64 | BLAKE3 of the raw bytes 32 )
+    section bodies
+    BLAKE3 of everything before it 32
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from crcli.errors import ImageDamaged
+from crcli.image.codec import Codec, compress, decompress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from crcli.store.base import Buffer
+
+MAGIC = b"crcli\x00\x1a\n"
+VERSION = 1
+_HEADER = struct.Struct("<8sHHI")
+_ENTRY = struct.Struct("<4sIQQQ32s")
+_SEAL = 32
+_RAW_LIMIT = 4 << 30
+"""A section that says that it is larger than this (bytes) is damaged: nothing is allocated for it."""
+
+
+class ContainerKind(IntEnum):
+    """What a container holds. The numbers are part of the format."""
+
+    MANIFEST = 1
+    INDEX = 2
+
+
+def pack_container(kind: ContainerKind, sections: Mapping[str, Buffer]) -> bytes:
+    """Return the container that holds `sections` (tag of four ASCII letters -> bytes)."""
+    bodies: list[Buffer] = []
+    entries: list[bytes] = []
+    offset = _HEADER.size + _ENTRY.size * len(sections)
+    for tag, raw in sections.items():
+        codec, stored = compress(raw)
+        entries.append(
+            _ENTRY.pack(tag.encode("ascii"), codec, offset, len(stored), len(raw), blake3(raw).digest())
+        )
+        bodies.append(stored)
+        offset += len(stored)
+    body = b"".join([_HEADER.pack(MAGIC, VERSION, kind, len(sections)), *entries, *bodies])
+    return body + blake3(body).digest()
+
+
+def unpack_container(data: bytes, kind: ContainerKind, name: str) -> dict[str, bytes]:
+    """Return the sections of a container after checking every hash in it.
+
+    `name` is what messages call it. Raises ImageDamaged when anything is not as it was written, or was
+    written by a newer crcli than this one can read.
+    """
+    if len(data) < _HEADER.size + _SEAL:
+        raise ImageDamaged(f"{name} is cut short: {len(data)} bytes")
+    magic, version, found, count = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise ImageDamaged(f"{name} is not a crcli object")
+    if version > VERSION:
+        raise ImageDamaged(
+            f"{name} is of format {version}; this crcli reads up to {VERSION}", hint="use a newer crcli"
+        )
+    if blake3(memoryview(data)[:-_SEAL]).digest() != data[-_SEAL:]:
+        raise ImageDamaged(f"{name} was altered or damaged: its seal does not match")
+    if found != kind:
+        raise ImageDamaged(f"{name} is a container of another kind ({found})")
+    sections: dict[str, bytes] = {}
+    for number in range(count):
+        place = _HEADER.size + number * _ENTRY.size
+        if place + _ENTRY.size > len(data):
+            raise ImageDamaged(f"{name} names more sections than it has")
+        tag, codec, offset, stored, raw, digest = _ENTRY.unpack_from(data, place)
+        if raw > _RAW_LIMIT or offset + stored > len(data) - _SEAL:
+            raise ImageDamaged(f"{name}: section {number} lies outside of the object")
+        body = decompress(Codec(codec), memoryview(data)[offset : offset + stored], raw, name)
+        if blake3(body).digest() != digest:
+            raise ImageDamaged(f"{name}: section {number} is not what its hash says")
+        sections[tag.decode("ascii")] = bytes(body)
+    return sections

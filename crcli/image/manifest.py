@@ -1,0 +1,171 @@
+"""The manifest: the last object written, whose existence is the image's existence.
+
+It holds everything that a restore and its guards need except the bytes themselves: the memory map, the
+table of chunks, where CRIU's small images and the captured files are, and the facts about the host, the
+tree and the dump (`meta`, JSON).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from crcli.errors import ImageDamaged, NotFound
+from crcli.image.container import ContainerKind, pack_container, unpack_container
+from crcli.image.names import IMAGES, ImageRef, manifest_key
+from crcli.image.tables import (
+    Chunk,
+    read_chunks,
+    read_packs,
+    read_spaces,
+    write_chunks,
+    write_packs,
+    write_spaces,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from crcli.memory.extents import Extent, SpaceKey
+    from crcli.store.base import ObjectInfo, Store
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file that travels in the image: its name, attributes, and the chunks that hold its bytes."""
+
+    name: str
+    size: int
+    chunks: tuple[int, ...]
+    mode: int = 0o600
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    role: str = ""
+    """Why it travels: see FORMAT.md, `files`."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The file as it stands in the manifest's JSON."""
+        return {
+            "name": self.name,
+            "size": self.size,
+            "chunks": list(self.chunks),
+            "mode": self.mode,
+            "uid": self.uid,
+            "gid": self.gid,
+            "mtime_ns": self.mtime_ns,
+            "role": self.role,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StoredFile:
+        """Read one back; fields of later versions are ignored."""
+        return cls(
+            name=str(data["name"]),
+            size=int(data["size"]),
+            chunks=tuple(int(number) for number in data["chunks"]),
+            mode=int(data["mode"]),
+            uid=int(data["uid"]),
+            gid=int(data["gid"]),
+            mtime_ns=int(data["mtime_ns"]),
+            role=str(data["role"]),
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One image, described."""
+
+    name: str
+    id: str
+    packs: list[bytes]
+    chunks: list[Chunk]
+    spaces: dict[SpaceKey, list[Extent]]
+    skeleton: list[StoredFile]
+    """CRIU's own images, all but the memory."""
+    files: list[StoredFile]
+    """Files of the tree that travel along."""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """Return the manifest object."""
+        head = {
+            "name": self.name,
+            "id": self.id,
+            "skeleton": [file.as_json() for file in self.skeleton],
+            "files": [file.as_json() for file in self.files],
+            **self.meta,
+        }
+        table, extents = write_spaces(self.spaces)
+        return pack_container(
+            ContainerKind.MANIFEST,
+            {
+                "META": json.dumps(head, separators=(",", ":")).encode(),
+                "PACK": write_packs(self.packs),
+                "CHNK": write_chunks(self.chunks),
+                "SPCE": table,
+                "EXTN": extents,
+            },
+        )
+
+    @classmethod
+    def decode(cls, data: bytes, name: str) -> Manifest:
+        """Read a manifest; raise ImageDamaged (naming `name`) when any part of it is not whole."""
+        sections = unpack_container(data, ContainerKind.MANIFEST, name)
+        try:
+            head = json.loads(sections["META"])
+            packs = read_packs(sections["PACK"], name)
+            chunks = read_chunks(sections["CHNK"], len(packs), name)
+            spaces = read_spaces(sections["SPCE"], sections["EXTN"], chunks, name)
+            skeleton = [StoredFile.from_json(file) for file in head.pop("skeleton")]
+            files = [StoredFile.from_json(file) for file in head.pop("files")]
+            manifest = cls(head.pop("name"), head.pop("id"), packs, chunks, spaces, skeleton, files, head)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ImageDamaged(f"{name} lacks a part that every image has: {error!r}") from error
+        if any(number >= len(chunks) for file in skeleton + files for number in file.chunks):
+            raise ImageDamaged(f"{name}: a file refers to a chunk that is not there")
+        return manifest
+
+
+def publish(store: Store, manifest: Manifest) -> int:
+    """Make the image exist: write its manifest, which must not be there yet. Return its size in bytes."""
+    data = manifest.encode()
+    store.put(manifest_key(manifest.name, manifest.id), data, if_absent=True)
+    return len(data)
+
+
+def resolve(store: Store, ref: ImageRef) -> ImageRef:
+    """Return the image that `ref` names, with its id; raise NotFound when there is none."""
+    if ref.id:
+        return ref
+    newest = max((info.key for info in store.list(f"{IMAGES}{ref.name}/")), default=None)
+    if newest is None:
+        raise NotFound(
+            f"the store {store.url} has no image named {ref.name}", hint="`crcli ls` shows what it holds"
+        )
+    return ImageRef(ref.name, newest.rpartition("/")[2])
+
+
+def load(store: Store, ref: ImageRef) -> Manifest:
+    """Fetch, check and decode the manifest of an image (the newest of its name when `ref` has no id)."""
+    full = resolve(store, ref)
+    try:
+        data = store.get(manifest_key(full.name, full.id))
+    except NotFound as error:
+        raise NotFound(
+            f"the store {store.url} has no image {full}", hint="`crcli ls` shows what it holds"
+        ) from error
+    manifest = Manifest.decode(data, str(full))
+    if (manifest.name, manifest.id) != (full.name, full.id):
+        raise ImageDamaged(f"what is stored as {full} says that it is {manifest.name}@{manifest.id}")
+    return manifest
+
+
+def list_images(store: Store) -> list[tuple[ImageRef, ObjectInfo]]:
+    """Every image in the store, by name and then by time."""
+    found: list[tuple[ImageRef, ObjectInfo]] = []
+    for info in store.list(IMAGES):
+        name, _, image_id = info.key.removeprefix(IMAGES).partition("/")
+        found.append((ImageRef(name, image_id), info))
+    return found

@@ -1,0 +1,88 @@
+"""Names: of images as users write them, and of objects as the store has them."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+
+from crcli.errors import UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}\Z")
+_ID = re.compile(r"\d{8}T\d{6}\d{3}-[0-9a-f]{6}\Z")
+
+IMAGES, INDEXES, PACKS, SESSIONS = "images/", "indexes/", "packs/", "sessions/"
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image as a user names it: `id` is empty for "the newest of that name"."""
+
+    name: str
+    id: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.id}" if self.id else self.name
+
+
+def new_image_id() -> str:
+    """Return an id that sorts by time (UTC, milliseconds) and does not collide."""
+    now = time.time()
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
+    return f"{stamp}{int(now * 1000) % 1000:03d}-{os.urandom(3).hex()}"
+
+
+def parse_image(text: str) -> tuple[str | None, ImageRef]:
+    """Split `NAME`, `NAME@ID` or `STORE-URL/NAME[@ID]` into the store's URL (None: the default) and the rest.
+
+    Raises UsageError when it is none of these.
+    """
+    url: str | None = None
+    rest = text
+    if "://" in text or text.startswith("/"):
+        url, _, rest = text.rpartition("/")
+        if url.endswith("/images"):  # the address of the object itself works as well
+            url = url.removesuffix("/images")
+    name, _, image_id = rest.partition("@")
+    check_name(name)
+    if image_id and not _ID.match(image_id):
+        raise UsageError(f"{image_id!r} is not an image id", hint="ids look like 20260131T235959123-0a1b2c")
+    return url or None, ImageRef(name, image_id)
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it may name an image; raise UsageError if not."""
+    if not _NAME.match(name):
+        raise UsageError(
+            f"{name!r} cannot name an image",
+            hint="use letters, digits, '.', '_', '+' and '-', beginning with a letter or digit",
+        )
+    return name
+
+
+def suggested_name(comm: str) -> str:
+    """A name made from a command's name."""
+    cleaned = re.sub(r"[^A-Za-z0-9._+-]+", "-", comm).strip("-._+")
+    return cleaned or "image"
+
+
+def manifest_key(name: str, image_id: str) -> str:
+    """Where the manifest of an image is."""
+    return f"{IMAGES}{name}/{image_id}"
+
+
+def index_key(image_id: str) -> str:
+    """Where the index of the chunks that a dump stored is."""
+    return f"{INDEXES}{image_id}.index"
+
+
+def pages_key(image_id: str) -> str:
+    """Where the page digests that belong to an index are."""
+    return f"{INDEXES}{image_id}.pages"
+
+
+def pack_key(pack: bytes) -> str:
+    """Where a pack is."""
+    text = pack.hex()
+    return f"{PACKS}{text[:2]}/{text}"

@@ -1,0 +1,246 @@
+"""Chunks on their way into the store, and back.
+
+Writing: `PackWriter` gathers chunks from several threads into packs, objects of a size that suits object
+storage, and keeps the table of what is where. Reading: `ChunkReader` fetches runs of neighbouring chunks
+in one ranged read and gives out nothing whose hash was not checked.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from crcli.errors import ImageDamaged, NotFound
+from crcli.image.codec import compress, decompress
+from crcli.image.container import ContainerKind, pack_container
+from crcli.image.names import index_key, pack_key, pages_key
+from crcli.image.tables import PACK_ID, Chunk, write_chunks, write_packs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from crcli.image.index import KnownChunks
+    from crcli.store.base import Buffer, ObjectWriter, Store
+
+PACK_BYTES = 64 << 20
+"""A pack is closed when it has grown past this size (bytes)."""
+
+PACK_MAGIC = b"crclipk\x01"
+
+BLOB_BYTES = 1 << 20
+"""Files are cut into chunks of this size (bytes)."""
+
+READ_BYTES = 4 << 20
+"""Neighbouring chunks are fetched together up to this size (bytes)."""
+
+_GAP = 256 << 10
+"""Unwanted bytes between two wanted chunks up to which one read is cheaper than two."""
+
+
+class PackWriter:
+    """New chunks become packs; chunks that the store has are adopted. Safe to call from several threads.
+
+    Nothing that it writes is an image yet: until a manifest refers to it, a pack is litter that `gc`
+    removes.
+    """
+
+    def __init__(self, store: Store, image_id: str, known: KnownChunks | None = None) -> None:
+        self._store = store
+        self._image_id = image_id
+        self._known = known
+        self._lock = threading.Lock()
+        self._packs: list[bytes] = []
+        self._chunks: list[Chunk] = []
+        self._new: list[int] = []
+        self._adopted: dict[int, int] = {}
+        self._foreign_packs: dict[bytes, int] = {}
+        self._pack: ObjectWriter | None = None
+        self._pack_number = 0
+        self._pack_size = 0
+        self._pages: ObjectWriter | None = None
+        self._committer = ThreadPoolExecutor(2, "pack-commit")
+        self._commits: list[Future[None]] = []
+        self.stored_bytes = 0
+        """Bytes handed to the store so far for packs and the index."""
+
+    @property
+    def packs(self) -> list[bytes]:
+        """The pack table of the image: ids of its own packs and of those that it refers to."""
+        return self._packs
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """The chunk table of the image."""
+        return self._chunks
+
+    @property
+    def foreign_packs(self) -> list[bytes]:
+        """The packs of earlier images that this one refers to."""
+        return list(self._foreign_packs)
+
+    def add(self, pieces: Sequence[Buffer], page_digests: Sequence[bytes], *, hurry: bool = False) -> int:
+        """Store one chunk of memory; see memory.intake.ChunkSink."""
+        raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return self._append(raw, page_digests, is_memory=True, hurry=hurry)
+
+    def add_blob(self, raw: Buffer) -> int:
+        """Store one chunk that is not memory, unless the store has it; give its number."""
+        if self._known is not None and (there := self._known.find_blob(blake3(raw).digest())) is not None:
+            return self.adopt(there)
+        return self._append(raw, (), is_memory=False, hurry=False)
+
+    def adopt(self, known: int) -> int:
+        """Refer to a chunk that the store has (by its number among the known); give its number here."""
+        assert self._known is not None
+        with self._lock:
+            if (number := self._adopted.get(known)) is None:
+                pack_id, chunk = self._known.chunk(known)
+                if (pack := self._foreign_packs.get(pack_id)) is None:
+                    pack = self._foreign_packs[pack_id] = len(self._packs)
+                    self._packs.append(pack_id)
+                number = self._adopted[known] = len(self._chunks)
+                self._chunks.append(chunk._replace(pack=pack))
+            return number
+
+    def seal(self) -> None:
+        """Finish the open pack and the index; all that was added is durable on return.
+
+        The index comes last, so that no other dump is told of a chunk before it is there.
+        """
+        with self._lock:
+            self._end_pack()
+            pages, self._pages = self._pages, None
+        if pages is not None:
+            self._commits.append(self._committer.submit(pages.commit))
+        for commit in self._commits:
+            commit.result()
+        self._commits.clear()
+        if self._new:
+            index = pack_container(
+                ContainerKind.INDEX,
+                {
+                    "PACK": write_packs(self._packs),
+                    "CHNK": write_chunks(self._chunks[number] for number in self._new),
+                },
+            )
+            self._store.put(index_key(self._image_id), index)
+            self.stored_bytes += len(index)
+
+    def close(self) -> None:
+        """Give up what was not sealed, and free the threads. Never raises."""
+        for writer in (self._pack, self._pages):
+            if writer is not None:
+                writer.abort()
+        self._pack = self._pages = None
+        self._committer.shutdown(wait=True, cancel_futures=True)
+
+    def _append(self, raw: Buffer, page_digests: Sequence[bytes], *, is_memory: bool, hurry: bool) -> int:
+        digest = blake3(raw).digest()
+        codec, stored = compress(raw, hurry=hurry)
+        with self._lock:
+            pack = self._open_pack()
+            pack.write(stored)
+            number = len(self._chunks)
+            self._chunks.append(
+                Chunk(self._pack_number, len(raw), self._pack_size, len(stored), codec, is_memory, digest)
+            )
+            self._new.append(number)
+            self._pack_size += len(stored)
+            self.stored_bytes += len(stored)
+            if page_digests:
+                self._note_pages(b"".join(page_digests))
+            if self._pack_size >= PACK_BYTES:
+                self._end_pack()
+        return number
+
+    def _open_pack(self) -> ObjectWriter:
+        if self._pack is None:
+            self._raise_failed_commits()
+            pack_id = os.urandom(PACK_ID)
+            self._pack = self._store.writer(pack_key(pack_id))
+            self._pack_number = len(self._packs)
+            self._packs.append(pack_id)
+            self._pack.write(PACK_MAGIC)
+            self._pack_size = len(PACK_MAGIC)
+        return self._pack
+
+    def _end_pack(self) -> None:
+        if self._pack is not None:
+            self._commits.append(self._committer.submit(self._pack.commit))
+            self._pack = None
+
+    def _note_pages(self, digests: bytes) -> None:
+        if self._pages is None:
+            self._pages = self._store.writer(pages_key(self._image_id))
+        self._pages.write(digests)
+        self.stored_bytes += len(digests)
+
+    def _raise_failed_commits(self) -> None:
+        for commit in self._commits:
+            if commit.done():
+                commit.result()
+
+
+class ChunkReader:
+    """Reads chunks of one image; every byte that it gives out has been checked against its hash."""
+
+    def __init__(self, store: Store, packs: Sequence[bytes], chunks: Sequence[Chunk]) -> None:
+        self._store = store
+        self._packs = packs
+        self._chunks = chunks
+
+    def plan(self, wanted: Iterable[int]) -> list[list[int]]:
+        """Group chunk numbers into reads: neighbours in one pack, up to READ_BYTES together."""
+        ordered = sorted(set(wanted), key=lambda n: (self._chunks[n].pack, self._chunks[n].offset))
+        reads: list[list[int]] = []
+        begin = end = 0
+        for number in ordered:
+            chunk = self._chunks[number]
+            if (
+                reads
+                and self._chunks[reads[-1][0]].pack == chunk.pack
+                and chunk.offset - end <= _GAP
+                and chunk.offset + chunk.stored - begin <= READ_BYTES
+            ):
+                reads[-1].append(number)
+            else:
+                reads.append([number])
+                begin = chunk.offset
+            end = chunk.offset + chunk.stored
+        return reads
+
+    def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Buffer]]:
+        """Fetch one group of `plan` and give out (number, raw bytes), each checked.
+
+        Raises ImageDamaged when a pack is gone or a chunk is not what its hash says.
+        """
+        first, last = self._chunks[numbers[0]], self._chunks[numbers[-1]]
+        key = pack_key(self._packs[first.pack])
+        length = last.offset + last.stored - first.offset
+        try:
+            data = memoryview(self._store.get_range(key, first.offset, length))
+        except NotFound as error:
+            raise ImageDamaged(f"{key} is missing from the store", hint="use another image") from error
+        for number in numbers:
+            chunk = self._chunks[number]
+            at = chunk.offset - first.offset
+            yield number, self._check(number, data[at : at + chunk.stored])
+
+    def _check(self, number: int, stored: memoryview) -> Buffer:
+        chunk = self._chunks[number]
+        name = f"chunk {number} in {pack_key(self._packs[chunk.pack])}"
+        raw = decompress(chunk.codec, stored, chunk.raw, name)
+        if blake3(raw).digest() != chunk.digest:
+            raise ImageDamaged(f"{name} is not what its hash says", hint="use another image")
+        return raw
+
+    def blob(self, numbers: Sequence[int]) -> bytes:
+        """The bytes of a file: the chunks `numbers`, joined."""
+        found: dict[int, Buffer] = {}
+        for group in self.plan(numbers):
+            found.update(self.read(group))
+        return b"".join(found[number] for number in numbers)

@@ -1,0 +1,125 @@
+"""The binary records of the format: one table per record drives both reading and writing.
+
+All numbers are little-endian. FORMAT.md describes the same records for other readers.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from crcli.errors import ImageDamaged
+from crcli.image.codec import Codec
+from crcli.memory.extents import Extent, Source, SpaceKey, SpaceKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+PACK_ID = 16
+
+_CHUNK = struct.Struct("<IIQIHH32s")
+_SPACE = struct.Struct("<IIQ")
+_EXTENT = struct.Struct("<QIIHBB")
+_FLAG_LAZY = 1
+
+
+class Chunk(NamedTuple):
+    """Where a chunk is stored, and what proves it.
+
+    `pack` indexes the pack table beside this table; `offset` and `stored` are bytes in that pack; `raw` is
+    its size once decompressed; `digest` is the BLAKE3 of the raw bytes.
+    """
+
+    pack: int
+    raw: int
+    offset: int
+    stored: int
+    codec: Codec
+    is_memory: bool
+    digest: bytes
+
+
+def write_chunks(chunks: Iterable[Chunk]) -> bytes:
+    """Encode a chunk table."""
+    return b"".join(
+        _CHUNK.pack(c.pack, c.raw, c.offset, c.stored, c.codec, c.is_memory, c.digest) for c in chunks
+    )
+
+
+def read_chunks(data: bytes, packs: int, name: str) -> list[Chunk]:
+    """Decode a chunk table; raise ImageDamaged when it names a pack that is not among the `packs`."""
+    _check_size(data, _CHUNK, name)
+    try:
+        chunks = [
+            Chunk(pack, raw, offset, stored, Codec(codec), bool(memory), digest)
+            for pack, raw, offset, stored, codec, memory, digest in _CHUNK.iter_unpack(data)
+        ]
+    except ValueError as error:
+        raise ImageDamaged(f"{name}: {error}") from error
+    if any(chunk.pack >= packs for chunk in chunks):
+        raise ImageDamaged(f"{name} names a pack that it does not list")
+    return chunks
+
+
+def write_packs(packs: Iterable[bytes]) -> bytes:
+    """Encode a pack table: the packs' ids, one after another."""
+    return b"".join(packs)
+
+
+def read_packs(data: bytes, name: str) -> list[bytes]:
+    """Decode a pack table."""
+    if len(data) % PACK_ID:
+        raise ImageDamaged(f"{name}: the pack table is cut short")
+    return [data[at : at + PACK_ID] for at in range(0, len(data), PACK_ID)]
+
+
+def write_spaces(spaces: Mapping[SpaceKey, list[Extent]]) -> tuple[bytes, bytes]:
+    """Encode the memory map: the table of spaces, and the extents of all of them in that order."""
+    table = b"".join(_SPACE.pack(key.kind, key.number, len(extents)) for key, extents in spaces.items())
+    rows = b"".join(
+        _EXTENT.pack(e.start, e.pages, e.chunk, e.offset, e.source, _FLAG_LAZY if e.lazy else 0)
+        for extents in spaces.values()
+        for e in extents
+    )
+    return table, rows
+
+
+def read_spaces(
+    table: bytes, rows: bytes, chunks: list[Chunk], name: str
+) -> dict[SpaceKey, list[Extent]]:
+    """Decode the memory map; raise ImageDamaged when an extent lies outside of its chunk or overlaps."""
+    _check_size(table, _SPACE, name)
+    _check_size(rows, _EXTENT, name)
+    unpacked = _EXTENT.iter_unpack(rows)
+    spaces: dict[SpaceKey, list[Extent]] = {}
+    try:
+        for kind, number, count in _SPACE.iter_unpack(table):
+            extents = [
+                Extent(start, pages, Source(source), chunk, offset, bool(flags & _FLAG_LAZY))
+                for start, pages, chunk, offset, source, flags in (next(unpacked) for _ in range(count))
+            ]
+            _check_extents(extents, chunks, name)
+            spaces[SpaceKey(SpaceKind(kind), number)] = extents
+    except (ValueError, RuntimeError) as error:  # RuntimeError: fewer extents than the table says
+        raise ImageDamaged(f"{name}: the memory map is not whole: {error}") from error
+    if next(unpacked, None) is not None:
+        raise ImageDamaged(f"{name}: the memory map has extents of no address space")
+    return spaces
+
+
+def _check_extents(extents: list[Extent], chunks: list[Chunk], name: str) -> None:
+    at = 0
+    for extent in extents:
+        if extent.start < at or not extent.pages:
+            raise ImageDamaged(f"{name}: extents overlap at page {extent.start:#x}")
+        at = extent.end
+        if extent.source == Source.CHUNK and (
+            extent.chunk >= len(chunks)
+            or (extent.offset + extent.pages) * 4096 > chunks[extent.chunk].raw
+        ):
+            raise ImageDamaged(f"{name}: an extent at page {extent.start:#x} lies outside of its chunk")
+
+
+def _check_size(data: bytes, record: struct.Struct, name: str) -> None:
+    if len(data) % record.size:
+        raise ImageDamaged(f"{name}: a table is cut short")

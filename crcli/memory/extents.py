@@ -1,0 +1,78 @@
+"""Memory described: whose pages, where, and what they hold.
+
+Addresses are counted in pages of 4096 bytes. An address space is a process's private memory or one
+shared-memory object; CRIU names both by number, and so do we.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+PAGE = 4096
+ZERO_PAGE = bytes(PAGE)
+
+
+class SpaceKind(IntEnum):
+    """What an address space belongs to. The numbers are part of the image format."""
+
+    PROCESS = 1
+    SHARED = 2
+
+
+class SpaceKey(NamedTuple):
+    """One address space: a process by its pid inside its namespace, or a shared object by CRIU's number."""
+
+    kind: SpaceKind
+    number: int
+
+
+class Source(IntEnum):
+    """What an extent's pages are taken from. The numbers are part of the image format."""
+
+    ZERO = 0
+    CHUNK = 1
+    WEIGHTS = 2
+
+
+class Extent(NamedTuple):
+    """A run of `pages` pages at page number `start`, all from one source.
+
+    For Source.CHUNK, page i of the run is page `offset + i` of chunk `chunk` (an index into the image's
+    chunk table). `lazy` is CRIU's word that the pages may be filled in after the skeleton was restored
+    (private anonymous memory); the others are needed earlier.
+    """
+
+    start: int
+    pages: int
+    source: Source
+    chunk: int = 0
+    offset: int = 0
+    lazy: bool = True
+
+    @property
+    def end(self) -> int:
+        """The first page number after the run."""
+        return self.start + self.pages
+
+
+def coalesce(extents: list[Extent]) -> list[Extent]:
+    """Sort by address and join neighbours that continue one another."""
+    extents.sort()
+    joined: list[Extent] = []
+    for extent in extents:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.end == extent.start
+            and last.source == extent.source
+            and last.lazy == extent.lazy
+            and (
+                extent.source == Source.ZERO
+                or (last.chunk == extent.chunk and last.offset + last.pages == extent.offset)
+            )
+        ):
+            joined[-1] = last._replace(pages=last.pages + extent.pages)
+        else:
+            joined.append(extent)
+    return joined

@@ -1,0 +1,462 @@
+"""Pages taken in: first out of the tree's way, then classified, hashed, compressed and handed on.
+
+One thread receives. What it receives goes into a few blocks of our own and, when those are full, into an
+overflow area: memory of a file that is mounted nowhere, bounded by what the host has to spare. Until all
+pages are here the workers wait at a gate, so that the tree stands frozen for little more than one copy of
+its memory. Then (or as soon as the overflow is full) they turn blocks into extents: zero pages cost
+nothing, pages that the store has are referred to, the rest become new chunks, handed to the sink. With
+the overflow full the receiver waits for a free block, the socket fills, and CRIU waits too: memory stays
+bounded and nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import queue
+import socket
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from blake3 import blake3
+
+from crcli.kernel import punch_hole
+from crcli.memory.extents import PAGE, ZERO_PAGE, Extent, Source, SpaceKey, coalesce
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from crcli.store.base import Buffer
+
+BLOCK_PAGES = 256
+BLOCK_COUNT = 64
+"""Blocks of crcli's own memory: with 1 MiB each, what it holds of a tree's pages beside the overflow."""
+
+CHUNK_PAGES = 64
+"""Pages in one chunk at most (256 KiB): large enough to compress well and to fetch in one read."""
+
+DIGEST = 32
+_TWIN_LIMIT = 1 << 18
+"""New pages of this dump that are remembered for finding their twins (about 50 MB when full)."""
+
+
+class Location(NamedTuple):
+    """Where a page is: page number `page` of chunk `chunk` in this image's chunk table."""
+
+    chunk: int
+    page: int
+
+
+class KnownPages(Protocol):
+    """What the store has already, page by page."""
+
+    def find(self, digests: Sequence[bytes]) -> list[Location | None]:
+        """For each BLAKE3 digest of a page, where the store has that page (None where it does not)."""
+        ...
+
+
+class ChunkSink(Protocol):
+    """Takes new chunks on their way to the store. Called from several threads."""
+
+    def add(self, pieces: Sequence[Buffer], page_digests: Sequence[bytes], *, hurry: bool) -> int:
+        """Store one chunk made of `pieces`, done with them on return; give its number in the chunk table.
+
+        `hurry` says that the source is being held back, so that speed matters more than size.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryCounts:
+    """What arrived, in bytes: all of it, the zero pages, those that the store had, and the new ones."""
+
+    total: int = 0
+    zero: int = 0
+    reused: int = 0
+    new: int = 0
+
+    def __add__(self, other: MemoryCounts) -> MemoryCounts:
+        return MemoryCounts(
+            self.total + other.total, self.zero + other.zero, self.reused + other.reused, self.new + other.new
+        )
+
+
+class _Run(NamedTuple):
+    space: SpaceKey
+    start: int
+    pages: int
+    lazy: bool
+    at: int
+    """Offset in the block, in pages."""
+
+
+@dataclass
+class _Block:
+    memory: bytearray = field(default_factory=lambda: bytearray(BLOCK_PAGES * PAGE))
+    runs: list[_Run] = field(default_factory=list)
+    used: int = 0
+
+
+@dataclass
+class _Spilled:
+    """A block's worth of pages that lies in the overflow, from `offset` (bytes) on."""
+
+    offset: int
+    runs: list[_Run] = field(default_factory=list)
+    used: int = 0
+
+
+class Overflow(Protocol):
+    """Where pages wait that do not fit the blocks: a file of bounded size, named by its descriptor."""
+
+    fd: int
+    limit: int
+
+
+class Intake:
+    """Turns runs of pages into extents and chunks. `receive` and `flush` belong to one receiving thread."""
+
+    def __init__(
+        self, known: KnownPages | None, sink: ChunkSink, overflow: Overflow | None = None, workers: int = 2
+    ) -> None:
+        self._known = known
+        self._sink = sink
+        self._overflow = overflow
+        self._gate = threading.Event()
+        self._blocks = threading.Semaphore(BLOCK_COUNT)
+        self._spare: list[_Block] = []
+        self._full: queue.SimpleQueue[_Block | _Spilled | None] = queue.SimpleQueue()
+        self._open: _Block | None = None
+        self._spill: _Spilled | None = None
+        self._spill_end = 0
+        self._pipe: tuple[int, int] | None = None
+        self._twins: dict[bytes, int] = {}  # digest -> chunk * CHUNK_PAGES + page
+        self._lock = threading.Lock()
+        self._spaces: dict[SpaceKey, list[Extent]] = {}
+        self._counts = MemoryCounts()
+        self._failure: BaseException | None = None
+        self._workers = [
+            threading.Thread(target=self._work, name=f"intake-{number}", daemon=True)
+            for number in range(workers)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def receive(
+        self, channel: socket.socket, space: SpaceKey, start: int, pages: int, lazy: bool
+    ) -> None:
+        """Take `pages` pages of a run out of `channel`, in which nothing but their bytes comes next.
+
+        Blocks while all memory is in use. Raises what a worker has died of, if one has, and
+        ConnectionError when the channel ends.
+        """
+        while pages:
+            self._raise_failure()
+            if (block := self._block_now()) is not None:
+                taken = self._receive_into(block, channel, _Run(space, start, pages, lazy, block.used))
+            elif self._spill_room():
+                taken = self._receive_spilled(channel, space, start, pages, lazy)
+            else:
+                self.open_gate()
+                block = self._open = self._wait_for_block()
+                taken = self._receive_into(block, channel, _Run(space, start, pages, lazy, block.used))
+            start += taken
+            pages -= taken
+
+    def open_gate(self) -> None:
+        """Let the workers begin: the tree's state is here, or there is no more room for it."""
+        self._gate.set()
+
+    def flush(self) -> None:
+        """Hand on what has been received so far."""
+        if self._open is not None:
+            self._full.put(self._open)
+            self._open = None
+        if self._spill is not None:
+            self._full.put(self._spill)
+            self._spill = None
+
+    def finish(self) -> tuple[dict[SpaceKey, list[Extent]], MemoryCounts]:
+        """Wait for the workers, and return every space's extents, sorted and joined, and the counts."""
+        self.flush()
+        self.close()
+        self._raise_failure()
+        return {space: coalesce(extents) for space, extents in self._spaces.items()}, self._counts
+
+    def abandon(self) -> None:
+        """End without finishing: what is still queued is dropped."""
+        self._failure = self._failure or InterruptedError("the dump was given up")
+        self.close()
+
+    def close(self) -> None:
+        """End the workers (after what is queued); safe to call again."""
+        self.open_gate()
+        for _ in self._workers:
+            self._full.put(None)
+        for worker in self._workers:
+            worker.join()
+        self._workers = []
+        if self._pipe is not None:
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None
+
+    def _block_now(self) -> _Block | None:
+        """The open block, or a fresh one if there is one to be had without waiting."""
+        if self._open is None and self._blocks.acquire(blocking=False):
+            self._open = self._spare.pop() if self._spare else _Block()
+        return self._open
+
+    def _wait_for_block(self) -> _Block:
+        while not self._blocks.acquire(timeout=0.5):
+            self._raise_failure()
+        return self._spare.pop() if self._spare else _Block()
+
+    def _receive_into(self, block: _Block, channel: socket.socket, run: _Run) -> int:
+        taken = min(run.pages, BLOCK_PAGES - block.used)
+        view = memoryview(block.memory)[run.at * PAGE : (run.at + taken) * PAGE]
+        receive_exactly(channel, view)
+        block.runs.append(run._replace(pages=taken))
+        block.used += taken
+        if block.used == BLOCK_PAGES:
+            self._full.put(block)
+            self._open = None
+        return taken
+
+    def _spill_room(self) -> bool:
+        return self._overflow is not None and self._spill_end < self._overflow.limit
+
+    def _receive_spilled(
+        self, channel: socket.socket, space: SpaceKey, start: int, pages: int, lazy: bool
+    ) -> int:
+        """Move pages from the channel into the overflow; the bytes do not pass through this process."""
+        assert self._overflow is not None
+        if self._spill is None:
+            self._spill = _Spilled(self._spill_end)
+        spill = self._spill
+        taken = min(pages, BLOCK_PAGES - spill.used)
+        self._splice(channel.fileno(), self._overflow.fd, taken * PAGE)
+        spill.runs.append(_Run(space, start, taken, lazy, spill.used))
+        spill.used += taken
+        if spill.used == BLOCK_PAGES:
+            self._full.put(spill)
+            self._spill = None
+        return taken
+
+    def _splice(self, source: int, target: int, size: int) -> None:
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            try:
+                fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, BLOCK_PAGES * PAGE)
+            except OSError:  # the user's pipe budget is spent; a small pipe works as well, slower
+                pass
+        reader, writer = self._pipe
+        while size:
+            got = os.splice(source, writer, size)
+            if not got:
+                raise ConnectionError("CRIU closed the page connection in the middle of a run")
+            size -= got
+            while got:
+                put = os.splice(reader, target, got, offset_dst=self._spill_end)
+                self._spill_end += put
+                got -= put
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _under_pressure(self) -> bool:
+        """Whether the receiver is being held back, or would be next."""
+        return not self._spill_room() and self._full.qsize() >= BLOCK_COUNT // 2
+
+    def _work(self) -> None:
+        self._gate.wait()
+        own = _Block()
+        while (item := self._full.get()) is not None:
+            if self._failure is None:
+                try:
+                    self._classify(item if isinstance(item, _Block) else self._fetch(item, own))
+                except BaseException as error:  # raised again in the receiving thread, or by finish
+                    self._failure = error
+            if isinstance(item, _Block):
+                item.runs = []
+                item.used = 0
+                self._spare.append(item)
+                self._blocks.release()
+
+    def _fetch(self, spilled: _Spilled, block: _Block) -> _Block:
+        """Read spilled pages into a worker's own block, and give their memory back."""
+        assert self._overflow is not None
+        view = memoryview(block.memory)[: spilled.used * PAGE]
+        if os.preadv(self._overflow.fd, [view], spilled.offset) != len(view):
+            raise OSError("the overflow area lost pages")
+        punch_hole(self._overflow.fd, spilled.offset, len(view))
+        block.runs, block.used = spilled.runs, spilled.used
+        return block
+
+    def _classify(self, block: _Block) -> None:
+        digests = _digests(block.memory, block.used)
+        if self._all_new(digests):
+            extents = self._take_whole(block, digests)
+            zero = reused = 0
+        else:
+            places, reused = self._places(block.memory, digests)
+            extents = [(run.space, extent) for run in block.runs for extent in _extents(run, places)]
+            zero = digests.count(None)
+        new = block.used - zero - reused
+        counts = MemoryCounts(block.used * PAGE, zero * PAGE, reused * PAGE, new * PAGE)
+        with self._lock:
+            self._counts += counts
+            for space, extent in extents:
+                self._spaces.setdefault(space, []).append(extent)
+
+    def _all_new(self, digests: list[bytes | None]) -> bool:
+        """Whether no page of a block is zero, known, or another's twin: the common case, found in bulk."""
+        distinct = set(digests)
+        return (
+            None not in distinct
+            and len(distinct) == len(digests)
+            and self._twins.keys().isdisjoint(distinct)
+            and (self._known is None or not any(self._known.find(digests)))  # type: ignore[arg-type]
+        )
+
+    def _take_whole(self, block: _Block, digests: list[bytes | None]) -> list[tuple[SpaceKey, Extent]]:
+        """Store a block of nothing but new pages; return its extents."""
+        names: list[bytes] = digests  # type: ignore[assignment]  # _all_new: none is None
+        view = memoryview(block.memory)
+        chunks = []
+        for first in range(0, block.used, CHUNK_PAGES):
+            last = min(first + CHUNK_PAGES, block.used)
+            piece = view[first * PAGE : last * PAGE]
+            number = self._sink.add([piece], names[first:last], hurry=self._under_pressure())
+            self._remember(names[first:last], number)
+            chunks.append(number)
+        return [(run.space, extent) for run in block.runs for extent in _cut(run, chunks)]
+
+    def _places(
+        self, memory: bytearray, digests: list[bytes | None]
+    ) -> tuple[list[Location | None], int]:
+        """Where each page of a block is (None: zero), and how many were stored before; stores the rest."""
+        asked = [index for index, digest in enumerate(digests) if digest is not None]
+        places = self._known_places(digests, asked)
+        fresh: dict[bytes, int] = {}
+        for index in asked:
+            digest = digests[index]
+            assert digest is not None
+            if places[index] is None:
+                places[index] = self._twin(digest)
+            if places[index] is None:
+                fresh.setdefault(digest, index)
+        found = self._store(memory, fresh)
+        for index in asked:
+            if places[index] is None:
+                places[index] = found[digests[index]]  # type: ignore[index]
+        return places, len(asked) - len(fresh)
+
+    def _known_places(self, digests: list[bytes | None], asked: list[int]) -> list[Location | None]:
+        places: list[Location | None] = [None] * len(digests)
+        if self._known is not None:
+            found = self._known.find([digests[index] for index in asked])  # type: ignore[misc]
+            for index, place in zip(asked, found, strict=True):
+                places[index] = place
+        return places
+
+    def _store(self, memory: bytearray, fresh: dict[bytes, int]) -> dict[bytes, Location]:
+        """Hand the new pages (digest -> index in the block) to the sink; return where they went."""
+        view = memoryview(memory)
+        names = list(fresh)
+        found: dict[bytes, Location] = {}
+        for first in range(0, len(names), CHUNK_PAGES):
+            group = names[first : first + CHUNK_PAGES]
+            pieces = _pieces(view, [fresh[digest] for digest in group])
+            number = self._sink.add(pieces, group, hurry=self._under_pressure())
+            self._remember(group, number)
+            found.update((digest, Location(number, place)) for place, digest in enumerate(group))
+        return found
+
+    def _remember(self, digests: list[bytes], chunk: int) -> None:
+        if len(self._twins) < _TWIN_LIMIT:
+            base = chunk * CHUNK_PAGES
+            self._twins.update(zip(digests, range(base, base + len(digests)), strict=True))
+
+    def _twin(self, digest: bytes) -> Location | None:
+        packed = self._twins.get(digest)
+        return None if packed is None else Location(*divmod(packed, CHUNK_PAGES))
+
+
+def receive_exactly(channel: socket.socket, view: memoryview, *, end_allowed: bool = False) -> bool:
+    """Fill `view`; return False when the channel ended before its first byte and that is allowed."""
+    got = channel.recv_into(view, 0, socket.MSG_WAITALL)
+    if got == 0 and end_allowed:
+        return False
+    while got < len(view):
+        more = channel.recv_into(view[got:], 0, socket.MSG_WAITALL)
+        if not more:
+            raise ConnectionError("CRIU closed the page connection in the middle of a run")
+        got += more
+    return True
+
+
+def _digests(memory: bytearray, used: int) -> list[bytes | None]:
+    """The BLAKE3 digest of each page, None for a zero page."""
+    view = memoryview(memory)
+    is_zero = memory.startswith
+    return [
+        None if is_zero(ZERO_PAGE, at) else blake3(view[at : at + PAGE]).digest()
+        for at in range(0, used * PAGE, PAGE)
+    ]
+
+
+def _pieces(view: memoryview, members: list[int]) -> list[memoryview]:
+    """The pages at `members` (ascending) as few contiguous views."""
+    pieces: list[memoryview] = []
+    begin = previous = members[0]
+    for index in members[1:]:
+        if index != previous + 1:
+            pieces.append(view[begin * PAGE : (previous + 1) * PAGE])
+            begin = index
+        previous = index
+    pieces.append(view[begin * PAGE : (previous + 1) * PAGE])
+    return pieces
+
+
+def _extents(run: _Run, places: list[Location | None]) -> list[Extent]:
+    """One run's pages as extents, neighbours of one source joined."""
+    extents: list[Extent] = []
+    start, count, first = run.start, 0, places[run.at]
+    for index in range(run.pages):
+        place = places[run.at + index]
+        if count and _follows(first, count, place):
+            count += 1
+            continue
+        if count:
+            extents.append(_extent(start, count, first, run.lazy))
+        start, count, first = run.start + index, 1, place
+    extents.append(_extent(start, count, first, run.lazy))
+    return extents
+
+
+def _cut(run: _Run, chunks: list[int]) -> list[Extent]:
+    """A run of a block that was stored whole as `chunks`: one extent for each chunk that it touches."""
+    extents: list[Extent] = []
+    at, end = run.at, run.at + run.pages
+    while at < end:
+        chunk, page = divmod(at, CHUNK_PAGES)
+        count = min(end - at, CHUNK_PAGES - page)
+        start = run.start + at - run.at
+        extents.append(Extent(start, count, Source.CHUNK, chunks[chunk], page, run.lazy))
+        at += count
+    return extents
+
+
+def _follows(first: Location | None, count: int, place: Location | None) -> bool:
+    if first is None or place is None:
+        return first is place
+    return place.chunk == first.chunk and place.page == first.page + count
+
+
+def _extent(start: int, count: int, place: Location | None, lazy: bool) -> Extent:
+    if place is None:
+        return Extent(start, count, Source.ZERO, 0, 0, lazy)
+    return Extent(start, count, Source.CHUNK, place.chunk, place.page, lazy)

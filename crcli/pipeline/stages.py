@@ -1,0 +1,193 @@
+"""The types that the two stories pass from stage to stage, and what they report to whoever watches."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from crcli.findings import Finding
+
+
+class Outcome(StrEnum):
+    """What becomes of a tree once its image is durable."""
+
+    KILLED = "killed"
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+
+class Stdio(StrEnum):
+    """Where a restored tree's terminal and its pipes to processes that are not here lead."""
+
+    LOG = "log"
+    INHERIT = "inherit"
+    NULL = "null"
+
+
+class TcpPolicy(StrEnum):
+    """What becomes of established TCP connections on restore."""
+
+    AUTO = "auto"
+    KEEP = "keep"
+    CLOSE = "close"
+
+
+class PidNamespace(StrEnum):
+    """Which pid namespace a tree is restored into."""
+
+    AUTO = "auto"
+    HOST = "host"
+    NEW = "new"
+
+
+class ChangedFiles(StrEnum):
+    """What a restore does about files that travel in the image and stand here with other contents."""
+
+    REFUSE = "refuse"
+    IMAGE = "image"
+    HOST = "host"
+
+
+@dataclass(frozen=True)
+class DumpOptions:
+    """What a user asks of `crcli dump`. `store` is a URL."""
+
+    pid: int
+    store: str
+    name: str = ""
+    outcome: Outcome = Outcome.KILLED
+    include: tuple[str, ...] = ()
+    trial: bool = True
+    dry_run: bool = False
+    deadline_s: float | None = None
+    endpoint_url: str | None = None
+
+
+@dataclass(frozen=True)
+class RestoreOptions:
+    """What a user asks of `crcli restore`. `image` is NAME, NAME@ID or a URL; `store` a URL."""
+
+    image: str
+    store: str
+    pid_namespace: PidNamespace = PidNamespace.AUTO
+    tcp: TcpPolicy = TcpPolicy.AUTO
+    stdio: Stdio = Stdio.LOG
+    changed_files: ChangedFiles = ChangedFiles.REFUSE
+    endpoint_url: str | None = None
+
+
+class Progress(Protocol):
+    """What the pipelines tell while they work; `ui` implements it."""
+
+    def phase(self, name: str) -> None:
+        """A new phase began."""
+        ...
+
+    def amount(self, done: int, total: int) -> None:
+        """Bytes handled so far in this phase, of `total` (0: unknown)."""
+        ...
+
+    def finding(self, finding: Finding) -> None:
+        """A fact that the user should see."""
+        ...
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def phase(self, name: str) -> None:
+        """See Progress."""
+
+    def amount(self, done: int, total: int) -> None:
+        """See Progress."""
+
+    def finding(self, finding: Finding) -> None:
+        """See Progress."""
+
+
+class Stopwatch:
+    """Times named phases in milliseconds, and tells a Progress when one begins."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.begun = time.monotonic()
+        self.phases: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a block; a phase entered twice adds up."""
+        self._progress.phase(name)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(name, time.monotonic() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add time to a phase."""
+        self.phases[name] = round(self.phases.get(name, 0.0) + seconds * 1000, 2)
+
+    def since_start_ms(self) -> float:
+        """Milliseconds since this watch was started."""
+        return round((time.monotonic() - self.begun) * 1000, 2)
+
+
+@dataclass
+class DumpReport:
+    """What `crcli dump --json` says; sizes in bytes, times in milliseconds.
+
+    `frozen_ms` runs from the freeze to the moment when all of the tree's state had left it and the trial was
+    passed: what a tree that lives on stands still. A tree that is to be killed is held longer, until its
+    image is durable: `phases["hold"]`.
+    """
+
+    image: str
+    name: str
+    id: str
+    store: str
+    pid: int
+    processes: int
+    memory_bytes: int = 0
+    zero_bytes: int = 0
+    weights_bytes: int = 0
+    reused_bytes: int = 0
+    stored_bytes: int = 0
+    frozen_ms: float = 0.0
+    total_ms: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    outcome: str = ""
+    findings: Sequence[Finding] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The promised JSON object."""
+        return {**self.__dict__, "findings": [finding.as_json() for finding in self.findings]}
+
+
+@dataclass
+class RestoreReport:
+    """What `crcli restore --json` says; times in milliseconds.
+
+    `pid` is the root's pid as the tree sees it, `host_pid` as this host does. `ready_ms` runs from the
+    command's start until the tree runs.
+    """
+
+    image: str
+    id: str
+    pid: int
+    processes: int
+    host_pid: int
+    pid_namespace: str
+    ready_ms: float = 0.0
+    total_ms: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    findings: Sequence[Finding] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The promised JSON object."""
+        return {**self.__dict__, "findings": [finding.as_json() for finding in self.findings]}
