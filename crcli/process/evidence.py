@@ -21,8 +21,9 @@ CAP_SYS_RESOURCE = 24
 class Terminal:
     """One terminal that the tree has open.
 
-    `index` is N of /dev/pts/N (None for a console or a serial line), `rdev` and `dev` name it to CRIU
-    (`criu_key`). `master_inside`: a process of the tree drives it; else `master` is who does, if found.
+    `index` is N of /dev/pts/N, also behind /dev/tty; None for a console or a serial line. `rdev` and `dev`
+    name it to CRIU (`criu_key`). `master_inside`: a process of the tree drives it; else `master` is who does,
+    if found. `controls` are the processes of the tree whose controlling terminal it is.
     """
 
     path: str
@@ -151,7 +152,7 @@ class ForeignNamespace:
 
 @dataclass(frozen=True, slots=True)
 class Relative:
-    """A process outside the tree that seems to belong to it, and why."""
+    """A process outside the tree that seems to belong to it: same `session`, or `group` and reparented."""
 
     pid: int
     comm: str
@@ -160,11 +161,15 @@ class Relative:
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """crcli itself, as far as it matters what it may do: its namespaces, cgroups and capabilities."""
+    """crcli itself and its host: namespaces, cgroups, capabilities.
+
+    `usual_cpus` are the lists of processors on which a process runs that nobody has bound to any.
+    """
 
     namespaces: dict[str, int]
     cgroups: str
     cap_eff: int
+    usual_cpus: frozenset[str]
 
     @property
     def lacks_sys_resource(self) -> bool:
@@ -193,6 +198,7 @@ class Evidence:
     deleted: tuple[DeletedFile, ...]
     named: tuple[NamedFile, ...]
     databases: tuple[Database, ...]
+    device_mappings: tuple[Mapping, ...]
     foreign_namespaces: tuple[ForeignNamespace, ...]
     relatives: tuple[Relative, ...]
     prlimit_denied: tuple[Process, ...]
@@ -225,8 +231,8 @@ class Evidence:
 
     @property
     def outside_terminals(self) -> tuple[Terminal, ...]:
-        """The terminals that something outside the tree drives."""
-        return tuple(terminal for terminal in self.terminals if not terminal.master_inside)
+        """The pseudo-terminals that something outside the tree drives; consoles are just opened again."""
+        return tuple(one for one in self.terminals if one.index is not None and not one.master_inside)
 
     @property
     def outside_pipes(self) -> tuple[Pipe, ...]:
@@ -288,9 +294,19 @@ class Evidence:
         return tuple(file for file in self.named if file.written)
 
     @property
+    def stopped(self) -> tuple[Process, ...]:
+        """The processes that job control has stopped; they come back stopped."""
+        return tuple(process for process in self.tree if process.is_stopped)
+
+    @property
     def devices(self) -> tuple[OpenFile, ...]:
         """Open device files that are no terminals; /dev/null and its kin are among them."""
         return tuple(file for file in self.files if file.kind is Kind.DEVICE)
+
+    @property
+    def pinned(self) -> tuple[Process, ...]:
+        """The processes that may not run on every processor of this host (taskset, OMP, numactl)."""
+        return tuple(p for p in self.tree.living if p.cpus not in self.viewer.usual_cpus)
 
     @property
     def resident_bytes(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import stat
 import time
-from collections.abc import Callable, Iterable, KeysView
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from crcli.process.evidence import (
@@ -24,12 +25,13 @@ from crcli.process.evidence import (
 from crcli.process.files import FileId, Kind, Lock, Mapping, OpenFile, mappings, mounts, open_files
 from crcli.process.identity import read_proc, read_stat
 from crcli.process.outside import Outside, Outsider
-from crcli.process.sockets import Address, Socket, State, protocol_of, sockets_of
+from crcli.process.sockets import Address, Socket, sockets_of, unlisted_socket
 from crcli.process.tree import PID_GONE, Process, Tree, every_stat, read_namespaces
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
 STUCK_AFTER_SECONDS = 0.5
+CONTROLLING_TTY = os.makedev(5, 0)
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -56,7 +58,8 @@ def gather(tree: Tree) -> Evidence:
         locks=_locks(files),
         deleted=_deleted(files, maps),
         named=named,
-        databases=_databases(tree, named),
+        databases=_databases(named),
+        device_mappings=_device_mappings(maps),
         foreign_namespaces=_foreign_namespaces(tree, viewer),
         relatives=_relatives(tree),
         prlimit_denied=_prlimit_denied(tree),
@@ -66,12 +69,24 @@ def gather(tree: Tree) -> Evidence:
 
 def _viewer() -> Viewer:
     status = read_proc("/proc/self/status")
-    line = next(line for line in status.splitlines() if line.startswith(b"CapEff:"))
     return Viewer(
         namespaces=read_namespaces(os.getpid()),
         cgroups=os.fsdecode(read_proc("/proc/self/cgroup")),
-        cap_eff=int(line.split()[1], 16),
+        cap_eff=int(_status_line(status, b"CapEff"), 16),
+        usual_cpus=frozenset((_status_line(status, b"Cpus_allowed_list"), _cpus_of_init())),
     )
+
+
+def _cpus_of_init() -> str:
+    try:
+        return _status_line(read_proc("/proc/1/status"), b"Cpus_allowed_list")
+    except OSError:
+        return ""
+
+
+def _status_line(status: bytes, key: bytes) -> str:
+    start = status.index(b"\n" + key + b":") + len(key) + 2
+    return status[start : status.index(b"\n", start)].decode().strip()
 
 
 # --- terminals, pipes, sockets -----------------------------------------------------------------------------
@@ -79,16 +94,18 @@ def _viewer() -> Viewer:
 
 def _terminals(tree: Tree, files: tuple[OpenFile, ...], outside: Outside) -> tuple[Terminal, ...]:
     masters = {int(index) for file in files if (index := file.info_field("tty-index")) is not None}
-    slaves = [file for file in files if file.kind is Kind.TTY and file.info_field("tty-index") is None]
+    slaves = (file for file in files if file.kind is Kind.TTY and file.info_field("tty-index") is None)
+    by_device = _grouped(slaves, lambda file: (file.rdev, file.dev, _terminal_device(tree, file)))
     return tuple(
-        _terminal(tree, holders, masters, outside)
-        for holders in _grouped(slaves, lambda file: (file.rdev, file.dev)).values()
+        _terminal(tree, holders, device, masters, outside) for (*_, device), holders in by_device.items()
     )
 
 
-def _terminal(tree: Tree, holders: list[OpenFile], masters: set[int], outside: Outside) -> Terminal:
+def _terminal(
+    tree: Tree, holders: list[OpenFile], device: int, masters: set[int], outside: Outside
+) -> Terminal:
     first = holders[0]
-    index = _pts_index(first.rdev)
+    index = _pts_index(device)
     inside = index in masters
     return Terminal(
         path=first.path,
@@ -98,8 +115,15 @@ def _terminal(tree: Tree, holders: list[OpenFile], masters: set[int], outside: O
         holders=tuple(holders),
         master_inside=inside,
         master=None if inside or index is None else outside.master_of(index),
-        controls=tuple(process.pid for process in tree if process.tty_nr == _old_device(first.rdev)),
+        controls=tuple(process.pid for process in tree if _from_tty_nr(process.tty_nr) == device),
     )
+
+
+def _terminal_device(tree: Tree, file: OpenFile) -> int:
+    """Return which terminal it really is: /dev/tty stands for the one that controls the process."""
+    if file.rdev == CONTROLLING_TTY:
+        return _from_tty_nr(tree.process(file.pid).tty_nr)
+    return file.rdev
 
 
 def _pts_index(rdev: int) -> int | None:
@@ -108,10 +132,9 @@ def _pts_index(rdev: int) -> int | None:
     return (major - 136) * 256 + minor if 136 <= major <= 143 else None
 
 
-def _old_device(rdev: int) -> int:
-    """Return a device number as /proc/PID/stat writes tty_nr: minor bits 31-20 and 7-0, major 19-8."""
-    major, minor = os.major(rdev), os.minor(rdev)
-    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
+def _from_tty_nr(number: int) -> int:
+    """Return the device that /proc/PID/stat means: minor in bits 31-20 and 7-0, major in 19-8."""
+    return os.makedev(number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00)
 
 
 def _pipes(files: tuple[OpenFile, ...], outside: Outside) -> tuple[Pipe, ...]:
@@ -146,45 +169,30 @@ def _sockets(
     files: tuple[OpenFile, ...], table: dict[int, Socket], outside: Outside
 ) -> tuple[HeldSocket, ...]:
     held = _grouped((file for file in files if file.kind is Kind.SOCKET), lambda file: file.ino)
-    endpoints = {
-        one.endpoints
-        for inode, one in table.items()
-        if one.protocol == "tcp" and (inode in held or inode < 0)
-    }
-    return tuple(
-        _held_socket(
-            table.get(inode) or _unlisted(holders[0]), holders, table, held.keys(), endpoints, outside
-        )
-        for inode, holders in held.items()
-    )
-
-
-def _held_socket(
-    one: Socket,
-    holders: list[OpenFile],
-    table: dict[int, Socket],
-    inodes: KeysView[int],
-    endpoints: set[tuple[Address, Address]],
-    outside: Outside,
-) -> HeldSocket:
-    if one.protocol == "tcp" and one.connected:
-        return HeldSocket(one, tuple(holders), inside=(one.remote, one.local) in endpoints)
-    if one.family != "unix" or not one.peer:
-        return HeldSocket(one, tuple(holders), inside=None)
-    inside = one.peer in inodes
-    return HeldSocket(
-        one,
-        tuple(holders),
-        inside=inside,
-        peer=table.get(one.peer),
-        outsiders=() if inside else outside.holders(f"socket:[{one.peer}]"),
-    )
+    sockets = {inode: table.get(inode) or _unlisted(holders[0]) for inode, holders in held.items()}
+    tcp_ends = {one.endpoints for one in sockets.values() if one.protocol == "tcp"}
+    found = []
+    for inode, one in sockets.items():
+        inside = _leads_inside(one, sockets, tcp_ends)
+        leads_out = one.family == "unix" and inside is False
+        outsiders = outside.holders(f"socket:[{one.peer}]") if leads_out else ()
+        found.append(HeldSocket(one, tuple(held[inode]), inside, table.get(one.peer), outsiders))
+    return tuple(found)
 
 
 def _unlisted(file: OpenFile) -> Socket:
-    """Return a socket that the kernel lists nowhere: not bound yet, or of a family without such a list."""
-    protocol = protocol_of(file.pid, file.fd)
-    return Socket(file.ino, protocol, protocol, "", State.CLOSE)
+    return unlisted_socket(file.ino, file.pid, file.fd)
+
+
+def _leads_inside(
+    one: Socket, sockets: dict[int, Socket], tcp_ends: set[tuple[Address, Address]]
+) -> bool | None:
+    """Return whether a socket's other end is in the tree; None when it has none."""
+    if one.protocol == "tcp" and one.connected:
+        return (one.remote, one.local) in tcp_ends
+    if one.family == "unix" and one.peer:
+        return one.peer in sockets
+    return None
 
 
 # --- files -------------------------------------------------------------------------------------------------
@@ -226,21 +234,40 @@ def _named_file(path: str, opened: list[OpenFile], mapped: list[Mapping]) -> Nam
     if opened:
         first = opened[0]
         return NamedFile(path, first.id, first.size, first.mode, tuple(opened), tuple(mapped))
+    status = _stat_inside(mapped[0].pid, path)
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return None
+    file = FileId(status.st_dev, status.st_ino)
+    return NamedFile(path, file, status.st_size, status.st_mode, (), tuple(mapped))
+
+
+def _stat_inside(pid: int, path: str) -> os.stat_result | None:
+    """Return what lies under a path as the process sees it; None when nothing does."""
     try:
-        status = os.stat(f"/proc/{mapped[0].pid}/root{path}")
+        return os.stat(f"/proc/{pid}/root{path}")
     except OSError:
         return None
-    return NamedFile(
-        path, FileId(status.st_dev, status.st_ino), status.st_size, status.st_mode, (), tuple(mapped)
+
+
+def _device_mappings(maps: tuple[Mapping, ...]) -> tuple[Mapping, ...]:
+    """Return the mappings of device memory; a private /dev/zero is plain memory, so it is left out."""
+    return tuple(
+        mapping
+        for mapping in maps
+        if mapping.path.startswith("/dev/")
+        and not mapping.deleted
+        and mapping.path != "/dev/zero"
+        and (status := _stat_inside(mapping.pid, mapping.path)) is not None
+        and not stat.S_ISREG(status.st_mode)
     )
 
 
-def _databases(tree: Tree, named: tuple[NamedFile, ...]) -> tuple[Database, ...]:
-    found = (_database(tree, file) for file in named if file.open)
+def _databases(named: tuple[NamedFile, ...]) -> tuple[Database, ...]:
+    found = (_database(file) for file in named if file.open)
     return tuple(database for database in found if database is not None)
 
 
-def _database(tree: Tree, file: NamedFile) -> Database | None:
+def _database(file: NamedFile) -> Database | None:
     if file.path.endswith(SQLITE_SIBLINGS):
         return None
     seen_as = f"/proc/{file.open[0].pid}/root{file.path}"
@@ -265,23 +292,32 @@ def _is_sqlite(path: str) -> bool:
 
 
 def _foreign_namespaces(tree: Tree, viewer: Viewer) -> tuple[ForeignNamespace, ...]:
+    """Return each namespace that is not the root's; children may be born into another one of time."""
     return tuple(
         ForeignNamespace(process.pid, name, inode, ours=viewer.namespaces.get(name) == inode)
         for process in tree.living
         for name, inode in process.namespaces.items()
-        if not name.endswith("_for_children") and inode != tree.root.namespaces.get(name)
+        if name != "pid_for_children"
+        and inode != tree.root.namespaces.get(name.removesuffix("_for_children"))
     )
 
 
 def _relatives(tree: Tree) -> tuple[Relative, ...]:
-    """Return the processes outside that share a session which began inside the tree: daemonised children."""
+    """Return the processes outside that share a session or process group which began inside the tree.
+
+    Those are daemonised children: forked from the tree, their parent gone. A process group alone also holds
+    the rest of a shell's pipeline, which has the same parent as the root; those are no relatives.
+    """
     sessions = {process.sid for process in tree if process.sid in tree}
-    if not sessions:
+    groups = {process.pgid for process in tree if process.pgid in tree}
+    if not groups:
         return ()
     return tuple(
-        Relative(stat.pid, stat.comm, "session")
-        for stat in every_stat()
-        if stat.sid in sessions and stat.pid not in tree and not stat.is_zombie
+        Relative(other.pid, other.comm, "session" if other.sid in sessions else "group")
+        for other in every_stat()
+        if (other.sid in sessions or (other.pgid in groups and other.ppid != tree.root.ppid))
+        and other.pid not in tree
+        and not other.is_zombie
     )
 
 
@@ -311,10 +347,10 @@ def _stuck(tree: Tree) -> tuple[Process, ...]:
 
 def _still_waits(process: Process) -> bool:
     try:
-        stat = read_stat(process.pid)
+        now = read_stat(process.pid)
     except ProcessLookupError:
         return False
-    return stat.state == "D" and stat.start_time == process.start
+    return now.state == "D" and now.start_time == process.start
 
 
 def _switches(pid: int) -> bytes:

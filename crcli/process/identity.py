@@ -12,6 +12,9 @@ from dataclasses import dataclass
 PF_KTHREAD = 0x00200000
 """The bit of `Stat.flags` that marks a kernel thread (include/linux/sched.h)."""
 
+ENDED = ("Z", "X", "x")
+"""The states of a thread that runs no more. Others of the process may: the first can end before them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stat:
@@ -37,8 +40,8 @@ class Stat:
 
     @property
     def is_zombie(self) -> bool:
-        """Whether the process has ended and only waits for its parent to look."""
-        return self.state in ("Z", "X", "x")
+        """Whether the process has ended, all its threads too, and only waits for its parent to look."""
+        return self.state in ENDED and self.threads <= 1
 
 
 def parse_stat(raw: bytes) -> Stat:

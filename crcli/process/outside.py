@@ -54,7 +54,7 @@ class Outside:
     def _read(self) -> dict[str, list[tuple[int, int]]]:
         holders: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for name in os.listdir("/proc"):
-            if not name.isdecimal() or int(name) in self._tree or int(name) == os.getpid():
+            if not name.isdecimal() or int(name) in self._tree:
                 continue
             for fd, target in _links(int(name)):
                 holders[target].append((int(name), fd))

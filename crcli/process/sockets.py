@@ -35,6 +35,15 @@ _ATTRIBUTE = struct.Struct("=HH")
 
 _TYPES = {1: "stream", 2: "dgram", 3: "raw", 5: "seqpacket"}
 
+_KNOWN_PROTOCOLS = {
+    "TCP": ("inet", "tcp", "stream"),
+    "TCPv6": ("inet6", "tcp", "stream"),
+    "UDP": ("inet", "udp", "dgram"),
+    "UDPv6": ("inet6", "udp", "dgram"),
+    "UNIX-STREAM": ("unix", "unix", "stream"),
+    "UNIX": ("unix", "unix", "dgram"),
+}
+
 
 class State(StrEnum):
     """The states of include/net/tcp_states.h; unix and UDP sockets use a few of them."""
@@ -74,10 +83,10 @@ NOWHERE = Address("", 0)
 class Socket:
     """One socket of a network namespace.
 
-    `family` is `inet`, `inet6`, `unix` or, for what nobody lists, the name that the kernel gives its
-    protocol; `protocol` `tcp`, `udp`, `unix`…; `queued` what waits to be read (bytes; for a listener:
-    connections nobody has accepted). `peer` is the inode of a unix socket's other end (0: none), `path` a
-    unix socket's name, with '@' for the abstract ones. An inode of 0 is a connection not accepted yet.
+    `protocol` is `tcp`, `udp`, `unix` or, for what the kernel lists nowhere, its own name for it (`NETLINK`,
+    `MPTCP`…); `family` is `inet`, `inet6`, `unix`, or empty where `protocol` says it all. `queued` is what
+    waits to be read, in bytes; for a listener, the connections that nobody has accepted. `peer` is the inode
+    of a unix socket's other end (0: none), `path` a unix socket's name, with '@' for the abstract ones.
     """
 
     inode: int
@@ -103,33 +112,37 @@ class Socket:
 
 
 def sockets_of(pid: int, *, same_netns: bool) -> dict[int, Socket]:
-    """Return the TCP, UDP and unix sockets of a process's network namespace, by inode.
+    """Return the TCP, UDP and unix sockets of a process's network namespace that somebody has open, by inode.
 
-    Connections that nobody has accepted have no inode; they stand under negative numbers.
+    A connection that nobody has accepted yet has no inode, and so is left out.
     """
     try:
-        with _diag_socket(pid, same_netns) as diag:
+        with _diag_socket(pid, same_netns=same_netns) as diag:
             found = list(_ask(diag))
     except OSError:
         found = list(_read_proc_net(pid))
-    table: dict[int, Socket] = {}
-    for number, one in enumerate(found):
-        table[one.inode or -1 - number] = one
-    return table
+    return {one.inode: one for one in found if one.inode}
 
 
-def protocol_of(pid: int, fd: int) -> str:
-    """Return the kernel's name for the protocol of a socket (`TCP`, `MPTCP`, `VSOCK`…); empty if gone."""
+def unlisted_socket(inode: int, pid: int, fd: int) -> Socket:
+    """Return a socket that no list has: neither bound nor connected, or of another family.
+
+    The kernel tells its protocol through an extended attribute, as lsof asks for it.
+    """
     try:
-        return os.getxattr(f"/proc/{pid}/fd/{fd}", "system.sockprotoname").rstrip(b"\0").decode()
+        name = os.getxattr(f"/proc/{pid}/fd/{fd}", "system.sockprotoname").rstrip(b"\0").decode()
     except OSError:
-        return ""
+        name = ""
+    family, protocol, kind = _KNOWN_PROTOCOLS.get(name, ("", name, ""))
+    return Socket(inode, family, protocol, kind, State.CLOSE)
 
 
-def _diag_socket(pid: int, same_netns: bool) -> socket.socket:
-    if same_netns:
-        return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
-    return _diag_socket_inside(pid)
+def _diag_socket(pid: int, *, same_netns: bool) -> socket.socket:
+    return _diag_socket_here() if same_netns else _diag_socket_inside(pid)
+
+
+def _diag_socket_here() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
 
 
 def _diag_socket_inside(pid: int) -> socket.socket:
@@ -144,7 +157,7 @@ def _diag_socket_inside(pid: int) -> socket.socket:
             libc = ctypes.CDLL(None, use_errno=True)
             if libc.setns(namespace, CLONE_NEWNET) != 0:
                 raise OSError(ctypes.get_errno(), "setns")
-            opened.append(_diag_socket(pid, same_netns=True))
+            opened.append(_diag_socket_here())
         except OSError as error:
             failed.append(error)
         finally:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from crcli.errors import PreflightRefused
-from crcli.process.identity import ProcessId, Stat, read_proc, read_stat
+from crcli.process.identity import ENDED, ProcessId, Stat, read_proc, read_stat
 
 NAMESPACES = (
     "cgroup",
@@ -33,9 +33,10 @@ class Process:
 
     `uids` and `gids` are real, effective, saved, file system. `namespaces` maps a name in /proc/PID/ns to
     its inode. `cgroups` is /proc/PID/cgroup as it stands. `tracer` is the pid of a debugger on any of its
-    threads, 0 for none. `nspid` lists its pids from crcli's pid namespace inwards. `anonymous_bytes`
-    (anonymous, shared and swapped memory) is about what CRIU would write. A zombie has no memory, files or
-    namespaces, so those fields are empty.
+    threads, 0 for none. `nspid` and `nssid` list its pid and session id from crcli's pid namespace inwards.
+    `cpus` is the list of processors that it may run on. `anonymous_bytes` (anonymous, shared and swapped
+    memory) is about what CRIU would write. A zombie has no memory, files or namespaces, so those fields are
+    empty.
     """
 
     pid: int
@@ -58,9 +59,11 @@ class Process:
     cgroups: str
     tracer: int
     nspid: tuple[int, ...]
+    nssid: tuple[int, ...]
     cap_eff: int
     seccomp: int
     no_new_privs: bool
+    cpus: str
     resident_bytes: int
     anonymous_bytes: int
 
@@ -72,7 +75,12 @@ class Process:
     @property
     def is_zombie(self) -> bool:
         """Whether it has ended and waits to be reaped."""
-        return self.state in ("Z", "X", "x")
+        return self.state in ENDED and self.threads <= 1
+
+    @property
+    def leader_exited(self) -> bool:
+        """Whether its first thread has ended while others run on; /proc then hides its memory and files."""
+        return self.state in ENDED and self.threads > 1
 
     @property
     def is_stopped(self) -> bool:
@@ -212,9 +220,11 @@ def read_process(pid: int) -> Process | None:
         cgroups=cgroups,
         tracer=tracer or (_thread_tracer(pid) if stat.threads > 1 else 0),
         nspid=_numbers(status.get("NSpid", str(pid))),
+        nssid=_numbers(status.get("NSsid", str(stat.sid))),
         cap_eff=int(status["CapEff"], 16),
         seccomp=int(status.get("Seccomp", "0")),
         no_new_privs=status.get("NoNewPrivs", "0") == "1",
+        cpus=status.get("Cpus_allowed_list", ""),
         resident_bytes=_kilobytes(status, "VmRSS"),
         anonymous_bytes=sum(_kilobytes(status, key) for key in ("RssAnon", "RssShmem", "VmSwap")),
     )

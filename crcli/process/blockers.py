@@ -1,0 +1,309 @@
+"""What CRIU cannot take, or loses in silence: a dump must not begin.
+
+The place in the source of CRIU 4.2.1 that refuses is named beside each. What is merely doubtful has no place
+here: the trial restore finds it, and costs nothing but a moment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from crcli.findings import Finding
+from crcli.process.evidence import Evidence
+from crcli.process.files import Kind, OpenFile
+from crcli.process.tree import tracer_label
+from crcli.process.wording import Check, Held, blocker, first_of, places, process_list, who
+
+MEM_MAJOR = 1  # /dev/null, /dev/zero, /dev/urandom…: reopened by path
+TUN_DEVICE = os.makedev(10, 200)
+AUTOFS_DEVICE = os.makedev(10, 235)
+PIDFD_THREAD = os.O_EXCL
+PLUGIN_DEVICES = ("/dev/kfd", "/dev/dri/", "/dev/nvidia")
+"""Devices that a plug-in of CRIU, or crcli's own GPU side, may take: no reason to refuse by themselves."""
+
+DUMPABLE_ANON = frozenset(
+    ("eventfd", "eventpoll", "inotify", "fanotify", "signalfd", "timerfd", "pidfd", "bpf-map")
+)
+"""The anonymous inodes for which CRIU has code (files.c); bpf-map depends on how it was built."""
+
+NAMED_ANON = frozenset(("io_uring", "userfaultfd", "perf_event", "secretmem"))
+"""Those that have a finding of their own."""
+
+DUMPABLE_PROTOCOLS = frozenset(
+    ("tcp", "udp", "unix", "", "UDP-Lite", "UDPLITEv6", "RAW", "RAWv6", "PING", "PINGv6", "NETLINK", "PACKET")
+)
+"""The protocols that CRIU takes (sockets.c, sk-inet.c), by crcli's or the kernel's name; empty: not known."""
+
+SHAREABLE_NAMESPACES = frozenset(("mnt", "net"))
+"""The namespaces that a child may have for itself, provided that the root has left crcli's (CLONE_SUBNS)."""
+
+
+def _anon_or_mapped(evidence: Evidence, name: str, path: str) -> list[Held]:
+    """Return who has such an anonymous inode open, or still mapped after closing it."""
+    return [*evidence.anon(name), *(one for one in evidence.mappings if one.path == path)]
+
+
+def io_uring(evidence: Evidence) -> Iterator[Finding]:
+    """io_uring: neither its descriptor nor its rings can be dumped (files.c, proc_parse.c)."""
+    if held := _anon_or_mapped(evidence, "io_uring", "anon_inode:[io_uring]"):
+        yield blocker(
+            "io-uring",
+            f"{who(evidence, held)} uses io_uring, whose queues live in the kernel and cannot be saved",
+            places(evidence, held),
+            "start the program without it: UV_USE_IO_URING=0 for Node and libuv, or set the sysctl "
+            "kernel.io_uring_disabled=2 before it starts",
+        )
+
+
+def userfaultfd(evidence: Evidence) -> Iterator[Finding]:
+    """userfaultfd: no code in CRIU for a tree that has one itself."""
+    if held := evidence.anon("userfaultfd"):
+        yield blocker(
+            "userfaultfd",
+            f"{who(evidence, held)} handles its own page faults (userfaultfd), which cannot be saved",
+            places(evidence, held),
+            "wait until the program has closed it, or run it without (virtual machines: without post-copy)",
+        )
+
+
+def perf_event(evidence: Evidence) -> Iterator[Finding]:
+    """perf_event_open: no code in CRIU."""
+    if held := _anon_or_mapped(evidence, "perf_event", "anon_inode:[perf_event]"):
+        yield blocker(
+            "perf-event",
+            f"{who(evidence, held)} measures performance counters, which cannot be saved",
+            places(evidence, held),
+            "stop the profiler inside the program first",
+        )
+
+
+def memfd_secret(evidence: Evidence) -> Iterator[Finding]:
+    """memfd_secret: memory that even the kernel's own debugging cannot read."""
+    if held := _anon_or_mapped(evidence, "secretmem", "/secretmem"):
+        yield blocker(
+            "memfd-secret",
+            f"{who(evidence, held)} keeps memory that nobody else can read (memfd_secret)",
+            places(evidence, held),
+            "let the program give the secret memory back before the dump, or run it without",
+        )
+
+
+def unsupported_files(evidence: Evidence) -> Iterator[Finding]:
+    """Any other anonymous inode that CRIU's dump_unsupp_fd would refuse."""
+    held = [
+        file
+        for file in evidence.files
+        if file.kind is Kind.ANON and file.anon_name not in DUMPABLE_ANON | NAMED_ANON
+    ]
+    if held:
+        yield blocker(
+            "file-unsupported",
+            f"{who(evidence, held)} is {held[0].target}, a kind of file that cannot be saved",
+            places(evidence, held),
+            "let the program close it before the dump",
+        )
+
+
+def devices(evidence: Evidence) -> Iterator[Finding]:
+    """Device files: CRIU knows /dev/null and its kin, terminals, autofs, and tun in a network namespace."""
+    held: list[Held] = [
+        *(file for file in evidence.devices if _is_unsupported_device(file)),
+        *(mapping for mapping in evidence.device_mappings if not _has_plugin(mapping.path)),
+    ]
+    if held:
+        yield blocker(
+            "device",
+            f"{who(evidence, held)} uses the device {held[0].path}, whose state is not in memory",
+            places(evidence, held),
+            "let the program close the device before the dump",
+        )
+
+
+def _is_unsupported_device(file: OpenFile) -> bool:
+    if file.rdev in (TUN_DEVICE, AUTOFS_DEVICE) or _has_plugin(file.path):
+        return False
+    return os.major(file.rdev) != MEM_MAJOR
+
+
+def _has_plugin(path: str) -> bool:
+    return path.startswith(PLUGIN_DEVICES)
+
+
+def tun(evidence: Evidence) -> Iterator[Finding]:
+    """A tun device: `Net namespace is required to dump tun link` (tun.c)."""
+    held = [file for file in evidence.devices if file.rdev == TUN_DEVICE]
+    if held and "net" not in evidence.own_namespaces:
+        yield blocker(
+            "tun",
+            f"{who(evidence, held)} drives a network interface of this host (/dev/net/tun)",
+            places(evidence, held),
+            "run the whole program in a network namespace of its own (a container, `unshare --net`)",
+        )
+
+
+def pidfds(evidence: Evidence) -> Iterator[Finding]:
+    """A pidfd of a process that is not in the tree, or of a single thread (pidfd.c)."""
+    held = [file for file in evidence.anon("pidfd") if _points_outside(evidence, file)]
+    if held:
+        yield blocker(
+            "pidfd-outside",
+            f"{who(evidence, held)} is a pidfd of process {held[0].info_field('Pid')}, which is not in "
+            "the tree (or of a single thread), and could not be found again",
+            places(evidence, held),
+            "dump a tree that holds both processes, or let the program close the pidfd",
+        )
+
+
+def _points_outside(evidence: Evidence, file: OpenFile) -> bool:
+    pid = int(file.info_field("Pid") or -1)
+    return (pid > 0 and pid not in evidence.tree) or bool(file.flags & PIDFD_THREAD)
+
+
+def packet_pipes(evidence: Evidence) -> Iterator[Finding]:
+    """A pipe in packet mode (pipes.c); autofs makes such pipes, and CRIU knows those."""
+    if any(mount.fstype == "autofs" for mount in evidence.mounts.values()):
+        return
+    held = [file for file in evidence.files if file.kind is Kind.PIPE and file.flags & os.O_DIRECT]
+    if held:
+        yield blocker(
+            "pipe-packets",
+            f"{who(evidence, held)} is a pipe in packet mode (O_DIRECT), whose borders cannot be saved",
+            places(evidence, held),
+            "let the program close the pipe before the dump",
+        )
+
+
+def socket_protocols(evidence: Evidence) -> Iterator[Finding]:
+    """A socket of a family or protocol that CRIU does not know; Go servers listen with MPTCP by default."""
+    held = [one for one in evidence.sockets if one.socket.protocol not in DUMPABLE_PROTOCOLS]
+    if held:
+        files = [file for one in held for file in one.holders]
+        protocol = held[0].socket.protocol
+        yield blocker(
+            "socket-unsupported",
+            f"{who(evidence, files)} is a socket of the protocol {protocol}, which cannot be saved",
+            places(evidence, files) | {"protocols": sorted({one.socket.protocol for one in held})},
+            "for a Go program start it with GODEBUG=multipathtcp=0"
+            if protocol.startswith("MPTCP")
+            else "let the program close the socket before the dump",
+        )
+
+
+def sysv_shm(evidence: Evidence) -> Iterator[Finding]:
+    """System V shared memory outside an IPC namespace (check_sysvipc_map_dump in cr-dump.c)."""
+    held = [mapping for mapping in evidence.mappings if mapping.is_sysv]
+    if held and "ipc" not in evidence.own_namespaces:
+        yield blocker(
+            "sysv-shm",
+            f"{who(evidence, held)} uses System V shared memory that it shares with the whole host",
+            places(evidence, held),
+            "start the program in an IPC namespace of its own: `unshare --ipc COMMAND`",
+        )
+
+
+def traced(evidence: Evidence) -> Iterator[Finding]:
+    """A tracer anywhere: the kernel gives a process to one at a time, and CRIU needs to be it."""
+    held = [process for process in evidence.tree if process.tracer]
+    if held:
+        tracer = tracer_label(held[0].tracer)
+        yield blocker(
+            "traced",
+            f"{first_of(held)} is traced by {tracer}, and only one tracer can hold a process",
+            process_list(held, tracer="tracer"),
+            f"end {tracer} (a debugger, strace, or another dump), then try again",
+        )
+
+
+def nested_namespaces(evidence: Evidence) -> Iterator[Finding]:
+    """A child in a namespace that is not the root's (generate_ns_id in namespaces.c, pstree.c).
+
+    A network namespace of its own is the treacherous one: CRIU dumps it without a word, and cannot restore.
+    """
+    own = evidence.own_namespaces
+    held = [
+        foreign
+        for foreign in evidence.foreign_namespaces
+        if foreign.name not in SHAREABLE_NAMESPACES or foreign.name not in own
+    ]
+    if held:
+        first = evidence.tree.process(held[0].pid)
+        kinds = ", ".join(foreign.name for foreign in held if foreign.pid == first.pid)
+        yield blocker(
+            "namespace-nested",
+            f"{first.label} lives in other namespaces than the root ({kinds}); such a sandbox inside "
+            "the tree could not be restored",
+            {"namespaces": [{"pid": one.pid, "namespace": one.name} for one in held]},
+            "wait until the sandboxed child has ended, start the program without its sandbox, or dump the "
+            f"child {first.pid} by itself",
+        )
+
+
+def session_outside_pid_namespace(evidence: Evidence) -> Iterator[Finding]:
+    """A pid namespace whose init never called setsid (cr-dump.c: `session leader … is outside`)."""
+    if "pid" not in evidence.own_namespaces:
+        return
+    held = [process for process in evidence.tree if process.nssid and process.nssid[-1] == 0]
+    if held:
+        yield blocker(
+            "session-outside-pid-namespace",
+            f"{first_of(held)} is in a session that began outside of its pid namespace",
+            process_list(held),
+            "start the namespace's first process with setsid: `unshare --pid --fork setsid COMMAND`",
+        )
+
+
+def pid_namespace_without_init(evidence: Evidence) -> Iterator[Finding]:
+    """A root that is not process 1 of its pid namespace (dump_namespaces in namespaces.c)."""
+    root = evidence.root
+    if "pid" in evidence.own_namespaces and root.nspid[-1:] != (1,):
+        yield blocker(
+            "pid-namespace-without-init",
+            f"{root.label} lives in a pid namespace (a container) and is not its first process",
+            process_list([root]),
+            "dump the namespace's first process, and with it the whole container",
+        )
+
+
+def stuck(evidence: Evidence) -> Iterator[Finding]:
+    """Tasks in uninterruptible sleep: CRIU waits for them and gives up (vfork parents are such)."""
+    if held := evidence.stuck:
+        yield blocker(
+            "uninterruptible",
+            f"{first_of(held)} waits in the kernel and cannot be interrupted (a slow disk or network file "
+            "system, or a child of vfork that has not started its program yet)",
+            process_list(held),
+            "try again when the operation is over; `cat /proc/PID/wchan` says what it waits for",
+        )
+
+
+def leader_exited(evidence: Evidence) -> Iterator[Finding]:
+    """A process whose first thread has ended while others run: `Zombies with threads are not supported`."""
+    if held := [process for process in evidence.tree if process.leader_exited]:
+        yield blocker(
+            "leader-exited",
+            f"the main thread of {first_of(held)} has ended while others run on, which cannot be saved",
+            process_list(held),
+            "let the main thread wait for the others instead of calling pthread_exit",
+        )
+
+
+BLOCKERS: tuple[Check, ...] = (
+    io_uring,
+    userfaultfd,
+    perf_event,
+    memfd_secret,
+    unsupported_files,
+    devices,
+    tun,
+    pidfds,
+    packet_pipes,
+    socket_protocols,
+    sysv_shm,
+    traced,
+    nested_namespaces,
+    session_outside_pid_namespace,
+    pid_namespace_without_init,
+    stuck,
+    leader_exited,
+)
