@@ -250,7 +250,7 @@ def mappings(pid: int) -> tuple[Mapping, ...]:
     pieces: dict[tuple[bytes, bytes, bytes], list[tuple[bytes, bytes]]] = {}
     for line in raw.splitlines():
         fields = line.split(None, 5)
-        if len(fields) == 6 and (fields[4] != b"0" or fields[5] == b"[uprobes]"):
+        if len(fields) == 6 and not fields[5].startswith(b"["):
             pieces.setdefault((fields[5], fields[3], fields[4]), []).append((fields[0], fields[1]))
     return tuple(_mapping(pid, *file, parts) for file, parts in pieces.items())
 
