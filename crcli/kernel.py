@@ -17,8 +17,7 @@ CLONE_NEWNET = 0x4000_0000
 CLONE_NEWPID = 0x2000_0000
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MS_REC, MS_PRIVATE, MS_SLAVE = 0x4000, 1 << 18, 1 << 19
-MNT_DETACH = 2
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 1 << 18
 
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _SYS_PIDFD_GETFD = 438
@@ -69,7 +68,9 @@ def tmpfs_fd() -> int:
         _checked(
             _libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_SET_STRING, b"mode", b"0700", 0), "fsconfig mode"
         )
-        _checked(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0), "fsconfig create")
+        _checked(
+            _libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0), "fsconfig create"
+        )
         root = _checked(_libc.syscall(_SYS_FSMOUNT, context, _CLOEXEC_MOUNT, 0), "fsmount tmpfs")
         try:  # fsmount gives an O_PATH descriptor, which cannot be listed
             return os.open(f"/proc/self/fd/{root}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

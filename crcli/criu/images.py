@@ -1,6 +1,6 @@
 """CRIU's own image files: read, edited and written with pycriu's messages.
 
-A file is two 32-bit magics followed by protobuf messages, each after its 32-bit size (pagemaps begin with
+A file is one or two 32-bit magics followed by protobuf messages, each after its 32-bit size (pagemaps begin with
 a head message). Only files of that plain kind are touched here; the others pass through as bytes.
 """
 
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from pycriu.images import magic
 from pycriu.images.core_pb2 import core_entry
 from pycriu.images.fdinfo_pb2 import fd_types, fdinfo_entry, file_entry
-from pycriu.images.ghost_file_pb2 import ghost_file_entry
 from pycriu.images.inventory_pb2 import inventory_entry
 from pycriu.images.pagemap_pb2 import pagemap_entry, pagemap_head
 from pycriu.images.pstree_pb2 import pstree_entry
@@ -30,10 +29,12 @@ if TYPE_CHECKING:
 
 FD = fd_types
 
-_COMMON_MAGIC = 0x54564319
+_COMMON_MAGIC, _SERVICE_MAGIC = 0x54564319, 0x55105940
+_SHARED_MAGICS = tuple(struct.pack("<I", value) for value in (_COMMON_MAGIC, _SERVICE_MAGIC))
 _SIZE = struct.Struct("<I")
 _PRESENT = 4
 _TASK_ALIVE = 1
+_REMAP_LINKED = 0
 
 
 @dataclass
@@ -47,7 +48,7 @@ class ImageFile:
     def parse(cls, data: bytes, kind: Any) -> ImageFile:
         """Take a file apart. Raises ValueError when it is not a whole file of messages of `kind`."""
         entries: list[Any] = []
-        at = 8
+        head = at = 8 if data[:4] in _SHARED_MAGICS else 4
         while at < len(data):
             (size,) = _SIZE.unpack_from(data, at)
             at += 4
@@ -55,7 +56,7 @@ class ImageFile:
                 raise ValueError("an image of CRIU's is cut short")
             entries.append(kind.FromString(data[at : at + size]))
             at += size
-        return cls(data[:8], entries)
+        return cls(data[:head], entries)
 
     def encode(self) -> bytes:
         """Put it together again."""
@@ -131,19 +132,22 @@ def run_id(images: Workspace) -> str:
 
 def link_remaps(images: Workspace) -> list[str]:
     """Paths of the temporary hard links that CRIU made for files without a name of their own."""
-    if "remap-fpath.img" not in images.names():
-        return []
-    linked = {
-        entry.remap_id
-        for entry in ImageFile.parse(images.read("remap-fpath.img"), remap_file_path_entry).entries
-        if entry.remap_type == 0
-    }
+    linked = {entry.remap_id for entry in _remaps(images) if entry.remap_type == _REMAP_LINKED}
     return [entry.reg.name for entry in read_files(images).entries if entry.id in linked]
 
 
-def write_pagemap(
-    images: Workspace, space: SpaceKey, pages_id: int, runs: Iterable[tuple[int, int]]
-) -> None:
+def remapped_ids(images: Workspace) -> set[int]:
+    """Ids of the files that have no name of their own any more."""
+    return {entry.orig_id for entry in _remaps(images)}
+
+
+def _remaps(images: Workspace) -> list[Any]:
+    if "remap-fpath.img" not in images.names():
+        return []
+    return ImageFile.parse(images.read("remap-fpath.img"), remap_file_path_entry).entries
+
+
+def write_pagemap(images: Workspace, space: SpaceKey, pages_id: int, runs: Iterable[tuple[int, int]]) -> None:
     """Write the list of pages of one address space that stand in `pages-<pages_id>.img`, in order.
 
     `runs` are (first page number, pages), ascending.
@@ -163,9 +167,9 @@ def pagemap_name(space: SpaceKey) -> str:
 
 def create_pages(images: Workspace, pages_id: int, pages: int) -> int:
     """Make `pages-<pages_id>.img`, all holes, and return a descriptor to fill it with."""
-    fd = images.create(f"pages-{pages_id}.img")
+    fd = images.create_file(f"pages-{pages_id}.img")
     os.ftruncate(fd, pages * PAGE)
     return fd
 
 
-__all__ = ["FD", "ImageFile", "TreeMember", "file_entry", "ghost_file_entry"]
+__all__ = ["FD", "ImageFile", "TreeMember", "file_entry"]

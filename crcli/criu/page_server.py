@@ -58,6 +58,8 @@ def receive_pages(channel: socket.socket, intake: Intake) -> None:
             elif pages:
                 raise PageProtocolError(f"{pages} pages at {address:#x} without contents (flags {flags})")
         elif operation in (_OPEN2, _PARENT):
+            if operation == _OPEN2:
+                intake.begin_space(_space(owner))
             channel.send(b"\0")  # no parent image: every page comes whole
         elif command in (_CLOSE, _FORCE_CLOSE):
             intake.flush()

@@ -14,6 +14,7 @@ from crcli import kernel
 from crcli.errors import HostLacks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from crcli.store.base import Buffer
@@ -27,7 +28,7 @@ class OverflowFile:
     """
 
     def __init__(self, workspace: Workspace) -> None:
-        self.fd = workspace.create("overflow")
+        self.fd = workspace.create_file("overflow")
         workspace.remove("overflow")
         self.limit = spare_memory() // 2
 
@@ -44,9 +45,10 @@ def spare_memory() -> int:
             if line.startswith(b"MemAvailable:"):
                 spare = int(line.split()[1]) * 1024
     try:
-        with open("/sys/fs/cgroup/memory.max", "rb") as most, open(
-            "/sys/fs/cgroup/memory.current", "rb"
-        ) as now:
+        with (
+            open("/sys/fs/cgroup/memory.max", "rb") as most,
+            open("/sys/fs/cgroup/memory.current", "rb") as now,
+        ):
             limit = most.read().strip()
             if limit != b"max":
                 spare = min(spare, max(0, int(limit) - int(now.read())))
@@ -56,11 +58,16 @@ def spare_memory() -> int:
 
 
 class Workspace:
-    """An empty private folder, named by descriptor; a context manager that frees it."""
+    """A private folder, named by descriptor; a context manager that frees it."""
 
-    def __init__(self) -> None:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    @classmethod
+    def create(cls) -> Workspace:
+        """Return a new, empty one; raise HostLacks where the kernel does not allow it."""
         try:
-            self.fd = kernel.tmpfs_fd()
+            return cls(kernel.tmpfs_fd())
         except OSError as error:
             hint = (
                 "run crcli as root (CAP_SYS_ADMIN)"
@@ -69,32 +76,43 @@ class Workspace:
             )
             raise HostLacks(f"cannot make a private tmpfs: {error.strerror}", hint=hint) from error
 
-    @property
-    def path(self) -> str:
-        """The folder's path for this process and for those that may look at its descriptors."""
-        return f"/proc/{os.getpid()}/fd/{self.fd}"
+    def folder(self, name: str) -> Workspace:
+        """Make a folder in this one, and return it; it goes with its parent's last descriptor."""
+        os.mkdir(name, 0o700, dir_fd=self.fd)
+        return Workspace(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd))
 
     def names(self) -> list[str]:
         """The files in it, sorted."""
         return sorted(os.listdir(self.fd))
+
+    def size(self, name: str) -> int:
+        """The size of one file in bytes."""
+        return os.stat(name, dir_fd=self.fd).st_size
 
     def read(self, name: str) -> bytes:
         """Return one file whole."""
         with open(name, "rb", opener=self._open) as file:
             return file.read()
 
+    def blocks(self, name: str, size: int) -> Iterator[bytes]:
+        """Read one file in pieces of `size` bytes."""
+        with open(name, "rb", opener=self._open) as file:
+            while block := file.read(size):
+                yield block
+
     def write(self, name: str, data: Buffer) -> None:
-        """Write one file whole, replacing what was there."""
+        """Write one file whole, replacing (not changing) what was there."""
+        self.remove(name)
         with open(name, "wb", opener=self._open) as file:
             file.write(data)
 
-    def create(self, name: str) -> int:
+    def create_file(self, name: str) -> int:
         """Make an empty file and return a descriptor that it can be read and written with."""
         return os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
 
-    def link(self, name: str, other: Workspace) -> None:
-        """Make the file `name` of `other` appear here too (by copy: each workspace is its own file system)."""
-        self.write(name, other.read(name))
+    def link_from(self, other: Workspace, name: str) -> None:
+        """Make the file `name` of `other` appear here too, without copying it."""
+        os.link(name, name, src_dir_fd=other.fd, dst_dir_fd=self.fd)
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""

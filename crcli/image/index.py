@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, unpack_container
-from crcli.image.names import INDEXES, PACKS, pages_key
+from crcli.image.names import IMAGES, INDEXES, PACKS, pages_key
 from crcli.image.tables import Chunk, read_chunks, read_packs
 from crcli.memory.intake import DIGEST, Location
 
@@ -129,14 +129,16 @@ class _PageLookup:
         ]
 
 
-def load_known(store: Store, prefer: set[str]) -> KnownChunks:
-    """Read the indexes that are in the store, newest first, those of the image ids in `prefer` before all.
+def load_known(store: Store, name: str) -> KnownChunks:
+    """Read the indexes that are in the store, newest first, those of images called `name` before all.
 
     An index whose pack is gone, or that cannot be read, is left out: it only costs chances to reuse.
     """
     known = KnownChunks()
     ids = [info.key.removeprefix(INDEXES).removesuffix(".index")
            for info in store.list(INDEXES) if info.key.endswith(".index")]  # fmt: skip
+    prefix = f"{IMAGES}{name}/"
+    prefer = {info.key.removeprefix(prefix) for info in store.list(prefix)} if ids else set()
     ids.sort(key=lambda image_id: (image_id in prefer, image_id), reverse=True)
     there = {info.key.rpartition("/")[2] for info in store.list(PACKS)} if ids else set()
     for image_id in ids:

@@ -77,10 +77,9 @@ class PackWriter:
         """The chunk table of the image."""
         return self._chunks
 
-    @property
-    def foreign_packs(self) -> list[bytes]:
-        """The packs of earlier images that this one refers to."""
-        return list(self._foreign_packs)
+    def foreign_pack_keys(self) -> list[str]:
+        """The keys of the packs of earlier images that this one refers to."""
+        return [pack_key(pack) for pack in self._foreign_packs]
 
     def add(self, pieces: Sequence[Buffer], page_digests: Sequence[bytes], *, hurry: bool = False) -> int:
         """Store one chunk of memory; see memory.intake.ChunkSink."""

@@ -84,9 +84,7 @@ def write_spaces(spaces: Mapping[SpaceKey, list[Extent]]) -> tuple[bytes, bytes]
     return table, rows
 
 
-def read_spaces(
-    table: bytes, rows: bytes, chunks: list[Chunk], name: str
-) -> dict[SpaceKey, list[Extent]]:
+def read_spaces(table: bytes, rows: bytes, chunks: list[Chunk], name: str) -> dict[SpaceKey, list[Extent]]:
     """Decode the memory map; raise ImageDamaged when an extent lies outside of its chunk or overlaps."""
     _check_size(table, _SPACE, name)
     _check_size(rows, _EXTENT, name)
@@ -114,8 +112,7 @@ def _check_extents(extents: list[Extent], chunks: list[Chunk], name: str) -> Non
             raise ImageDamaged(f"{name}: extents overlap at page {extent.start:#x}")
         at = extent.end
         if extent.source == Source.CHUNK and (
-            extent.chunk >= len(chunks)
-            or (extent.offset + extent.pages) * 4096 > chunks[extent.chunk].raw
+            extent.chunk >= len(chunks) or (extent.offset + extent.pages) * 4096 > chunks[extent.chunk].raw
         ):
             raise ImageDamaged(f"{name}: an extent at page {extent.start:#x} lies outside of its chunk")
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from blake3 import blake3
 
 from crcli.kernel import punch_hole
-from crcli.memory.extents import PAGE, ZERO_PAGE, Extent, Source, SpaceKey, coalesce
+from crcli.memory.extents import PAGE, ZERO_PAGE, Extent, Source, SpaceKey, SpaceKind, coalesce
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +37,9 @@ CHUNK_PAGES = 64
 """Pages in one chunk at most (256 KiB): large enough to compress well and to fetch in one read."""
 
 DIGEST = 32
+_KEEP_RUN, _KEEP_PAGES = 64, 16 << 10
+"""Early pages that are kept for the trial: runs up to this long, and so many pages in all (64 MiB)."""
+
 _TWIN_LIMIT = 1 << 18
 """New pages of this dump that are remembered for finding their twins (about 50 MB when full)."""
 
@@ -136,6 +139,9 @@ class Intake:
         self._spaces: dict[SpaceKey, list[Extent]] = {}
         self._counts = MemoryCounts()
         self._failure: BaseException | None = None
+        self.kept: dict[SpaceKey, list[tuple[int, bytes]]] = {}
+        """Short runs of pages that CRIU itself looks at (the vdso among them), by first page number."""
+        self._kept_pages = 0
         self._workers = [
             threading.Thread(target=self._work, name=f"intake-{number}", daemon=True)
             for number in range(workers)
@@ -143,9 +149,13 @@ class Intake:
         for worker in self._workers:
             worker.start()
 
-    def receive(
-        self, channel: socket.socket, space: SpaceKey, start: int, pages: int, lazy: bool
-    ) -> None:
+    def begin_space(self, space: SpaceKey) -> None:
+        """Note that an address space exists, even if no page of it should come."""
+        with self._lock:
+            self._spaces.setdefault(space, [])
+        self.kept.setdefault(space, [])
+
+    def receive(self, channel: socket.socket, space: SpaceKey, start: int, pages: int, lazy: bool) -> None:
         """Take `pages` pages of a run out of `channel`, in which nothing but their bytes comes next.
 
         Blocks while all memory is in use. Raises what a worker has died of, if one has, and
@@ -218,6 +228,8 @@ class Intake:
         view = memoryview(block.memory)[run.at * PAGE : (run.at + taken) * PAGE]
         receive_exactly(channel, view)
         block.runs.append(run._replace(pages=taken))
+        if self._keeps(run.space, taken, run.lazy):
+            self._keep(run.space, run.start, bytes(view))
         block.used += taken
         if block.used == BLOCK_PAGES:
             self._full.put(block)
@@ -236,13 +248,28 @@ class Intake:
             self._spill = _Spilled(self._spill_end)
         spill = self._spill
         taken = min(pages, BLOCK_PAGES - spill.used)
+        begin = self._spill_end
         self._splice(channel.fileno(), self._overflow.fd, taken * PAGE)
+        if self._keeps(space, taken, lazy):
+            self._keep(space, start, os.pread(self._overflow.fd, taken * PAGE, begin))
         spill.runs.append(_Run(space, start, taken, lazy, spill.used))
         spill.used += taken
         if spill.used == BLOCK_PAGES:
             self._full.put(spill)
             self._spill = None
         return taken
+
+    def _keeps(self, space: SpaceKey, pages: int, lazy: bool) -> bool:
+        return (
+            not lazy
+            and space.kind == SpaceKind.PROCESS
+            and pages <= _KEEP_RUN
+            and self._kept_pages + pages <= _KEEP_PAGES
+        )
+
+    def _keep(self, space: SpaceKey, start: int, pages: bytes) -> None:
+        self.kept[space].append((start, pages))
+        self._kept_pages += len(pages) // PAGE
 
     def _splice(self, source: int, target: int, size: int) -> None:
         if self._pipe is None:
@@ -334,9 +361,7 @@ class Intake:
             chunks.append(number)
         return [(run.space, extent) for run in block.runs for extent in _cut(run, chunks)]
 
-    def _places(
-        self, memory: bytearray, digests: list[bytes | None]
-    ) -> tuple[list[Location | None], int]:
+    def _places(self, memory: bytearray, digests: list[bytes | None]) -> tuple[list[Location | None], int]:
         """Where each page of a block is (None: zero), and how many were stored before; stores the rest."""
         asked = [index for index, digest in enumerate(digests) if digest is not None]
         places = self._known_places(digests, asked)

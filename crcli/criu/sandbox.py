@@ -1,0 +1,233 @@
+"""Throwaway namespaces in which CRIU can restore a tree without touching anything that exists.
+
+A sandbox is forked before the freeze, while crcli still has one thread, and makes its namespaces then, so
+that none of that time falls into the freeze. It holds two processes: a keeper, whose death takes all with
+it (its own parent's death kills it, crcli's included), and the first process of a new pid namespace,
+which starts CRIU when told to and reaps. Its mounts are private, its network is an empty one with `lo` up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from crcli import kernel
+from crcli.criu.binary import criu_command
+from crcli.criu.rpc import CriuProcess
+from crcli.errors import HostLacks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+_READY = b"ready"
+_PID_MAX = "/proc/sys/kernel/pid_max"
+_LAST_PID = "/proc/sys/kernel/ns_last_pid"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the sandbox is to do: overlay these folders, keep these pids free, then start CRIU.
+
+    Writes below an overlaid folder land in the sandbox, so that a socket or temporary file that CRIU makes
+    or removes there never touches the real one. `stand_ins` are descriptors (by number) that CRIU is told
+    to put in the place of external objects.
+    """
+
+    overlays: tuple[str, ...] = ()
+    taken_pids: tuple[int, ...] = ()
+    stand_ins: int = 0
+
+
+class Sandbox:
+    """See the module. A context manager: leaving it destroys everything inside."""
+
+    def __init__(self, workspace_fd: int) -> None:
+        """Fork it. Call before any thread is started. Raises HostLacks when namespaces are not allowed."""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.keeper = os.fork()
+        if self.keeper == 0:
+            self._control.close()
+            self.channel.close()
+            _keep(theirs, criu_end, workspace_fd)
+        theirs.close()
+        criu_end.close()
+        answer = self._control.recv(4096)
+        if answer != _READY:
+            self.close()
+            raise HostLacks(
+                f"cannot make the namespaces for a trial restore: {answer.decode() or 'the keeper died'}",
+                hint="run crcli as root; --no-trial dumps without the trial",
+            )
+
+    def start_criu(self, order: Order) -> CriuProcess:
+        """Start CRIU inside; its request's descriptors for external objects are 200, 201, …"""
+        self._control.send(json.dumps(order.__dict__).encode())
+        answer = self._control.recv(4096)
+        if answer != _READY:
+            raise OSError(answer.decode() or "the sandbox died")
+        return CriuProcess(self.channel, None)
+
+    def close(self) -> None:
+        """Kill everything inside, and reap the keeper."""
+        if self.keeper > 0:
+            os.kill(self.keeper, signal.SIGKILL)
+            os.waitpid(self.keeper, 0)
+            self.keeper = 0
+        self._control.close()
+        self.channel.close()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+STAND_IN_FD = 200
+"""The first of the descriptors that stand in for external objects inside a sandbox."""
+
+
+def _keep(control: socket.socket, criu_end: socket.socket, workspace_fd: int) -> None:
+    """The keeper: make the namespaces, fork their first process, wait. Never returns."""
+    try:
+        reset_signals()
+        kernel.die_with_parent(signal.SIGKILL)
+        kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWPID)
+        kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+        first = os.fork()
+        if first == 0:
+            kernel.die_with_parent(signal.SIGKILL)
+            _serve(control, criu_end, workspace_fd)
+        os.waitpid(first, 0)
+    except BaseException as error:
+        _say(control, str(error))
+    finally:
+        os._exit(1)
+
+
+def _serve(control: socket.socket, criu_end: socket.socket, workspace_fd: int) -> None:
+    """The first process of the pid namespace: wait for the order, start CRIU, reap. Never returns."""
+    try:
+        kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+        kernel.loopback_up()
+        _allow_any_address()
+        control.send(_READY)
+        text = control.recv(1 << 20)
+        if not text:
+            os._exit(0)
+        order = Order(**json.loads(text))
+        for number, folder in enumerate(order.overlays):
+            _overlay(folder, workspace_fd, number)
+        _dodge(order.taken_pids)
+        if os.fork() == 0:
+            _exec_criu(criu_end, order.stand_ins, [workspace_fd])
+        criu_end.close()
+        control.send(_READY)
+        reap_until_alone()
+    except BaseException as error:
+        _say(control, str(error))
+    finally:
+        os._exit(1)
+
+
+def _say(control: socket.socket, text: str) -> None:
+    try:
+        control.send(text.encode()[:4000] or b"unknown")
+    except OSError:
+        pass
+
+
+def reset_signals() -> None:
+    """Give a forked child of ours the default signal handling."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def reap_until_alone() -> None:
+    """Wait for children until there are none."""
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
+
+
+def _allow_any_address() -> None:
+    """Let sockets bind to addresses that this empty network does not have, as those in the image did."""
+    for family in ("ipv4", "ipv6"):
+        try:
+            with open(f"/proc/sys/net/{family}/ip_nonlocal_bind", "w") as file:
+                file.write("1")
+        except OSError:
+            pass
+
+
+def _overlay(folder: str, workspace_fd: int, number: int) -> None:
+    """Lay a throwaway layer over a folder; what is mounted below it stays visible."""
+    upper, work = (f"overlay-{kind}-{number}" for kind in ("upper", "work"))
+    base = f"/proc/self/fd/{workspace_fd}"
+    status = os.stat(folder)
+    for name in (upper, work):
+        os.mkdir(name, 0o755, dir_fd=workspace_fd)
+    os.chown(f"{base}/{upper}", status.st_uid, status.st_gid)
+    os.chmod(f"{base}/{upper}", status.st_mode & 0o7777)
+    below = [(os.open(path, os.O_PATH), path) for path in _mounts_below(folder)]
+    escaped = folder.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+    options = f"lowerdir={escaped},upperdir={base}/{upper},workdir={base}/{work}"
+    kernel.mount("overlay", folder, "overlay", 0, options)
+    for fd, path in below:
+        kernel.mount(f"/proc/self/fd/{fd}", path, "", kernel.MS_BIND | kernel.MS_REC)
+        os.close(fd)
+
+
+def _mounts_below(folder: str) -> list[str]:
+    """Mount points directly or further below a folder, those inside another of them left out."""
+    with open("/proc/self/mountinfo") as file:
+        points = sorted({line.split()[4].replace("\\040", " ") for line in file})
+    found: list[str] = []
+    for point in points:
+        inside = point.startswith(folder.rstrip("/") + "/")
+        if inside and not any(point.startswith(f"{other}/") for other in found):
+            found.append(point)
+    return found
+
+
+def _dodge(taken: Sequence[int]) -> None:
+    """Make the next pids of this namespace ones that the tree does not need."""
+    used = set(taken)
+    with open(_PID_MAX) as file:
+        last = int(file.read()) - 1
+    span = 64
+    while any(pid in used for pid in range(last - span, last)):
+        last -= span
+    with open(_LAST_PID, "w") as file:
+        file.write(str(last - span))
+
+
+def _exec_criu(channel: socket.socket, stand_ins: int, keep: Sequence[int]) -> None:
+    """Become CRIU. Never returns."""
+    try:
+        null = os.open("/dev/null", os.O_RDWR)
+        for number in range(stand_ins):
+            os.dup2(null, STAND_IN_FD + number, inheritable=True)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd, inheritable=True)
+        for fd in (channel.fileno(), *keep):
+            os.set_inheritable(fd, True)
+        os.setpgid(0, 0)
+        command = [*criu_command(), "swrk", str(channel.fileno())]
+        os.execv(command[0], command)
+    finally:
+        os._exit(127)
+
+
+__all__ = ["STAND_IN_FD", "Order", "Sandbox", "reap_until_alone", "reset_signals"]

@@ -1,0 +1,245 @@
+"""Memory put back: which pages CRIU must find in its images, and all others written by us.
+
+CRIU reads pages with one thread, one system call a run. So it is given only those that it needs itself:
+pages that are not private anonymous memory, pages that a parent and its child still share since the fork
+(restored through CRIU they stay shared), and pages that the kernel writes to while CRIU works. All others
+are written straight into `/proc/PID/mem` by several threads while CRIU holds the finished tree still.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from crcli.store.base import Buffer
+
+AHEAD_BYTES = 192 << 20
+"""Raw bytes that are fetched and held before the tree is ready to take them, at most."""
+
+
+class Run(NamedTuple):
+    """Pages `start` to `start + pages` of something."""
+
+    start: int
+    pages: int
+
+
+class Target(NamedTuple):
+    """Where a part of a chunk goes: page `offset` of the chunk to page `start` of a space, `pages` of them."""
+
+    space: SpaceKey
+    start: int
+    offset: int
+    pages: int
+
+
+class Split(NamedTuple):
+    """The memory map in two: what CRIU must find in its images, and what is written afterwards."""
+
+    early: dict[SpaceKey, list[Extent]]
+    late: dict[SpaceKey, list[Extent]]
+
+
+def split(
+    spaces: Mapping[SpaceKey, list[Extent]],
+    parents: Iterable[tuple[int, int]],
+    kernel_pages: Mapping[int, Iterable[int]],
+) -> Split:
+    """Divide the memory map.
+
+    `parents` are (child, parent) pids of the tree, `kernel_pages` the page numbers, by pid, that the kernel
+    writes to during the restore.
+    """
+    early_runs: dict[SpaceKey, list[Run]] = {
+        SpaceKey(SpaceKind.PROCESS, pid): [Run(page, 1) for page in pages]
+        for pid, pages in kernel_pages.items()
+    }
+    for child, parent in parents:
+        mine, theirs = (SpaceKey(SpaceKind.PROCESS, pid) for pid in (child, parent))
+        shared = list(_common(spaces.get(mine, []), spaces.get(theirs, [])))
+        early_runs.setdefault(mine, []).extend(shared)
+        early_runs.setdefault(theirs, []).extend(shared)
+    early: dict[SpaceKey, list[Extent]] = {}
+    late: dict[SpaceKey, list[Extent]] = {}
+    for space, extents in spaces.items():
+        if space.kind == SpaceKind.SHARED:
+            early[space], late[space] = extents, []
+        else:
+            early[space], late[space] = _divide(extents, _joined(early_runs.get(space, [])))
+    return Split(early, late)
+
+
+def _common(ours: Sequence[Extent], theirs: Sequence[Extent]) -> Iterator[Run]:
+    """The runs that hold the same pages of the same chunks at the same addresses."""
+    at = 0
+    for extent in ours:
+        if extent.source != Source.CHUNK:
+            continue
+        while at < len(theirs) and theirs[at].end <= extent.start:
+            at += 1
+        other = at
+        while other < len(theirs) and theirs[other].start < extent.end:
+            found = theirs[other]
+            if (found.source, found.chunk, found.offset - found.start) == (
+                extent.source,
+                extent.chunk,
+                extent.offset - extent.start,
+            ):
+                start = max(extent.start, found.start)
+                yield Run(start, min(extent.end, found.end) - start)
+            other += 1
+
+
+def _joined(runs: list[Run]) -> list[Run]:
+    joined: list[Run] = []
+    for run in sorted(runs):
+        if joined and run.start <= joined[-1].start + joined[-1].pages:
+            last = joined.pop()
+            run = Run(last.start, max(last.start + last.pages, run.start + run.pages) - last.start)
+        joined.append(run)
+    return joined
+
+
+def _divide(extents: Sequence[Extent], runs: Sequence[Run]) -> tuple[list[Extent], list[Extent]]:
+    """Extents that are not lazy, or lie in `runs` (sorted, disjoint), and all others."""
+    inside: list[Extent] = []
+    outside: list[Extent] = []
+    at = 0
+    for extent in extents:
+        if not extent.lazy:
+            inside.append(extent)
+            continue
+        while at < len(runs) and runs[at].start + runs[at].pages <= extent.start:
+            at += 1
+        position, run = extent.start, at
+        while position < extent.end:
+            if run < len(runs) and runs[run].start <= position:
+                end = min(extent.end, runs[run].start + runs[run].pages)
+                inside.append(part(extent, position, end))
+                run += 1
+            else:
+                end = min(extent.end, runs[run].start if run < len(runs) else extent.end)
+                outside.append(part(extent, position, end))
+            position = end
+    return inside, outside
+
+
+def part(extent: Extent, start: int, end: int) -> Extent:
+    """The pages `start` to `end` of an extent."""
+    return extent._replace(start=start, pages=end - start, offset=extent.offset + start - extent.start)
+
+
+def targets(spaces: Mapping[SpaceKey, Iterable[Extent]]) -> dict[int, list[Target]]:
+    """For each chunk, where its pages go."""
+    found: dict[int, list[Target]] = {}
+    for space, extents in spaces.items():
+        for extent in extents:
+            if extent.source == Source.CHUNK:
+                target = Target(space, extent.start, extent.offset, extent.pages)
+                found.setdefault(extent.chunk, []).append(target)
+    return found
+
+
+class Replay:
+    """Fetches the chunks of `wanted` at once, and writes them where they go as soon as that is known."""
+
+    def __init__(
+        self,
+        wanted: Mapping[int, list[Target]],
+        plan: Sequence[Sequence[int]],
+        read: Callable[[Sequence[int]], Iterable[tuple[int, Buffer]]],
+        threads: int,
+    ) -> None:
+        self._wanted = wanted
+        self._read = read
+        self._groups: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
+        for group in plan:
+            self._groups.put(group)
+        self._ready = threading.Event()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._held = 0
+        self._memories: Mapping[SpaceKey, int] = {}
+        self.written_bytes = 0
+        self._failure: BaseException | None = None
+        count = min(threads, len(plan))
+        self._threads = [
+            threading.Thread(target=self._work, name=f"replay-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def write_to(self, memories: Mapping[SpaceKey, int]) -> None:
+        """Write everything into these `/proc/PID/mem` descriptors; return when all of it is there.
+
+        Raises whatever fetching, checking or writing raised first.
+        """
+        self._memories = memories
+        self._ready.set()
+        for thread in self._threads:
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def abandon(self) -> None:
+        """End the threads without writing anything more."""
+        self._stop.set()
+        self._ready.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        try:
+            held: list[tuple[int, Buffer]] = []
+            while not self._stop.is_set() and (group := self._next()) is not None:
+                for number, raw in self._read(group):
+                    if not self._ready.is_set() and self._hold(len(raw)):
+                        held.append((number, raw))
+                    else:
+                        self._ready.wait()
+                        self._write(number, raw)
+            self._ready.wait()
+            for number, raw in held:
+                self._write(number, raw)
+        except BaseException as error:  # raised again by write_to
+            self._failure = self._failure or error
+            self._stop.set()
+
+    def _next(self) -> Sequence[int] | None:
+        try:
+            return self._groups.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _hold(self, size: int) -> bool:
+        with self._lock:
+            if self._held + size > AHEAD_BYTES:
+                return False
+            self._held += size
+            return True
+
+    def _write(self, number: int, raw: Buffer) -> None:
+        if self._stop.is_set():
+            return
+        view = memoryview(raw)
+        for target in self._wanted[number]:
+            piece = view[target.offset * PAGE : (target.offset + target.pages) * PAGE]
+            write_all(self._memories[target.space], piece, target.start * PAGE)
+        with self._lock:
+            self.written_bytes += len(raw)
+
+
+def write_all(fd: int, piece: memoryview, at: int) -> None:
+    """pwrite(2) until all of `piece` is written."""
+    while piece:
+        done = os.pwrite(fd, piece, at)
+        piece = piece[done:]
+        at += done

@@ -1,0 +1,171 @@
+"""Files that belong to the frozen instant: taken along because CRIU leaves them out.
+
+CRIU stores what is in memory and the names of files. What a program has open for writing, keeps on a
+memory file system or in files without a name is state as much as its memory is, so it travels too.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from crcli.criu.images import link_remaps
+from crcli.criu.skeleton import regular_files
+from crcli.findings import Finding, Severity
+from crcli.image.manifest import StoredFile
+from crcli.image.packs import BLOB_BYTES
+from crcli.process.evidence import MEMORY_FILE_SYSTEMS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from crcli.criu.workspace import Workspace
+    from crcli.image.packs import PackWriter
+    from crcli.process.files import Mount
+
+WRITTEN_LIMIT = 64 << 20
+"""A file that is open for writing and larger than this (bytes) is not taken along, but named in a finding."""
+
+MEMORY_LIMIT = 1 << 30
+"""The same for files on memory file systems, which exist nowhere else."""
+
+_SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
+_SQLITE_MAGIC = b"SQLite format 3\0"
+_NEVER = ("/proc/", "/sys/", "/dev/pts/")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file to take along: its path as the tree sees it, and why."""
+
+    path: str
+    role: str
+
+
+def store_skeleton(images: Workspace, writer: PackWriter) -> list[StoredFile]:
+    """Store CRIU's own images (not its log); return where they are."""
+    stored: list[StoredFile] = []
+    for name in images.names():
+        if name.endswith(".img"):
+            chunks = tuple(writer.add_blob(block) for block in images.blocks(name, BLOB_BYTES))
+            stored.append(StoredFile(name, images.size(name), chunks))
+    return stored
+
+
+def capture_files(
+    images: Workspace,
+    root_pid: int,
+    mounts: dict[int, Mount],
+    include: tuple[str, ...],
+    writer: PackWriter,
+) -> tuple[list[StoredFile], list[Finding]]:
+    """Store the files that must travel; return them, and a finding for each that was too large.
+
+    The tree must be frozen. Paths are read as the tree's root process sees them.
+    """
+    root = f"/proc/{root_pid}/root"
+    stored: list[StoredFile] = []
+    findings: list[Finding] = []
+    seen: set[str] = set()
+    for wanted in _wanted(images, root, mounts, include):
+        if wanted.path in seen:
+            continue
+        seen.add(wanted.path)
+        try:
+            file = _store(root, wanted, writer)
+        except FileNotFoundError:
+            continue
+        if file is not None:
+            stored.append(file)
+        else:
+            findings.append(_too_large(wanted, os.stat(root + wanted.path).st_size))
+    return stored, findings
+
+
+def _wanted(
+    images: Workspace, root: str, mounts: dict[int, Mount], include: tuple[str, ...]
+) -> Iterator[Wanted]:
+    remaps = link_remaps(images)
+    yield from (Wanted(path, "link") for path in remaps)
+    for path in include:
+        yield from _included(root, os.path.abspath(path))
+    for path, flags, mode, _ in regular_files(images):
+        if path in remaps or path.startswith(_NEVER) or (mode and not stat.S_ISREG(mode)):
+            continue
+        if flags & os.O_ACCMODE:
+            yield Wanted(path, "written")
+            yield from _database_siblings(root, path)
+        elif _on_memory_file_system(root + path, mounts):
+            yield Wanted(path, "memory")
+
+
+def _included(root: str, path: str) -> Iterator[Wanted]:
+    if not os.path.isdir(root + path):
+        yield Wanted(path, "include")
+        return
+    for folder, _, names in os.walk(root + path):
+        for name in names:
+            found = os.path.join(folder, name)
+            if os.path.isfile(found) and not os.path.islink(found):
+                yield Wanted(found.removeprefix(root), "include")
+
+
+def _database_siblings(root: str, path: str) -> Iterator[Wanted]:
+    try:
+        with open(root + path, "rb") as file:
+            is_database = file.read(len(_SQLITE_MAGIC)) == _SQLITE_MAGIC
+    except OSError:
+        return
+    if is_database:
+        yield from (
+            Wanted(path + suffix, "database")
+            for suffix in _SQLITE_SIBLINGS
+            if os.path.exists(root + path + suffix)
+        )
+
+
+def _on_memory_file_system(path: str, mounts: dict[int, Mount]) -> bool:
+    try:
+        mount = mounts.get(os.stat(path).st_dev)
+    except OSError:
+        return False
+    return mount is not None and mount.fstype in MEMORY_FILE_SYSTEMS
+
+
+def _store(root: str, wanted: Wanted, writer: PackWriter) -> StoredFile | None:
+    """Store one file; None when it is larger than its kind may be."""
+    limit = WRITTEN_LIMIT if wanted.role in ("written", "database") else MEMORY_LIMIT
+    with open(root + wanted.path, "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(wanted.path)
+        if status.st_size > limit and wanted.role not in ("link", "include"):
+            return None
+        chunks = []
+        left = status.st_size
+        while left and (block := file.read(min(BLOB_BYTES, left))):
+            chunks.append(writer.add_blob(block))
+            left -= len(block)
+        return StoredFile(
+            name=wanted.path,
+            size=status.st_size - left,
+            chunks=tuple(chunks),
+            mode=status.st_mode & 0o7777,
+            uid=status.st_uid,
+            gid=status.st_gid,
+            mtime_ns=status.st_mtime_ns,
+            role=wanted.role,
+        )
+
+
+def _too_large(wanted: Wanted, size: int) -> Finding:
+    return Finding(
+        name="file-not-carried",
+        severity=Severity.CHANGE,
+        message=f"{wanted.path} ({size >> 20} MiB) is open for writing and too large to travel in the image",
+        evidence={"path": wanted.path, "bytes": size},
+        action="the image refers to it by name: it must be there, with this size, on restore",
+        remedy="keep it on storage that both nodes share, or name it with --include to take it along",
+    )

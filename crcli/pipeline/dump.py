@@ -1,0 +1,398 @@
+"""The story of a dump, from a pid to a durable image. Each stage says what is true when it ends.
+
+Until CRIU is answered "yes" in `_Hold`, whatever fails, the tree runs on: CRIU thaws it when we say no, when
+our connection ends, when it fails itself; and when CRIU dies, the kernel lets go of the tree and
+`rescue` undoes the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import crcli
+from crcli.criu import netlock
+from crcli.criu.images import link_remaps, read_tree, run_id
+from crcli.criu.log import explain
+from crcli.criu.options import LOG_NAME, dump_options
+from crcli.criu.page_server import receive_pages, socket_pair
+from crcli.criu.rescue import rescue
+from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
+from crcli.criu.sandbox import Sandbox
+from crcli.criu.skeleton import regular_files
+from crcli.criu.workspace import OverflowFile, Workspace
+from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TreeState
+from crcli.findings import Finding, Severity
+from crcli.image.index import KnownPagesOf, load_known
+from crcli.image.manifest import Manifest, publish
+from crcli.image.names import check_name, new_image_id, suggested_name
+from crcli.image.packs import PackWriter
+from crcli.image.session import Session
+from crcli.memory.intake import Intake, MemoryCounts
+from crcli.pipeline.capture import capture_files, store_skeleton
+from crcli.pipeline.facts import describe_host, describe_tree
+from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
+from crcli.pipeline.plan import make_plan, outside_links
+from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
+from crcli.pipeline.trial import try_skeleton
+from crcli.pipeline.watch import kill_all, tree_state, wait_until_dead
+from crcli.process.gather import gather
+from crcli.process.preflight import preflight
+from crcli.process.tree import refuse_bad_target, scan_tree
+from crcli.store.open import open_store
+
+if TYPE_CHECKING:
+    from crcli.criu.options import DumpPlan
+    from crcli.image.manifest import StoredFile
+    from crcli.pipeline.plan import OutsideLink
+    from crcli.pipeline.stages import DumpOptions, Progress
+    from crcli.process.evidence import Evidence
+    from crcli.store.base import Store
+
+CRIU_LIMIT_S = 600.0
+"""How long CRIU itself may work on a dump (seconds), the time that it waits for us left out."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tree that was looked at and can be dumped, and how. Nothing was touched."""
+
+    evidence: Evidence
+    findings: tuple[Finding, ...]
+    links: tuple[OutsideLink, ...]
+    plan: DumpPlan
+    name: str
+    image_id: str
+
+
+def dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
+    """Dump the tree of `options.pid` into the store; return what was done.
+
+    The image is durable on return. Raises PreflightRefused (tree untouched), DumpFailed (its `state` says
+    what the tree does), StoreError (tree running), HostLacks.
+    """
+    progress = progress or Silent()
+    watch = Stopwatch(progress)
+    with watch.phase("look"):
+        target = look(options)
+    for finding in target.findings:
+        progress.finding(finding)
+    report = _begin_report(options, target)
+    if options.dry_run:
+        report.total_ms = watch.since_start_ms()
+        report.phases = watch.phases
+        return report
+    with interruptible() as interrupts:
+        _Dump(options, target, watch, report, interrupts, progress).run()
+    report.phases = watch.phases
+    report.total_ms = watch.since_start_ms()
+    return report
+
+
+def look(options: DumpOptions) -> Target:
+    """Look at the tree and decide how to take it; raise PreflightRefused when it cannot be taken."""
+    if options.name:
+        check_name(options.name)
+    tree = scan_tree(refuse_bad_target(options.pid))
+    evidence = gather(tree)
+    findings = tuple(preflight(evidence))
+    blockers = [finding for finding in findings if finding.severity == Severity.BLOCKER]
+    if blockers:
+        raise PreflightRefused(
+            f"process {options.pid} cannot be dumped: {blockers[0].message}",
+            hint=blockers[0].remedy,
+            findings=findings,
+        )
+    links = outside_links(evidence)
+    plan = make_plan(evidence, links, options.outcome)
+    name = options.name or suggested_name(evidence.root.comm)
+    return Target(evidence, findings, links, plan, name, new_image_id())
+
+
+def _begin_report(options: DumpOptions, target: Target) -> DumpReport:
+    return DumpReport(
+        image=f"{target.name}@{target.image_id}",
+        name=target.name,
+        id=target.image_id,
+        store=options.store,
+        pid=options.pid,
+        processes=len(target.evidence.tree),
+        findings=target.findings,
+    )
+
+
+class _Dump:
+    """One dump under way: what the stages share, and in which order everything is given back."""
+
+    def __init__(
+        self,
+        options: DumpOptions,
+        target: Target,
+        watch: Stopwatch,
+        report: DumpReport,
+        interrupts: Interrupts,
+        progress: Progress,
+    ) -> None:
+        self.options = options
+        self.target = target
+        self.watch = watch
+        self.report = report
+        self.interrupts = interrupts
+        self.progress = progress
+        self.published = False
+        self.frozen_at = 0.0
+        self.skeleton: list[StoredFile] = []
+        self.files: list[StoredFile] = []
+        self.remaps: list[str] = []
+        self.run_id = ""
+        self.extra_meta: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """Prepare, freeze, take, prove, publish, let go, finish."""
+        with ExitStack() as held:
+            self._prepare(held)
+            try:
+                self._freeze_and_take()
+            except BaseException as error:
+                self._after_failure(error)
+            self._finish()
+
+    # Everything that takes time and does not need the tree frozen comes first.
+
+    def _prepare(self, held: ExitStack) -> None:
+        with self.watch.phase("prepare"):
+            self.workspace = held.enter_context(Workspace.create())
+            self.images = held.enter_context(self.workspace.folder("images"))
+            self.sandbox = held.enter_context(Sandbox(self.workspace.fd)) if self.options.trial else None
+            self.tables_before = netlock.tables()
+            store = open_store(self.options.store, endpoint_url=self.options.endpoint_url)
+            held.callback(store.close)
+            self.store: Store = store
+            self.session = held.enter_context(Session(store, self.target.image_id))
+            known = load_known(store, self.target.name)
+            self.writer = PackWriter(store, self.target.image_id, known)
+            held.callback(self.writer.close)
+            overflow = OverflowFile(self.workspace)
+            held.callback(overflow.close)
+            pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
+            self.intake = Intake(pages, self.writer, overflow)
+            held.callback(self.intake.abandon)
+
+    # From here on CRIU holds the tree, and lets it go unless we say otherwise.
+
+    def _freeze_and_take(self) -> None:
+        ours, theirs = socket_pair()
+        with ours, CriuProcess.start(pass_fds=[theirs.fileno()]) as criu:
+            receiver = _Receiver(ours, self.intake)
+            receiver.start()
+            options = dump_options(self.target.plan, self.images.fd, theirs.fileno())
+            theirs.close()
+            answer = criu.request(
+                rpc.DUMP, options, lambda script, _: self._on_notify(script, receiver), CRIU_LIMIT_S
+            )
+        if not answer.success:
+            raise DumpFailed(**_explained(self.images, "CRIU could not dump the tree"))
+
+    def _on_notify(self, script: str, receiver: _Receiver) -> bool:
+        if script == "pre-dump":
+            self._check_identity()
+            self.frozen_at = time.monotonic()
+        elif script == "post-dump":
+            self._hold(receiver)
+        return True
+
+    def _check_identity(self) -> None:
+        if not self.target.evidence.root.identity.alive():
+            raise PreflightRefused(f"process {self.options.pid} ended before it could be frozen")
+
+    # All images are written, the tree stands frozen, CRIU waits for our answer.
+
+    def _hold(self, receiver: _Receiver) -> None:
+        receiver.join()
+        self.watch.add("take", time.monotonic() - self.frozen_at)
+        with self.watch.phase("files"):
+            self._capture()
+        if self.sandbox is not None:
+            with self.watch.phase("trial"):
+                plan, links = self.target.plan, self.target.links
+                try_skeleton(self.sandbox, self.workspace, self.images, self.intake.kept, plan, links)
+        self.intake.open_gate()
+        self.report.frozen_ms = round((time.monotonic() - self.frozen_at) * 1000, 2)
+        if self.options.outcome != Outcome.RUNNING:
+            with self.watch.phase("hold"):
+                self._publish()
+
+    def _capture(self) -> None:
+        evidence = self.target.evidence
+        self.remaps = link_remaps(self.images)
+        self.run_id = run_id(self.images)
+        self.files, findings = capture_files(
+            self.images, evidence.root.pid, evidence.mounts, self.options.include, self.writer
+        )
+        self.report.findings = (*self.report.findings, *findings)
+        for finding in findings:
+            self.progress.finding(finding)
+
+    def _publish(self) -> None:
+        """Finish the memory, make everything durable, write the manifest: the image exists on return."""
+        spaces, counts = self.intake.finish()
+        self.skeleton = store_skeleton(self.images, self.writer)
+        self.writer.seal()
+        self._check_borrowed()
+        self._count(counts)
+        manifest = Manifest(
+            name=self.target.name,
+            id=self.target.image_id,
+            packs=self.writer.packs,
+            chunks=self.writer.chunks,
+            spaces=spaces,
+            skeleton=self.skeleton,
+            files=self.files,
+            meta=self._meta(counts),
+        )
+        self.interrupts.past_return()
+        self.report.stored_bytes = self.writer.stored_bytes + publish(self.store, manifest)
+        self.published = True
+
+    def _check_borrowed(self) -> None:
+        """Make sure that the packs of earlier images that this one refers to are still there."""
+        for key in self.writer.foreign_pack_keys():
+            self.store.stat(key)
+
+    def _count(self, counts: MemoryCounts) -> None:
+        self.report.memory_bytes = counts.total
+        self.report.zero_bytes = counts.zero
+        self.report.reused_bytes = counts.reused
+
+    def _meta(self, counts: MemoryCounts) -> dict[str, Any]:
+        members = read_tree(self.images)
+        return {
+            "crcli": crcli.__version__,
+            "created": time.time(),
+            "host": describe_host(),
+            "tree": describe_tree(self.target.evidence),
+            "members": [{"pid": m.pid, "ppid": m.ppid, "comm": m.comm, "alive": m.alive} for m in members],
+            "plan": {
+                "shell_job": self.target.plan.shell_job,
+                "manage_cgroups": self.target.plan.manage_cgroups,
+            },
+            "links": [link.as_json() for link in self.target.links],
+            "run_id": self.run_id,
+            "counts": dict(counts.__dict__),
+            "frozen_ms": self.report.frozen_ms,
+            "phases": dict(self.watch.phases),
+            "mapped": sorted({path for path, *_ in regular_files(self.images)}),
+        }
+
+    # CRIU has answered, or is gone.
+
+    def _finish(self) -> None:
+        outcome = self.options.outcome
+        if outcome == Outcome.RUNNING:
+            with self.watch.phase("store"):
+                try:
+                    self._publish()
+                except BaseException as error:
+                    raise self._failure(error) from error
+        elif outcome == Outcome.KILLED:
+            with self.watch.phase("reap"):
+                self._clear_away()
+        else:
+            netlock.remove_for(self.run_id)
+        self.report.outcome = outcome.value
+
+    def _clear_away(self) -> None:
+        """CRIU has killed the tree: see it dead, and remove what CRIU left behind for a restore here.
+
+        The lock on connections that lead out of the tree stays: without it the kernel would reset them, and
+        a restore here could not keep them. A restore, `rm` and `doctor` remove it.
+        """
+        wait_until_dead(process.identity for process in self.target.evidence.tree)
+        for path in self.remaps:
+            try:
+                os.unlink(path)  # it travels in the image
+            except OSError:
+                pass
+        if not any(held.inside is False for held in self.target.evidence.tcp):
+            netlock.remove_for(self.run_id)
+
+    def _after_failure(self, error: BaseException) -> None:
+        """Decide what a failure means: raise, or go on where the image stands all the same."""
+        if isinstance(error, CriuDied | CriuTimeout):
+            stopped = [p.pid for p in self.target.evidence.tree if p.is_stopped]
+            if self.published and self.options.outcome == Outcome.KILLED:
+                kill_all(process.identity for process in self.target.evidence.tree)
+                return
+            rescue((p.pid for p in self.target.evidence.tree.living), stopped, self.tables_before)
+        raise self._failure(error) from error
+
+    def _failure(self, error: BaseException) -> BaseException:
+        """The error to raise, saying what the tree does now."""
+        state = tree_state(self.target.evidence.tree)
+        if self.published:
+            return DumpFailed(
+                f"the image {self.report.image} is whole and durable, but the dump did not end as asked: {error}",
+                hint="the tree still runs beside its image" if state == TreeState.RUNNING else "",
+                state=state,
+            )
+        if isinstance(error, Interrupted):
+            return DumpFailed(f"the dump was {error}", hint="nothing was lost; run it again", state=state)
+        if isinstance(error, CriuDied):
+            return DumpFailed(**_explained(self.images, "CRIU died during the dump"), state=state)
+        if isinstance(error, CriuTimeout):
+            return DumpFailed(**_explained(self.images, "CRIU took too long"), state=state)
+        if isinstance(error, CrcliError):
+            if not isinstance(error, PreflightRefused):
+                error.state = state
+            return error
+        if isinstance(error, OSError | ConnectionError):
+            return DumpFailed(f"the dump failed: {error}", state=state)
+        return error
+
+
+class _Receiver(threading.Thread):
+    """Takes CRIU's pages into the intake, beside the exchange of messages with CRIU."""
+
+    def __init__(self, channel: Any, intake: Intake) -> None:
+        super().__init__(name="pages", daemon=True)
+        self._channel = channel
+        self._intake = intake
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            receive_pages(self._channel, self._intake)
+        except BaseException as error:
+            self._failure = error
+            self._channel.close()  # CRIU fails at its next page, and lets the tree go
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the last page is here; raise what went wrong."""
+        super().join(timeout)
+        if self._failure is not None:
+            raise self._failure
+
+
+def _explained(images: Workspace, what: str) -> dict[str, str]:
+    log = images.read(LOG_NAME).decode(errors="replace") if LOG_NAME in images.names() else ""
+    cause = explain(log)
+    keep_log(log, "dump")
+    return {"message": f"{what}: {cause.text}", "hint": cause.hint}
+
+
+def keep_log(log: str, kind: str) -> str:
+    """Keep CRIU's whole log where the user can read it; return its path (empty: it could not be kept)."""
+    folder = os.environ.get("CRCLI_LOG_DIR", "/var/log/crcli")
+    path = f"{folder}/criu-{kind}-{platform.node()}-{os.getpid()}.log"
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        with open(path, "w") as file:
+            file.write(log)
+    except OSError:
+        return ""
+    return path

@@ -1,0 +1,49 @@
+"""Facts that travel in a manifest, for the guard of whoever restores it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crcli.process.evidence import Evidence
+
+
+def describe_host() -> dict[str, Any]:
+    """This host, as far as a restore elsewhere may have to compare."""
+    name = os.uname()
+    return {
+        "hostname": name.nodename,
+        "kernel": name.release,
+        "machine": name.machine,
+        "python": platform.python_version(),
+        "page_size": os.sysconf("SC_PAGE_SIZE"),
+        "cpu_model": _cpu_field(b"model name"),
+        "cpu_flags": sorted(_cpu_field(b"flags").split()),
+    }
+
+
+def _cpu_field(name: bytes) -> str:
+    with open("/proc/cpuinfo", "rb") as file:
+        for line in file:
+            key, _, value = line.partition(b":")
+            if key.strip() == name:
+                return value.strip().decode(errors="replace")
+    return ""
+
+
+def describe_tree(evidence: Evidence) -> list[dict[str, Any]]:
+    """The tree's processes, for people: command lines and what they run."""
+    return [
+        {
+            "pid": process.nspid[-1] if process.nspid else process.pid,
+            "comm": process.comm,
+            "argv": list(process.argv),
+            "exe": process.exe,
+            "cwd": process.cwd,
+            "uid": process.uids[0] if process.uids else 0,
+            "threads": process.threads,
+        }
+        for process in evidence.tree
+    ]

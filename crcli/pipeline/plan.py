@@ -1,0 +1,106 @@
+"""From what was seen of a tree to how it is dumped: no option is ever asked of the user."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from crcli.criu.options import DumpPlan
+from crcli.pipeline.stages import Outcome
+
+if TYPE_CHECKING:
+    from crcli.process.evidence import Evidence, HeldSocket
+
+
+@dataclass(frozen=True)
+class OutsideLink:
+    """Something of the tree's that leads out of it, and must be put in place again on restore.
+
+    `kind` is "terminal", "pipe" or "unix"; `key` is CRIU's name for it; `external` says whether CRIU has to
+    be told of it at the dump already; `path` is where a unix peer listens; `writes`/`reads` say which ends
+    the tree holds; `descriptors` are (pid, fd).
+    """
+
+    kind: str
+    key: str
+    external: bool
+    path: str = ""
+    reads: bool = True
+    writes: bool = True
+    descriptors: tuple[tuple[int, int], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        return dict(self.__dict__)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> OutsideLink:
+        """Read one back."""
+        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        known["descriptors"] = tuple((int(pid), int(fd)) for pid, fd in known.get("descriptors", ()))
+        return cls(**known)
+
+
+def outside_links(evidence: Evidence) -> tuple[OutsideLink, ...]:
+    """Everything of the tree that leads to a process outside of it, TCP aside."""
+    links = [
+        OutsideLink(
+            "terminal",
+            terminal.criu_key,
+            external=True,
+            path=terminal.path,
+            descriptors=tuple((file.pid, file.fd) for file in terminal.holders),
+        )
+        for terminal in evidence.outside_terminals
+        if terminal.index is not None
+    ]
+    links += [
+        OutsideLink(
+            "pipe",
+            pipe.criu_key,
+            external=False,
+            reads=bool(pipe.readers),
+            writes=bool(pipe.writers),
+            descriptors=tuple((file.pid, file.fd) for file in pipe.holders),
+        )
+        for pipe in evidence.pipes
+        if not pipe.path and not (pipe.readers and pipe.writers)
+    ]
+    links += [_unix_link(held) for held in evidence.outside_unix if held.socket.type != "dgram"]
+    return tuple(links)
+
+
+def _unix_link(held: HeldSocket) -> OutsideLink:
+    return OutsideLink(
+        "unix",
+        held.criu_key,
+        external=True,
+        path=held.peer.path if held.peer is not None else "",
+        descriptors=tuple((file.pid, file.fd) for file in held.holders),
+    )
+
+
+def make_plan(evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outcome) -> DumpPlan:
+    """Decide how CRIU is to take this tree."""
+    ours = evidence.viewer.cgroups
+    return DumpPlan(
+        pid=evidence.root.pid,
+        shell_job=bool(evidence.foreign_sessions),
+        manage_cgroups=any(process.cgroups != ours for process in evidence.tree.living),
+        network_lock=network_lock(),
+        external=tuple(link.key for link in links if link.external),
+        ghost_bytes=evidence.ghost_bytes + (64 << 20),
+        leave_running=outcome == Outcome.RUNNING,
+        leave_stopped=outcome == Outcome.STOPPED,
+    )
+
+
+def network_lock() -> str:
+    """How CRIU can hold packets back on this host: nftables, iptables, or not at all."""
+    if os.path.isdir("/proc/sys/net/netfilter"):
+        return "nftables"
+    paths = (*os.environ.get("PATH", "").split(":"), "/usr/sbin", "/sbin")
+    if any(os.access(f"{path}/iptables-restore", os.X_OK) for path in paths):
+        return "iptables"
+    return "nftables"

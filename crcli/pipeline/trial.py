@@ -1,0 +1,99 @@
+"""The trial: the skeleton restored, stopped, in throwaway namespaces, before anything is killed."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from crcli.criu.images import read_tree
+from crcli.criu.log import explain
+from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
+from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
+from crcli.criu.sandbox import STAND_IN_FD, Order
+from crcli.criu.skeleton import accept_sizes, lay_out_memory, present_sizes, touched_folders
+from crcli.errors import DumpFailed, TreeState
+from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
+from crcli.memory.replay import write_all
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from crcli.criu.options import DumpPlan
+    from crcli.criu.sandbox import Sandbox
+    from crcli.criu.workspace import Workspace
+    from crcli.pipeline.plan import OutsideLink
+
+TRIAL_LIMIT_S = 20.0
+"""How long a trial may take (seconds) before the dump is refused."""
+
+_LEFT_OUT = frozenset((LOG_NAME, "filelocks.img"))
+"""The originals still hold their locks: restoring them beside would wait for ever."""
+
+
+def try_skeleton(
+    sandbox: Sandbox,
+    workspace: Workspace,
+    images: Workspace,
+    kept: Mapping[SpaceKey, list[tuple[int, bytes]]],
+    plan: DumpPlan,
+    links: tuple[OutsideLink, ...],
+) -> None:
+    """Restore the skeleton in the sandbox, without a single instruction of the tree being run.
+
+    Raises DumpFailed when it cannot be restored: the dump must then be given up, and the tree let go.
+    """
+    with workspace.folder("trial") as trial:
+        for name in images.names():
+            if name not in _LEFT_OUT:
+                trial.link_from(images, name)
+        _lay_out_kept(trial, kept)
+        accept_sizes(trial, present_sizes(trial))  # others may write to the same files meanwhile
+        external = [link.key for link in links if link.external]
+        pids = [pid for member in read_tree(trial) for pid in (member.pid, *member.threads)]
+        order = Order(tuple(touched_folders(trial)), tuple(pids), len(external))
+        restore = RestorePlan(
+            shell_job=plan.shell_job,
+            manage_cgroups=False,
+            tcp_close=True,
+            external=tuple(external),
+            inherit={key: STAND_IN_FD + number for number, key in enumerate(external)},
+            leave_stopped=True,
+            sibling=True,
+        )
+        try:
+            criu = sandbox.start_criu(order)
+            folder = f"/proc/self/fd/{workspace.fd}/trial"
+            answer = criu.request(
+                rpc.RESTORE, restore_options(restore, folder), lambda *_: True, TRIAL_LIMIT_S
+            )
+        except (CriuDied, CriuTimeout, OSError) as error:
+            reason = "took too long" if isinstance(error, CriuTimeout) else str(error)
+            raise _refusal(f"the trial restore {reason}", trial) from error
+        if not answer.success:
+            raise _refusal("the trial restore failed", trial)
+
+
+def _lay_out_kept(trial: Workspace, kept: Mapping[SpaceKey, list[tuple[int, bytes]]]) -> None:
+    extents = {
+        space: [Extent(start, len(data) // PAGE, Source.CHUNK) for start, data in sorted(runs)]
+        for space, runs in kept.items()
+    }
+
+    def fill(places: Mapping[SpaceKey, tuple[int, dict[int, int]]]) -> None:
+        for space, (fd, offsets) in places.items():
+            for start, data in kept[space]:
+                write_all(fd, memoryview(data), offsets[start])
+
+    lay_out_memory(trial, extents, fill)
+
+
+def _refusal(what: str, trial: Workspace) -> DumpFailed:
+    log = trial.read(LOG_NAME).decode(errors="replace") if LOG_NAME in trial.names() else ""
+    cause = explain(log)
+    if os.environ.get("CRCLI_DEBUG"):
+        what += "\n" + log
+    return DumpFailed(
+        f"{what}, so this tree could not come back here: {cause.text}",
+        hint=cause.hint or "--no-trial dumps it all the same, at your own risk",
+        state=TreeState.RUNNING,
+    )

@@ -1,0 +1,74 @@
+"""What a tree's processes are doing: asked of /proc, never assumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from crcli.errors import TreeState
+from crcli.process.identity import ProcessId, read_stat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from crcli.process.tree import Tree
+
+_STEP_S = 0.005
+
+
+def wait_until_dead(processes: Iterable[ProcessId], limit_s: float = 3.0) -> list[ProcessId]:
+    """Wait until none of the processes runs any more; return those that do after the limit.
+
+    A zombie is dead: who reaps it, and when, is its parent's affair.
+    """
+    left = list(processes)
+    end = time.monotonic() + limit_s
+    while True:
+        left = [process for process in left if process.alive()]
+        if not left or time.monotonic() >= end:
+            return left
+        time.sleep(_STEP_S)
+
+
+def kill_all(processes: Iterable[ProcessId]) -> None:
+    """Kill exactly these processes (by pid and start time), and none that took a pid over."""
+    for process in processes:
+        if process.alive():
+            try:
+                os.kill(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def tree_state(tree: Tree, limit_s: float = 2.0) -> TreeState:
+    """Say what the tree does now, after giving it a moment to be let go.
+
+    RUNNING when every process that lived lives, and none is stopped that was not before.
+    """
+    end = time.monotonic() + limit_s
+    while True:
+        states = [_state(process.identity) for process in tree.living]
+        held = [
+            state
+            for state, process in zip(states, tree.living, strict=True)
+            if state in ("t", "T") and not process.is_stopped
+        ]
+        if not held or time.monotonic() >= end:
+            break
+        time.sleep(_STEP_S)
+    if all(state == "" for state in states):
+        return TreeState.DEAD
+    if held:
+        return TreeState.STOPPED
+    return TreeState.RUNNING if states[0] else TreeState.DEAD
+
+
+def _state(process: ProcessId) -> str:
+    """The process's state letter; empty when it is gone or a zombie."""
+    try:
+        stat = read_stat(process.pid)
+    except ProcessLookupError:
+        return ""
+    return "" if stat.start_time != process.start_time or stat.is_zombie else stat.state
