@@ -1,0 +1,137 @@
+"""The parts of scripts/ that can be tried without a fresh machine."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+DEPENDENCIES = """\
+criu
+  Depends: libc6
+  Depends: libnet9
+ |Depends: libold1
+  Depends: <libvirtual1>
+    libprovider1
+  Depends: python3
+python3
+  Depends: libpython3-stdlib
+libc6
+  Depends: libgcc-s1
+  Depends: libc-gconv-modules-extra
+libnet9
+  Depends: libc6
+libgcc-s1
+  Depends: gcc-16-base
+  Depends: libc6
+libprovider1
+  Depends: libdeep1
+"""
+
+TARGETS = """\
+http://vendor/debian/|bookworm|main|Vendor
+http://mirror/debian/|bookworm|main|Debian
+http://mirror/debian/|bookworm-updates|main|Debian
+http://mirror/debian/|bookworm|contrib|Debian
+http://mirror/security/|bookworm-security|main|Debian
+"""
+
+
+def install_criu(commands: str, given: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run bash commands with the functions of scripts/install-criu."""
+    return subprocess.run(
+        ["bash", "-c", f'source "$0"; {commands}', str(SCRIPTS / "install-criu")],
+        input=given,
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def fake_criu(folder: Path, version: str, complaint: str = "") -> Path:
+    binary = folder / "sbin" / "criu"
+    binary.parent.mkdir(parents=True)
+    check = f"echo '(00.1) Error ({complaint}' >&2; exit 1" if complaint else "exit 0"
+    binary.write_text(f'#!/bin/sh\n[ "$1" = check ] || {{ echo "Version: {version}"; exit 0; }}\n{check}\n')
+    binary.chmod(0o755)
+    return binary
+
+
+@pytest.mark.parametrize(
+    "name", ["install-criu", "quickstart", "test", "check", "lib/apt.sh", "lib/setup.sh"]
+)
+def test_every_script_is_valid_bash(name: str) -> None:
+    """A script with a syntax error would only be noticed on somebody's fresh machine."""
+    assert subprocess.run(["bash", "-n", str(SCRIPTS / name)], capture_output=True, text=True).stderr == ""
+
+
+def test_only_the_libraries_of_criu_are_fetched() -> None:
+    """Libraries are followed through libraries and through virtual packages; Python and its own are not."""
+    found = install_criu("libraries_of criu", DEPENDENCIES).stdout.split()
+    assert sorted(found) == ["libc6", "libdeep1", "libgcc-s1", "libnet9", "libold1", "libprovider1"]
+
+
+def test_the_mirror_that_calls_itself_debian_comes_first() -> None:
+    """Vendors publish under Debian's suite names too; the security archive has no other suites."""
+    found = install_criu("mirrors_among bookworm", TARGETS).stdout.split()
+    assert found == ["http://mirror/debian/", "http://vendor/debian/"]
+
+
+@pytest.mark.skipif(not shutil.which("dpkg"), reason="dpkg compares the versions")
+@pytest.mark.parametrize(
+    ("version", "complaint", "verdict"),
+    [
+        ("4.1", "", "fine"),
+        ("4.2.1", "", "fine"),
+        ("4.10", "", "fine"),
+        ("3.17.1", "", "is 3.17.1, older than 4.1"),
+        ("4.2", "vdso.c:1): bad", "is 4.2 but `criu check` fails: (00.1) Error (vdso.c:1): bad"),
+        ("", "", "does not start"),
+    ],
+)
+def test_a_criu_is_taken_only_when_it_works_here(
+    tmp_path: Path, version: str, complaint: str, verdict: str
+) -> None:
+    """A version that is new enough is not enough: the kernel may refuse it, and the reason is told."""
+    binary = fake_criu(tmp_path, version, complaint)
+    assert install_criu(f'runs {binary} && echo fine || echo "$why"').stdout.strip() == verdict
+
+
+@pytest.mark.skipif(not shutil.which("dpkg"), reason="dpkg compares the versions")
+def test_a_criu_without_pycriu_is_not_taken(tmp_path: Path) -> None:
+    """crcli talks to CRIU through pycriu, which must be of the same root as the binary."""
+    binary = fake_criu(tmp_path / "bare", "4.2")
+    assert "has no pycriu" in install_criu(f'has_pycriu {binary} || echo "$why"').stdout
+    package = tmp_path / "bare/lib/python3/dist-packages/pycriu"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    assert install_criu(f'has_pycriu {binary} && echo "$pycriu"').stdout.strip() == str(package)
+
+
+def test_a_venv_sees_pycriu_and_nothing_else_beside_it(tmp_path: Path) -> None:
+    """The path in the .pth file holds one link, so the distribution's other packages stay out of the venv."""
+    packages = tmp_path / "dist-packages"
+    for name in ("pycriu", "yaml"):
+        (packages / name).mkdir(parents=True)
+        (packages / name / "__init__.py").touch()
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    home = f"{tmp_path}/home/criu"
+    shown = install_criu(f"pycriu={packages}/pycriu; pycriu_shown_to {venv}", CRCLI_CRIU_PREFIX=home)
+    assert shown.returncode == 0, shown.stderr
+    look = "import pycriu, importlib.util; print(importlib.util.find_spec('yaml'))"
+    looked = subprocess.run([venv / "bin/python", "-c", look], capture_output=True, text=True)
+    assert looked.stdout.strip() == "None", looked.stderr
+
+
+def test_a_line_of_a_package_list_is_one_package() -> None:
+    """scripts/test reads each line of tests/*/apt.txt as one package, or as first|second."""
+    for listing in SCRIPTS.parent.glob("tests/*/apt.txt"):
+        for line in listing.read_text().splitlines():
+            assert " " not in line.split("#")[0].strip(), f"{listing}: {line}"
