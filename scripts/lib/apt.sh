@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # Debian packages, for the scripts beside it (sourced): installed when missing, and no service started by it.
 
+# A root shell made by plain `su` lacks these, and dpkg refuses to work without them.
+export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() { say "$@"; exit 1; }
 is_root() { [[ $(id -u) == 0 ]]; }

@@ -11,6 +11,9 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
+# What a test would install by mistake would at least not land on the machine.
+NOWHERE = "/nonexistent/crcli/criu"
+
 DEPENDENCIES = """\
 criu
   Depends: libc6
@@ -43,11 +46,11 @@ http://mirror/security/|bookworm-security|main|Debian
 
 
 def install_criu(commands: str, given: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run bash commands with the functions of scripts/install-criu."""
+    """Run bash commands with the functions of scripts/install-criu, which itself installs nothing then."""
     return subprocess.run(
-        ["bash", "-c", f'source "$0"; {commands}', str(SCRIPTS / "install-criu")],
+        ["bash", "-c", f'source "$1"; {commands}', "a-test", str(SCRIPTS / "install-criu")],
         input=given,
-        env={"PATH": "/usr/local/bin:/usr/bin:/bin", **environment},
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin", "CRCLI_CRIU_PREFIX": NOWHERE, **environment},
         capture_output=True,
         text=True,
         timeout=30,
