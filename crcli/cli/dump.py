@@ -1,0 +1,74 @@
+"""`crcli dump`: parse, call pipeline.dump, show its report."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption
+from crcli.config import choose_store
+from crcli.errors import UsageError
+from crcli.pipeline.stages import DumpOptions, Outcome
+
+
+def dump(
+    pid: Annotated[int, typer.Argument(metavar="PID", help="The root of the tree.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="The image's name. Default: the command's.", show_default=False),
+    ] = "",
+    store: StoreOption = None,
+    leave_running: Annotated[
+        bool, typer.Option("--leave-running", help="Let the tree run on once it was taken.")
+    ] = False,
+    leave_stopped: Annotated[
+        bool, typer.Option("--leave-stopped", help="Leave the tree stopped (SIGSTOP) instead of killing it.")
+    ] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH", help="A file or folder to take along; may be repeated.", show_default=False
+        ),
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="When this node goes away, from now.", min=0, show_default=False
+        ),
+    ] = None,
+    no_trial: Annotated[
+        bool, typer.Option("--no-trial", help="Skip the trial restore that proves the image before the kill.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Look at the tree and say what would be done; touch nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    endpoint_url: EndpointOption = None,
+) -> None:
+    """Freeze the process tree of PID, ship it to the store, and let it go.
+
+    The tree is killed only when its image is durable and was proven by a trial restore; whatever fails
+    before, it runs on as if nothing had happened.
+    """
+    if leave_running and leave_stopped:
+        raise UsageError("--leave-running and --leave-stopped exclude each other")
+    chosen = choose_store(store, endpoint_url)
+    options = DumpOptions(
+        pid=pid,
+        store=chosen.url,
+        name=name,
+        outcome=Outcome.RUNNING if leave_running else Outcome.STOPPED if leave_stopped else Outcome.KILLED,
+        include=tuple(include or ()),
+        trial=not no_trial,
+        dry_run=dry_run,
+        deadline_s=deadline,
+        endpoint_url=chosen.endpoint_url,
+    )
+    from crcli.pipeline.dump import dump as run
+    from crcli.ui import reports
+    from crcli.ui.progress import showing
+
+    with showing(as_json) as progress:
+        report = run(options, progress)
+    reports.show_dump(report, as_json, dry_run=dry_run)

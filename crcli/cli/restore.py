@@ -1,0 +1,76 @@
+"""`crcli restore`: parse, call pipeline.restore, show its report."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from crcli.cli.options import EndpointOption, ImageArgument, JsonOption, StoreOption
+from crcli.config import choose_store
+from crcli.errors import UsageError
+from crcli.image.names import parse_image
+from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreOptions, Stdio, TcpPolicy
+
+
+def restore(
+    image: ImageArgument,
+    store: StoreOption = None,
+    lazy: Annotated[
+        bool,
+        typer.Option("--lazy", help="Fill memory in after the tree runs (not available yet).", hidden=True),
+    ] = False,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Fill all memory before the tree runs (the default).")
+    ] = False,
+    pid_namespace: Annotated[
+        PidNamespace,
+        typer.Option(help="auto: a namespace of its own when its pids are taken here.", case_sensitive=False),
+    ] = PidNamespace.AUTO,
+    tcp: Annotated[
+        TcpPolicy,
+        typer.Option(help="auto: connections inside the tree live on, those to outside are closed."),
+    ] = TcpPolicy.AUTO,
+    stdio: Annotated[
+        Stdio, typer.Option(help="Where a lost terminal, and pipes to processes not here, lead.")
+    ] = Stdio.LOG,
+    files: Annotated[
+        ChangedFiles,
+        typer.Option(
+            help="Files of the image that differ here: refuse, take the image's, or keep the host's."
+        ),
+    ] = ChangedFiles.REFUSE,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Stay, pass signals on, and end with the tree's exit code.")
+    ] = False,
+    as_json: JsonOption = False,
+    endpoint_url: EndpointOption = None,
+) -> int:
+    """Bring the process tree of IMAGE back, detached from this command.
+
+    Nothing of an image is used before its hash was checked. When anything fails, nothing is left running.
+    """
+    if lazy:
+        raise UsageError("--lazy is not available yet", hint="leave it out: restores are eager")
+    url, _ = parse_image(image)
+    chosen = choose_store(url or store, endpoint_url)
+    options = RestoreOptions(
+        image=image,
+        store=chosen.url,
+        pid_namespace=pid_namespace,
+        tcp=tcp,
+        stdio=stdio,
+        changed_files=files,
+        endpoint_url=chosen.endpoint_url,
+    )
+    from crcli.pipeline import restore as story
+    from crcli.ui import reports
+    from crcli.ui.progress import showing
+
+    with showing(as_json) as progress:
+        if not wait:
+            report, code = story.restore(options, progress), 0
+        else:
+            report, code = story.restore_and_wait(options, progress)
+    reports.show_restore(report, as_json)
+    return code
