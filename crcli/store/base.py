@@ -23,14 +23,19 @@ _KEY = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
 _KEY_PREFIX = re.compile(rf"(?:{_SEGMENT}/)*(?:{_SEGMENT})?")
 
 
-def check_key(key: str) -> str:
-    """Return `key` if every store can hold it, else raise ValueError (a bug in the caller, not the user's).
+def is_key(name: str) -> bool:
+    """Whether every store can hold an object of that name. Listings leave out what is not ours.
 
     Keys are relative and '/'-separated; a segment is made of `[A-Za-z0-9._@+-]` and does not begin with a
     dot: that keeps `..` out, and leaves dot names to the stores themselves. A key must not be the directory
     of another (`a` beside `a/b`): a directory store cannot hold both.
     """
-    if not _KEY.fullmatch(key):
+    return _KEY.fullmatch(name) is not None
+
+
+def check_key(key: str) -> str:
+    """Return `key` if it is one, else raise ValueError: a bug of the caller's, not the user's."""
+    if not is_key(key):
         raise ValueError(f"not a key for an object: {key!r}")
     return key
 

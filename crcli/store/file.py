@@ -18,7 +18,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from crcli.errors import NotFound, StoreError
-from crcli.store.base import ObjectInfo, check_key, check_prefix, taken
+from crcli.store.address import StoreAddress
+from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key, taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,9 +41,7 @@ class FileStore:
     @property
     def url(self) -> str:
         """`file://` and the absolute path."""
-        from urllib.parse import quote
-
-        return "file://" + quote(self.root)
+        return StoreAddress("file", self.root).url
 
     def warm(self, *, for_writing: bool = False) -> None:
         """See whether the directory can be read; with `for_writing`, create it and try a file in it."""
@@ -146,7 +145,7 @@ class FileStore:
             try:
                 with os.scandir(path) as entries:
                     names = sorted(
-                        directory + entry.name + "/" * entry.is_dir(follow_symlinks=False)
+                        directory + entry.name + "/" * entry.is_dir()
                         for entry in entries
                         if not entry.name.startswith(".")
                     )
@@ -156,7 +155,7 @@ class FileStore:
             if name.endswith("/"):
                 if name.startswith(prefix) or prefix.startswith(name):
                     yield from self._walk(name, prefix)
-            elif name.startswith(prefix):
+            elif name.startswith(prefix) and is_key(name):
                 try:
                     yield _describe(name, os.stat(os.path.join(self.root, name)))
                 except FileNotFoundError:
@@ -369,6 +368,8 @@ def _hint(error: OSError, root: str) -> str:
             return "Even root is refused: look for an immutable flag, a security module, or a remote export."
         case errno.ENOTDIR | errno.EEXIST | errno.EISDIR:
             return "A part of the path is a file, not a directory; check --store."
+        case errno.EXDEV:
+            return f"All of {root} must be on one file system: objects are renamed into place."
         case errno.EIO | errno.ESTALE:
             return "The disk or the remote file system is failing; the kernel's log says more."
         case _:

@@ -21,33 +21,30 @@ LONGEST_PAUSE_S = 8.0
 
 
 class Retrier:
-    """Repeats operations whose failures pass, for up to `patience_s` seconds each.
+    """Repeats operations whose failures pass.
 
-    The pause before attempt n is drawn from 0 to `FIRST_PAUSE_S * 2**n` seconds, at most `LONGEST_PAUSE_S`
-    (https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/). `max_attempts` bounds
-    the number of attempts as well, if it is given.
+    The pause after attempt n is drawn from 0 to `FIRST_PAUSE_S * 2**n` seconds, at most `LONGEST_PAUSE_S`:
+    many clients that failed together do not come back together
+    (https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/).
     """
 
-    def __init__(self, patience_s: float, *, max_attempts: int | None = None) -> None:
-        self.patience_s = patience_s
+    def __init__(self, *, max_attempts: int | None = None) -> None:
         self.max_attempts = max_attempts
         self._stopped = threading.Event()
 
     def call(
         self,
         operation: Callable[[], Result],
-        passes: Callable[[Exception], bool],
-        *,
-        patience_s: float | None = None,
+        patience: Callable[[Exception], float],
         given_up: threading.Event | None = None,
     ) -> Result:
-        """Return what `operation` returns; raise its last error once it will not pass or patience is over.
+        """Return what `operation` returns; raise its last error once patience is over.
 
-        `passes` says of an error whether trying again can help. `given_up` ends this call's patience early,
-        as `stop` does for every call.
+        `patience` says of an error for how many seconds, from the first attempt on, it is worth trying
+        again: 0 for one that will not pass. `given_up` ends this call's patience, as `stop` ends every
+        call's. KeyboardInterrupt, and whatever a signal handler raises, comes through at once.
         """
-        deadline = time.monotonic() + (self.patience_s if patience_s is None else patience_s)
-        stop = given_up or self._stopped
+        began = time.monotonic()
         attempt = 0
         while True:
             try:
@@ -55,11 +52,16 @@ class Retrier:
             except Exception as error:
                 attempt += 1
                 pause = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt))
-                if not passes(error) or attempt == self.max_attempts or time.monotonic() + pause > deadline:
+                waited = time.monotonic() - began
+                if attempt == self.max_attempts or waited + pause >= patience(error):
                     raise
-                if self._stopped.is_set() or stop.wait(pause):
+                if self._is_stopped_within(pause, given_up):
                     raise
 
     def stop(self) -> None:
         """End all patience: whatever fails from now on is not tried again."""
         self._stopped.set()
+
+    def _is_stopped_within(self, pause: float, given_up: threading.Event | None) -> bool:
+        (given_up or self._stopped).wait(0 if self._stopped.is_set() else pause)
+        return self._stopped.is_set() or (given_up is not None and given_up.is_set())

@@ -30,9 +30,9 @@ class Bucket:
         self.name = name
         self.prefix = prefix
         self.settings = settings
-        self._retrier = Retrier(settings.patience_s)
+        self._retrier = Retrier()
         self._making = threading.Lock()
-        self._answered = False
+        self._has_answered = False
 
     @property
     def connection(self) -> Connection:
@@ -43,10 +43,11 @@ class Bucket:
     @cached_property
     def _connection(self) -> Connection:
         from crcli.store.s3.client import connect
+        from crcli.store.s3.errors import FOREIGN
 
         try:
             connection = connect(self.settings)
-        except Exception as error:
+        except FOREIGN as error:
             raise self._translated(error, "") from error
         self._retrier.max_attempts = connection.max_attempts
         return connection
@@ -79,7 +80,7 @@ class Bucket:
     def send(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """Send a request once; raises what botocore raises."""
         response: dict[str, Any] = getattr(self.connection.client, operation)(**parameters)
-        self._answered = True
+        self._has_answered = True
         return response
 
     def patiently(
@@ -89,15 +90,21 @@ class Bucket:
 
         `given_up` ends the patience early.
         """
-        from crcli.store.s3.errors import passes
+        from crcli.store.s3.errors import FOREIGN
 
-        patience_s = self.settings.patience_s
-        if not self._answered:
-            patience_s = min(patience_s, FIRST_CONTACT_PATIENCE_S)
         try:
-            return self._retrier.call(attempt, passes, patience_s=patience_s, given_up=given_up)
-        except Exception as error:
+            return self._retrier.call(attempt, self._patience, given_up)
+        except FOREIGN as error:
             raise self._translated(error, key) from error
+
+    def _patience(self, error: Exception) -> float:
+        from crcli.store.s3.errors import passes, status_of
+
+        if not passes(error):
+            return 0
+        if self._has_answered or status_of(error):
+            return self.settings.patience_s
+        return min(self.settings.patience_s, FIRST_CONTACT_PATIENCE_S)
 
     def _translated(self, error: Exception, key: str) -> StoreError:
         from crcli.store.s3.errors import Place, translate

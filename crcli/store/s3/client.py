@@ -7,6 +7,7 @@ transfer manager would cost start-up time and bring threads and retries of their
 from __future__ import annotations
 
 import ipaddress
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -39,11 +40,10 @@ class Connection:
 def connect(settings: S3Settings) -> Connection:
     """Make the client; nothing is sent yet. Raises botocore's errors for settings that make no sense."""
     session = botocore.session.Session(profile=settings.profile)
-    endpoint_url = settings.endpoint_url
     client = session.create_client(
         "s3",
-        region_name=settings.region or session.get_config_variable("region") or "us-east-1",
-        endpoint_url=endpoint_url,
+        region_name=settings.region or _configured_region(session),
+        endpoint_url=settings.endpoint_url,
         config=Config(
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
@@ -55,7 +55,6 @@ def connect(settings: S3Settings) -> Connection:
         ),
     )
     _leave_payloads_unsigned_where_safe(client)
-    attempts = session.instance_variables().get("max_attempts") or _configured_attempts(session)
     return Connection(
         client=client,
         endpoint_url=client.meta.endpoint_url,
@@ -63,8 +62,13 @@ def connect(settings: S3Settings) -> Connection:
             (".amazonaws.com", ".amazonaws.com.cn")
         ),
         checksums=client.meta.config.request_checksum_calculation == "when_supported",
-        max_attempts=attempts,
+        max_attempts=_configured_attempts(session),
     )
+
+
+def _configured_region(session: Any) -> str:
+    """The region, from where the AWS tools take it; other stores mostly do not care."""
+    return os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
 
 
 def _configured_attempts(session: Any) -> int | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from botocore import exceptions as boto
+from urllib3.exceptions import HTTPError
 
 from crcli.errors import NotFound, StoreError
 from crcli.store.base import taken
@@ -34,11 +35,23 @@ _PASSING_CODES = frozenset(
 _PASSING_STATUS = frozenset((408, 429, 500, 502, 503, 504))
 _ABSENT = frozenset(("NoSuchKey", "404", "NotFound", "NoSuchVersion"))
 
+FOREIGN = (boto.BotoCoreError, boto.ClientError, HTTPError, OSError)
+"""What botocore raises, with what it lets through of the layers below while a body is read."""
+
+_LOST_ON_THE_WAY = (
+    boto.HTTPClientError,
+    boto.ConnectionError,
+    boto.IncompleteReadError,
+    boto.ResponseStreamingError,
+    HTTPError,
+    ConnectionError,
+    TimeoutError,
+)
+
 _CREDENTIALS = (
     "Give credentials as the AWS tools take them: AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
     "~/.aws/credentials, single sign-on, or a role."
 )
-
 
 _REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
@@ -124,12 +137,9 @@ def passes(error: Exception) -> bool:
     """Whether trying again can help: throttling, trouble in the store, lost connections, damaged bytes."""
     if isinstance(error, boto.ClientError):
         return code_of(error) in _PASSING_CODES or status_of(error) in _PASSING_STATUS
-    if isinstance(error, boto.SSLError):
-        return not _tls_mismatch(error)
-    return isinstance(
-        error,
-        (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, boto.ResponseStreamingError),
-    )
+    if isinstance(error, boto.SSLError) and _is_for_ever(error):
+        return False
+    return isinstance(error, _LOST_ON_THE_WAY)
 
 
 def translate(error: Exception, place: Place, key: str = "") -> StoreError:
@@ -169,47 +179,54 @@ def _remedy(code: str, response: Any, place: Place) -> str:
 
 def _explain_failure(error: Exception, place: Place) -> tuple[str, str]:
     """What happened, and what to do, when the request never got an answer."""
-    if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
-        sudo = (
-            " (sudo drops variables and changes ~; `sudo -E` keeps both.)"
-            if "SUDO_USER" in os.environ
-            else ""
-        )
-        return f"no credentials for {place}: {error}", _CREDENTIALS + sudo
-    if isinstance(error, boto.ProfileNotFound):
-        return str(
-            error
-        ), "`aws configure list-profiles` shows those that exist; check AWS_PROFILE and ?profile=."
-    if isinstance(error, (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.SSOError)):
-        return (
-            f"credentials could not be had: {error}",
-            "Renew them (`aws sso login`), or use another profile.",
-        )
-    if isinstance(error, boto.SSLError):
-        return f"no TLS connection to {place}: {_innermost(error)}", _tls_hint(error)
-    if isinstance(error, (boto.ConnectTimeoutError, boto.ReadTimeoutError)):
-        return f"{place} does not answer in time", "Check the network and --endpoint-url, or try again later."
-    if isinstance(error, boto.ProxyConnectionError):
-        return f"no connection to the proxy for {place}: {error}", "Check HTTPS_PROXY and NO_PROXY."
-    if isinstance(error, boto.HTTPClientError):
-        return f"no connection to {place}: {_innermost(error)}", "Check the network and --endpoint-url."
-    return f"{place} cannot be used: {error}", "Check --store, --endpoint-url and the AWS settings."
+    match error:
+        case boto.NoCredentialsError() | boto.PartialCredentialsError():
+            return f"no credentials for {place}: {error}", _CREDENTIALS + _sudo_remark()
+        case boto.ProfileNotFound():
+            return str(error), "`aws configure list-profiles` shows them; check AWS_PROFILE and ?profile=."
+        case boto.CredentialRetrievalError() | boto.TokenRetrievalError() | boto.SSOError():
+            return f"credentials could not be had: {error}", "Renew them (`aws sso login`) or use others."
+        case boto.SSLError():
+            return f"no TLS connection to {place}: {_innermost(error)}", _tls_remedy(error)
+        case boto.ConnectTimeoutError() | boto.ReadTimeoutError():
+            return f"{place} does not answer in time", "Check the network and --endpoint-url."
+        case boto.ProxyConnectionError():
+            return f"no connection to the proxy for {place}: {error}", "Check HTTPS_PROXY and NO_PROXY."
+        case boto.HTTPClientError() | boto.EndpointConnectionError() | HTTPError() | OSError():
+            return f"no connection to {place}: {_innermost(error)}", "Check the network and --endpoint-url."
+        case _:
+            return f"{place} cannot be used: {error}", "Check --store, --endpoint-url and the AWS settings."
 
 
-def _tls_mismatch(error: Exception) -> bool:
+def _sudo_remark() -> str:
+    """A common surprise, for those whom it concerns."""
+    if "SUDO_USER" not in os.environ:
+        return ""
+    return " (sudo drops variables and changes ~; `sudo -E` keeps both.)"
+
+
+def _is_for_ever(error: boto.SSLError) -> bool:
     """Whether the two sides will never agree, however often they try."""
-    text = str(error)
-    return "CERTIFICATE_VERIFY_FAILED" in text or "WRONG_VERSION_NUMBER" in text or "certificate" in text
+    if isinstance(_innermost(error), FileNotFoundError):
+        return True  # certificates that the settings name
+    return "CERTIFICATE_VERIFY_FAILED" in str(error) or "WRONG_VERSION_NUMBER" in str(error)
 
 
-def _tls_hint(error: Exception) -> str:
+def _tls_remedy(error: boto.SSLError) -> str:
     if "WRONG_VERSION_NUMBER" in str(error):
         return "The server does not speak TLS on that port: write http:// in the endpoint's URL."
+    if isinstance(_innermost(error), FileNotFoundError):
+        return "AWS_CA_BUNDLE or ca_bundle in ~/.aws/config names a file that is not there."
     return "Name the authority that signed the server's certificate: AWS_CA_BUNDLE=/path/to/ca.pem."
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """The first cause of a chain of exceptions: the operating system's or TLS's own words."""
-    inner = getattr(error, "kwargs", {}).get("error") or error.__cause__ or error.__context__
-    reason = getattr(inner, "reason", None)
-    return reason if isinstance(reason, BaseException) else inner or error
+    """What the operating system or TLS said, below the wrappers of botocore and urllib3."""
+    below = (
+        getattr(error, "kwargs", {}).get("error"),
+        getattr(error, "reason", None),
+        error.__cause__,
+        *error.args,
+    )
+    inner = next((candidate for candidate in below if isinstance(candidate, BaseException)), None)
+    return _innermost(inner) if inner is not None else error

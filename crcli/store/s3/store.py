@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from crcli.errors import StoreError
-from crcli.store.base import ObjectInfo, check_key, check_prefix
+from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key
 from crcli.store.s3.body import Body
 from crcli.store.s3.bucket import Bucket
 from crcli.store.s3.creating import put_whole
@@ -17,6 +15,7 @@ from crcli.store.s3.uploads import PART_SIZE, S3Writer, UploadThreads
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from crcli.store.address import StoreAddress
     from crcli.store.base import Buffer
     from crcli.store.s3.settings import S3Settings
 
@@ -24,13 +23,16 @@ if TYPE_CHECKING:
 class S3Store:
     """The objects of a bucket whose names begin with `prefix`/. The client is made by the first request."""
 
-    def __init__(self, bucket: str, prefix: str, settings: S3Settings) -> None:
+    def __init__(self, address: StoreAddress, settings: S3Settings) -> None:
+        bucket, _, prefix = address.place.partition("/")
+        self._address = address
         self._bucket = Bucket(bucket, prefix + "/" if prefix else "", settings)
+        self._threads = UploadThreads()
 
     @property
     def url(self) -> str:
-        """`s3://bucket/prefix`."""
-        return f"s3://{self._bucket.name}/{quote(self._bucket.prefix, safe='/@+')}".rstrip("/")
+        """`s3://bucket/prefix`, and the options that were written behind it."""
+        return self._address.url
 
     def warm(self, *, for_writing: bool = False) -> None:
         """Make the client, resolve credentials, and have the bucket answer one cheap request."""
@@ -53,7 +55,7 @@ class S3Store:
 
     def writer(self, key: str, *, if_absent: bool = False) -> S3Writer:
         """Begin an object; nothing is sent before the first part is full."""
-        return S3Writer(self._bucket, lambda: self._threads, key, if_absent=if_absent)
+        return S3Writer(self._bucket, self._threads, key, if_absent=if_absent)
 
     def get(self, key: str) -> bytes:
         """Read the object in one request."""
@@ -87,7 +89,8 @@ class S3Store:
         for page in pages:
             for entry in page.get("Contents", ()):
                 key = entry["Key"][len(self._bucket.prefix) :]
-                yield ObjectInfo(key, entry["Size"], entry["LastModified"].timestamp())
+                if is_key(key):
+                    yield ObjectInfo(key, entry["Size"], entry["LastModified"].timestamp())
 
     def delete(self, key: str) -> None:
         """Delete the object (in a versioned bucket: hide it)."""
@@ -111,13 +114,8 @@ class S3Store:
     def close(self) -> None:
         """Let uploads end (aborts included), and close the connections."""
         self._bucket.give_up()
-        if "_threads" in self.__dict__:
-            self._threads.close()
+        self._threads.close()
         self._bucket.close()
-
-    @cached_property
-    def _threads(self) -> UploadThreads:
-        return UploadThreads()
 
     def _below(self, prefix: str = "") -> dict[str, Any]:
         return {"Bucket": self._bucket.name, "Prefix": self._bucket.prefix + prefix}

@@ -137,9 +137,7 @@ class MultipartUpload:
 class S3Writer:
     """An object on its way: one request if it ends within a part, a multipart upload otherwise."""
 
-    def __init__(
-        self, bucket: Bucket, threads: Callable[[], UploadThreads], key: str, *, if_absent: bool
-    ) -> None:
+    def __init__(self, bucket: Bucket, threads: UploadThreads, key: str, *, if_absent: bool) -> None:
         self._bucket = bucket
         self._threads = threads
         self._key = check_key(key)
@@ -184,6 +182,6 @@ class S3Writer:
 
     def _send_pending(self) -> None:
         if self._upload is None:
-            self._upload = MultipartUpload(self._bucket, self._threads(), self._key)
+            self._upload = MultipartUpload(self._bucket, self._threads, self._key)
         body, self._pending = self._pending, Body()
         self._upload.add(body)
