@@ -49,9 +49,11 @@ class RestorePlan:
 
 
 def dump_options(plan: DumpPlan, images_fd: int, page_fd: int) -> Any:
-    """Return the request's options for a dump into `images_fd`, pages into the socket `page_fd`."""
-    options = _common(plan.shell_job, plan.manage_cgroups, plan.external)
-    options.images_dir_fd = images_fd
+    """Return the request's options for a dump into the folder `images_fd`, pages into the socket `page_fd`.
+
+    Both are descriptors that CRIU has inherited from us under the same numbers.
+    """
+    options = _common(plan.shell_job, plan.manage_cgroups, plan.external, f"/proc/self/fd/{images_fd}")
     options.pid = plan.pid
     options.leave_running = plan.leave_running
     options.leave_stopped = plan.leave_stopped
@@ -68,14 +70,9 @@ def dump_options(plan: DumpPlan, images_fd: int, page_fd: int) -> Any:
     return options
 
 
-def restore_options(plan: RestorePlan, images: int | str) -> Any:
-    """Return the request's options for a restore from `images`, a descriptor of ours or a path for CRIU."""
-    options = _common(plan.shell_job, plan.manage_cgroups, plan.external)
-    if isinstance(images, int):
-        options.images_dir_fd = images
-    else:
-        options.images_dir_fd = -1
-        options.images_dir = images
+def restore_options(plan: RestorePlan, images: str) -> Any:
+    """Return the request's options for a restore from the folder `images`, a path as CRIU sees it."""
+    options = _common(plan.shell_job, plan.manage_cgroups, plan.external, images)
     options.notify_scripts = True
     options.rst_sibling = plan.sibling
     options.leave_stopped = plan.leave_stopped
@@ -88,8 +85,10 @@ def restore_options(plan: RestorePlan, images: int | str) -> Any:
     return options
 
 
-def _common(shell_job: bool, manage_cgroups: bool, external: tuple[str, ...]) -> Any:
+def _common(shell_job: bool, manage_cgroups: bool, external: tuple[str, ...], images: str) -> Any:
     options = rpc.criu_opts()
+    options.images_dir_fd = -1
+    options.images_dir = images
     options.log_level = _LOG_LEVEL
     options.log_file = LOG_NAME
     options.file_locks = True

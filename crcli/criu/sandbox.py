@@ -1,6 +1,6 @@
-"""Throwaway namespaces in which CRIU can restore a tree without touching anything that exists.
+"""Namespaces that CRIU is started in: throwaway ones for a trial, a pid namespace for a tree to live in.
 
-A sandbox is forked before the freeze, while crcli still has one thread, and makes its namespaces then, so
+A `Sandbox` is forked before the freeze, while crcli still has one thread, and makes its namespaces then, so
 that none of that time falls into the freeze. It holds two processes: a keeper, whose death takes all with
 it (its own parent's death kills it, crcli's included), and the first process of a new pid namespace,
 which starts CRIU when told to and reaps. Its mounts are private, its network is an empty one with `lo` up.
@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,122 @@ class Sandbox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Residence:
+    """A new pid namespace (with a /proc of its own) for a restored tree to live in.
+
+    Its first process starts CRIU, becomes the parent of what CRIU restores, and after `settle` stays as a
+    small reaper for as long as anything lives inside; it then ends with the root's exit code. Left before
+    `settle`, all inside is killed.
+    """
+
+    def __init__(self, taken_pids: Sequence[int], keep_fds: Sequence[int]) -> None:
+        """Fork it and start CRIU inside. Call before any thread is started."""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        helper = os.fork()
+        if helper == 0:
+            self._control.close()
+            channel.close()
+            _found(theirs, criu_end, tuple(taken_pids), tuple(keep_fds))
+        theirs.close()
+        criu_end.close()
+        self.init = _pid_from(self._control.recv(4096))
+        os.waitpid(helper, 0)
+        self.criu = CriuProcess(channel, None)
+        answer = self._control.recv(4096)
+        if answer != _READY:
+            self.close()
+            raise HostLacks(
+                f"cannot make a pid namespace for the tree: {answer.decode() or 'its first process died'}",
+                hint="run crcli as root; --pid-namespace host restores without one when the pids are free",
+            )
+        self._settled = False
+
+    def settle(self, root: int) -> None:
+        """Let the tree live on without us; `root` is its root's pid inside."""
+        self._control.send(str(root).encode())
+        self._settled = True
+
+    def close(self) -> None:
+        """Kill all inside, unless it was settled."""
+        if not getattr(self, "_settled", False) and self.init > 0:
+            try:
+                os.kill(self.init, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self._control.close()
+
+    def __enter__(self) -> Residence:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_REAPER = """
+import os, sys
+root, code = int(sys.argv[1]), 0
+while True:
+    try:
+        pid, status = os.wait()
+    except ChildProcessError:
+        break
+    if pid == root:
+        code = os.waitstatus_to_exitcode(status)
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+def _pid_from(answer: bytes) -> int:
+    return int(answer) if answer.isdigit() else -1
+
+
+def _found(
+    control: socket.socket, criu_end: socket.socket, taken: tuple[int, ...], keep: tuple[int, ...]
+) -> None:
+    """Make the pid namespace and its first process, say which pid that has outside, end. Never returns."""
+    try:
+        reset_signals()
+        kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID)
+        kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
+        first = os.fork()
+        if first == 0:
+            os.setsid()
+            _reside(control, criu_end, taken, keep)
+        control.send(str(first).encode())
+    except BaseException as error:
+        _say(control, f"!{error}")
+        _say(control, str(error))
+    finally:
+        os._exit(0)
+
+
+def _reside(
+    control: socket.socket, criu_end: socket.socket, taken: tuple[int, ...], keep: tuple[int, ...]
+) -> None:
+    """The first process: start CRIU, wait for word that the tree lives, become the reaper. Never returns."""
+    try:
+        kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+        _dodge(taken)
+        if os.fork() == 0:
+            _exec_criu(criu_end, 0, keep)
+        criu_end.close()
+        control.send(_READY)
+        root = control.recv(64)
+        if root:
+            null = os.open("/dev/null", os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            os.chdir("/")
+            os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", _REAPER, root.decode()])
+    except BaseException as error:
+        _say(control, str(error))
+    finally:
+        os._exit(1)
 
 
 STAND_IN_FD = 200
@@ -230,4 +347,4 @@ def _exec_criu(channel: socket.socket, stand_ins: int, keep: Sequence[int]) -> N
         os._exit(127)
 
 
-__all__ = ["STAND_IN_FD", "Order", "Sandbox", "reap_until_alone", "reset_signals"]
+__all__ = ["STAND_IN_FD", "Order", "Residence", "Sandbox", "reap_until_alone", "reset_signals"]

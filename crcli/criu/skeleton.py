@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import struct
 from typing import TYPE_CHECKING
+
+from pycriu.images.tcp_stream_pb2 import tcp_stream_entry
 
 from crcli.criu.images import (
     FD,
@@ -15,7 +18,7 @@ from crcli.criu.images import (
 from crcli.memory.extents import PAGE, Extent, SpaceKey
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from crcli.criu.workspace import Workspace
 
@@ -49,11 +52,12 @@ def lay_out_memory(
             os.close(fd)
 
 
-def close_outside_connections(images: Workspace) -> list[tuple[str, str]]:
-    """Turn every established TCP connection whose other end is not in the image into a closed socket.
+def close_outside_connections(images: Workspace, here: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Turn established TCP connections whose other end is lost into closed sockets.
 
-    Connections inside the tree stay as they are. Returns the (local, remote) addresses of the closed ones.
-    The program sees ECONNRESET or EOF on its next use, and reconnects.
+    Connections inside the tree stay as they are, and so do those whose other end is a socket of this host
+    that still waits: `here` are the (local, remote) ends of all its connections, as "address:port". Returns
+    the ends of the closed ones. The program sees ECONNRESET or EOF on its next use, and reconnects.
     """
     files = read_files(images)
     sockets = [entry.isk for entry in files.entries if entry.type == FD.INETSK and entry.isk.proto == _TCP]
@@ -63,7 +67,7 @@ def close_outside_connections(images: Workspace) -> list[tuple[str, str]]:
         if sock.state not in _ESTABLISHED_STATES:
             continue
         local, remote = _address(sock.src_addr, sock.src_port), _address(sock.dst_addr, sock.dst_port)
-        if (remote, local) in ends:
+        if (remote, local) in ends or (_text(remote), _text(local)) in here:
             continue
         sock.src_port = sock.dst_port = 0
         sock.state = _TCP_CLOSE
@@ -88,6 +92,26 @@ def _text(address: tuple[bytes, int]) -> str:
     return f"[{host}]:{port}" if len(raw) == 16 else f"{host}:{port}"
 
 
+def mend_tcp_windows(images: Workspace) -> None:
+    """Put right a window update that lies beyond what the kernel accepts back.
+
+    About one dump in a hundred of a busy connection records a `snd_wl1` past `rcv_nxt + rcv_wnd`; restoring
+    it fails with "Unable to set window parameters". The value only says how fresh the window is: the last
+    sequence received is as good.
+    """
+    for name in images.names():
+        if not name.startswith("tcp-stream-"):
+            continue
+        data = images.read(name)
+        (size,) = struct.unpack_from("<I", data, 8)
+        entry = tcp_stream_entry.FromString(data[12 : 12 + size])
+        beyond = (entry.snd_wl1 - entry.inq_seq - entry.rcv_wnd) & 0xFFFF_FFFF
+        if entry.HasField("snd_wl1") and 0 < beyond < 1 << 31:
+            entry.snd_wl1 = entry.inq_seq
+            body = entry.SerializeToString()
+            images.write(name, data[:8] + struct.pack("<I", len(body)) + body + data[12 + size :])
+
+
 def regular_files(images: Workspace) -> list[tuple[str, int, int, int | None]]:
     """Every regular file that the tree has open or mapped: (path, flags, mode, size at the dump)."""
     return [
@@ -95,6 +119,18 @@ def regular_files(images: Workspace) -> list[tuple[str, int, int, int | None]]:
         for e in read_files(images).entries
         if e.type == FD.REG
     ]
+
+
+def named_files(images: Workspace) -> list[str]:
+    """Paths that CRIU opens by name on restore, sorted: not those of deleted files or external ones."""
+    remapped = remapped_ids(images)
+    return sorted(
+        {
+            entry.reg.name
+            for entry in read_files(images).entries
+            if entry.type == FD.REG and entry.id not in remapped and not entry.reg.ext
+        }
+    )
 
 
 def accept_sizes(images: Workspace, sizes: Mapping[str, int]) -> None:

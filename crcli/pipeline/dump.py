@@ -8,7 +8,6 @@ our connection ends, when it fails itself; and when CRIU dies, the kernel lets g
 from __future__ import annotations
 
 import os
-import platform
 import threading
 import time
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from crcli.criu.page_server import receive_pages, socket_pair
 from crcli.criu.rescue import rescue
 from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Sandbox
-from crcli.criu.skeleton import regular_files
+from crcli.criu.skeleton import named_files
 from crcli.criu.workspace import OverflowFile, Workspace
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TreeState
 from crcli.findings import Finding, Severity
@@ -37,6 +36,7 @@ from crcli.memory.intake import Intake, MemoryCounts
 from crcli.pipeline.capture import capture_files, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
+from crcli.pipeline.logs import keep_log
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.trial import try_skeleton
@@ -187,7 +187,7 @@ class _Dump:
 
     def _freeze_and_take(self) -> None:
         ours, theirs = socket_pair()
-        with ours, CriuProcess.start(pass_fds=[theirs.fileno()]) as criu:
+        with ours, CriuProcess.start(pass_fds=[theirs.fileno(), self.images.fd]) as criu:
             receiver = _Receiver(ours, self.intake)
             receiver.start()
             options = dump_options(self.target.plan, self.images.fd, theirs.fileno())
@@ -196,7 +196,7 @@ class _Dump:
                 rpc.DUMP, options, lambda script, _: self._on_notify(script, receiver), CRIU_LIMIT_S
             )
         if not answer.success:
-            raise DumpFailed(**_explained(self.images, "CRIU could not dump the tree"))
+            raise _explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
 
     def _on_notify(self, script: str, receiver: _Receiver) -> bool:
         if script == "pre-dump":
@@ -286,7 +286,7 @@ class _Dump:
             "counts": dict(counts.__dict__),
             "frozen_ms": self.report.frozen_ms,
             "phases": dict(self.watch.phases),
-            "mapped": sorted({path for path, *_ in regular_files(self.images)}),
+            "mapped": named_files(self.images),
         }
 
     # CRIU has answered, or is gone.
@@ -343,9 +343,9 @@ class _Dump:
         if isinstance(error, Interrupted):
             return DumpFailed(f"the dump was {error}", hint="nothing was lost; run it again", state=state)
         if isinstance(error, CriuDied):
-            return DumpFailed(**_explained(self.images, "CRIU died during the dump"), state=state)
+            return _explained(self.images, "CRIU died during the dump", state)
         if isinstance(error, CriuTimeout):
-            return DumpFailed(**_explained(self.images, "CRIU took too long"), state=state)
+            return _explained(self.images, "CRIU took too long", state)
         if isinstance(error, CrcliError):
             if not isinstance(error, PreflightRefused):
                 error.state = state
@@ -378,21 +378,10 @@ class _Receiver(threading.Thread):
             raise self._failure
 
 
-def _explained(images: Workspace, what: str) -> dict[str, str]:
+def _explained(images: Workspace, what: str, state: TreeState) -> DumpFailed:
+    """The error for a CRIU that failed, with the line of its log that says why."""
     log = images.read(LOG_NAME).decode(errors="replace") if LOG_NAME in images.names() else ""
     cause = explain(log)
-    keep_log(log, "dump")
-    return {"message": f"{what}: {cause.text}", "hint": cause.hint}
-
-
-def keep_log(log: str, kind: str) -> str:
-    """Keep CRIU's whole log where the user can read it; return its path (empty: it could not be kept)."""
-    folder = os.environ.get("CRCLI_LOG_DIR", "/var/log/crcli")
-    path = f"{folder}/criu-{kind}-{platform.node()}-{os.getpid()}.log"
-    try:
-        os.makedirs(folder, 0o700, exist_ok=True)
-        with open(path, "w") as file:
-            file.write(log)
-    except OSError:
-        return ""
-    return path
+    path = keep_log(log, "dump")
+    whole = f" (CRIU's whole log: {path})" if path else ""
+    return DumpFailed(f"{what}: {cause.text}{whole}", hint=cause.hint, state=state)

@@ -1,0 +1,320 @@
+"""The story of a restore, from a name to a running tree. Each stage says what is true when it ends.
+
+Nothing of the image reaches CRIU, a process or a disk before its hash has been checked. Until CRIU has
+finished, whatever fails leaves nothing running and no file that was not there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from crcli import kernel
+from crcli.criu import netlock
+from crcli.criu.images import TreeMember, read_tree
+from crcli.criu.log import explain
+from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
+from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
+from crcli.criu.sandbox import Residence
+from crcli.criu.skeleton import (
+    accept_sizes,
+    close_outside_connections,
+    lay_out_memory,
+    mend_tcp_windows,
+)
+from crcli.criu.workspace import Workspace
+from crcli.errors import CrcliError, RestoreFailed, TreeState
+from crcli.guard.host import guard
+from crcli.image.manifest import Manifest, load
+from crcli.image.names import parse_image
+from crcli.image.packs import ChunkReader
+from crcli.memory.extents import PAGE, SpaceKey
+from crcli.memory.replay import Replay, Split, split, targets, write_all
+from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
+from crcli.pipeline.logs import keep_log
+from crcli.pipeline.pids import host_pids, kill_descendants, namespace_for
+from crcli.pipeline.place import Placement, place_files
+from crcli.pipeline.plan import OutsideLink
+from crcli.pipeline.stages import PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
+from crcli.pipeline.stdio import Replacements, replace_links
+from crcli.process.here import established_here
+from crcli.process.identity import ProcessId, identify
+from crcli.store.open import open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from crcli.pipeline.stages import Progress, RestoreOptions
+    from crcli.store.base import Store
+
+CRIU_LIMIT_S = 120.0
+"""How long CRIU itself may work on a restore (seconds), the time that it waits for us left out."""
+
+SECOND_LOOK_S = 1.0
+"""A tree can die of its first instructions: it is looked at again after this long (seconds)."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A tree that runs: its report, its root on this host, and the signal-able identities of all."""
+
+    report: RestoreReport
+    root: ProcessId
+    members: tuple[ProcessId, ...]
+
+
+def restore(options: RestoreOptions, progress: Progress | None = None) -> Restored:
+    """Bring a tree back; return when it runs and was still there a second later.
+
+    Raises NotFound, ImageDamaged, GuardRefused (nothing started), RestoreFailed (nothing left running),
+    StoreError, HostLacks.
+    """
+    watch = Stopwatch(progress or Silent())
+    kernel.become_subreaper()  # what CRIU leaves behind when it dies comes to us
+    with interruptible() as interrupts, ExitStack() as held:
+        work = _Restore(options, watch, interrupts, held)
+        try:
+            return work.run()
+        except BaseException as error:
+            raise work.failure(error) from error
+
+
+class _Restore:
+    """One restore under way: what the stages share."""
+
+    def __init__(
+        self, options: RestoreOptions, watch: Stopwatch, interrupts: Interrupts, held: ExitStack
+    ) -> None:
+        self.options = options
+        self.watch = watch
+        self.interrupts = interrupts
+        self.held = held
+        self.replay: Replay | None = None
+        self.residence: Residence | None = None
+        self.placement = Placement()
+        self.host: dict[int, int] = {}
+        self.log = ""
+
+    def run(self) -> Restored:
+        """Resolve, check, lay out, restore, fill, look, report."""
+        with self.watch.phase("manifest"):
+            self._load()
+        with self.watch.phase("guard"):
+            self.findings = guard(self.manifest)
+        with self.watch.phase("lay out"):
+            self._lay_out()
+        with self.watch.phase("criu"):
+            root = self._restore()
+        ready_ms = round(since_process_start_ms(), 2)
+        with self.watch.phase("look again"):
+            members = self._look()
+        return Restored(self._report(root, ready_ms), members[0], members)
+
+    # The manifest is whole, and this host can take the image.
+
+    def _load(self) -> None:
+        url, ref = parse_image(self.options.image)
+        self.store: Store = open_store(url or self.options.store, endpoint_url=self.options.endpoint_url)
+        self.held.callback(self.store.close)
+        self.manifest: Manifest = load(self.store, ref)
+        self.reader = ChunkReader(self.store, self.manifest.packs, self.manifest.chunks)
+
+    # CRIU's images stand in the workspace, edited for this place; files stand where they were.
+
+    def _lay_out(self) -> None:
+        self.workspace = self.held.enter_context(Workspace.create())
+        self.images = self.held.enter_context(self.workspace.folder("images"))
+        self._write_skeleton()
+        self.members = read_tree(self.images)
+        self.namespace = self._namespace()
+        self.placement = place_files(self.manifest, self.reader, self.options.changed_files)
+        accept_sizes(self.images, self.placement.sizes)
+        mend_tcp_windows(self.images)
+        links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
+        self.replacements: Replacements = replace_links(
+            links, self.options.stdio, f"{self.manifest.name}@{self.manifest.id}"
+        )
+        self.held.callback(self.replacements.close)
+        if self.options.tcp == TcpPolicy.AUTO:
+            close_outside_connections(self.images, established_here())
+        if self.namespace == PidNamespace.NEW:
+            pids = [pid for member in self.members for pid in (member.pid, *member.threads)]
+            self.residence = Residence(pids, [self.images.fd, *self.replacements.inherit.values()])
+            self.held.callback(self.residence.close)
+        divided = self._split()
+        self._fill_early(divided)
+        self._begin_replay(divided)
+
+    def _write_skeleton(self) -> None:
+        wanted = {number for file in self.manifest.skeleton for number in file.chunks}
+        blobs = {n: raw for group in self.reader.plan(wanted) for n, raw in self.reader.read(group)}
+        for file in self.manifest.skeleton:
+            self.images.write(file.name, b"".join(blobs[number] for number in file.chunks))
+
+    def _namespace(self) -> PidNamespace:
+        numbers = {pid for member in self.members for pid in (member.pid, *member.threads)}
+        return namespace_for(self.options.pid_namespace, self.members[0].pid, numbers)
+
+    def _split(self) -> Split:
+        alive = {member.pid for member in self.members if member.alive}
+        parents = [(m.pid, m.ppid) for m in self.members if m.pid in alive and m.ppid in alive]
+        kernel_pages = {member.pid: member.rseq_pages for member in self.members}
+        return split(self.manifest.spaces, parents, kernel_pages)
+
+    def _fill_early(self, divided: Split) -> None:
+        wanted = targets(divided.early)
+
+        def fill(places: Mapping[SpaceKey, tuple[int, dict[int, int]]]) -> None:
+            for group in self.reader.plan(wanted):
+                for number, raw in self.reader.read(group):
+                    for target in wanted[number]:
+                        fd, offsets = places[target.space]
+                        begin = target.offset * PAGE
+                        piece = memoryview(raw)[begin : begin + target.pages * PAGE]
+                        write_all(fd, piece, offsets[target.start])
+
+        lay_out_memory(self.images, divided.early, fill)
+
+    def _begin_replay(self, divided: Split) -> None:
+        wanted = targets(divided.late)
+        self.late_spaces = [space for space, extents in divided.late.items() if extents]
+        threads = 8 if self.options.store.startswith("s3:") else 2
+        self.replay = Replay(wanted, self.reader.plan(wanted), self.reader.read, threads)
+
+    # CRIU restores; at its post-restore hold the memory is written; then the tree runs.
+
+    def _restore(self) -> int:
+        plan = RestorePlan(
+            shell_job=bool(self.manifest.meta["plan"]["shell_job"]),
+            manage_cgroups=bool(self.manifest.meta["plan"]["manage_cgroups"]),
+            tcp_close=self.options.tcp == TcpPolicy.CLOSE,
+            external=tuple(self.replacements.external),
+            inherit=self.replacements.inherit,
+        )
+        options = restore_options(plan, f"/proc/self/fd/{self.images.fd}")
+        with self._start_criu() as criu:
+            answer = criu.request(rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S)
+        if not answer.success:
+            raise RestoreFailed("CRIU could not restore the tree")
+        self.interrupts.past_return()
+        if self.residence is not None:
+            self.residence.settle(self.members[0].pid)
+        netlock.remove_for(str(self.manifest.meta.get("run_id", "")))
+        return self.members[0].pid
+
+    def _start_criu(self) -> CriuProcess:
+        if self.residence is not None:
+            return self.residence.criu
+        return CriuProcess.start(pass_fds=[self.images.fd, *self.replacements.inherit.values()])
+
+    def _on_notify(self, script: str, _: int) -> bool:
+        if script == "post-restore":
+            self._find_members()
+            self._fill_late()
+        return True
+
+    def _find_members(self) -> None:
+        init = self.residence.init if self.residence is not None else 0
+        self.host = host_pids(init, [member.pid for member in self.members])
+
+    def _fill_late(self) -> None:
+        """The tree is whole but for these pages, and stands still: write them."""
+        assert self.replay is not None
+        began = time.monotonic()
+        memories: dict[SpaceKey, int] = {}
+        try:
+            for space in self.late_spaces:
+                memories[space] = os.open(f"/proc/{self.host[space.number]}/mem", os.O_WRONLY | os.O_CLOEXEC)
+            self.replay.write_to(memories)
+        finally:
+            for fd in memories.values():
+                os.close(fd)
+        self.watch.add("memory", time.monotonic() - began)
+
+    # CRIU says that it runs: look for ourselves, at once and again a little later.
+
+    def _look(self) -> tuple[ProcessId, ...]:
+        alive = [member for member in self.members if member.alive]
+        try:
+            members = tuple(identify(self.host[member.pid]) for member in alive)
+        except ProcessLookupError as error:
+            raise self._died("at once") from error
+        self._require(members, alive, "at once")
+        time.sleep(SECOND_LOOK_S)
+        self._require(members[:1], alive, "within a second")
+        return members
+
+    def _require(self, members: tuple[ProcessId, ...], alive: list[TreeMember], when: str) -> None:
+        for process, member in zip(members, alive, strict=False):
+            if not process.alive():
+                raise self._died(when, f"{member.comm} ({member.pid})")
+
+    def _died(self, when: str, who: str = "a process") -> RestoreFailed:
+        return RestoreFailed(
+            f"the tree was restored, but {who} died {when}",
+            hint="look at the program's own log; a lost pipe, terminal or CPU feature ends programs like this",
+            state=TreeState.DEAD,
+        )
+
+    def _report(self, root: int, ready_ms: float) -> RestoreReport:
+        return RestoreReport(
+            image=f"{self.manifest.name}@{self.manifest.id}",
+            id=self.manifest.id,
+            pid=root,
+            processes=len(self.members),
+            host_pid=self.host[root],
+            pid_namespace=self.namespace.value,
+            ready_ms=ready_ms,
+            total_ms=round(since_process_start_ms(), 2),
+            phases=self.watch.phases,
+            findings=tuple(self.findings),
+        )
+
+    # Something failed: nothing of it may be left.
+
+    def failure(self, error: BaseException) -> BaseException:
+        """Undo everything, and return the error to raise."""
+        if self.replay is not None:
+            self.replay.abandon()
+        cause = self._explained()
+        self._kill_members()
+        self.placement.undo()
+        if isinstance(error, RestoreFailed) and cause is not None and error.state != TreeState.DEAD:
+            return RestoreFailed(f"{error.message}: {cause[0]}", hint=error.hint or cause[1])
+        if isinstance(error, CriuDied):
+            return RestoreFailed(f"CRIU died: {cause[0] if cause else error}", hint=cause[1] if cause else "")
+        if isinstance(error, CriuTimeout):
+            return RestoreFailed(
+                f"CRIU did not finish within {CRIU_LIMIT_S:.0f} s",
+                hint="another process may hold a file lock that the tree needs: see /proc/locks",
+            )
+        if isinstance(error, Interrupted):
+            return RestoreFailed(f"the restore was {error}")
+        if isinstance(error, OSError) and not isinstance(error, CrcliError):
+            return RestoreFailed(f"the restore failed: {error}")
+        return error
+
+    def _explained(self) -> tuple[str, str] | None:
+        images = getattr(self, "images", None)
+        if images is None or images.fd < 0 or LOG_NAME not in images.names():
+            return None
+        log = images.read(LOG_NAME).decode(errors="replace")
+        path = keep_log(log, "restore")
+        cause = explain(log)
+        return cause.text + (f" (CRIU's whole log: {path})" if path else ""), cause.hint
+
+    def _kill_members(self) -> None:
+        """CRIU kills what it has begun; this is for what is left when CRIU itself died."""
+        if self.residence is not None:
+            self.residence.close()
+        kill_descendants()
+
+
+def since_process_start_ms() -> float:
+    """Milliseconds since this process was started, the interpreter's own start included."""
+    with open("/proc/self/stat", "rb") as file:
+        started = int(file.read().rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return (time.clock_gettime(time.CLOCK_BOOTTIME) - started) * 1000
