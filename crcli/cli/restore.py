@@ -68,9 +68,10 @@ def restore(
     from crcli.ui.progress import showing
 
     with showing(as_json) as progress:
-        if not wait:
-            report, code = story.restore(options, progress), 0
-        else:
-            report, code = story.restore_and_wait(options, progress)
+        if wait:
+            return story.restore_and_wait(
+                options, progress, lambda report: reports.show_restore(report, as_json)
+            )
+        report = story.restore(options, progress)
     reports.show_restore(report, as_json)
-    return code
+    return 0

@@ -133,28 +133,13 @@ def named_files(images: Workspace) -> list[str]:
     )
 
 
-def accept_sizes(images: Workspace, sizes: Mapping[str, int]) -> None:
-    """Tell CRIU that these files have these sizes now: those that only grew since the dump."""
-    if not sizes:
-        return
+def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> None:
+    """Let CRIU open these files (None: all) whatever their size: they were compared by content, or may grow."""
     files = read_files(images)
     for entry in files.entries:
-        if entry.type == FD.REG and entry.reg.name in sizes:
-            entry.reg.size = sizes[entry.reg.name]
+        if entry.type == FD.REG and (paths is None or entry.reg.name in paths):
+            entry.reg.ClearField("size")
     images.write("files.img", files.encode())
-
-
-def present_sizes(images: Workspace) -> dict[str, int]:
-    """Files whose size here is not the one in the images, with their present size (bytes)."""
-    found: dict[str, int] = {}
-    for path, _, _, size in regular_files(images):
-        try:
-            now = os.stat(path).st_size
-        except OSError:
-            continue
-        if size is not None and now != size:
-            found[path] = now
-    return found
 
 
 def touched_folders(images: Workspace) -> list[str]:

@@ -36,9 +36,6 @@ class Placement:
     replaced: dict[str, str] = field(default_factory=dict)
     """Path -> where the file that stood there was put aside."""
 
-    sizes: dict[str, int] = field(default_factory=dict)
-    """Files that CRIU must accept with another size than at the dump."""
-
     def undo(self) -> None:
         """Remove what was made, and put back what was replaced. Never raises."""
         for path in self.made:
@@ -59,8 +56,8 @@ def place_files(manifest: Manifest, reader: ChunkReader, policy: ChangedFiles) -
     A file that only grew since the dump (a log) stays as it is. With ChangedFiles.IMAGE others are replaced
     (and put aside as PATH.before-<image id>), with ChangedFiles.HOST they stay.
     """
-    standings = [(file, *_compare(file, reader)) for file in manifest.files]
-    changed = [file for file, standing, _ in standings if standing == Standing.CHANGED]
+    standings = [(file, _compare(file, reader)) for file in manifest.files]
+    changed = [file for file, standing in standings if standing == Standing.CHANGED]
     if changed and policy == ChangedFiles.REFUSE:
         raise GuardRefused(
             f"{changed[0].name} was changed since the dump" + _others(len(changed) - 1),
@@ -70,7 +67,7 @@ def place_files(manifest: Manifest, reader: ChunkReader, policy: ChangedFiles) -
         )
     placement = Placement()
     try:
-        for file, standing, size in standings:
+        for file, standing in standings:
             if standing == Standing.MISSING:
                 _write(file, reader)
                 placement.made.append(file.name)
@@ -79,32 +76,30 @@ def place_files(manifest: Manifest, reader: ChunkReader, policy: ChangedFiles) -
                 os.rename(file.name, aside)
                 placement.replaced[file.name] = aside
                 _write(file, reader)
-            elif size != file.size:
-                placement.sizes[file.name] = size
     except BaseException:
         placement.undo()
         raise
     return placement
 
 
-def _compare(file: StoredFile, reader: ChunkReader) -> tuple[Standing, int]:
-    """How the file at this path stands to the image's, and its size here."""
+def _compare(file: StoredFile, reader: ChunkReader) -> Standing:
+    """How the file at this path stands to the image's."""
     try:
         fd = os.open(file.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
-        return Standing.MISSING, file.size
+        return Standing.MISSING
     except OSError:
-        return Standing.CHANGED, 0
+        return Standing.CHANGED
     try:
         size = os.fstat(fd).st_size
         if size < file.size:
-            return Standing.CHANGED, size
+            return Standing.CHANGED
         at = 0
         for raw in _contents(file, reader):
             if os.pread(fd, len(raw), at) != raw:
-                return Standing.CHANGED, size
+                return Standing.CHANGED
             at += len(raw)
-        return (Standing.SAME if size == file.size else Standing.GROWN), size
+        return Standing.SAME if size == file.size else Standing.GROWN
     finally:
         os.close(fd)
 

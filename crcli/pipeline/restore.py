@@ -7,6 +7,7 @@ finished, whatever fails leaves nothing running and no file that was not there.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Residence
 from crcli.criu.skeleton import (
-    accept_sizes,
     close_outside_connections,
+    forget_sizes,
     lay_out_memory,
     mend_tcp_windows,
 )
@@ -45,7 +46,8 @@ from crcli.process.identity import ProcessId, identify
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from types import FrameType
 
     from crcli.pipeline.stages import Progress, RestoreOptions
     from crcli.store.base import Store
@@ -53,26 +55,58 @@ if TYPE_CHECKING:
 CRIU_LIMIT_S = 120.0
 """How long CRIU itself may work on a restore (seconds), the time that it waits for us left out."""
 
+_PASSED_ON = tuple(
+    signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "WINCH", "CONT")
+)
+
 SECOND_LOOK_S = 1.0
 """A tree can die of its first instructions: it is looked at again after this long (seconds)."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A tree that runs: its report, its root on this host, and the signal-able identities of all."""
+    """A tree that runs: its report, its root on this host, and our child whose end tells of the root's."""
 
     report: RestoreReport
     root: ProcessId
-    members: tuple[ProcessId, ...]
+    child: int
+
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Send a signal that we got to the root."""
+        if self.root.alive():
+            os.kill(self.root.pid, number)
 
 
-def restore(options: RestoreOptions, progress: Progress | None = None) -> Restored:
-    """Bring a tree back; return when it runs and was still there a second later.
+def restore(options: RestoreOptions, progress: Progress | None = None) -> RestoreReport:
+    """Bring a tree back, detached from us; return when it runs and was still there a second later.
 
     Raises NotFound, ImageDamaged, GuardRefused (nothing started), RestoreFailed (nothing left running),
     StoreError, HostLacks.
     """
-    watch = Stopwatch(progress or Silent())
+    return _bring_back(options, progress or Silent()).report
+
+
+def restore_and_wait(
+    options: RestoreOptions, progress: Progress | None, running: Callable[[RestoreReport], None]
+) -> int:
+    """Bring a tree back, call `running` once it runs, stay until its root ends, and return its exit code.
+
+    Signals that we get are passed on to the root. A root that a signal ended gives 128 + its number.
+    """
+    restored = _bring_back(options, progress or Silent())
+    before = {number: signal.signal(number, restored.pass_on) for number in _PASSED_ON}
+    try:
+        running(restored.report)
+        _, status = os.waitpid(restored.child, 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _bring_back(options: RestoreOptions, progress: Progress) -> Restored:
+    watch = Stopwatch(progress)
     kernel.become_subreaper()  # what CRIU leaves behind when it dies comes to us
     with interruptible() as interrupts, ExitStack() as held:
         work = _Restore(options, watch, interrupts, held)
@@ -110,8 +144,9 @@ class _Restore:
             root = self._restore()
         ready_ms = round(since_process_start_ms(), 2)
         with self.watch.phase("look again"):
-            members = self._look()
-        return Restored(self._report(root, ready_ms), members[0], members)
+            first = self._look()
+        child = self.residence.init if self.residence is not None else first.pid
+        return Restored(self._report(root, ready_ms), first, child)
 
     # The manifest is whole, and this host can take the image.
 
@@ -131,7 +166,7 @@ class _Restore:
         self.members = read_tree(self.images)
         self.namespace = self._namespace()
         self.placement = place_files(self.manifest, self.reader, self.options.changed_files)
-        accept_sizes(self.images, self.placement.sizes)
+        forget_sizes(self.images, {file.name for file in self.manifest.files})
         mend_tcp_windows(self.images)
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
         self.replacements: Replacements = replace_links(
@@ -236,7 +271,7 @@ class _Restore:
 
     # CRIU says that it runs: look for ourselves, at once and again a little later.
 
-    def _look(self) -> tuple[ProcessId, ...]:
+    def _look(self) -> ProcessId:
         alive = [member for member in self.members if member.alive]
         try:
             members = tuple(identify(self.host[member.pid]) for member in alive)
@@ -244,8 +279,8 @@ class _Restore:
             raise self._died("at once") from error
         self._require(members, alive, "at once")
         time.sleep(SECOND_LOOK_S)
-        self._require(members[:1], alive, "within a second")
-        return members
+        self._require(members, alive, "within a second")
+        return members[0]
 
     def _require(self, members: tuple[ProcessId, ...], alive: list[TreeMember], when: str) -> None:
         for process, member in zip(members, alive, strict=False):

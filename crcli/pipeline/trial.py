@@ -10,7 +10,7 @@ from crcli.criu.log import explain
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.sandbox import STAND_IN_FD, Order
-from crcli.criu.skeleton import accept_sizes, lay_out_memory, present_sizes, touched_folders
+from crcli.criu.skeleton import forget_sizes, lay_out_memory, touched_folders
 from crcli.errors import DumpFailed, TreeState
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
 from crcli.memory.replay import write_all
@@ -47,7 +47,7 @@ def try_skeleton(
             if name not in _LEFT_OUT:
                 trial.link_from(images, name)
         _lay_out_kept(trial, kept)
-        accept_sizes(trial, present_sizes(trial))  # others may write to the same files meanwhile
+        forget_sizes(trial)  # others may write to the same files meanwhile
         external = [link.key for link in links if link.external]
         pids = [pid for member in read_tree(trial) for pid in (member.pid, *member.threads)]
         order = Order(tuple(touched_folders(trial)), tuple(pids), len(external))
