@@ -105,6 +105,18 @@ def unsupported_files(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def unreachable_files(evidence: Evidence) -> Iterator[Finding]:
+    """Files on a mount outside of the tree's mount namespaces (files-reg.c: `Can't lookup mount`)."""
+    if held := evidence.unreachable:
+        yield blocker(
+            "file-unreachable",
+            f"{who(evidence, held)} is {held[0].path} on a mount that the tree does not see any more (opened "
+            "before it got a mount namespace of its own, or unmounted since)",
+            places(evidence, held),
+            "give the program its standard streams from inside its mount namespace",
+        )
+
+
 def devices(evidence: Evidence) -> Iterator[Finding]:
     """Device files: CRIU knows /dev/null and its kin, terminals, autofs, and tun in a network namespace."""
     held: list[Held] = [
@@ -294,6 +306,7 @@ BLOCKERS: tuple[Check, ...] = (
     perf_event,
     memfd_secret,
     unsupported_files,
+    unreachable_files,
     devices,
     tun,
     pidfds,

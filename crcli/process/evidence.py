@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from crcli.process.files import FileId, Kind, Lock, Mapping, Mount, OpenFile
@@ -15,6 +16,7 @@ from crcli.process.tree import Process, Tree
 
 MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs", "hugetlbfs"))
 CAP_SYS_RESOURCE = 24
+VIRTUAL_CONSOLES, LAST_VIRTUAL_CONSOLE = 4, 63  # a major number and its minors; above them ttyS*
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,13 @@ class Terminal:
     master_inside: bool
     master: Outsider | None
     controls: tuple[int, ...]
+
+    @property
+    def leads_outside(self) -> bool:
+        """Whether it must be put in place again: driven from outside, or a serial line (CRIU: no driver)."""
+        if self.index is not None:
+            return not self.master_inside
+        return os.major(self.rdev) == VIRTUAL_CONSOLES and os.minor(self.rdev) > LAST_VIRTUAL_CONSOLE
 
     @property
     def criu_key(self) -> str:
@@ -182,8 +191,9 @@ class Evidence:
     """What was seen of a tree, in one moment before the freeze.
 
     `files` and `mappings` are everything; the rest is drawn from them. `mounts` are those of the root
-    process, by device. `prlimit_denied` are the processes whose limits the kernel does not let us read,
-    `stuck` those that wait in the kernel where no signal reaches them.
+    process, by device. `unreachable` are files on mounts that the tree has left, `prlimit_denied` the
+    processes whose limits the kernel does not let us read, `stuck` those that wait in the kernel where no
+    signal reaches them.
     """
 
     tree: Tree
@@ -199,6 +209,7 @@ class Evidence:
     named: tuple[NamedFile, ...]
     databases: tuple[Database, ...]
     device_mappings: tuple[Mapping, ...]
+    unreachable: tuple[OpenFile, ...]
     foreign_namespaces: tuple[ForeignNamespace, ...]
     relatives: tuple[Relative, ...]
     prlimit_denied: tuple[Process, ...]
@@ -231,8 +242,8 @@ class Evidence:
 
     @property
     def outside_terminals(self) -> tuple[Terminal, ...]:
-        """The pseudo-terminals that something outside the tree drives; consoles are just opened again."""
-        return tuple(one for one in self.terminals if one.index is not None and not one.master_inside)
+        """The terminals that something outside the tree drives, and that CRIU does not just open again."""
+        return tuple(one for one in self.terminals if one.leads_outside)
 
     @property
     def outside_pipes(self) -> tuple[Pipe, ...]:

@@ -6,6 +6,7 @@ import os
 import stat as mode_bits
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import NamedTuple
 
 from crcli.process.identity import read_proc
@@ -25,7 +26,7 @@ class Kind(StrEnum):
     SOCKET = "socket"
     TTY = "tty"
     DEVICE = "device"
-    MEMFD = "memfd"
+    MEMFD = "memfd"  # or other memory without a name, opened through /proc/PID/map_files
     NAMESPACE = "namespace"
     ANON = "anon"
 
@@ -255,20 +256,13 @@ def mappings(pid: int) -> tuple[Mapping, ...]:
     return tuple(_mapping(pid, *file, parts) for file, parts in pieces.items())
 
 
-def mounts(pid: int) -> dict[int, Mount]:
-    """Return the mounts that a process sees, by device number; none when it is gone."""
+def mounts(pid: int) -> tuple[Mount, ...]:
+    """Return the mounts that a process sees, those outside a chroot left out; none when it is gone."""
     try:
         raw = read_proc(f"/proc/{pid}/mountinfo").decode(errors="surrogateescape")
-    except (*PID_GONE, OSError):
-        return {}
-    by_device: dict[int, Mount] = {}
-    for line in raw.splitlines():
-        left, _, right = line.partition(" - ")
-        mnt_id, _, device, _, point, *_ = left.split(" ")
-        fstype, source, *_ = right.split(" ")
-        dev = _device(device, base=10)
-        by_device.setdefault(dev, Mount(int(mnt_id), dev, fstype, _unescape(point), _unescape(source)))
-    return by_device
+    except OSError:
+        return ()
+    return tuple(_mount(line) for line in raw.splitlines())
 
 
 def is_tty(rdev: int) -> bool:
@@ -277,6 +271,14 @@ def is_tty(rdev: int) -> bool:
     if major == 5:
         return minor in (0, 1, 2)
     return major == 4 or 136 <= major <= 143 or 128 <= major <= 135 or major in (188, 204)
+
+
+def _mount(line: str) -> Mount:
+    """Parse `27 1 254:0 / /home rw,… shared:1 - ext4 /dev/vda rw`."""
+    left, _, right = line.partition(" - ")
+    mnt_id, _, device, _, point, *_ = left.split(" ")
+    fstype, source, *_ = right.split(" ")
+    return Mount(int(mnt_id), _device(device, base=10), fstype, _unescape(point), _unescape(source))
 
 
 def _kind(target: str, status: os.stat_result) -> Kind:
@@ -291,13 +293,23 @@ def _kind(target: str, status: os.stat_result) -> Kind:
         return Kind.TTY if is_tty(status.st_rdev) else Kind.DEVICE
     if mode_bits.S_ISBLK(mode):
         return Kind.DEVICE
-    if target.startswith("/memfd:"):
+    if status.st_dev == _nameless_memory() or target.startswith(("/memfd:", "/anon_hugepage")):
         return Kind.MEMFD
     if not target.startswith("/"):
         return Kind.NAMESPACE if target.partition(":")[0] in _NAMESPACE_LINKS else Kind.ANON
     if target.startswith("/secretmem"):
         return Kind.ANON
     return Kind.DIRECTORY if mode_bits.S_ISDIR(mode) else Kind.REGULAR
+
+
+@cache
+def _nameless_memory() -> int:
+    """Return the device of the kernel's own tmpfs, where memfds and anonymous shared memory are."""
+    fd = os.memfd_create("crcli")
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
 
 
 _NAMESPACE_LINKS = frozenset(("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"))

@@ -42,7 +42,6 @@ def gather(tree: Tree) -> Evidence:
     viewer = _viewer()
     files = tuple(file for process in tree.living for file in open_files(process.pid))
     maps = tuple(mapping for process in tree.living for mapping in mappings(process.pid))
-    mounted = mounts(tree.root.pid)
     table = _socket_table(tree, viewer, files)
     outside = Outside(tree)
     named = _named_files(files, maps)
@@ -51,7 +50,7 @@ def gather(tree: Tree) -> Evidence:
         viewer=viewer,
         files=files,
         mappings=maps,
-        mounts=mounted,
+        mounts={mount.dev: mount for mount in reversed(mounts(tree.root.pid))},
         terminals=_terminals(tree, files, outside),
         pipes=_pipes(files, outside),
         sockets=_sockets(files, table, outside),
@@ -60,6 +59,7 @@ def gather(tree: Tree) -> Evidence:
         named=named,
         databases=_databases(named),
         device_mappings=_device_mappings(maps),
+        unreachable=_unreachable(tree, viewer, files),
         foreign_namespaces=_foreign_namespaces(tree, viewer),
         relatives=_relatives(tree),
         prlimit_denied=_prlimit_denied(tree),
@@ -286,6 +286,19 @@ def _is_sqlite(path: str) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def _unreachable(tree: Tree, viewer: Viewer, files: tuple[OpenFile, ...]) -> tuple[OpenFile, ...]:
+    """Return the files with a path whose mount CRIU will not find: it looks where the tree's processes live.
+
+    A process in another mount namespace can still hold what it, or its parent, had opened before.
+    """
+    one_of_each = {process.namespaces.get("mnt"): process.pid for process in tree.living}
+    if viewer.namespaces.get("mnt") in one_of_each:
+        one_of_each[viewer.namespaces["mnt"]] = os.getpid()
+    seen = {mount.mnt_id for pid in one_of_each.values() for mount in mounts(pid)}
+    with_path = (Kind.REGULAR, Kind.DIRECTORY, Kind.FIFO, Kind.DEVICE)
+    return tuple(file for file in files if file.kind in with_path and file.mnt_id not in seen)
 
 
 # --- processes ---------------------------------------------------------------------------------------------

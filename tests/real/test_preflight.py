@@ -322,6 +322,12 @@ def test_a_tree_in_its_own_network_namespace_is_not_refused() -> None:
     assert found["tcp-listening"].evidence == {"addresses": ["0.0.0.0:4711"]}
 
 
+def test_a_file_from_a_mount_namespace_that_was_left_blocks() -> None:
+    """A program in its own mount namespace whose streams come from ours is refused."""
+    with spawn_python(then_wait(), before=("unshare", "--mount")) as program:
+        assert_blocked(findings(program.pid), "file-unreachable")
+
+
 def test_a_pid_namespace_needs_its_init_and_a_session_of_its_own() -> None:
     """The first process of a pid namespace is refused while its session began outside, else taken."""
     code = "import time\nprint('ready')\ntime.sleep(600)"

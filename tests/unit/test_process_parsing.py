@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import struct
@@ -9,7 +10,7 @@ import struct
 import pytest
 
 from crcli.process import sockets
-from crcli.process.files import Kind, Lock, OpenFile, is_tty, mappings, mounts, open_files
+from crcli.process.files import Kind, Lock, Mount, OpenFile, _mount, is_tty, mappings, mounts, open_files
 from crcli.process.gather import _from_tty_nr, _pts_index
 from crcli.process.identity import ProcessId, identify, parse_stat
 from crcli.process.sockets import Address, State
@@ -76,6 +77,20 @@ def test_open_files_name_kind_flags_and_position(tmp_path) -> None:
         assert found[reader].kind is Kind.PIPE and found[reader].readable and not found[reader].writable
 
 
+def test_anonymous_shared_memory_is_no_deleted_file() -> None:
+    """Shared memory opened through map_files reads `/dev/zero (deleted)`, and is memory all the same."""
+    with mmap.mmap(-1, 4096) as memory:
+        memory[0] = 1
+        address = next(one.address for one in mappings(os.getpid()) if one.is_anonymous_shared)
+        try:
+            fd = os.open(f"/proc/self/map_files/{address}", os.O_RDWR)
+        except PermissionError:
+            pytest.skip("map_files needs CAP_CHECKPOINT_RESTORE")
+        found = {file.fd: file for file in open_files(os.getpid())}
+        os.close(fd)
+    assert found[fd].kind is Kind.MEMFD
+
+
 def test_a_file_whose_name_ends_like_a_deleted_one_is_not_deleted(tmp_path) -> None:
     """Only a file that has lost its path is deleted, not one that is called so."""
     odd, gone = tmp_path / "odd (deleted)", tmp_path / "gone"
@@ -129,9 +144,11 @@ def test_mappings_come_one_per_file() -> None:
     assert found[0].executable and found[0].has_name and found[0].bytes > 0
 
 
-def test_mounts_are_found_by_device() -> None:
-    """The root directory lies on a mount that mountinfo names."""
-    assert os.stat("/proc").st_dev in mounts(os.getpid())
+def test_mounts_are_read_with_their_odd_names() -> None:
+    """mountinfo writes blanks as octal, and has optional fields before the dash."""
+    line = r"36 27 0:32 / /mnt/a\040b rw,noatime shared:7 master:1 - tmpfs my\134fs rw,size=4k"
+    assert _mount(line) == Mount(36, os.makedev(0, 32), "tmpfs", "/mnt/a b", "my\\fs")
+    assert os.stat("/proc").st_dev in {mount.dev for mount in mounts(os.getpid())}
 
 
 @pytest.mark.parametrize(
