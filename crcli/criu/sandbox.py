@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _READY = b"ready"
 _PID_MAX = "/proc/sys/kernel/pid_max"
+_UNUSED_MOUNT_POINTS = ("/proc/sys/fs/binfmt_misc", "/proc/fs/nfsd", "/mnt")
 _LAST_PID = "/proc/sys/kernel/ns_last_pid"
 
 
@@ -241,8 +242,10 @@ def _serve(control: socket.socket, criu_end: socket.socket, workspace_fd: int) -
         if not text:
             os._exit(0)
         order = Order(**json.loads(text))
-        for number, folder in enumerate(order.overlays):
-            _overlay(folder, workspace_fd, number)
+        if order.overlays:
+            layers = _mount_layers()
+            for number, folder in enumerate(order.overlays):
+                _overlay(folder, layers, number)
         _dodge(order.taken_pids)
         if os.fork() == 0:
             _exec_criu(criu_end, order.stand_ins, [workspace_fd])
@@ -288,18 +291,26 @@ def _allow_any_address() -> None:
             pass
 
 
-def _overlay(folder: str, workspace_fd: int, number: int) -> None:
+def _mount_layers() -> str:
+    """Mount memory for the overlays' upper layers where it hides nothing; return the path."""
+    for place in _UNUSED_MOUNT_POINTS:
+        if os.path.isdir(place):
+            kernel.mount("tmpfs", place, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=0700")
+            return place
+    raise OSError("no mount point for the trial's overlays")
+
+
+def _overlay(folder: str, layers: str, number: int) -> None:
     """Lay a throwaway layer over a folder; what is mounted below it stays visible."""
-    upper, work = (f"overlay-{kind}-{number}" for kind in ("upper", "work"))
-    base = f"/proc/self/fd/{workspace_fd}"
+    upper, work = (f"{layers}/{kind}-{number}" for kind in ("upper", "work"))
     status = os.stat(folder)
-    for name in (upper, work):
-        os.mkdir(name, 0o755, dir_fd=workspace_fd)
-    os.chown(f"{base}/{upper}", status.st_uid, status.st_gid)
-    os.chmod(f"{base}/{upper}", status.st_mode & 0o7777)
+    for path in (upper, work):
+        os.mkdir(path, 0o755)
+    os.chown(upper, status.st_uid, status.st_gid)
+    os.chmod(upper, status.st_mode & 0o7777)
     below = [(os.open(path, os.O_PATH), path) for path in _mounts_below(folder)]
     escaped = folder.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
-    options = f"lowerdir={escaped},upperdir={base}/{upper},workdir={base}/{work}"
+    options = f"lowerdir={escaped},upperdir={upper},workdir={work}"
     kernel.mount("overlay", folder, "overlay", 0, options)
     for fd, path in below:
         kernel.mount(f"/proc/self/fd/{fd}", path, "", kernel.MS_BIND | kernel.MS_REC)

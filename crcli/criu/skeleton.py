@@ -143,13 +143,14 @@ def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> Non
 
 
 def touched_folders(images: Workspace) -> list[str]:
-    """Folders in which CRIU makes or removes names during a restore: of bound sockets and unnamed files."""
+    """Folders with names that a restore makes, removes or fills: bound sockets, FIFOs, unnamed files."""
     found: set[str] = set()
-    remapped = remapped_ids(images)
-    for entry in read_files(images).entries:
+    entries = read_files(images).entries
+    special = remapped_ids(images) | {entry.fifo.regf_id for entry in entries if entry.type == FD.FIFO}
+    for entry in entries:
         if entry.type == FD.UNIXSK and entry.usk.name[:1] not in (b"", b"\0"):
             name = os.fsdecode(entry.usk.name.rstrip(b"\0"))
             found.add(os.path.dirname(os.path.join(entry.usk.name_dir or "/", name)))
-        elif entry.type == FD.REG and entry.id in remapped:
+        elif entry.type == FD.REG and entry.id in special:
             found.add(os.path.dirname(entry.reg.name))
     return sorted(os.path.normpath(folder) for folder in found if os.path.isdir(folder))

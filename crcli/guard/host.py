@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from crcli.image.manifest import Manifest
 
 
+_MADE_BY_THE_KERNEL = ("/proc/", "/sys/", "/dev/")
+
+
 def guard(manifest: Manifest) -> list[Finding]:
     """Return the findings about this host and this image; raise GuardRefused when one is a blocker."""
     findings = [finding for check in _CHECKS for finding in check(manifest)]
@@ -70,7 +73,9 @@ def _memory(manifest: Manifest) -> Iterator[Finding]:
 def _files(manifest: Manifest) -> Iterator[Finding]:
     carried = {file.name for file in manifest.files}
     for path in manifest.meta.get("mapped", []):
-        if path not in carried and not os.path.lexists(path):
+        if path in carried or path.startswith(_MADE_BY_THE_KERNEL):
+            continue
+        if not os.path.lexists(path):
             yield Finding(
                 "file-missing",
                 Severity.BLOCKER,

@@ -17,6 +17,7 @@ from crcli.findings import Finding, Severity
 from crcli.image.manifest import StoredFile
 from crcli.image.packs import BLOB_BYTES
 from crcli.process.evidence import MEMORY_FILE_SYSTEMS
+from crcli.process.files import leased_inodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,11 +70,14 @@ def capture_files(
     stored: list[StoredFile] = []
     findings: list[Finding] = []
     seen: set[str] = set()
+    leased = leased_inodes()
     for wanted in _wanted(images, root, mounts, include):
         if wanted.path in seen:
             continue
         seen.add(wanted.path)
         try:
+            if os.stat(root + wanted.path).st_ino in leased:
+                continue  # opening it would break the lease, which the tree can see
             file = _store(root, wanted, writer)
         except FileNotFoundError:
             continue
@@ -114,6 +118,8 @@ def _included(root: str, path: str) -> Iterator[Wanted]:
 
 def _database_siblings(root: str, path: str) -> Iterator[Wanted]:
     try:
+        if os.stat(root + path).st_ino in leased_inodes():
+            return
         with open(root + path, "rb") as file:
             is_database = file.read(len(_SQLITE_MAGIC)) == _SQLITE_MAGIC
     except OSError:

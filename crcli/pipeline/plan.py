@@ -64,8 +64,8 @@ def outside_links(evidence: Evidence) -> tuple[OutsideLink, ...]:
             writes=bool(pipe.writers),
             descriptors=tuple((file.pid, file.fd) for file in pipe.holders),
         )
-        for pipe in evidence.pipes
-        if not pipe.path and not (pipe.readers and pipe.writers)
+        for pipe in evidence.outside_pipes
+        if not pipe.path
     ]
     links += [_unix_link(held) for held in evidence.outside_unix if held.socket.type != "dgram"]
     return tuple(links)

@@ -222,7 +222,7 @@ def traced(evidence: Evidence) -> Iterator[Finding]:
         yield blocker(
             "traced",
             f"{first_of(held)} is traced by {tracer}, and only one tracer can hold a process",
-            process_list(held, tracer="tracer"),
+            process_list(held, "tracer"),
             f"end {tracer} (a debugger, strace, or another dump), then try again",
         )
 

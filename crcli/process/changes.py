@@ -135,7 +135,7 @@ def cpu_affinity(evidence: Evidence) -> Iterator[Finding]:
         yield change(
             "cpu-affinity",
             f"{first_of(held)} is bound to processors {held[0].cpus}; CRIU does not save that",
-            process_list(held, cpus="cpus"),
+            process_list(held, "cpus"),
             "",
             "bind it again after the restore: `taskset --all-tasks --cpu-list --pid LIST PID`",
         )

@@ -15,6 +15,32 @@ from crcli.process.sockets import Socket, State
 from crcli.process.tree import Process, Tree
 
 MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs", "hugetlbfs"))
+PSEUDO_FILE_SYSTEMS = frozenset(
+    [
+        "autofs",
+        "bdev",
+        "binfmt_misc",
+        "bpf",
+        "cgroup",
+        "cgroup2",
+        "configfs",
+        "debugfs",
+        "devtmpfs",
+        "efivarfs",
+        "fusectl",
+        "mqueue",
+        "nsfs",
+        "proc",
+        "pstore",
+        "resctrl",
+        "securityfs",
+        "selinuxfs",
+        "sysfs",
+        "tracefs",
+    ]
+)
+"""Where reading a file asks the kernel a question, or takes something away."""
+
 CAP_SYS_RESOURCE = 24
 VIRTUAL_CONSOLES, LAST_VIRTUAL_CONSOLE = 4, 63  # a major number and its minors; above them ttyS*
 

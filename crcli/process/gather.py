@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from crcli.errors import PreflightRefused
 from crcli.process.evidence import (
+    PSEUDO_FILE_SYSTEMS,
     Database,
     DeletedFile,
     Evidence,
@@ -22,13 +24,25 @@ from crcli.process.evidence import (
     Terminal,
     Viewer,
 )
-from crcli.process.files import FileId, Kind, Lock, Mapping, OpenFile, mappings, mounts, open_files
-from crcli.process.identity import read_proc, read_stat
+from crcli.process.files import (
+    FileId,
+    Kind,
+    Lock,
+    Mapping,
+    Mount,
+    OpenFile,
+    leased_inodes,
+    mappings,
+    mounts,
+    open_files,
+)
+from crcli.process.identity import read_proc
 from crcli.process.outside import Outside, Outsider
 from crcli.process.sockets import Address, Socket, sockets_of, unlisted_socket
 from crcli.process.tree import PID_GONE, Process, Tree, every_stat, read_namespaces
 
 SQLITE_MAGIC = b"SQLite format 3\0"
+SQLITE_SMALLEST_PAGE = 512
 SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
 STUCK_AFTER_SECONDS = 0.5
 CONTROLLING_TTY = os.makedev(5, 0)
@@ -38,19 +52,33 @@ K = TypeVar("K")
 
 
 def gather(tree: Tree) -> Evidence:
-    """Return what can be seen of the tree now. Changes nothing; holds no descriptor afterwards."""
+    """Return what can be seen of the tree now. Changes nothing; holds no descriptor afterwards.
+
+    Raises PreflightRefused when the kernel does not let crcli look.
+    """
+    try:
+        return _gather(tree)
+    except PermissionError as error:
+        raise PreflightRefused(
+            f"the kernel does not let crcli look into {error.filename}",
+            hint="run crcli as root" if os.geteuid() else "crcli needs CAP_SYS_PTRACE, which root lacks here",
+        ) from error
+
+
+def _gather(tree: Tree) -> Evidence:
     viewer = _viewer()
     files = tuple(file for process in tree.living for file in open_files(process.pid))
     maps = tuple(mapping for process in tree.living for mapping in mappings(process.pid))
+    mounts_by_device = {mount.dev: mount for mount in reversed(mounts(tree.root.pid))}
     table = _socket_table(tree, viewer, files)
     outside = Outside(tree)
-    named = _named_files(files, maps)
+    named = _named_files(files, maps, mounts_by_device)
     return Evidence(
         tree=tree,
         viewer=viewer,
         files=files,
         mappings=maps,
-        mounts={mount.dev: mount for mount in reversed(mounts(tree.root.pid))},
+        mounts=mounts_by_device,
         terminals=_terminals(tree, files, outside),
         pipes=_pipes(files, outside),
         sockets=_sockets(files, table, outside),
@@ -210,8 +238,7 @@ def _deleted(files: tuple[OpenFile, ...], maps: tuple[Mapping, ...]) -> tuple[De
     opened = _grouped((f for f in files if f.deleted and f.kind is Kind.REGULAR), lambda f: f.id)
     mapped = _grouped((m for m in maps if m.deleted and m.has_name), lambda m: m.id)
     return tuple(
-        _deleted_file(file, opened.get(file, []), mapped.get(file, []))
-        for file in opened.keys() | mapped.keys()
+        _deleted_file(file, opened.get(file, []), mapped.get(file, [])) for file in {**opened, **mapped}
     )
 
 
@@ -223,11 +250,15 @@ def _deleted_file(file: FileId, opened: list[OpenFile], mapped: list[Mapping]) -
     return DeletedFile(path, file, size, nlink, tuple(opened), tuple(mapped))
 
 
-def _named_files(files: tuple[OpenFile, ...], maps: tuple[Mapping, ...]) -> tuple[NamedFile, ...]:
+def _named_files(
+    files: tuple[OpenFile, ...], maps: tuple[Mapping, ...], mounts_by_device: dict[int, Mount]
+) -> tuple[NamedFile, ...]:
+    """Return the files with content of their own; those of /proc, /sys and the like are questions."""
     opened = _grouped((f for f in files if not f.deleted and f.kind is Kind.REGULAR), lambda f: f.path)
     mapped = _grouped((m for m in maps if not m.deleted and m.has_name), lambda m: m.path)
     found = (_named_file(path, opened.get(path, []), mapped.get(path, [])) for path in {**opened, **mapped})
-    return tuple(file for file in found if file is not None)
+    pseudo = {dev for dev, mount in mounts_by_device.items() if mount.fstype in PSEUDO_FILE_SYSTEMS}
+    return tuple(file for file in found if file is not None and file.id.dev not in pseudo)
 
 
 def _named_file(path: str, opened: list[OpenFile], mapped: list[Mapping]) -> NamedFile | None:
@@ -263,16 +294,19 @@ def _device_mappings(maps: tuple[Mapping, ...]) -> tuple[Mapping, ...]:
 
 
 def _databases(named: tuple[NamedFile, ...]) -> tuple[Database, ...]:
-    found = (_database(file) for file in named if file.open)
+    leased = leased_inodes()
+    found = (_database(file, leased) for file in named if file.open)
     return tuple(database for database in found if database is not None)
 
 
-def _database(file: NamedFile) -> Database | None:
-    if file.path.endswith(SQLITE_SIBLINGS):
+def _database(file: NamedFile, leased: frozenset[int]) -> Database | None:
+    if file.path.endswith(SQLITE_SIBLINGS) or file.size % SQLITE_SMALLEST_PAGE:
         return None
     seen_as = f"/proc/{file.open[0].pid}/root{file.path}"
     siblings = tuple(file.path + end for end in SQLITE_SIBLINGS if os.path.exists(seen_as + end))
-    return Database(file.path, siblings) if siblings or _is_sqlite(seen_as) else None
+    if not siblings and (file.id.ino in leased or not _is_sqlite(seen_as)):
+        return None
+    return Database(file.path, siblings)
 
 
 def _is_sqlite(path: str) -> bool:
@@ -291,12 +325,13 @@ def _is_sqlite(path: str) -> bool:
 def _unreachable(tree: Tree, viewer: Viewer, files: tuple[OpenFile, ...]) -> tuple[OpenFile, ...]:
     """Return the files with a path whose mount CRIU will not find: it looks where the tree's processes live.
 
-    A process in another mount namespace can still hold what it, or its parent, had opened before.
+    A process in another mount namespace can still hold what it, or its parent, had opened before. A process
+    in a chroot is shown only what lies below, so each root is asked, and we are when we see the same mounts.
     """
-    one_of_each = {process.namespaces.get("mnt"): process.pid for process in tree.living}
-    if viewer.namespaces.get("mnt") in one_of_each:
-        one_of_each[viewer.namespaces["mnt"]] = os.getpid()
-    seen = {mount.mnt_id for pid in one_of_each.values() for mount in mounts(pid)}
+    viewpoints = {(process.namespaces.get("mnt"), process.root): process.pid for process in tree.living}
+    if any(namespace == viewer.namespaces.get("mnt") for namespace, _ in viewpoints):
+        viewpoints[viewer.namespaces["mnt"], ""] = os.getpid()
+    seen = {mount.mnt_id for pid in viewpoints.values() for mount in mounts(pid)}
     with_path = (Kind.REGULAR, Kind.DIRECTORY, Kind.FIFO, Kind.DEVICE)
     return tuple(file for file in files if file.kind in with_path and file.mnt_id not in seen)
 
@@ -349,30 +384,23 @@ def _may_read_limits(pid: int) -> bool:
 
 
 def _stuck(tree: Tree) -> tuple[Process, ...]:
-    """Return the processes that wait in the kernel uninterruptibly, seen twice without a step between."""
-    suspects = [process for process in tree if process.state == "D"]
+    """Return the processes with a thread that waits in the kernel uninterruptibly, and has for a while."""
+    suspects = [(process.pid, tid) for process in tree for tid in process.uninterruptible]
     if not suspects:
         return ()
-    before = {process.pid: _switches(process.pid) for process in suspects}
+    before = {suspect: _standstill(*suspect) for suspect in suspects}
     time.sleep(STUCK_AFTER_SECONDS)
-    return tuple(p for p in suspects if _still_waits(p) and _switches(p.pid) == before[p.pid])
+    stuck = {pid for pid, tid in suspects if before[pid, tid] == _standstill(pid, tid) != b""}
+    return tuple(process for process in tree if process.pid in stuck)
 
 
-def _still_waits(process: Process) -> bool:
+def _standstill(pid: int, tid: int) -> bytes:
+    """Return what changes whenever a waiting thread gets a processor; empty when it waits no more."""
     try:
-        now = read_stat(process.pid)
-    except ProcessLookupError:
-        return False
-    return now.state == "D" and now.start_time == process.start
-
-
-def _switches(pid: int) -> bytes:
-    """Return the lines that count how often the process gave up a processor."""
-    try:
-        status = read_proc(f"/proc/{pid}/status")
+        status = read_proc(f"/proc/{pid}/task/{tid}/status")
     except PID_GONE:
         return b""
-    return status[status.find(b"voluntary_ctxt_switches") :]
+    return status[status.find(b"voluntary_ctxt_switches") :] if b"\nState:\tD" in status else b""
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

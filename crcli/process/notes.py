@@ -130,7 +130,7 @@ def sessions(evidence: Evidence) -> Iterator[Finding]:
         yield note(
             "session-outside",
             f"{first_of(held)} belongs to a session or process group that began outside the tree",
-            process_list(held, sid="sid", pgid="pgid"),
+            process_list(held, "sid", "pgid"),
             "treats the tree as a job of a shell",
         )
 
@@ -152,7 +152,7 @@ def other_users(evidence: Evidence) -> Iterator[Finding]:
         yield note(
             "other-user",
             f"{first_of(held)} runs as another user (uid {held[0].uids[0]}); crcli lacks CAP_SYS_RESOURCE",
-            process_list(held, uids="uids"),
+            process_list(held, "uids"),
             "reads the limits of such processes from /proc instead",
         )
 

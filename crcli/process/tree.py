@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from crcli.errors import PreflightRefused
 from crcli.process.identity import ENDED, ProcessId, Stat, read_proc, read_stat
@@ -33,10 +35,10 @@ class Process:
 
     `uids` and `gids` are real, effective, saved, file system. `namespaces` maps a name in /proc/PID/ns to
     its inode. `cgroups` is /proc/PID/cgroup as it stands. `tracer` is the pid of a debugger on any of its
-    threads, 0 for none. `nspid` and `nssid` list its pid and session id from crcli's pid namespace inwards.
-    `cpus` is the list of processors that it may run on. `anonymous_bytes` (anonymous, shared and swapped
-    memory) is about what CRIU would write. A zombie has no memory, files or namespaces, so those fields are
-    empty.
+    threads, 0 for none; `uninterruptible` are the threads that no signal reaches just now (state D).
+    `nspid` and `nssid` list its pid and session id from crcli's pid namespace inwards. `cpus` is the list
+    of processors that it may run on. `anonymous_bytes` (anonymous, shared and swapped memory) is about what
+    CRIU would write. A zombie has no memory, files or namespaces, so those fields are empty.
     """
 
     pid: int
@@ -58,6 +60,7 @@ class Process:
     namespaces: dict[str, int]
     cgroups: str
     tracer: int
+    uninterruptible: tuple[int, ...]
     nspid: tuple[int, ...]
     nssid: tuple[int, ...]
     cap_eff: int
@@ -155,12 +158,8 @@ def scan_tree(root: ProcessId) -> Tree:
 
 def child_pids(pid: int) -> list[int]:
     """Return the pids of the children that exist now, of all threads; none when the process is gone."""
-    try:
-        tids = os.listdir(f"/proc/{pid}/task")
-    except PID_GONE:
-        return []
     children: list[int] = []
-    for tid in tids:
+    for tid in _tids(pid):
         try:
             children += map(int, read_proc(f"/proc/{pid}/task/{tid}/children").split())
         except PID_GONE:
@@ -198,7 +197,7 @@ def read_process(pid: int) -> Process | None:
         argv = _argv(read_proc(f"{here}/cmdline"))
     except PID_GONE:
         return None
-    tracer = int(status["TracerPid"])
+    threads = _read_threads(pid) if stat.threads > 1 else [_Thread(pid, stat.state, int(status["TracerPid"]))]
     return Process(
         pid=pid,
         start=stat.start_time,
@@ -218,7 +217,8 @@ def read_process(pid: int) -> Process | None:
         tty_pgid=stat.tty_pgid,
         namespaces=read_namespaces(pid),
         cgroups=cgroups,
-        tracer=tracer or (_thread_tracer(pid) if stat.threads > 1 else 0),
+        tracer=next((thread.tracer for thread in threads if thread.tracer), 0),
+        uninterruptible=tuple(thread.tid for thread in threads if thread.state == "D"),
         nspid=_numbers(status.get("NSpid", str(pid))),
         nssid=_numbers(status.get("NSsid", str(stat.sid))),
         cap_eff=int(status["CapEff"], 16),
@@ -240,20 +240,33 @@ def read_namespaces(pid: int) -> dict[str, int]:
     return inodes
 
 
-def _thread_tracer(pid: int) -> int:
-    """Return the pid of whoever traces any thread; a debugger can hold a single one."""
-    try:
-        tids = os.listdir(f"/proc/{pid}/task")
-    except PID_GONE:
-        return 0
-    for tid in tids:
+class _Thread(NamedTuple):
+    tid: int
+    state: str
+    tracer: int
+
+
+def _read_threads(pid: int) -> list[_Thread]:
+    """Return state and tracer of each thread: a debugger can hold a single one, so can a slow disk."""
+    threads = []
+    for tid in _tids(pid):
         try:
-            tracer = int(_status_fields(read_proc(f"/proc/{pid}/task/{tid}/status"))["TracerPid"])
+            found = _STATE_AND_TRACER.search(read_proc(f"/proc/{pid}/task/{tid}/status"))
         except PID_GONE:
             continue
-        if tracer:
-            return tracer
-    return 0
+        if found:
+            threads.append(_Thread(int(tid), found[1].decode(), int(found[2])))
+    return threads
+
+
+_STATE_AND_TRACER = re.compile(rb"^State:\t(.).*^TracerPid:\t(\d+)$", re.MULTILINE | re.DOTALL)
+
+
+def _tids(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except PID_GONE:
+        return []
 
 
 def _status_fields(raw: bytes) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """How findings are worded: who holds what, in a sentence for people and as JSON for programs.
 
-One finding stands for a whole family: its message names the first process and how many more there are, its
-evidence lists them all.
+One finding stands for everything of its kind: its message names the first process and how many more there
+are, its evidence lists them all. Only what leads to different places outside gets a finding each.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ def place(evidence: Evidence, one: Held) -> dict[str, Any]:
     return {"pid": one.pid, "command": evidence.tree.process(one.pid).comm, **spot, "path": one.path}
 
 
-def process_list(processes: Iterable[Process], **more: str) -> dict[str, Any]:
-    """Return the processes under `processes`; `more` maps further keys to attributes of a process."""
+def process_list(processes: Iterable[Process], *attributes: str) -> dict[str, Any]:
+    """Return the processes, each with the named attributes, under `processes`."""
     return {
         "processes": [
-            {"pid": one.pid, "command": one.comm} | {key: getattr(one, name) for key, name in more.items()}
+            {"pid": one.pid, "command": one.comm} | {name: getattr(one, name) for name in attributes}
             for one in processes
         ]
     }
