@@ -304,14 +304,15 @@ def _database(file: NamedFile, leased: frozenset[int]) -> Database | None:
         return None
     seen_as = f"/proc/{file.open[0].pid}/root{file.path}"
     siblings = tuple(file.path + end for end in SQLITE_SIBLINGS if os.path.exists(seen_as + end))
-    if not siblings and (file.id.ino in leased or not _is_sqlite(seen_as)):
+    if not siblings and (not file.size or file.id.ino in leased or not _is_sqlite(seen_as)):
         return None
     return Database(file.path, siblings)
 
 
 def _is_sqlite(path: str) -> bool:
+    """Whether the file begins like a database; looking leaves no trace, not even a time of access."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOATIME)
     except OSError:
         return False
     try:

@@ -162,6 +162,22 @@ def test_a_traced_process_is_refused_and_the_tracer_named() -> None:
                 refuse_bad_target(target.pid)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become somebody else")
+def test_somebody_else_may_not_look() -> None:
+    """Where the kernel shows nothing, the answer is a refusal with a hint, not a traceback."""
+    with spawn_python(then_wait()) as program:
+        child = os.fork()
+        if not child:
+            try:
+                os.setuid(65534)
+                findings(program.pid)
+            except PreflightRefused as error:
+                os._exit(0 if "root" in error.hint and "look into" in error.message else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_traced_child_blocks() -> None:
     """A tracer inside the tree blocks as well as one outside."""
     code = """
@@ -352,6 +368,22 @@ def test_a_vfork_parent_blocks() -> None:
         """
     with spawn_python(code) as program:
         time.sleep(0.5)
+        assert_blocked(findings(program.pid), "uninterruptible")
+
+
+def test_a_thread_inside_vfork_blocks_too() -> None:
+    """It need not be the main thread that waits."""
+    code = """
+        import ctypes, threading, time
+        libc = ctypes.CDLL(None)
+        def wait():
+            if libc.syscall(58) == 0:
+                libc.sleep(600)
+                libc._exit(0)
+        threading.Thread(target=wait).start()
+        """
+    with spawn_python(then_wait(code)) as program:
+        time.sleep(0.2)
         assert_blocked(findings(program.pid), "uninterruptible")
 
 
@@ -666,6 +698,30 @@ def test_sqlite_is_told_with_its_siblings(tmp_path: Path) -> None:
         (database,) = look(program.pid).databases
     assert database.path == str(path)
     assert database.siblings == (f"{path}-wal", f"{path}-shm")
+
+
+def test_files_of_the_kernel_are_not_taken_for_files() -> None:
+    """What is open in /proc is neither saved nor read: reading it could take something away."""
+    with spawn_python(then_wait("f = open('/proc/self/oom_score_adj', 'r+')")) as program:
+        evidence = look(program.pid)
+    assert {Path(file.path).name for file in evidence.written_files} == {"output"}
+
+
+def test_looking_does_not_break_a_lease(tmp_path: Path) -> None:
+    """Opening a leased file would signal its holder; preflight leaves it alone."""
+    path = tmp_path / "leased"
+    path.write_bytes(bytes(1024))
+    code = f"""
+        import fcntl, os, signal
+        signal.signal(signal.SIGIO, lambda *_: print("broken"))
+        fd = os.open({str(path)!r}, os.O_RDWR)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        """
+    with spawn_python(then_wait(code)) as program:
+        (held,) = look(program.pid).locks
+        time.sleep(0.1)
+        assert "broken" not in program.output
+    assert held.lock.kind == "LEASE"
 
 
 def test_append_only_files_are_told_apart(tmp_path: Path) -> None:
