@@ -15,9 +15,11 @@ import socket
 import subprocess
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from crcli.criu.binary import criu_command
+from crcli.criu.limits import with_limits_answered
 from crcli.errors import HostLacks
 
 if TYPE_CHECKING:
@@ -61,11 +63,16 @@ class CriuProcess:
         self.process = process
 
     @classmethod
-    def start(cls, pass_fds: Sequence[int] = (), **popen: Any) -> CriuProcess:
-        """Start criu, ready for one request. `pass_fds` keep their numbers in it."""
+    def start(cls, pass_fds: Sequence[int] = (), answer_limits: bool = False, **popen: Any) -> CriuProcess:
+        """Start criu, ready for one request. `pass_fds` keep their numbers in it.
+
+        With `answer_limits` it can read other users' limits without CAP_SYS_RESOURCE, but not dump
+        processes that have seccomp filters (see crcli.criu.limits).
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            process = subprocess.Popen(
+            launch = partial(
+                subprocess.Popen,
                 [*criu_command(), "swrk", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), *pass_fds),
                 stdin=subprocess.DEVNULL,
@@ -74,6 +81,7 @@ class CriuProcess:
                 process_group=0,
                 **popen,
             )
+            process = with_limits_answered(launch) if answer_limits else launch()
         return cls(ours, process)
 
     def request(

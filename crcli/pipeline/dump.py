@@ -387,7 +387,6 @@ class _Receiver(threading.Thread):
 
 def _must_answer_limits(evidence: Evidence) -> bool:
     """Whether CRIU needs help to read a member's limits, and can have it: see crcli.criu.limits."""
-    if os.environ.get("X_LIM"): return os.environ["X_LIM"]=="1"
     return bool(evidence.prlimit_denied) and not any(process.seccomp for process in evidence.tree)
 
 
