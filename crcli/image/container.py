@@ -20,7 +20,7 @@ from crcli.errors import ImageDamaged
 from crcli.image.codec import Codec, compress, decompress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from crcli.store.base import Buffer
 
@@ -29,6 +29,9 @@ VERSION = 1
 _HEADER = struct.Struct("<8sHHI")
 _ENTRY = struct.Struct("<4sIQQQ32s")
 _SEAL = 32
+_PEEK = 64 << 10
+"""How much of a container is read at first when one section is wanted: enough for most heads (bytes)."""
+
 _RAW_LIMIT = 4 << 30
 """A section that says that it is larger than this (bytes) is damaged: nothing is allocated for it."""
 
@@ -83,8 +86,47 @@ def unpack_container(data: bytes, kind: ContainerKind, name: str) -> dict[str, b
         tag, codec, offset, stored, raw, digest = _ENTRY.unpack_from(data, place)
         if raw > _RAW_LIMIT or offset + stored > len(data) - _SEAL:
             raise ImageDamaged(f"{name}: section {number} lies outside of the object")
-        body = decompress(Codec(codec), memoryview(data)[offset : offset + stored], raw, name)
+        body = decompress(_codec(codec, name), memoryview(data)[offset : offset + stored], raw, name)
         if blake3(body).digest() != digest:
             raise ImageDamaged(f"{name}: section {number} is not what its hash says")
         sections[tag.decode("ascii")] = bytes(body)
     return sections
+
+
+def peek_section(
+    read: Callable[[int, int], bytes], size: int, wanted: str, kind: ContainerKind, name: str
+) -> bytes:
+    """Return one section of a container of `size` bytes without reading the rest of it.
+
+    `read(offset, length)` gives bytes of the object. Only this section's hash is checked, which is enough to
+    show what is in it, and not enough to restore from. Raises ImageDamaged.
+    """
+    head = read(0, min(size, _PEEK))
+    if len(head) < _HEADER.size:
+        raise ImageDamaged(f"{name} is cut short: {size} bytes")
+    magic, version, found, count = _HEADER.unpack_from(head)
+    if magic != MAGIC or version > VERSION or found != kind:
+        raise ImageDamaged(f"{name} is not an object of that kind, or of a newer format")
+    for number in range(min(count, (len(head) - _HEADER.size) // _ENTRY.size)):
+        tag, codec, offset, stored, raw, digest = _ENTRY.unpack_from(
+            head, _HEADER.size + number * _ENTRY.size
+        )
+        if tag.decode("ascii", "replace") != wanted:
+            continue
+        if raw > _RAW_LIMIT or offset + stored > size - _SEAL:
+            raise ImageDamaged(f"{name}: section {wanted} lies outside of the object")
+        inside = offset + stored <= len(head)
+        body = decompress(
+            _codec(codec, name), head[offset : offset + stored] if inside else read(offset, stored), raw, name
+        )
+        if blake3(body).digest() != digest:
+            raise ImageDamaged(f"{name}: section {wanted} is not what its hash says")
+        return bytes(body)
+    raise ImageDamaged(f"{name} has no section {wanted}")
+
+
+def _codec(number: int, name: str) -> Codec:
+    try:
+        return Codec(number)
+    except ValueError as error:
+        raise ImageDamaged(f"{name} is stored in a way that this crcli does not know ({number})") from error

@@ -231,11 +231,7 @@ class ChunkReader:
 
     def _check(self, number: int, stored: memoryview) -> Buffer:
         chunk = self._chunks[number]
-        name = f"chunk {number} in {pack_key(self._packs[chunk.pack])}"
-        raw = decompress(chunk.codec, stored, chunk.raw, name)
-        if blake3(raw).digest() != chunk.digest:
-            raise ImageDamaged(f"{name} is not what its hash says", hint="use another image")
-        return raw
+        return check_chunk(chunk, stored, f"chunk {number} in {pack_key(self._packs[chunk.pack])}")
 
     def blob(self, numbers: Sequence[int]) -> bytes:
         """The bytes of a file: the chunks `numbers`, joined."""
@@ -243,3 +239,11 @@ class ChunkReader:
         for group in self.plan(numbers):
             found.update(self.read(group))
         return b"".join(found[number] for number in numbers)
+
+
+def check_chunk(chunk: Chunk, stored: Buffer, name: str) -> Buffer:
+    """Return the raw bytes of a chunk that was read; raise ImageDamaged when they are not what was stored."""
+    raw = decompress(chunk.codec, stored, chunk.raw, name)
+    if blake3(raw).digest() != chunk.digest:
+        raise ImageDamaged(f"{name} is not what its hash says", hint="use another image")
+    return raw

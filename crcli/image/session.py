@@ -1,16 +1,23 @@
-"""A dump in progress, as other commands on the same store see it.
+"""Work in progress on a store, as other commands on it see it.
 
 A dump relies on chunks that it saw in the store when it began. Its session object tells `gc` so: while a
-session is alive, nothing is removed that it may have seen.
+session is alive, nothing is removed that it may have seen. `gc` announces itself in the same way.
+
+An announcement is renewed while the work takes. It is over when its object is gone, when it was not renewed
+for STALE_AFTER_S by the store's clock, or when it names a process of this host that has ended.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import threading
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Self
 
-from crcli.errors import StoreError
+from crcli.errors import NotFound, StoreError
 from crcli.image.names import SESSIONS
+from crcli.process.identity import ProcessId, identify
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -19,20 +26,45 @@ if TYPE_CHECKING:
 
 HEARTBEAT_S = 60.0
 STALE_AFTER_S = 900.0
-"""A session that was not renewed for this long belongs to a dump that is dead."""
+"""An announcement that was not renewed for this long belongs to work that is dead."""
+
+LAPSED_AFTER_S = STALE_AFTER_S * 2 / 3
+"""Who was not able to renew for this long must take it that others have stopped waiting."""
 
 
-class Session:
-    """Announces a dump from entry to exit, and renews the announcement while it takes."""
+class Announcement:
+    """An object that says, from entry to exit, that somebody is at work."""
 
-    def __init__(self, store: Store, image_id: str) -> None:
+    def __init__(self, store: Store, key: str) -> None:
+        self.key = key
         self._store = store
-        self._key = f"{SESSIONS}{image_id}"
+        self._text = _describe_owner()
         self._over = threading.Event()
-        self._beat = threading.Thread(target=self._renew, name="session", daemon=True)
+        self._beat = threading.Thread(target=self._keep_renewing, name="session", daemon=True)
+        self._lapsed = False
+        self._renewed_at = 0.0
 
-    def __enter__(self) -> Session:
-        self._store.put(self._key, b"dump\n")
+    @property
+    def lapsed(self) -> bool:
+        """Whether this was ever without renewal for so long that others may have taken us for dead."""
+        return self._lapsed or _clock() - self._renewed_at > LAPSED_AFTER_S
+
+    def renew(self) -> None:
+        """Write the object again."""
+        began = _clock()
+        self._lapsed = self.lapsed
+        if not self._lapsed:
+            self._store.put(self.key, self._text)
+            self._renewed_at = began
+
+    def store_time(self) -> float:
+        """What the store's clock says now (seconds since the epoch)."""
+        self.renew()
+        return self._store.stat(self.key).modified
+
+    def __enter__(self) -> Self:
+        self._renewed_at = _clock()
+        self._store.put(self.key, self._text)
         self._beat.start()
         return self
 
@@ -41,14 +73,69 @@ class Session:
     ) -> None:
         self._over.set()
         self._beat.join()
+        if self.lapsed:
+            return  # the object may be somebody else's by now
         try:
-            self._store.delete(self._key)
+            self._store.delete(self.key)
         except StoreError:
             pass  # it goes stale by itself
 
-    def _renew(self) -> None:
+    def _keep_renewing(self) -> None:
         while not self._over.wait(HEARTBEAT_S):
             try:
-                self._store.put(self._key, b"dump\n")
+                self.renew()
             except StoreError:
                 continue
+
+
+class Session(Announcement):
+    """Announces a dump, or whatever else is about to refer to objects that are in the store already.
+
+    `name` must be nobody else's: an image's id, or made of one.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        super().__init__(store, f"{SESSIONS}{name}")
+
+
+def announced(store: Store, prefix: str, store_time: float) -> tuple[list[str], list[str]]:
+    """Keys of the announcements below `prefix`: those behind which somebody is at work, and the dead ones."""
+    alive: list[str] = []
+    dead: list[str] = []
+    for info in store.list(prefix):
+        try:
+            is_dead = store_time - info.modified > STALE_AFTER_S or _owner_ended(store.get(info.key))
+        except NotFound:
+            continue  # over since it was listed
+        (dead if is_dead else alive).append(info.key)
+    return alive, dead
+
+
+def _describe_owner() -> bytes:
+    us = identify(os.getpid())
+    return json.dumps(
+        {**_here(), "pid": us.pid, "start_time": us.start_time, "nonce": os.urandom(8).hex()}
+    ).encode()
+
+
+def _owner_ended(text: bytes) -> bool:
+    """Whether the owner is a process that would be seen from here, and is not."""
+    try:
+        owner = json.loads(text)
+        if any(owner[name] != value for name, value in _here().items()):
+            return False
+        return not ProcessId(owner["pid"], owner["start_time"]).alive()
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _here() -> dict[str, str]:
+    """What makes pids comparable: the boot of this kernel, and the pid namespace."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return {"boot": boot, "pids": os.readlink("/proc/self/ns/pid")}
+
+
+def _clock() -> float:
+    """Seconds that also count while this machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

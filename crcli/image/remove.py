@@ -1,0 +1,29 @@
+"""An image removed: it ceases to exist with its manifest. `gc` frees what only it needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from crcli.errors import NotFound
+from crcli.image.manifest import resolve
+from crcli.image.names import ImageRef, manifest_key
+
+if TYPE_CHECKING:
+    from crcli.store.base import Store
+
+
+def remove(store: Store, ref: ImageRef) -> ImageRef:
+    """Remove one image (the newest of its name when `ref` has no id); return which it was.
+
+    The manifest need not be readable. Raises NotFound when there is no such image.
+    """
+    full = resolve(store, ref)
+    key = manifest_key(full.name, full.id)
+    try:
+        store.stat(key)
+    except NotFound as error:
+        raise NotFound(
+            f"the store {store.url} has no image {full}", hint="`crcli ls` shows what it holds"
+        ) from error
+    store.delete(key)
+    return full

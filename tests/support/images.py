@@ -1,0 +1,75 @@
+"""Images made without a process: written as a dump writes them, small, and of pages that tests choose."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from crcli.image.index import KnownPagesOf, load_known
+from crcli.image.manifest import Manifest, StoredFile, publish
+from crcli.image.names import ImageRef, new_image_id
+from crcli.image.packs import PackWriter
+from crcli.image.session import Session
+from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from crcli.store.base import Store
+
+
+def pages(seed: int, count: int) -> list[bytes]:
+    """Pages of random bytes, the same for the same seed."""
+    source = random.Random(seed)
+    return [source.randbytes(PAGE) for _ in range(count)]
+
+
+def make_image(store: Store, name: str, memory: Sequence[bytes], file: bytes = b"a log\n") -> ImageRef:
+    """Put an image into the store as a dump does: announced, what is there referred to, the manifest last."""
+    image_id = new_image_id()
+    with Session(store, image_id):
+        known = load_known(store, name)
+        writer = PackWriter(store, image_id, known)
+        try:
+            extents = _add_memory(writer, KnownPagesOf(known, writer.adopt), memory)
+            blob = writer.add_blob(file)
+            writer.seal()
+            for key in writer.foreign_pack_keys():
+                store.stat(key)
+            manifest = Manifest(
+                name=name,
+                id=image_id,
+                packs=writer.packs,
+                chunks=writer.chunks,
+                spaces={SpaceKey(SpaceKind.PROCESS, 4711): extents},
+                skeleton=[StoredFile("core-4711.img", len(file), (blob,))],
+                files=[StoredFile("/var/log/agent.log", len(file), (blob,), role="written")],
+                meta={
+                    "created": 1.0,
+                    "host": {"hostname": "node-1", "kernel": "6.1", "machine": "x86_64"},
+                    "tree": [{"pid": 4711, "comm": "agent", "argv": ["agent", "--serve"]}],
+                    "members": [{"pid": 4711, "ppid": 1, "comm": "agent", "alive": True}],
+                    "counts": {"total": len(memory) * PAGE, "zero": 0, "reused": 0, "new": 0},
+                    "run_id": "",
+                    "frozen_ms": 1.0,
+                    "phases": {"take": 1.0},
+                },
+            )
+            publish(store, manifest)
+        finally:
+            writer.close()
+    return ImageRef(name, image_id)
+
+
+def _add_memory(writer: PackWriter, known: KnownPagesOf, memory: Sequence[bytes]) -> list[Extent]:
+    digests = [blake3(page).digest() for page in memory]
+    extents = []
+    for number, place in enumerate(known.find(digests)):
+        if place is not None:
+            extents.append(Extent(number, 1, Source.CHUNK, place.chunk, place.page))
+        else:
+            chunk = writer.add([memory[number]], [digests[number]])
+            extents.append(Extent(number, 1, Source.CHUNK, chunk, 0))
+    return extents
