@@ -1,19 +1,131 @@
-"""Progress on stderr: lines where it is no terminal, nothing for programs that asked for JSON."""
+"""Progress on stderr: one changing line on a terminal, plain lines elsewhere, nothing under --json.
+
+The line is drawn by hand and not by rich: importing that takes as long as a whole freeze, and may fall into
+one.
+"""
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from crcli.findings import Severity
 from crcli.pipeline.stages import Silent
+from crcli.ui.text import printable, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from crcli.findings import Finding
     from crcli.pipeline.stages import Progress
+
+QUIET_S = 1.0
+"""What takes no longer than this (seconds) shows no progress."""
+
+_REFRESH_S = 0.2
 
 
 @contextmanager
 def showing(as_json: bool) -> Iterator[Progress]:
     """Give a Progress that suits stderr, and put the terminal in order afterwards."""
-    yield Silent()
+    if as_json:
+        yield Silent()
+    elif sys.stderr.isatty():
+        line = StatusLine()
+        try:
+            yield line
+        finally:
+            line.close()
+    else:
+        yield PlainLines()
+
+
+class PlainLines:
+    """Progress for a log: a line for each finding that changes something, and for phases of slow work."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+
+    def phase(self, name: str) -> None:
+        """Say what is being done, once it has become worth saying."""
+        if time.monotonic() - self._begun > QUIET_S:
+            _write(f"crcli: {name} ({time.monotonic() - self._begun:.1f} s)\n")
+
+    def amount(self, done: int, total: int) -> None:
+        """Amounts are for those who watch."""
+
+    def finding(self, finding: Finding) -> None:
+        """Say what will not be as it was."""
+        if finding.severity != Severity.NOTE:
+            _write(_sentence(finding) + "\n")
+
+
+class StatusLine:
+    """Progress for a terminal: the phase, the time, the amount, on one line that vanishes at the end."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._phase = ""
+        self._amount = (0, 0)
+        self._drawn = False
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._painter = threading.Thread(target=self._paint, name="progress", daemon=True)
+        self._painter.start()
+
+    def phase(self, name: str) -> None:
+        """Show another phase."""
+        self._phase, self._amount = name, (0, 0)
+
+    def amount(self, done: int, total: int) -> None:
+        """Show how far the phase is."""
+        self._amount = (done, total)
+
+    def finding(self, finding: Finding) -> None:
+        """Leave a line above for what will not be as it was."""
+        if finding.severity != Severity.NOTE:
+            with self._lock:
+                self._clear()
+                _write(_sentence(finding) + "\n")
+
+    def close(self) -> None:
+        """Stop, and leave the line empty."""
+        self._over.set()
+        self._painter.join()
+        self._clear()
+
+    def _paint(self) -> None:
+        wait = QUIET_S
+        while not self._over.wait(wait):
+            wait = _REFRESH_S
+            with self._lock:
+                self._drawn = True
+                _write(f"\r\x1b[K{self._text()}")
+
+    def _text(self) -> str:
+        done, total = self._amount
+        amount = f"  {size(done)}" if done else ""
+        if done and total:
+            amount += f" of {size(total)} ({min(100, done * 100 // total)} %)"
+        return f"{self._phase}  {time.monotonic() - self._begun:.0f} s{amount}"
+
+    def _clear(self) -> None:
+        if self._drawn:
+            self._drawn = False
+            _write("\r\x1b[K")
+
+
+def _sentence(finding: Finding) -> str:
+    action = f" [crcli {finding.action}]" if finding.action else ""
+    return printable(f"{finding.severity.value}: {finding.message}{action}")
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        pass  # a terminal that went away must not end what is being done

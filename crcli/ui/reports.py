@@ -3,30 +3,74 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crcli.ui.text import duration, printable, size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from crcli.pipeline.stages import DumpReport, RestoreReport
+
+_OUTCOMES = {"killed": "and killed", "running": "and left running", "stopped": "and left stopped"}
+
+
+def show_json(data: Mapping[str, Any]) -> None:
+    """Print the one JSON object of a command."""
+    print(json.dumps(data), flush=True)
 
 
 def show_dump(report: DumpReport, as_json: bool, *, dry_run: bool = False) -> None:
-    """Show what a dump did (or, for a dry run, found)."""
+    """Show what a dump did (or, for a dry run, would do)."""
     if as_json:
-        print(json.dumps(report.as_json()))
+        show_json(report.as_json())
         return
+    processes = _processes(report.processes)
     if dry_run:
-        print(printable(f"{report.processes} processes can be dumped as {report.name}"))
+        _say(f"{report.pid}: {processes} can be dumped, as {report.name}; nothing was touched")
+        for finding in report.findings:
+            _say(f"  {finding.severity.value}: {finding.message}")
         return
-    stored = f"{size(report.memory_bytes)} of memory, {size(report.stored_bytes)} stored"
-    times = f"frozen {duration(report.frozen_ms)}, {duration(report.total_ms)} in all"
-    print(printable(f"{report.image}: {stored}; {times}; the tree is {report.outcome}"))
+    _say(f"{report.image}: {processes} dumped {_OUTCOMES.get(report.outcome, report.outcome)}")
+    _say(f"  store    {report.store}")
+    _say(f"  frozen   {duration(report.frozen_ms)} (of {duration(report.total_ms)} in all)")
+    _say(f"  memory   {size(report.memory_bytes)}: {_memory(report)}")
+    _say(f"  stored   {size(report.stored_bytes)}")
+    _say(f"  phases   {phases(report.phases)}")
 
 
 def show_restore(report: RestoreReport, as_json: bool) -> None:
     """Show what a restore did."""
     if as_json:
-        print(json.dumps(report.as_json()))
+        show_json(report.as_json())
         return
-    print(printable(f"{report.image}: running as pid {report.host_pid} after {duration(report.ready_ms)}"))
+    inside = "" if report.pid == report.host_pid else f" (pid {report.pid} in a namespace of its own)"
+    _say(f"{report.image}: {_processes(report.processes)} running, pid {report.host_pid}{inside}")
+    _say(f"  ready    {duration(report.ready_ms)} (of {duration(report.total_ms)} in all)")
+    _say(f"  phases   {phases(report.phases)}")
+
+
+def phases(times: Mapping[str, float]) -> str:
+    """Phases and their times on one line."""
+    return ", ".join(f"{name} {duration(spent)}" for name, spent in times.items() if spent >= 0.5)
+
+
+def _memory(report: DumpReport) -> str:
+    new = report.memory_bytes - report.zero_bytes - report.reused_bytes - report.weights_bytes
+    parts = [f"{size(new)} new"]
+    for amount, name in (
+        (report.reused_bytes, "in the store already"),
+        (report.weights_bytes, "in weights files"),
+        (report.zero_bytes, "zeros"),
+    ):
+        if amount:
+            parts.append(f"{size(amount)} {name}")
+    return ", ".join(parts)
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def _say(line: str) -> None:
+    print(printable(line))

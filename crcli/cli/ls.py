@@ -1,0 +1,33 @@
+"""`crcli ls`: what a store holds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption
+from crcli.cli.stores import opened
+from crcli.errors import NotFound
+
+
+def ls(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Only images of this name.", show_default=False)
+    ] = "",
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+    endpoint_url: EndpointOption = None,
+) -> None:
+    """List the images in a store, by name and then by time."""
+    from crcli.image.catalog import list_entries
+    from crcli.ui.catalog import show_entries
+
+    with opened(store, endpoint_url) as found:
+        try:
+            entries = list_entries(found, name)
+        except NotFound:
+            if store:
+                raise
+            entries = []  # the default store comes into being with the first dump
+        show_entries(entries, found.url, as_json)

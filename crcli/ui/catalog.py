@@ -1,0 +1,146 @@
+"""Images and stores, for people and for programs."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from crcli.memory.extents import PAGE, Source
+from crcli.ui.reports import phases, show_json
+from crcli.ui.table import show_table
+from crcli.ui.text import duration, printable, size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from crcli.image.catalog import Entry
+    from crcli.image.copy import CopyReport
+    from crcli.image.gc import GcReport
+    from crcli.image.manifest import Manifest
+    from crcli.image.verify import VerifyReport
+
+
+def show_entries(entries: Sequence[Entry], store_url: str, as_json: bool) -> None:
+    """Show what a store holds."""
+    if as_json:
+        show_json({"store": store_url, "images": [entry.as_json() for entry in entries]})
+    elif not entries:
+        print(printable(f"no images in {store_url}"))
+    else:
+        columns = ("IMAGE", "CREATED", "PROCESSES", "MEMORY", "HOST", "COMMAND")
+        show_table(columns, [_entry_row(entry) for entry in entries], right=("PROCESSES", "MEMORY"))
+
+
+def _entry_row(entry: Entry) -> list[str]:
+    if entry.damage:
+        return [str(entry.ref), when(entry.created), "", "", "", f"damaged: {entry.damage}"]
+    command = entry.command if len(entry.command) <= 60 else entry.command[:57] + "..."
+    row = [str(entry.ref), when(entry.created), str(entry.processes), size(entry.memory_bytes)]
+    return [*row, entry.host, command]
+
+
+def describe_image(manifest: Manifest, store_url: str) -> dict[str, Any]:
+    """One image as `crcli show --json` prints it; sizes in bytes."""
+    extents = [extent for space in manifest.spaces.values() for extent in space]
+    by_source = {source: sum(e.pages for e in extents if e.source == source) * PAGE for source in Source}
+    return {
+        "image": f"{manifest.name}@{manifest.id}",
+        "name": manifest.name,
+        "id": manifest.id,
+        "store": store_url,
+        "memory_bytes": sum(by_source.values()),
+        "zero_bytes": by_source[Source.ZERO],
+        "weights_bytes": by_source[Source.WEIGHTS],
+        "stored_bytes": sum(chunk.stored for chunk in manifest.chunks),
+        "packs": len(manifest.packs),
+        "chunks": len(manifest.chunks),
+        "files": [
+            {"path": file.name, "bytes": file.size, "role": file.role, "mode": file.mode, "uid": file.uid}
+            for file in manifest.files
+        ],
+        **{key: value for key, value in manifest.meta.items() if key != "plan"},
+    }
+
+
+def show_image(manifest: Manifest, store_url: str, as_json: bool) -> None:
+    """Show what an image holds and where it came from."""
+    facts = describe_image(manifest, store_url)
+    if as_json:
+        show_json(facts)
+        return
+    host = facts.get("host", {})
+    memory = f"{size(facts['memory_bytes'])}, of which {size(facts['zero_bytes'])} zeros"
+    stored = f"{size(facts['stored_bytes'])} in {facts['packs']} packs"
+    lines = {
+        "image": facts["image"],
+        "store": store_url,
+        "created": when(facts.get("created", 0.0)),
+        "host": f"{host.get('hostname', '?')}, {host.get('machine', '?')}, Linux {host.get('kernel', '?')}",
+        "memory": memory,
+        "stored": stored,
+        "frozen": duration(facts.get("frozen_ms", 0.0)),
+        "phases": phases(facts.get("phases", {})),
+    }
+    for name, value in lines.items():
+        print(printable(f"{name:<8} {value}"))
+    print()
+    show_table(("PID", "USER", "THREADS", "COMMAND"), [_process_row(one) for one in facts.get("tree", ())])
+    if facts["files"]:
+        print()
+        rows = [(file["path"], size(file["bytes"]), file["role"]) for file in facts["files"]]
+        show_table(("FILE", "SIZE", "WHY"), rows, right=("SIZE",))
+
+
+def _process_row(process: dict[str, Any]) -> list[str]:
+    command = " ".join(process.get("argv", ())) or str(process.get("comm", ""))
+    return [
+        str(process.get("pid", "")),
+        str(process.get("uid", "")),
+        str(process.get("threads", "")),
+        command,
+    ]
+
+
+def show_verified(report: VerifyReport, as_json: bool) -> None:
+    """Show that an image is whole."""
+    if as_json:
+        show_json(report.as_json())
+        return
+    read = f"{report.chunks} chunks in {report.packs} packs, {size(report.stored_bytes)}"
+    print(printable(f"{report.image} is whole: {read}, read in {duration(report.total_ms)}"))
+
+
+def show_copied(report: CopyReport, as_json: bool) -> None:
+    """Show what a copy did."""
+    if as_json:
+        show_json(report.as_json())
+    elif report.was_there:
+        print(printable(f"{report.image} was in {report.target} already"))
+    else:
+        packs = f"{report.packs_copied} of {report.packs} packs, {size(report.copied_bytes)}"
+        print(printable(f"{report.image} is in {report.target}: {packs}, in {duration(report.total_ms)}"))
+
+
+def show_collected(report: GcReport, as_json: bool) -> None:
+    """Show what a collection freed."""
+    if as_json:
+        show_json(report.as_json())
+        return
+    done = "would be removed" if report.dry_run else "removed"
+    print(
+        f"{report.packs_removed} packs ({size(report.bytes_removed)}) {done}; "
+        f"{report.images} images keep {report.packs_kept} ({size(report.bytes_kept)})"
+    )
+    if report.sessions_removed or report.leftovers_removed:
+        print(f"{report.sessions_removed + report.leftovers_removed} leftovers of killed commands removed")
+    if report.deferred:
+        print(
+            printable(f"packs stay for this time, because of work in progress: {', '.join(report.deferred)}")
+        )
+    for line in report.notes:
+        print(printable(line))
+
+
+def when(created: float) -> str:
+    """A time as people here read it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created)) if created else "?"
