@@ -37,6 +37,8 @@ class Body:
 
     def append(self, piece: memoryview) -> None:
         """Take one more buffer of bytes, which must not change from now on."""
+        if not piece:
+            return  # to whoever reads, nothing means the end
         self._size += len(piece)
         self._pieces.append(piece)
         if len(self._pieces) > MANY_PIECES:

@@ -1,0 +1,322 @@
+"""What only a directory store promises: modes, durability's leftovers, and the kernel's refusals in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crcli.errors import NotFound, ObjectExists, StoreError
+from crcli.store import file as file_module
+from crcli.store import open_store
+from crcli.store.file import FileStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    """A store in a directory that does not exist yet."""
+    return FileStore(str(tmp_path / "deep" / "store"))
+
+
+def everything_below(folder: str) -> list[str]:
+    """Every file and directory in `folder`, temporary ones too."""
+    return [os.path.join(where, name) for where, dirs, files in os.walk(folder) for name in (*dirs, *files)]
+
+
+def test_reading_does_not_create(store: FileStore) -> None:
+    """Reading a store that is not there says so, with a hint, and creates nothing."""
+    for attempt in (
+        store.warm,
+        lambda: store.get("key"),
+        lambda: store.stat("key"),
+        lambda: list(store.list()),
+    ):
+        with pytest.raises(NotFound, match="no store at") as caught:
+            attempt()
+        assert "--store" in caught.value.hint
+    store.delete("key")
+    assert store.sweep(0) == 0
+    assert not os.path.lexists(store.root)
+
+
+def test_modes(store: FileStore) -> None:
+    """Images hold the memory of processes: nobody but the owner can read them, whatever the umask says."""
+    before = os.umask(0)
+    try:
+        store.put("dir/key", b"secret")
+        with store.writer("big") as writer:
+            writer.write(bytes(20 * MIB))
+            writer.commit()
+    finally:
+        os.umask(before)
+    for path in everything_below(store.root):
+        expected = 0o700 if os.path.isdir(path) else 0o600
+        assert stat.S_IMODE(os.stat(path).st_mode) == expected, path
+    assert stat.S_IMODE(os.stat(store.root).st_mode) == 0o700
+
+
+def test_nothing_temporary_stays(store: FileStore) -> None:
+    """Puts, replaced, refused and aborted ones, leave no temporary file behind."""
+    store.put("key", b"1")
+    store.put("key", b"2")
+    with pytest.raises(ObjectExists):
+        store.put("key", b"3", if_absent=True)
+    with store.writer("key") as writer:
+        writer.write(b"4")
+    with store.writer("key", if_absent=True) as writer, pytest.raises(ObjectExists):
+        writer.commit()
+    assert os.listdir(os.path.join(store.root, ".tmp")) == []
+
+
+def test_sweep_spares_the_living(store: FileStore) -> None:
+    """However old its file looks, a writer that still lives is not swept."""
+    with store.writer("key") as writer:
+        writer.write(b"slow")
+        (temporary,) = everything_below(os.path.join(store.root, ".tmp"))
+        os.utime(temporary, (0, 0))
+        assert store.sweep(10) == 0
+        writer.commit()
+    assert store.get("key") == b"slow"
+
+
+def test_five_thousand_objects(store: FileStore) -> None:
+    """A listing of 5000 objects is complete, in order, and takes a second at most."""
+    names = [f"packs/{number % 256:02x}/{number:05d}" for number in range(5000)]
+    store.put("packs/first", b"")
+    for number in range(256):
+        os.makedirs(os.path.join(store.root, f"packs/{number:02x}"), exist_ok=True)
+    for name in names:
+        with open(os.path.join(store.root, name), "wb"):
+            pass
+    began = time.monotonic()
+    listed = [info.key for info in store.list("packs/")]
+    took = time.monotonic() - began
+    assert listed == sorted([*names, "packs/first"])
+    assert took < 1
+
+
+SEGMENT = st.text(alphabet="ab-.+0_", min_size=1, max_size=3).filter(lambda text: text[0] != ".")
+
+
+@settings(max_examples=60, deadline=None)
+@given(paths=st.sets(st.lists(SEGMENT, min_size=1, max_size=3).map("/".join), max_size=12), prefix=st.data())
+def test_any_listing(
+    tmp_path_factory: pytest.TempPathFactory, paths: set[str], prefix: st.DataObject
+) -> None:
+    """For any keys and any prefix the listing is what sorting and filtering the keys gives."""
+    keys = sorted(key for key in paths if not any(other.startswith(key + "/") for other in paths))
+    store = FileStore(str(tmp_path_factory.mktemp("store")))
+    for key in keys:
+        os.makedirs(os.path.dirname(os.path.join(store.root, key)), exist_ok=True)
+        with open(os.path.join(store.root, key), "wb"):
+            pass
+    start = prefix.draw(st.sampled_from(keys or [""])) if keys else ""
+    start = start[: prefix.draw(st.integers(0, len(start)))]
+    assert [info.key for info in store.list(start)] == [key for key in keys if key.startswith(start)]
+
+
+def test_strangers_are_left_out(store: FileStore) -> None:
+    """Files that cannot be objects of ours do not show in listings, and are not touched."""
+    store.put("key", b"")
+    for name in ("with space", ".hidden", "key~"):
+        with open(os.path.join(store.root, name), "wb"):
+            pass
+    assert [info.key for info in store.list()] == ["key"]
+
+
+def test_deleted_while_listing(store: FileStore) -> None:
+    """Objects that vanish while a listing goes on are left out of it."""
+    for key in ("a", "b/c", "d"):
+        store.put(key, b"")
+    listing = store.list()
+    assert next(listing).key == "a"
+    store.delete("b/c")
+    store.delete("d")
+    assert list(listing) == []
+
+
+def test_a_key_below_an_object(store: FileStore) -> None:
+    """A key below an existing object cannot be written, and the error says why."""
+    store.put("a", b"")
+    with pytest.raises(StoreError, match=r"a/b|a") as caught:
+        store.put("a/b", b"")
+    assert "file, not a directory" in caught.value.hint
+
+
+def test_a_store_that_is_a_file(tmp_path: Path) -> None:
+    """Naming a file as the store is refused by reads and writes, with a hint."""
+    path = tmp_path / "file"
+    path.write_bytes(b"precious")
+    store = FileStore(str(path))
+    for attempt in (lambda: store.put("key", b""), store.warm, lambda: store.warm(for_writing=True)):
+        with pytest.raises(StoreError) as caught:
+            attempt()
+        assert "file, not a directory" in caught.value.hint
+    assert path.read_bytes() == b"precious"
+
+
+def limit_file_size() -> None:
+    """Make the kernel refuse to let any file grow beyond 1 MiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
+
+
+WRITE_TOO_MUCH = """
+import os, sys
+from crcli.errors import StoreError
+from crcli.store import open_store
+store = open_store(sys.argv[1])
+store.put("small", b"fits")
+try:
+    with store.writer("large") as writer:
+        for _ in range(64):
+            writer.write(bytes(1 << 20))
+        writer.commit()
+except StoreError as error:
+    print(error, "|", error.hint)
+print(sorted(info.key for info in store.list()), os.listdir(store.root + "/.tmp"))
+"""
+
+
+def test_file_size_limit(tmp_path: Path) -> None:
+    """A file that may not grow is an error with a hint; the store stays as it was, without leftovers."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_TOO_MUCH, f"{tmp_path}/store"],
+        preexec_fn=limit_file_size,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "File too large" in done.stdout
+    assert "ulimit -f" in done.stdout
+    assert done.stdout.endswith("['small'] []\n")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "crcli-test", str(tmp_path)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_full_disk(small_disk: Path) -> None:
+    """A full disk is an error with a hint; what did not fit is gone, and its space is free again."""
+    store = FileStore(str(small_disk))
+    store.put("small", b"fits")
+    with pytest.raises(StoreError, match="No space left") as caught, store.writer("large") as writer:
+        for _ in range(8):
+            writer.write(bytes(MIB))
+    assert "crcli gc" in caught.value.hint
+    assert caught.value.exit_code == 30
+    assert [info.key for info in store.list()] == ["small"]
+    store.put("medium", bytes(2 * MIB))
+
+
+def test_read_only_disk(small_disk: Path) -> None:
+    """A store on a read-only file system can be read; writing says what is the matter."""
+    store = FileStore(str(small_disk))
+    store.put("key", b"value")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert store.get("key") == b"value"
+    for attempt in (lambda: store.put("other", b""), lambda: store.warm(for_writing=True)):
+        with pytest.raises(StoreError) as caught:
+            attempt()
+        assert "read-only" in caught.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_foreign_store(tmp_path: Path) -> None:
+    """Somebody who may not enter the store is told to be somebody who may."""
+    tmp_path.chmod(0o755)
+    store = FileStore(str(tmp_path / "store"))
+    store.put("key", b"value")
+    os.seteuid(65534)
+    try:
+        for attempt in (lambda: store.get("key"), lambda: store.put("key", b""), store.warm):
+            with pytest.raises(StoreError, match="Permission denied") as caught:
+                attempt()
+            assert "Run as a user" in caught.value.hint
+    finally:
+        os.seteuid(0)
+
+
+def test_without_hard_links(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system has no hard links, one of many conditional puts still wins, and one only."""
+
+    def no_links(*_: str) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(file_module.os, "link", no_links)
+    start = threading.Barrier(6)
+    won: list[int] = []
+
+    def contend(number: int) -> None:
+        start.wait()
+        try:
+            store.put("claim", b"%d" % number, if_absent=True)
+            won.append(number)
+        except ObjectExists:
+            pass
+
+    threads = [threading.Thread(target=contend, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert store.get("claim") == b"%d" % won[0]
+    assert os.listdir(os.path.join(store.root, ".tmp")) == []
+
+
+def test_processes_share_a_store(store: FileStore) -> None:
+    """Of conditional puts by several processes at once exactly one succeeds."""
+    script = (
+        "import sys, time\nfrom crcli.store import open_store\nfrom crcli.errors import ObjectExists\n"
+        "store = open_store(sys.argv[1])\nprint(flush=True)\nsys.stdin.readline()\n"
+        "try:\n    store.put('claim', sys.argv[2].encode(), if_absent=True)\n    print('won')\n"
+        "except ObjectExists:\n    print('lost')\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, store.url, str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+    outcomes = [process.communicate("go\n")[0].strip() for process in processes]
+    assert sorted(outcomes) == ["lost", "lost", "won"]
+    assert store.get("claim") == b"%d" % outcomes.index("won")
+
+
+def test_paths_and_urls_lead_to_the_same_store(tmp_path: Path) -> None:
+    """A plain absolute path is a directory store, with or without file://, spaces and all."""
+    folder = tmp_path / "my store%20"
+    open_store(str(folder)).put("key", b"value")
+    url = open_store(str(folder)).url
+    assert url == f"file://{tmp_path}/my%20store%2520"
+    assert open_store(url).get("key") == b"value"

@@ -1,0 +1,115 @@
+"""When and for how long failures are tried again."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+import pytest
+
+from crcli.store import retrying
+from crcli.store.retrying import Retrier
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+class Flaky:
+    """Fails `failures` times with ConnectionError, then returns "done"."""
+
+    def __init__(self, failures: float) -> None:
+        self.failures = failures
+        self.calls = 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise ConnectionError(self.calls)
+        return "done"
+
+
+def test_a_passing_failure_is_survived() -> None:
+    """The first success after passing failures is the result."""
+    operation = Flaky(3)
+    assert Retrier().call(operation, lambda _: 60) == "done"
+    assert operation.calls == 4
+
+
+def test_a_lasting_failure_is_raised_at_once() -> None:
+    """An error that deserves no patience comes through on the first attempt."""
+    operation = Flaky(1)
+    with pytest.raises(ConnectionError):
+        Retrier().call(operation, lambda _: 0)
+    assert operation.calls == 1
+
+
+def test_patience_ends() -> None:
+    """The last error comes through when the time is over, not much later."""
+    began = time.monotonic()
+    with pytest.raises(ConnectionError):
+        Retrier().call(Flaky(float("inf")), lambda _: 0.5)
+    assert time.monotonic() - began < 0.7
+
+
+def test_attempts_can_be_bounded() -> None:
+    """With max_attempts the last of so many errors comes through."""
+    operation = Flaky(float("inf"))
+    with pytest.raises(ConnectionError):
+        Retrier(max_attempts=3).call(operation, lambda _: 60)
+    assert operation.calls == 3
+
+
+def test_pauses_grow_and_vary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses are drawn from zero to twice as much each time, up to the longest: full jitter."""
+    bounds: list[tuple[float, float]] = []
+
+    def no_pause(low: float, high: float) -> float:
+        bounds.append((low, high))
+        return 0
+
+    monkeypatch.setattr(retrying.random, "uniform", no_pause)
+    Retrier().call(Flaky(9), lambda _: 60)
+    assert bounds == [(0, 0.2), (0, 0.4), (0, 0.8), (0, 1.6), (0, 3.2), (0, 6.4), (0, 8), (0, 8), (0, 8)]
+
+
+@pytest.mark.parametrize("how", ["stop", "given_up"])
+def test_waiting_can_be_ended(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """stop ends every call's waiting, given_up one call's; the last error comes through."""
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 100)
+    monkeypatch.setattr(retrying, "LONGEST_PAUSE_S", 100)
+    monkeypatch.setattr(retrying.random, "uniform", lambda _, high: high)
+    retrier, given_up = Retrier(), threading.Event()
+    threading.Timer(0.1, retrier.stop if how == "stop" else given_up.set).start()
+    began = time.monotonic()
+    with pytest.raises(ConnectionError):
+        retrier.call(Flaky(float("inf")), lambda _: 1000, None if how == "stop" else given_up)
+    assert time.monotonic() - began < 1
+
+
+def test_a_stopped_retrier_tries_once() -> None:
+    """After stop an operation is still attempted, and not again."""
+    retrier, operation = Retrier(), Flaky(float("inf"))
+    retrier.stop()
+    with pytest.raises(ConnectionError):
+        retrier.call(operation, lambda _: 60, threading.Event())
+    assert operation.calls == 1
+
+
+def test_signals_come_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends the waiting at once."""
+    monkeypatch.setattr(retrying.random, "uniform", lambda _, high: 100)
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            Retrier().call(Flaky(float("inf")), lambda _: 1000)
+        assert time.monotonic() - began < 1
+    finally:
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,238 @@
+"""Faults on the way to a store and in it: what passes is survived, what lasts is reported in time."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from crcli.errors import ObjectExists, StoreError
+from crcli.store import open_store
+from crcli.store.s3 import client as client_module
+from tests.support.faulty_proxy import (
+    FaultyProxy,
+    answer,
+    damage_request,
+    hold_until,
+    lose_answer,
+    reset_midway,
+    truncate_answer,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from crcli.store import Store
+    from tests.support.s3servers import S3Server
+
+MIB = 1 << 20
+PASSING = {
+    "throttled": answer(503, "SlowDown"),
+    "overloaded": answer(429, "TooManyRequests"),
+    "broken": answer(500, "InternalError"),
+    "behind a gateway": answer(502, ""),
+    "reset": reset_midway,
+    "answer lost": lose_answer,
+}
+
+
+class Behind:
+    """A store behind a faulty proxy."""
+
+    def __init__(self, server: S3Server, prefix: str) -> None:
+        self.server = server
+        self.proxy = FaultyProxy(server)
+        self._prefix = prefix
+
+    def open(self, patience_s: float = 20) -> Store:
+        """The store, as seen through the proxy."""
+        return open_store(
+            self.server.url(self._prefix), endpoint_url=self.proxy.endpoint_url, patience_s=patience_s
+        )
+
+
+@pytest.fixture(params=["moto", "swift"])
+def behind(request: pytest.FixtureRequest, s3: Callable[[str], S3Server], prefix: str) -> Iterator[Behind]:
+    """A server, and a proxy before it that does no harm yet."""
+    there = Behind(s3(request.param), prefix)
+    yield there
+    there.proxy.close()
+
+
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
+def test_passing_faults(behind: Behind, fault: Any) -> None:
+    """Every request survives faults that pass, and the objects are right afterwards."""
+    store = behind.open()
+    data = os.urandom(MIB) * 10
+    for method in ("PUT", "GET", "HEAD", "DELETE"):
+        behind.proxy.inject(fault, method=method, times=2)
+    store.put("small", b"value")
+    store.put("claimed", b"ours", if_absent=True)
+    for operation in ("uploads", "partNumber=1", "partNumber=2"):
+        behind.proxy.inject(fault, containing=operation)
+    with store.writer("large") as writer:
+        writer.write(data)
+        writer.commit()
+    assert store.get("small") == b"value"
+    assert store.get_range("small", 1, 2) == b"al"
+    assert store.get("large") == data
+    assert store.stat("small").size == 5
+    assert [info.key for info in store.list()] == ["claimed", "large", "small"]
+    store.delete("small")
+    assert [info.key for info in store.list()] == ["claimed", "large"]
+    store.close()
+
+
+def test_our_own_object_is_not_somebody_elses(behind: Behind) -> None:
+    """A conditional put whose answer was lost has worked: the object that the next attempt meets is ours."""
+    store = behind.open()
+    behind.proxy.inject(lose_answer, method="PUT")
+    store.put("claim", b"ours", if_absent=True)
+    assert behind.proxy.count("PUT") == 2
+    assert store.get("claim") == b"ours"
+    behind.proxy.inject(lose_answer, method="PUT")
+    with pytest.raises(ObjectExists):
+        store.put("claim", b"theirs", if_absent=True)
+    store.close()
+
+
+@pytest.mark.parametrize("if_absent", [False, True])
+def test_an_upload_that_was_completed_unheard(behind: Behind, if_absent: bool) -> None:
+    """When the answer to completing an upload is lost, the object counts as written, and is whole."""
+    store = behind.open()
+    behind.proxy.inject(lose_answer, method="POST", containing="uploadId=")
+    data = os.urandom(9 * MIB)
+    with store.writer("key", if_absent=if_absent) as writer:
+        writer.write(data)
+        writer.commit()
+    assert behind.proxy.count("POST", "uploadId=") == 2
+    assert store.get("key") == data
+    store.close()
+
+
+def test_truncated_answers(behind: Behind) -> None:
+    """An answer that ends early is noticed and asked for again, for whole objects and for ranges."""
+    store = behind.open()
+    data = os.urandom(3 * MIB)
+    store.put("key", data)
+    behind.proxy.inject(truncate_answer, method="GET", times=2)
+    assert store.get("key") == data
+    behind.proxy.inject(truncate_answer, method="GET", times=2)
+    assert store.get_range("key", MIB, MIB) == data[MIB : 2 * MIB]
+    assert behind.proxy.count("GET") == 6
+    store.close()
+
+
+def test_silence_is_waited_out(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that gets no answer in time is sent again."""
+    monkeypatch.setattr(client_module, "READ_TIMEOUT_S", 0.5)
+    store = behind.open()
+    store.put("key", b"value")
+    released = threading.Event()
+    behind.proxy.inject(hold_until(released), method="GET")
+    assert store.get("key") == b"value"
+    released.set()
+    store.close()
+
+
+@pytest.mark.parametrize("size", [1000, 9 * MIB])
+def test_bytes_damaged_on_the_way(s3: Callable[[str], S3Server], prefix: str, size: int) -> None:
+    """A server that checks digests refuses a body that changed on the way; sent again it arrives whole."""
+    behind = Behind(s3("swift"), prefix)
+    store = behind.open()
+    data = os.urandom(size)
+    behind.proxy.inject(damage_request, method="PUT")
+    store.put("key", data)
+    assert store.get("key") == data
+    store.close()
+    impatient = behind.open(patience_s=0.5)
+    impatient.warm()
+    behind.proxy.inject(damage_request, method="PUT", times=1000)
+    with pytest.raises(StoreError):
+        impatient.put("other", data)
+    impatient.close()
+    assert [info.key for info in open_store(behind.server.url(prefix)).list()] == ["key"]
+    behind.proxy.close()
+
+
+def test_lasting_trouble_is_reported_in_time(behind: Behind) -> None:
+    """When patience is over the store's own words come through, whatever was asked."""
+    store = behind.open(patience_s=0.6)
+    store.warm()
+    behind.proxy.inject(answer(503, "SlowDown"), times=100_000)
+    for attempt in (
+        lambda: store.put("key", b"value"),
+        lambda: store.put("key", b"value", if_absent=True),
+        lambda: store.get("key"),
+        lambda: list(store.list()),
+        lambda: store.put("large", bytes(20 * MIB)),
+    ):
+        began = time.monotonic()
+        with pytest.raises(StoreError, match=r"SlowDown|503"):
+            attempt()
+        assert time.monotonic() - began < 3
+    store.close()
+
+
+def test_a_failed_part_stops_the_writer(behind: Behind) -> None:
+    """A part that cannot be sent fails a later write or commit, and the upload is aborted."""
+    store = behind.open()
+    behind.proxy.inject(answer(403, "AccessDenied"), containing="partNumber=2")
+    with pytest.raises(StoreError, match="AccessDenied"), store.writer("key") as writer:
+        for _ in range(30):
+            writer.write(bytes(8 * MIB))
+            time.sleep(0.02)
+        writer.commit()
+    store.close()
+    assert behind.proxy.count("DELETE", "uploadId=") == 1
+    assert behind.open().sweep(0) == 0
+
+
+def test_close_does_not_wait_out_patience(behind: Behind) -> None:
+    """close ends the waiting of requests that would be tried again."""
+    store = behind.open(patience_s=600)
+    store.warm()
+    behind.proxy.inject(answer(503, "SlowDown"), method="PUT", times=100_000)
+    errors: list[Exception] = []
+
+    def put() -> None:
+        try:
+            store.put("large", bytes(20 * MIB))
+        except StoreError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=put)
+    thread.start()
+    time.sleep(1)
+    began = time.monotonic()
+    store.close()
+    thread.join(20)
+    assert errors
+    assert time.monotonic() - began < 10
+
+
+def test_credentials_are_not_retried(s3: Callable[[str], S3Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal that will not pass is reported after one request."""
+    server = s3("swift")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    behind = Behind(server, "x")
+    store = behind.open()
+    with pytest.raises(StoreError, match="SignatureDoesNotMatch"):
+        store.put("key", b"value")
+    assert len(behind.proxy.requests) == 1
+    store.close()
+    behind.proxy.close()
+
+
+def test_max_attempts_of_the_aws_tools(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AWS_MAX_ATTEMPTS bounds the attempts here too, and they are not multiplied by botocore's."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    store = behind.open()
+    behind.proxy.inject(answer(500, "InternalError"), times=100)
+    with pytest.raises(StoreError, match="InternalError"):
+        store.get("key")
+    assert len(behind.proxy.requests) == 3
+    store.close()
