@@ -191,10 +191,12 @@ def _ask(command: list[str], *arguments: str) -> subprocess.CompletedProcess[str
 
 def _pycriu() -> Iterator[Check]:
     try:
-        import crcli.criu.rpc  # noqa: F401  # as the pipelines do, with its error
         import pycriu
-    except HostLacks as error:
-        yield Check("pycriu", Status.LACKS, error.message, {"python": sys.executable}, error.hint)
+
+        import crcli.criu.rpc  # noqa: F401  # as the pipelines do
+    except (ImportError, HostLacks) as error:
+        remedy = "run scripts/quickstart, which makes CRIU's pycriu reachable from this Python"
+        yield Check("pycriu", Status.LACKS, str(error), {"python": sys.executable}, remedy)
         return
     yield Check("pycriu", Status.OK, "CRIU's Python package is here", {"path": pycriu.__file__})
 
@@ -227,9 +229,7 @@ def _namespaces() -> Iterator[Check]:
         "network": kernel.CLONE_NEWNET,
         "ipc": kernel.CLONE_NEWIPC,
     }
-    refused = [
-        name for name, flag in kinds.items() if not _works_in_child(lambda flag=flag: kernel.unshare(flag))
-    ]
+    refused = [name for name, flag in kinds.items() if not _works_in_child(partial(kernel.unshare, flag))]
     yield Check(
         "namespaces",
         Status.LACKS if refused else Status.OK,
