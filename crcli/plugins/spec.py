@@ -1,0 +1,98 @@
+"""The hooks: what a plug-in may implement, when each is called, and what it is given.
+
+A plug-in is a module (or an object) that an installed package names in the entry-point group `crcli.plugins`:
+
+    [project.entry-points."crcli.plugins"]
+    journal = "crcli_journal"
+
+It marks functions named as below with `crcli.plugins.hookimpl`; each takes as many of the arguments as it
+needs, by name. What is promised:
+
+- every `crcli_dump_before_freeze` is followed by exactly one `crcli_dump_finished` or `crcli_dump_failed`,
+  every `crcli_restore_before` by one `crcli_restore_finished` or `crcli_restore_failed`;
+- the two `before` hooks may refuse by raising a `crcli.errors.CrcliError`, which ends the command with that
+  error's exit code and nothing touched. Anything else that a hook raises becomes a finding of the command's
+  report (`plugin-failed`), and the command goes on;
+- arguments only ever gain fields, and hooks only ever gain arguments;
+- hooks run in crcli's own process and in its main thread, one after another. What a hook takes in
+  `crcli_dump_frozen`, and with `--leave-running` nowhere else, the tree stands still for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pluggy
+
+GROUP = "crcli.plugins"
+PREFIX = "crcli_"
+
+hookspec = pluggy.HookspecMarker("crcli")
+hookimpl = pluggy.HookimplMarker("crcli")
+
+
+@dataclass(frozen=True)
+class DumpTarget:
+    """A tree that is to be dumped. `image` is NAME@ID, `outcome` is killed, running or stopped."""
+
+    pid: int
+    processes: tuple[int, ...]
+    image: str
+    store: str
+    outcome: str
+
+
+@dataclass(frozen=True)
+class RestoreTarget:
+    """An image that is to be restored; `meta` holds the facts of its manifest (FORMAT.md, META)."""
+
+    image: str
+    store: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a command failed: what `--json` says of an error, and its exit code."""
+
+    code: str
+    message: str
+    hint: str
+    state: str
+    exit_code: int
+
+
+@hookspec
+def crcli_dump_before_freeze(target: DumpTarget) -> None:
+    """The tree was looked at and can be dumped; nothing was touched. The place to quiesce what is outside."""
+
+
+@hookspec
+def crcli_dump_frozen(target: DumpTarget) -> None:
+    """The tree stands frozen, all of its memory was taken, and files are captured next. Be quick."""
+
+
+@hookspec
+def crcli_dump_finished(target: DumpTarget, report: dict[str, Any]) -> None:
+    """The image is durable and the tree was let go as asked; `report` is what `dump --json` prints."""
+
+
+@hookspec
+def crcli_dump_failed(target: DumpTarget, failure: Failure) -> None:
+    """The dump failed; `failure.state` says what the tree does."""
+
+
+@hookspec
+def crcli_restore_before(target: RestoreTarget) -> None:
+    """The manifest was checked and this host can take the image; nothing was started."""
+
+
+@hookspec
+def crcli_restore_finished(target: RestoreTarget, report: dict[str, Any]) -> None:
+    """The tree runs; `report` is what `restore --json` prints."""
+
+
+@hookspec
+def crcli_restore_failed(target: RestoreTarget, failure: Failure) -> None:
+    """The restore failed, and nothing of it is left running."""
