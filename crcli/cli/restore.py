@@ -52,6 +52,10 @@ def restore(
     """
     if lazy:
         raise UsageError("--lazy is not available yet", hint="leave it out: restores are eager")
+    if stdio is Stdio.INHERIT and not wait:
+        raise UsageError(
+            "--stdio inherit needs --wait", hint="nobody would be here to pass input and output on"
+        )
     url, _ = parse_image(image)
     chosen = choose_store(url or store, endpoint_url)
     options = RestoreOptions(

@@ -36,13 +36,13 @@ class Order:
     """What the sandbox is to do: overlay these folders, keep these pids free, then start CRIU.
 
     Writes below an overlaid folder land in the sandbox, so that a socket or temporary file that CRIU makes
-    or removes there never touches the real one. `stand_ins` are descriptors (by number) that CRIU is told
-    to put in the place of external objects.
+    or removes there never touches the real one. `stand_ins` says of each external object what CRIU is to
+    put in its place: a "terminal", or something "null".
     """
 
     overlays: tuple[str, ...] = ()
     taken_pids: tuple[int, ...] = ()
-    stand_ins: int = 0
+    stand_ins: tuple[str, ...] = ()
 
 
 class Sandbox:
@@ -193,7 +193,7 @@ def _reside(
         kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
         _dodge(taken)
         if os.fork() == 0:
-            _exec_criu(criu_end, 0, keep)
+            _exec_criu(criu_end, (), keep)
         criu_end.close()
         control.send(_READY)
         root = control.recv(64)
@@ -341,12 +341,20 @@ def _dodge(taken: Sequence[int]) -> None:
         file.write(str(last - span))
 
 
-def _exec_criu(channel: socket.socket, stand_ins: int, keep: Sequence[int]) -> None:
+def _terminal() -> int:
+    """A terminal's descriptor; its other side stays open in this process and in what it becomes."""
+    master, slave = os.openpty()
+    os.set_inheritable(master, True)
+    return slave
+
+
+def _exec_criu(channel: socket.socket, stand_ins: Sequence[str], keep: Sequence[int]) -> None:
     """Become CRIU. Never returns."""
     try:
         null = os.open("/dev/null", os.O_RDWR)
-        for number in range(stand_ins):
-            os.dup2(null, STAND_IN_FD + number, inheritable=True)
+        for number, kind in enumerate(stand_ins):
+            source = _terminal() if kind == "terminal" else null
+            os.dup2(source, STAND_IN_FD + number, inheritable=True)
         for fd in (0, 1, 2):
             os.dup2(null, fd, inheritable=True)
         for fd in (channel.fileno(), *keep):

@@ -7,9 +7,11 @@ import struct
 from typing import TYPE_CHECKING
 
 from pycriu.images.tcp_stream_pb2 import tcp_stream_entry
+from pycriu.images.tty_pb2 import tty_info_entry
 
 from crcli.criu.images import (
     FD,
+    ImageFile,
     create_pages,
     read_files,
     remapped_ids,
@@ -110,6 +112,17 @@ def mend_tcp_windows(images: Workspace) -> None:
             entry.snd_wl1 = entry.inq_seq
             body = entry.SerializeToString()
             images.write(name, data[:8] + struct.pack("<I", len(body)) + body + data[12 + size :])
+
+
+def forget_foreign_sessions(images: Workspace, members: Collection[int]) -> None:
+    """Let a terminal that controlled a session outside of the tree control none: its leader is not here."""
+    if "tty-info.img" not in images.names():
+        return
+    info = ImageFile.parse(images.read("tty-info.img"), tty_info_entry)
+    for entry in info.entries:
+        if entry.sid not in members:
+            entry.sid = entry.pgrp = 0
+    images.write("tty-info.img", info.encode())
 
 
 def regular_files(images: Workspace) -> list[tuple[str, int, int, int | None]]:

@@ -53,7 +53,6 @@ def outside_links(evidence: Evidence) -> tuple[OutsideLink, ...]:
             descriptors=tuple((file.pid, file.fd) for file in terminal.holders),
         )
         for terminal in evidence.outside_terminals
-        if terminal.index is not None
     ]
     links += [
         OutsideLink(

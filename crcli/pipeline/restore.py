@@ -22,6 +22,7 @@ from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Residence
 from crcli.criu.skeleton import (
     close_outside_connections,
+    forget_foreign_sessions,
     forget_sizes,
     lay_out_memory,
     mend_tcp_windows,
@@ -40,7 +41,7 @@ from crcli.pipeline.pids import host_pids, kill_descendants, namespace_for
 from crcli.pipeline.place import Placement, place_files
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.stages import PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
-from crcli.pipeline.stdio import Replacements, replace_links
+from crcli.pipeline.stdio import Replacements, raw_terminal, relay, replace_links
 from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
 from crcli.store.open import open_store
@@ -65,11 +66,15 @@ SECOND_LOOK_S = 1.0
 
 @dataclass(frozen=True)
 class Restored:
-    """A tree that runs: its report, its root on this host, and our child whose end tells of the root's."""
+    """A tree that runs: its report, its root on this host, and our child whose end tells of the root's.
+
+    `masters` are the other sides of its terminals, when they are passed on to ours.
+    """
 
     report: RestoreReport
     root: ProcessId
     child: int
+    masters: tuple[int, ...]
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Send a signal that we got to the root."""
@@ -97,7 +102,9 @@ def restore_and_wait(
     before = {number: signal.signal(number, restored.pass_on) for number in _PASSED_ON}
     try:
         running(restored.report)
-        _, status = os.waitpid(restored.child, 0)
+        relay(restored.masters)
+        with raw_terminal(restored.masters):
+            _, status = os.waitpid(restored.child, 0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -146,7 +153,7 @@ class _Restore:
         with self.watch.phase("look again"):
             first = self._look()
         child = self.residence.init if self.residence is not None else first.pid
-        return Restored(self._report(root, ready_ms), first, child)
+        return Restored(self._report(root, ready_ms), first, child, tuple(self.replacements.masters))
 
     # The manifest is whole, and this host can take the image.
 
@@ -168,6 +175,7 @@ class _Restore:
         self.placement = place_files(self.manifest, self.reader, self.options.changed_files)
         forget_sizes(self.images, {file.name for file in self.manifest.files})
         mend_tcp_windows(self.images)
+        forget_foreign_sessions(self.images, {member.pid for member in self.members})
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
         self.replacements: Replacements = replace_links(
             links, self.options.stdio, f"{self.manifest.name}@{self.manifest.id}"

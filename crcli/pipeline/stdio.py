@@ -1,19 +1,29 @@
-"""What stands in for things that led out of a tree: its terminal, pipes to others, unix peers."""
+"""What stands in for things that led out of a tree: its terminal, pipes to others, unix peers.
+
+A program that had a terminal gets a new one: a pseudo-terminal whose other side is read into a log (or
+thrown away) by a small process of its own, the keeper, for as long as the program has it open; or, with
+`Stdio.INHERIT`, by ourselves, who pass on what is typed and shown here.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from crcli.pipeline.stages import Stdio
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from crcli.pipeline.plan import OutsideLink
 
+_LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049l\x1b[?25h"
 LOG_FOLDER = "/var/log/crcli"
 
 
@@ -25,6 +35,9 @@ class Replacements:
     external: list[str] = field(default_factory=list)
     log: str = ""
     """Where output goes that went to a terminal or a pipe (empty: nothing did)."""
+
+    masters: list[int] = field(default_factory=list)
+    """The other sides of the terminals that are passed on to ours."""
 
     def close(self) -> None:
         """Close our copies."""
@@ -41,19 +54,55 @@ def replace_links(links: Sequence[OutsideLink], stdio: Stdio, title: str) -> Rep
             replacements.external.append(link.key)
         if link.kind == "unix":
             replacements.inherit[link.key] = _reconnect(link)
+        elif link.kind == "terminal":
+            replacements.inherit[link.key] = _terminal(stdio, title, replacements)
         else:
             replacements.inherit[link.key] = _stream(link, stdio, title, replacements)
     return replacements
 
 
+def _terminal(stdio: Stdio, title: str, replacements: Replacements) -> int:
+    """A new terminal, its other side looked after; CRIU gives it the old one's settings and size."""
+    master, slave = os.openpty()
+    if stdio == Stdio.INHERIT:
+        replacements.masters.append(master)
+        return slave
+    target = os.open("/dev/null", os.O_WRONLY) if stdio == Stdio.NULL else _open_log(title, replacements)
+    subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", _KEEPER, str(master), str(target)],
+        pass_fds=(master, target),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    os.close(master)
+    os.close(target)
+    return slave
+
+
+_KEEPER = """
+import os, sys
+master, target = int(sys.argv[1]), int(sys.argv[2])
+try:
+    while data := os.read(master, 65536):
+        os.write(target, data)
+except OSError:
+    pass
+"""
+
+
 def _stream(link: OutsideLink, stdio: Stdio, title: str, replacements: Replacements) -> int:
-    """A descriptor in place of a terminal or pipe."""
+    """A descriptor in place of a pipe."""
     if stdio == Stdio.INHERIT:
         numbers = {fd for _, fd in link.descriptors}
-        ours = 0 if numbers == {0} or not link.writes else 2 if numbers == {2} else 1
-        return os.dup(ours)
+        return os.dup(0 if not link.writes else 2 if numbers == {2} else 1)
     if stdio == Stdio.NULL or not link.writes:
         return os.open("/dev/null", os.O_RDWR)
+    return _open_log(title, replacements)
+
+
+def _open_log(title: str, replacements: Replacements) -> int:
     replacements.log = log_path(title)
     return os.open(replacements.log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
@@ -78,3 +127,41 @@ def _reconnect(link: OutsideLink) -> int:
     ours, theirs = socket.socketpair()
     theirs.close()
     return ours.detach()
+
+
+def relay(masters: Sequence[int]) -> None:
+    """Start passing on what is typed here to the first of `masters`, and what any of them shows to us."""
+    for master in masters:
+        threading.Thread(target=_pass, args=(master, 1), daemon=True).start()
+    if masters:
+        threading.Thread(target=_pass, args=(0, masters[0]), daemon=True).start()
+
+
+def _pass(source: int, target: int) -> None:
+    try:
+        while data := os.read(source, 1 << 16):
+            os.write(target, data)
+    except OSError:
+        pass  # the other side is gone: the tree has ended
+
+
+@contextmanager
+def raw_terminal(masters: Sequence[int]) -> Iterator[None]:
+    """While in the block our terminal passes every key on, and its size is the tree's; then it is as before."""
+    if not masters or not os.isatty(0):
+        yield
+        return
+    import fcntl
+    import termios
+    import tty
+
+    before = termios.tcgetattr(0)
+    tty.setraw(0)
+    try:
+        size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
+        for master in masters:
+            fcntl.ioctl(master, termios.TIOCSWINSZ, size)
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+        os.write(1, _LEAVE_ALTERNATE_SCREEN)

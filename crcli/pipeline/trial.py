@@ -10,7 +10,7 @@ from crcli.criu.log import explain
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.sandbox import STAND_IN_FD, Order
-from crcli.criu.skeleton import forget_sizes, lay_out_memory, touched_folders
+from crcli.criu.skeleton import forget_foreign_sessions, forget_sizes, lay_out_memory, touched_folders
 from crcli.errors import DumpFailed, TreeState
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
 from crcli.memory.replay import write_all
@@ -48,15 +48,17 @@ def try_skeleton(
                 trial.link_from(images, name)
         _lay_out_kept(trial, kept)
         forget_sizes(trial)  # others may write to the same files meanwhile
-        external = [link.key for link in links if link.external]
-        pids = [pid for member in read_tree(trial) for pid in (member.pid, *member.threads)]
-        order = Order(tuple(touched_folders(trial)), tuple(pids), len(external))
+        outside = [link for link in links if link.external]
+        members = read_tree(trial)
+        forget_foreign_sessions(trial, {member.pid for member in members})
+        pids = [pid for member in members for pid in (member.pid, *member.threads)]
+        order = Order(tuple(touched_folders(trial)), tuple(pids), tuple(_stand_in(link) for link in outside))
         restore = RestorePlan(
             shell_job=plan.shell_job,
             manage_cgroups=False,
             tcp_close=True,
-            external=tuple(external),
-            inherit={key: STAND_IN_FD + number for number, key in enumerate(external)},
+            external=tuple(link.key for link in outside),
+            inherit={link.key: STAND_IN_FD + number for number, link in enumerate(outside)},
             leave_stopped=True,
             sibling=True,
         )
@@ -71,6 +73,10 @@ def try_skeleton(
             raise _refusal(f"the trial restore {reason}", trial) from error
         if not answer.success:
             raise _refusal("the trial restore failed", trial)
+
+
+def _stand_in(link: OutsideLink) -> str:
+    return "terminal" if link.kind == "terminal" else "null"
 
 
 def _lay_out_kept(trial: Workspace, kept: Mapping[SpaceKey, list[tuple[int, bytes]]]) -> None:
