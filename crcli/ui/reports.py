@@ -59,7 +59,7 @@ def _memory(report: DumpReport) -> str:
     new = report.memory_bytes - report.zero_bytes - report.reused_bytes - report.weights_bytes
     parts = [f"{size(new)} new"]
     for amount, name in (
-        (report.reused_bytes, "in the store already"),
+        (report.reused_bytes, "stored already"),
         (report.weights_bytes, "in weights files"),
         (report.zero_bytes, "zeros"),
     ):

@@ -1,0 +1,17 @@
+"""`crcli demo`: the main job in small."""
+
+from __future__ import annotations
+
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption
+
+
+def demo(store: StoreOption = None, as_json: JsonOption = False, endpoint_url: EndpointOption = None) -> None:
+    """Start a small agent, dump it, see it gone, restore it, and see it go on; leave nothing behind.
+
+    Without --store a temporary directory is used. Exits with 0 only if every step was really observed.
+    """
+    from crcli.demo.story import run
+    from crcli.ui.demo import DemoScreen
+
+    screen = DemoScreen(as_json)
+    screen.end(run(store, endpoint_url, screen.step))
