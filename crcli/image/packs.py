@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound
-from crcli.image.codec import compress, decompress
+from crcli.image.codec import Codec, compress, decompress
 from crcli.image.container import ContainerKind, pack_container
 from crcli.image.names import index_key, pack_key, pages_key
 from crcli.image.tables import PACK_ID, Chunk, write_chunks, write_packs
@@ -39,6 +39,9 @@ READ_BYTES = 4 << 20
 
 _GAP = 256 << 10
 """Unwanted bytes between two wanted chunks up to which one read is cheaper than two."""
+
+
+_RESERVED = Chunk(0, 0, 0, 0, Codec.RAW, False, b"")
 
 
 class PackWriter:
@@ -81,16 +84,26 @@ class PackWriter:
         """The keys of the packs of earlier images that this one refers to."""
         return [pack_key(pack) for pack in self._foreign_packs]
 
-    def add(self, pieces: Sequence[Buffer], page_digests: Sequence[bytes], *, hurry: bool = False) -> int:
-        """Store one chunk of memory; see memory.intake.ChunkSink."""
+    def reserve(self) -> int:
+        """Give a number to a chunk that is about to be added; see memory.intake.ChunkSink."""
+        with self._lock:
+            self._chunks.append(_RESERVED)
+            return len(self._chunks) - 1
+
+    def add(
+        self, number: int, pieces: Sequence[Buffer], page_digests: Sequence[bytes], *, hurry: bool = False
+    ) -> None:
+        """Store one chunk of memory under a reserved number; see memory.intake.ChunkSink."""
         raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        return self._append(raw, page_digests, is_memory=True, hurry=hurry)
+        self._append(number, raw, page_digests, is_memory=True, hurry=hurry)
 
     def add_blob(self, raw: Buffer) -> int:
         """Store one chunk that is not memory, unless the store has it; give its number."""
         if self._known is not None and (there := self._known.find_blob(blake3(raw).digest())) is not None:
             return self.adopt(there)
-        return self._append(raw, (), is_memory=False, hurry=False)
+        number = self.reserve()
+        self._append(number, raw, (), is_memory=False, hurry=False)
+        return number
 
     def adopt(self, known: int) -> int:
         """Refer to a chunk that the store has (by its number among the known); give its number here."""
@@ -137,15 +150,16 @@ class PackWriter:
         self._pack = self._pages = None
         self._committer.shutdown(wait=True, cancel_futures=True)
 
-    def _append(self, raw: Buffer, page_digests: Sequence[bytes], *, is_memory: bool, hurry: bool) -> int:
+    def _append(
+        self, number: int, raw: Buffer, page_digests: Sequence[bytes], *, is_memory: bool, hurry: bool
+    ) -> None:
         digest = blake3(raw).digest()
         codec, stored = compress(raw, hurry=hurry)
         with self._lock:
             pack = self._open_pack()
             pack.write(stored)
-            number = len(self._chunks)
-            self._chunks.append(
-                Chunk(self._pack_number, len(raw), self._pack_size, len(stored), codec, is_memory, digest)
+            self._chunks[number] = Chunk(
+                self._pack_number, len(raw), self._pack_size, len(stored), codec, is_memory, digest
             )
             self._new.append(number)
             self._pack_size += len(stored)
@@ -154,7 +168,6 @@ class PackWriter:
                 self._note_pages(b"".join(page_digests))
             if self._pack_size >= PACK_BYTES:
                 self._end_pack()
-        return number
 
     def _open_pack(self) -> ObjectWriter:
         if self._pack is None:

@@ -62,8 +62,14 @@ class KnownPages(Protocol):
 class ChunkSink(Protocol):
     """Takes new chunks on their way to the store. Called from several threads."""
 
-    def add(self, pieces: Sequence[Buffer], page_digests: Sequence[bytes], *, hurry: bool) -> int:
-        """Store one chunk made of `pieces`, done with them on return; give its number in the chunk table.
+    def reserve(self) -> int:
+        """Give a number in the chunk table to a chunk that is about to be added."""
+        ...
+
+    def add(
+        self, number: int, pieces: Sequence[Buffer], page_digests: Sequence[bytes], *, hurry: bool
+    ) -> None:
+        """Store the chunk `number`, made of `pieces`; done with them on return.
 
         `hurry` says that the source is being held back, so that speed matters more than size.
         """
@@ -135,6 +141,7 @@ class Intake:
         self._spill_end = 0
         self._pipe: tuple[int, int] | None = None
         self._twins: dict[bytes, int] = {}  # digest -> chunk * CHUNK_PAGES + page
+        self._claims = threading.Lock()
         self._lock = threading.Lock()
         self._spaces: dict[SpaceKey, list[Extent]] = {}
         self._counts = MemoryCounts()
@@ -324,10 +331,9 @@ class Intake:
 
     def _classify(self, block: _Block) -> None:
         digests = _digests(block.memory, block.used)
-        if self._all_new(digests):
-            extents = self._take_whole(block, digests)
-            zero = reused = 0
-        else:
+        extents = self._take_whole(block, digests)
+        zero = reused = 0
+        if extents is None:
             places, reused = self._places(block.memory, digests)
             extents = [(run.space, extent) for run in block.runs for extent in _extents(run, places)]
             zero = digests.count(None)
@@ -338,76 +344,71 @@ class Intake:
             for space, extent in extents:
                 self._spaces.setdefault(space, []).append(extent)
 
-    def _all_new(self, digests: list[bytes | None]) -> bool:
-        """Whether no page of a block is zero, known, or another's twin: the common case, found in bulk."""
-        distinct = set(digests)
-        return (
-            None not in distinct
-            and len(distinct) == len(digests)
-            and self._twins.keys().isdisjoint(distinct)
-            and (self._known is None or not any(self._known.find(digests)))  # type: ignore[arg-type]
-        )
+    def _take_whole(self, block: _Block, digests: list[bytes | None]) -> list[tuple[SpaceKey, Extent]] | None:
+        """Store a block of nothing but new pages, the common case, and return its extents.
 
-    def _take_whole(self, block: _Block, digests: list[bytes | None]) -> list[tuple[SpaceKey, Extent]]:
-        """Store a block of nothing but new pages; return its extents."""
-        names: list[bytes] = digests  # type: ignore[assignment]  # _all_new: none is None
+        None when a page is zero, known, or another's twin: then each page is looked at by itself.
+        """
+        distinct = set(digests)
+        if None in distinct or len(distinct) != len(digests):
+            return None
+        names: list[bytes] = digests  # type: ignore[assignment]  # none is None
+        if self._known is not None and any(self._known.find(names)):
+            return None
+        groups = [names[first : first + CHUNK_PAGES] for first in range(0, len(names), CHUNK_PAGES)]
+        with self._claims:
+            if not self._twins.keys().isdisjoint(distinct):
+                return None
+            chunks = [self._claim(group) for group in groups]
         view = memoryview(block.memory)
-        chunks = []
-        for first in range(0, block.used, CHUNK_PAGES):
-            last = min(first + CHUNK_PAGES, block.used)
-            piece = view[first * PAGE : last * PAGE]
-            number = self._sink.add([piece], names[first:last], hurry=self._under_pressure())
-            self._remember(names[first:last], number)
-            chunks.append(number)
+        for place, (number, group) in enumerate(zip(chunks, groups, strict=True)):
+            begin = place * CHUNK_PAGES * PAGE
+            piece = view[begin : begin + len(group) * PAGE]
+            self._sink.add(number, [piece], group, hurry=self._under_pressure())
         return [(run.space, extent) for run in block.runs for extent in _cut(run, chunks)]
 
     def _places(self, memory: bytearray, digests: list[bytes | None]) -> tuple[list[Location | None], int]:
         """Where each page of a block is (None: zero), and how many were stored before; stores the rest."""
-        asked = [index for index, digest in enumerate(digests) if digest is not None]
+        asked = {index: digest for index, digest in enumerate(digests) if digest is not None}
         places = self._known_places(digests, asked)
+        unknown = {index: digest for index, digest in asked.items() if places[index] is None}
         fresh: dict[bytes, int] = {}
-        for index in asked:
-            digest = digests[index]
-            assert digest is not None
-            if places[index] is None:
-                places[index] = self._twin(digest)
-            if places[index] is None:
-                fresh.setdefault(digest, index)
-        found = self._store(memory, fresh)
-        for index in asked:
-            if places[index] is None:
-                places[index] = found[digests[index]]  # type: ignore[index]
+        with self._claims:
+            for index, digest in unknown.items():
+                if digest not in self._twins:
+                    fresh.setdefault(digest, index)
+            names = list(fresh)
+            groups = [names[first : first + CHUNK_PAGES] for first in range(0, len(names), CHUNK_PAGES)]
+            chunks = [self._claim(group) for group in groups]
+            found = {
+                digest: Location(number, page)
+                for number, group in zip(chunks, groups, strict=True)
+                for page, digest in enumerate(group)
+            }
+            for index, digest in unknown.items():
+                twin = found.get(digest)
+                places[index] = twin or Location(*divmod(self._twins[digest], CHUNK_PAGES))
+        view = memoryview(memory)
+        for number, group in zip(chunks, groups, strict=True):
+            pieces = _pieces(view, [fresh[digest] for digest in group])
+            self._sink.add(number, pieces, group, hurry=self._under_pressure())
         return places, len(asked) - len(fresh)
 
-    def _known_places(self, digests: list[bytes | None], asked: list[int]) -> list[Location | None]:
+    def _known_places(self, digests: list[bytes | None], asked: dict[int, bytes]) -> list[Location | None]:
         places: list[Location | None] = [None] * len(digests)
         if self._known is not None:
-            found = self._known.find([digests[index] for index in asked])  # type: ignore[misc]
+            found = self._known.find(list(asked.values()))
             for index, place in zip(asked, found, strict=True):
                 places[index] = place
         return places
 
-    def _store(self, memory: bytearray, fresh: dict[bytes, int]) -> dict[bytes, Location]:
-        """Hand the new pages (digest -> index in the block) to the sink; return where they went."""
-        view = memoryview(memory)
-        names = list(fresh)
-        found: dict[bytes, Location] = {}
-        for first in range(0, len(names), CHUNK_PAGES):
-            group = names[first : first + CHUNK_PAGES]
-            pieces = _pieces(view, [fresh[digest] for digest in group])
-            number = self._sink.add(pieces, group, hurry=self._under_pressure())
-            self._remember(group, number)
-            found.update((digest, Location(number, place)) for place, digest in enumerate(group))
-        return found
-
-    def _remember(self, digests: list[bytes], chunk: int) -> None:
+    def _claim(self, group: list[bytes]) -> int:
+        """Take a number for a new chunk of these pages, so that no other worker stores their twins."""
+        number = self._sink.reserve()
         if len(self._twins) < _TWIN_LIMIT:
-            base = chunk * CHUNK_PAGES
-            self._twins.update(zip(digests, range(base, base + len(digests)), strict=True))
-
-    def _twin(self, digest: bytes) -> Location | None:
-        packed = self._twins.get(digest)
-        return None if packed is None else Location(*divmod(packed, CHUNK_PAGES))
+            base = number * CHUNK_PAGES
+            self._twins.update(zip(group, range(base, base + len(group)), strict=True))
+        return number
 
 
 def receive_exactly(channel: socket.socket, view: memoryview, *, end_allowed: bool = False) -> bool:
