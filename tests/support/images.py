@@ -70,6 +70,7 @@ def _add_memory(writer: PackWriter, known: KnownPagesOf, memory: Sequence[bytes]
         if place is not None:
             extents.append(Extent(number, 1, Source.CHUNK, place.chunk, place.page))
         else:
-            chunk = writer.add([memory[number]], [digests[number]])
+            chunk = writer.reserve()
+            writer.add(chunk, [memory[number]], [digests[number]])
             extents.append(Extent(number, 1, Source.CHUNK, chunk, 0))
     return extents
