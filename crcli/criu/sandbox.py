@@ -36,11 +36,12 @@ class Order:
     """What the sandbox is to do: overlay these folders, keep these pids free, then start CRIU.
 
     Writes below an overlaid folder land in the sandbox, so that a socket or temporary file that CRIU makes
-    or removes there never touches the real one. `stand_ins` says of each external object what CRIU is to
+    or removes there never touches the real one; the sockets `keep` stay the real ones. `stand_ins` says of each external object what CRIU is to
     put in its place: a "terminal", or something "null".
     """
 
     overlays: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
     taken_pids: tuple[int, ...] = ()
     stand_ins: tuple[str, ...] = ()
 
@@ -245,10 +246,12 @@ def _serve(control: socket.socket, criu_end: socket.socket, workspace_fd: int) -
         if order.overlays:
             layers = _mount_layers()
             for number, folder in enumerate(order.overlays):
-                _overlay(folder, layers, number)
+                _overlay(folder, layers, number, order.keep)
+        stand_ins = [_stand_in(kind) for kind in order.stand_ins]
+        _fresh_terminals()
         _dodge(order.taken_pids)
         if os.fork() == 0:
-            _exec_criu(criu_end, order.stand_ins, [workspace_fd])
+            _exec_criu(criu_end, stand_ins, [workspace_fd])
         criu_end.close()
         control.send(_READY)
         reap_until_alone()
@@ -300,8 +303,8 @@ def _mount_layers() -> str:
     raise OSError("no mount point for the trial's overlays")
 
 
-def _overlay(folder: str, layers: str, number: int) -> None:
-    """Lay a throwaway layer over a folder; what is mounted below it stays visible."""
+def _overlay(folder: str, layers: str, number: int, keep: Sequence[str]) -> None:
+    """Lay a throwaway layer over a folder; what is mounted below it stays visible, and so does `keep`."""
     upper, work = (f"{layers}/{kind}-{number}" for kind in ("upper", "work"))
     status = os.stat(folder)
     for path in (upper, work):
@@ -309,6 +312,7 @@ def _overlay(folder: str, layers: str, number: int) -> None:
     os.chown(upper, status.st_uid, status.st_gid)
     os.chmod(upper, status.st_mode & 0o7777)
     below = [(os.open(path, os.O_PATH), path) for path in _mounts_below(folder)]
+    below += [(os.open(path, os.O_PATH), path) for path in keep if os.path.dirname(path) == folder]
     escaped = folder.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
     options = f"lowerdir={escaped},upperdir={upper},workdir={work}"
     kernel.mount("overlay", folder, "overlay", 0, options)
@@ -341,20 +345,28 @@ def _dodge(taken: Sequence[int]) -> None:
         file.write(str(last - span))
 
 
-def _terminal() -> int:
-    """A terminal's descriptor; its other side stays open in this process and in what it becomes."""
+def _stand_in(kind: str) -> int:
+    """A descriptor to put in the place of an external object."""
+    if kind != "terminal":
+        return os.open("/dev/null", os.O_RDWR)
     master, slave = os.openpty()
-    os.set_inheritable(master, True)
+    os.set_inheritable(master, True)  # must outlive us: a terminal without its other side is hung up
     return slave
 
 
-def _exec_criu(channel: socket.socket, stand_ins: Sequence[str], keep: Sequence[int]) -> None:
+def _fresh_terminals() -> None:
+    """Have pseudo-terminals of our own, numbered from 0: those of the image are in use by the original."""
+    flags = kernel.MS_NOSUID | kernel.MS_NOEXEC
+    kernel.mount("devpts", "/dev/pts", "devpts", flags, "newinstance,ptmxmode=0666,mode=0620")
+    kernel.mount("/dev/pts/ptmx", "/dev/ptmx", "", kernel.MS_BIND)
+
+
+def _exec_criu(channel: socket.socket, stand_ins: Sequence[int], keep: Sequence[int]) -> None:
     """Become CRIU. Never returns."""
     try:
         null = os.open("/dev/null", os.O_RDWR)
-        for number, kind in enumerate(stand_ins):
-            source = _terminal() if kind == "terminal" else null
-            os.dup2(source, STAND_IN_FD + number, inheritable=True)
+        for number, fd in enumerate(stand_ins):
+            os.dup2(fd, STAND_IN_FD + number, inheritable=True)
         for fd in (0, 1, 2):
             os.dup2(null, fd, inheritable=True)
         for fd in (channel.fileno(), *keep):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pycriu.images.tcp_stream_pb2 import tcp_stream_entry
 from pycriu.images.tty_pb2 import tty_info_entry
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from crcli.criu.workspace import Workspace
 
 _TCP, _TCP_CLOSE, _TCP_LISTEN = 6, 7, 10
+_EXTERNAL_TERMINAL = 5
+_OUTSIDE_SOCKET = 1
 _ESTABLISHED_STATES = frozenset((1, 2, 3, 4, 5, 6, 8, 9, 11))
 
 
@@ -120,7 +122,7 @@ def forget_foreign_sessions(images: Workspace, members: Collection[int]) -> None
         return
     info = ImageFile.parse(images.read("tty-info.img"), tty_info_entry)
     for entry in info.entries:
-        if entry.sid not in members:
+        if entry.type == _EXTERNAL_TERMINAL and entry.sid not in members:
             entry.sid = entry.pgrp = 0
     images.write("tty-info.img", info.encode())
 
@@ -161,9 +163,27 @@ def touched_folders(images: Workspace) -> list[str]:
     entries = read_files(images).entries
     special = remapped_ids(images) | {entry.fifo.regf_id for entry in entries if entry.type == FD.FIFO}
     for entry in entries:
-        if entry.type == FD.UNIXSK and entry.usk.name[:1] not in (b"", b"\0"):
-            name = os.fsdecode(entry.usk.name.rstrip(b"\0"))
-            found.add(os.path.dirname(os.path.join(entry.usk.name_dir or "/", name)))
+        if entry.type == FD.UNIXSK and not entry.usk.uflags & _OUTSIDE_SOCKET:
+            if path := _socket_path(entry.usk):
+                found.add(os.path.dirname(path))
         elif entry.type == FD.REG and entry.id in special:
             found.add(os.path.dirname(entry.reg.name))
     return sorted(os.path.normpath(folder) for folder in found if os.path.isdir(folder))
+
+
+def outside_sockets(images: Workspace) -> list[str]:
+    """Paths of the unix sockets of others that the tree sends to."""
+    return sorted(
+        path
+        for entry in read_files(images).entries
+        if entry.type == FD.UNIXSK
+        and entry.usk.uflags & _OUTSIDE_SOCKET
+        and (path := _socket_path(entry.usk))
+    )
+
+
+def _socket_path(entry: Any) -> str:
+    """Where a unix socket is bound; empty for one without a name, or with an abstract one."""
+    if entry.name[:1] in (b"", b"\0"):
+        return ""
+    return os.path.join(entry.name_dir or "/", os.fsdecode(entry.name.rstrip(b"\0")))

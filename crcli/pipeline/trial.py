@@ -10,7 +10,13 @@ from crcli.criu.log import explain
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.sandbox import STAND_IN_FD, Order
-from crcli.criu.skeleton import forget_foreign_sessions, forget_sizes, lay_out_memory, touched_folders
+from crcli.criu.skeleton import (
+    forget_foreign_sessions,
+    forget_sizes,
+    lay_out_memory,
+    outside_sockets,
+    touched_folders,
+)
 from crcli.errors import DumpFailed, TreeState
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
 from crcli.memory.replay import write_all
@@ -52,7 +58,12 @@ def try_skeleton(
         members = read_tree(trial)
         forget_foreign_sessions(trial, {member.pid for member in members})
         pids = [pid for member in members for pid in (member.pid, *member.threads)]
-        order = Order(tuple(touched_folders(trial)), tuple(pids), tuple(_stand_in(link) for link in outside))
+        order = Order(
+            overlays=tuple(touched_folders(trial)),
+            keep=tuple(outside_sockets(trial)),
+            taken_pids=tuple(pids),
+            stand_ins=tuple(_stand_in(link) for link in outside),
+        )
         restore = RestorePlan(
             shell_job=plan.shell_job,
             manage_cgroups=False,
