@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crcli.errors import UsageError
+from crcli.store.address import StoreAddress
 
 DEFAULT_STORE = "file:///var/lib/crcli/store"
 
@@ -25,16 +26,21 @@ class StoreChoice:
 
 
 def choose_store(store: str | None, endpoint_url: str | None = None) -> StoreChoice:
-    """Return the store to use: the command line's, $CRCLI_STORE, the file's, then the default."""
-    if store:
-        return StoreChoice(store, endpoint_url or _load().get("endpoint_url"), "--store")
-    if named := os.environ.get("CRCLI_STORE"):
-        return StoreChoice(named, endpoint_url or _load().get("endpoint_url"), "$CRCLI_STORE")
+    """Return the store to use: the command line's, $CRCLI_STORE, the file's, then the default.
+
+    Its URL is in canonical form. Raises UsageError when it is not the URL of a store.
+    """
     settings = _load()
-    endpoint = endpoint_url or settings.get("endpoint_url")
-    if "store" in settings:
-        return StoreChoice(settings["store"], endpoint, _path() or "")
-    return StoreChoice(DEFAULT_STORE, endpoint, "the default")
+    named = (
+        (store, "--store"),
+        (os.environ.get("CRCLI_STORE"), "$CRCLI_STORE"),
+        (settings.get("store"), _path() or ""),
+        (DEFAULT_STORE, "the default"),
+    )
+    url, source = next((url, source) for url, source in named if url)
+    address = StoreAddress.parse(url)
+    endpoint = endpoint_url or (settings.get("endpoint_url") if address.scheme == "s3" else None)
+    return StoreChoice(address.url, endpoint, source)
 
 
 def _path() -> str | None:

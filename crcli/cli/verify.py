@@ -17,13 +17,14 @@ def verify(
     from crcli.image.verify import verify as run
     from crcli.ui.catalog import show_verified
     from crcli.ui.progress import showing
+    from crcli.ui.text import count
 
     with opened_image(image, store, endpoint_url) as (found, ref), showing(as_json) as progress:
         progress.phase("reading")
         report = run(found, ref, progress.amount)
     if report.damage:
         raise ImageDamaged(
-            f"{report.image} is damaged in {len(report.damage)} places",
+            f"{report.image} is damaged in {count(len(report.damage), 'place')}",
             hint="use an older image, or a copy of this one in another store",
             findings=report.damage,
         )

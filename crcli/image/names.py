@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 from crcli.errors import UsageError
+from crcli.store.address import split_name
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}\Z")
 _ID = re.compile(r"\d{8}T\d{6}\d{3}-[0-9a-f]{6}\Z")
@@ -34,16 +35,16 @@ def new_image_id() -> str:
 
 
 def parse_image(text: str) -> tuple[str | None, ImageRef]:
-    """Split `NAME`, `NAME@ID` or `STORE-URL/NAME[@ID]` into the store's URL (None: the default) and the rest.
+    """Split `NAME[@ID]` or `STORE-URL/NAME[@ID][?OPTIONS]` into the store (None: the default) and the rest.
 
     Raises UsageError when it is none of these.
     """
     url: str | None = None
     rest = text
     if "://" in text or text.startswith("/"):
-        url, _, rest = text.rpartition("/")
-        if url.endswith("/images"):  # the address of the object itself works as well
-            url = url.removesuffix("/images")
+        url, rest = split_name(text)
+        place, mark, query = url.partition("?")
+        url = place.removesuffix("/images") + mark + query  # the address of the object itself works as well
     name, _, image_id = rest.partition("@")
     check_name(name)
     if image_id and not _ID.match(image_id):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from crcli.memory.extents import PAGE, Source
 from crcli.ui.reports import phases, show_json
 from crcli.ui.table import show_table
-from crcli.ui.text import duration, printable, size
+from crcli.ui.text import count, duration, printable, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +70,7 @@ def show_image(manifest: Manifest, store_url: str, as_json: bool) -> None:
         return
     host = facts.get("host", {})
     memory = f"{size(facts['memory_bytes'])}, of which {size(facts['zero_bytes'])} zeros"
-    stored = f"{size(facts['stored_bytes'])} in {facts['packs']} packs"
+    stored = f"{size(facts['stored_bytes'])} in {count(facts['packs'], 'pack')}"
     lines = {
         "image": facts["image"],
         "store": store_url,
@@ -106,7 +106,7 @@ def show_verified(report: VerifyReport, as_json: bool) -> None:
     if as_json:
         show_json(report.as_json())
         return
-    read = f"{report.chunks} chunks in {report.packs} packs, {size(report.stored_bytes)}"
+    read = f"{count(report.chunks, 'chunk')} in {count(report.packs, 'pack')}, {size(report.stored_bytes)}"
     print(printable(f"{report.image} is whole: {read}, read in {duration(report.total_ms)}"))
 
 
@@ -117,7 +117,7 @@ def show_copied(report: CopyReport, as_json: bool) -> None:
     elif report.was_there:
         print(printable(f"{report.image} was in {report.target} already"))
     else:
-        packs = f"{report.packs_copied} of {report.packs} packs, {size(report.copied_bytes)}"
+        packs = f"{report.packs_copied} of {count(report.packs, 'pack')}, {size(report.copied_bytes)}"
         print(printable(f"{report.image} is in {report.target}: {packs}, in {duration(report.total_ms)}"))
 
 
@@ -128,11 +128,12 @@ def show_collected(report: GcReport, as_json: bool) -> None:
         return
     done = "would be removed" if report.dry_run else "removed"
     print(
-        f"{report.packs_removed} packs ({size(report.bytes_removed)}) {done}; "
-        f"{report.images} images keep {report.packs_kept} ({size(report.bytes_kept)})"
+        f"{count(report.packs_removed, 'pack')} ({size(report.bytes_removed)}) {done}; "
+        f"{report.packs_kept} ({size(report.bytes_kept)}) left, of {count(report.images, 'image')}"
     )
     if report.sessions_removed or report.leftovers_removed:
-        print(f"{report.sessions_removed + report.leftovers_removed} leftovers of killed commands removed")
+        leftovers = report.sessions_removed + report.leftovers_removed
+        print(f"{count(leftovers, 'leftover')} of killed commands removed")
     if report.deferred:
         print(
             printable(f"packs stay for this time, because of work in progress: {', '.join(report.deferred)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from crcli.ui.text import duration, printable, size
+from crcli.ui.text import count, duration, printable, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ def show_dump(report: DumpReport, as_json: bool, *, dry_run: bool = False) -> No
     if as_json:
         show_json(report.as_json())
         return
-    processes = _processes(report.processes)
+    processes = count(report.processes, "process")
     if dry_run:
         _say(f"{report.pid}: {processes} can be dumped, as {report.name}; nothing was touched")
         for finding in report.findings:
@@ -45,7 +45,7 @@ def show_restore(report: RestoreReport, as_json: bool) -> None:
         show_json(report.as_json())
         return
     inside = "" if report.pid == report.host_pid else f" (pid {report.pid} in a namespace of its own)"
-    _say(f"{report.image}: {_processes(report.processes)} running, pid {report.host_pid}{inside}")
+    _say(f"{report.image}: {count(report.processes, 'process')} running, pid {report.host_pid}{inside}")
     _say(f"  ready    {duration(report.ready_ms)} (of {duration(report.total_ms)} in all)")
     _say(f"  phases   {phases(report.phases)}")
 
@@ -66,10 +66,6 @@ def _memory(report: DumpReport) -> str:
         if amount:
             parts.append(f"{size(amount)} {name}")
     return ", ".join(parts)
-
-
-def _processes(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _say(line: str) -> None:

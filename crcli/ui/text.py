@@ -28,3 +28,8 @@ def duration(milliseconds: float) -> str:
     if milliseconds < 120_000:
         return f"{milliseconds / 1000:.2f} s"
     return f"{milliseconds / 60_000:.1f} min"
+
+
+def count(number: int, noun: str) -> str:
+    """Return "1 pack", "2 packs"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
