@@ -1,0 +1,218 @@
+"""A tree that was dumped, killed and restored goes on as if nothing had happened; its memory is described."""
+
+from __future__ import annotations
+
+import os
+import signal
+import textwrap
+
+import psutil
+import pytest
+
+from tests.support.crcli import Crcli, assert_goes_on, counter, tree_of, wait_until
+from tests.support.programs import Program, spawn_python
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+
+PIPELINE = """
+    import itertools, os, time
+    reads, writes = os.pipe()
+    if os.fork() == 0:
+        os.close(writes)
+        lines = os.fdopen(reads)
+        if (child := os.fork()) == 0:
+            for line in lines:
+                print(int(line) * 2)
+        os.waitpid(child, 0)
+    os.close(reads)
+    print('ready')
+    for number in itertools.count():
+        os.write(writes, b'%d\\n' % number)
+        time.sleep(0.01)
+    """
+
+THREADS = """
+    import itertools, threading, time
+    turn, numbers = threading.Condition(), itertools.count()
+    whose = -1
+    local = threading.local()
+
+    def work(me):
+        global whose
+        local.turns = 0
+        while True:
+            with turn:
+                turn.wait_for(lambda: whose == me)
+                local.turns += 1
+                print(f"{me}:{local.turns}")
+                whose = (me + 1) % 5
+                turn.notify_all()
+            time.sleep(0.002)
+
+    for me in range(5):
+        threading.Thread(target=work, args=(me,)).start()
+    print('ready')
+    with turn:
+        whose = 0
+        turn.notify_all()
+    """
+
+SHARED_SINCE_THE_FORK = """
+    import mmap, os, random, time
+    megabyte = random.Random(5).randbytes(1 << 20)
+    private = mmap.mmap(-1, 24 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    common = mmap.mmap(-1, 1 << 20)
+    for at in range(24):
+        private[at << 20 : (at + 1) << 20] = bytes([at]) * 16 + megabyte[16:]
+    for child in range(2):
+        if os.fork() == 0:
+            private[:4096] = bytes([child]) * 4096
+            break
+    else:
+        print('ready')
+        child = 9
+    while True:
+        time.sleep(0.01)
+        common[child] += 1 if common[child] < 255 else 0
+        if child == 9 and common[0] and common[1] and common[0] < 255:
+            print(f"turns={common[0]},{common[1]}")
+    """
+
+PAGES = """
+    import mmap, os, random, signal, time
+    source = random.Random({seed})
+    memory = mmap.mmap(-1, {megabytes} << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = len(memory) >> 12
+    for at in range(0, len(memory), 1 << 20):
+        memory[at : at + (1 << 20)] = source.randbytes(1 << 20)
+
+    def change(number, frame):
+        for page in random.sample(range(pages), pages // 100):
+            memory[page << 12 : (page + 1) << 12] = os.urandom(4096)
+        print('changed')
+
+    signal.signal(signal.SIGUSR1, change)
+    print('ready')
+    while True: time.sleep(60)
+    """
+
+
+def lines(program: Program) -> list[str]:
+    """Return the whole lines that a program has printed after it was ready."""
+    return program.output.rpartition("\n")[0].partition("ready\n")[2].splitlines()
+
+
+def proportional_bytes(pid: int) -> int:
+    """Return what a tree uses, each page divided among those that share it."""
+    return sum(process.memory_full_info().pss for process in tree_of(pid))
+
+
+def test_a_counter_goes_on_with_its_memory_intact(crcli: Crcli) -> None:
+    """No number is left out or repeated, and the hash of the memory stays the same."""
+    with spawn_python(counter()) as program:
+        report = crcli.move(program.pid)
+        assert report["pid"] == program.pid
+        assert_goes_on(program)
+
+
+def test_a_dumped_tree_is_gone_and_its_image_whole(crcli: Crcli) -> None:
+    """After a dump nothing of the tree runs, `ls` shows its image, `verify` reads it back."""
+    with spawn_python(counter()) as program:
+        report = crcli.dump(program.pid, "--name", "agent")
+        assert report["outcome"] == "killed" and report["image"] == f"agent@{report['id']}"
+        assert report["memory_bytes"] > report["stored_bytes"] > 512 << 10
+        assert not psutil.pid_exists(program.pid)
+        assert report["id"] in crcli.run("ls", "--store", crcli.store, "--json").out
+        crcli.run("verify", "agent", "--store", crcli.store)
+
+
+def test_children_and_the_pipe_between_them_live_on(crcli: Crcli) -> None:
+    """What is under way in a pipe of a tree of three arrives once, in order."""
+    with spawn_python(PIPELINE) as program:
+        wait_until(lambda: len(lines(program)) > 20, "the pipeline stands still")
+        assert crcli.move(program.pid)["processes"] == 3
+        before = len(lines(program))
+        wait_until(lambda: len(lines(program)) > before + 20, "the pipeline stands still after the restore")
+        assert [int(line) for line in lines(program)] == [2 * n for n in range(len(lines(program)))]
+
+
+def test_threads_keep_their_turns_and_locals(crcli: Crcli) -> None:
+    """Five threads that take turns by a condition go on in the same order, each with its own count."""
+    with spawn_python(THREADS) as program:
+        wait_until(lambda: len(lines(program)) > 50, "the threads stand still")
+        crcli.move(program.pid)
+        before = len(lines(program))
+        wait_until(lambda: len(lines(program)) > before + 50, "the threads stand still after the restore")
+        assert lines(program) == [f"{n % 5}:{n // 5 + 1}" for n in range(len(lines(program)))]
+
+
+def test_memory_shared_since_a_fork_stays_shared(crcli: Crcli) -> None:
+    """A restored family uses no more memory than before, and still sees each other's writes."""
+    with spawn_python(SHARED_SINCE_THE_FORK) as program:
+        wait_until(lambda: "turns=" in program.output, "the family stands still")
+        before = proportional_bytes(program.pid)
+        assert before < 3 * (24 << 20)
+        report = crcli.move(program.pid)
+        after = proportional_bytes(report["host_pid"])
+        assert after < before * 1.1, f"{before >> 10} KiB before, {after >> 10} KiB after"
+        turns = program.value_of("turns")
+        wait_until(lambda: program.value_of("turns") != turns, "the family stands still after the restore")
+
+
+def test_a_second_dump_stores_only_what_changed(crcli: Crcli) -> None:
+    """With 1 % of the pages changed, scattered, the second dump stores at most 2 %."""
+    with spawn_python(PAGES.format(seed=7, megabytes=64)) as program:
+        first = crcli.dump(program.pid, "--name", "agent", "--leave-running")
+        assert first["stored_bytes"] > 64 << 20
+        os.kill(program.pid, signal.SIGUSR1)
+        program.wait_for("changed")
+        second = crcli.dump(program.pid, "--name", "agent", "--leave-running")
+        assert second["reused_bytes"] > 0.98 * first["memory_bytes"] - first["zero_bytes"]
+        assert second["stored_bytes"] <= 0.02 * first["stored_bytes"]
+
+
+def test_a_tree_restored_twice_stores_only_what_changed(crcli: Crcli) -> None:
+    """Dump, restore, dump: the pages that CRIU put back are those that the store has."""
+    with spawn_python(PAGES.format(seed=8, megabytes=32)) as program:
+        first = crcli.dump(program.pid, "--name", "agent")
+        crcli.restore("agent")
+        os.kill(program.pid, signal.SIGUSR1)
+        program.wait_for("changed")
+        second = crcli.dump(program.pid, "--name", "agent")
+        assert second["stored_bytes"] <= 0.025 * first["stored_bytes"]
+        crcli.restore("agent")
+
+
+def test_a_twin_stores_next_to_nothing(crcli: Crcli) -> None:
+    """Another process with the same memory, dumped under the same name, stores a few percent."""
+    code = PAGES.format(seed=9, megabytes=32)
+    with spawn_python(code) as one, spawn_python(code) as other:
+        first = crcli.dump(one.pid, "--name", "agent")
+        second = crcli.dump(other.pid, "--name", "agent")
+        assert first["stored_bytes"] > 32 << 20
+        assert second["stored_bytes"] <= 0.1 * first["stored_bytes"]
+
+
+def test_twins_within_one_tree_are_stored_once(crcli: Crcli) -> None:
+    """Two processes of one tree with the same pages, shared or not, take the room of one."""
+    with spawn_python(
+        f"""
+        import os
+        child = os.fork()
+        exec({textwrap.dedent(PAGES.format(seed=10, megabytes=16))!r})
+        """
+    ) as program:
+        report = crcli.dump(program.pid)
+        assert report["memory_bytes"] > 32 << 20
+        assert report["stored_bytes"] < 24 << 20
+
+
+def test_zero_pages_are_never_stored(crcli: Crcli) -> None:
+    """Memory that was touched but holds only zeros costs nothing."""
+    code = "zeros = bytearray(48 << 20)\nfor at in range(0, len(zeros), 4096): zeros[at] = 0\n" + counter()
+    with spawn_python(code) as program:
+        report = crcli.dump(program.pid)
+        assert report["zero_bytes"] >= 47 << 20
+        assert report["stored_bytes"] < 8 << 20
+        crcli.restore(report["image"])
+        assert_goes_on(program)
