@@ -285,11 +285,19 @@ def reap_until_alone() -> None:
 
 
 def _allow_any_address() -> None:
-    """Let sockets bind to addresses that this empty network does not have, as those in the image did."""
-    for family in ("ipv4", "ipv6"):
+    """Let sockets bind to addresses that this empty network does not have, and anyone open ICMP ones.
+
+    The image's sockets exist, so they were allowed where they came from.
+    """
+    for setting, value in (
+        ("ipv4/ip_nonlocal_bind", "1"),
+        ("ipv6/ip_nonlocal_bind", "1"),
+        ("ipv4/ping_group_range", "0 2147483647"),
+        ("ipv4/ip_unprivileged_port_start", "0"),
+    ):
         try:
-            with open(f"/proc/sys/net/{family}/ip_nonlocal_bind", "w") as file:
-                file.write("1")
+            with open(f"/proc/sys/net/{setting}", "w") as file:
+                file.write(value)
         except OSError:
             pass
 

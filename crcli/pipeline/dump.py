@@ -41,12 +41,16 @@ from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.trial import try_skeleton
 from crcli.pipeline.watch import kill_all, tree_state, wait_until_dead
+from crcli.plugins.loader import load_hooks
+from crcli.plugins.spec import DumpTarget, failure_of
 from crcli.process.gather import gather
 from crcli.process.preflight import preflight
 from crcli.process.tree import refuse_bad_target, scan_tree
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from crcli.criu.options import DumpPlan
     from crcli.image.manifest import StoredFile
     from crcli.pipeline.plan import OutsideLink
@@ -87,11 +91,32 @@ def dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
         report.total_ms = watch.since_start_ms()
         report.phases = watch.phases
         return report
+    hooks = load_hooks()
+    described = _describe(options, target)
     with interruptible() as interrupts:
-        _Dump(options, target, watch, report, interrupts, progress).run()
+        hooks.call("dump_before_freeze", target=described)
+        work = _Dump(options, target, watch, report, interrupts, progress)
+        work.on_frozen = lambda: hooks.call("dump_frozen", target=described)
+        try:
+            work.run()
+        except BaseException as error:
+            hooks.call("dump_failed", target=described, failure=failure_of(error))
+            raise
     report.phases = watch.phases
     report.total_ms = watch.since_start_ms()
+    hooks.call("dump_finished", target=described, report=report.as_json())
+    report.findings = (*report.findings, *hooks.findings)
     return report
+
+
+def _describe(options: DumpOptions, target: Target) -> DumpTarget:
+    return DumpTarget(
+        pid=options.pid,
+        processes=tuple(process.pid for process in target.evidence.tree),
+        image=f"{target.name}@{target.image_id}",
+        store=options.store,
+        outcome=options.outcome.value,
+    )
 
 
 def look(options: DumpOptions) -> Target:
@@ -144,6 +169,7 @@ class _Dump:
         self.report = report
         self.interrupts = interrupts
         self.progress = progress
+        self.on_frozen: Callable[[], None] = lambda: None
         self.published = False
         self.frozen_at = 0.0
         self.skeleton: list[StoredFile] = []
@@ -222,6 +248,7 @@ class _Dump:
     def _hold(self, receiver: _Receiver) -> None:
         receiver.join()
         self.watch.add("take", time.monotonic() - self.frozen_at)
+        self.on_frozen()
         with self.watch.phase("files"):
             self._capture()
         if self.sandbox is not None:

@@ -34,7 +34,8 @@ def _cpu_field(name: bytes) -> str:
 
 
 def describe_tree(evidence: Evidence) -> list[dict[str, Any]]:
-    """The tree's processes, for people: command lines and what they run."""
+    """The tree's processes: their command lines and what they run, and the processors they are bound to."""
+    pinned = {process.pid for process in evidence.pinned}
     return [
         {
             "pid": process.nspid[-1] if process.nspid else process.pid,
@@ -44,6 +45,7 @@ def describe_tree(evidence: Evidence) -> list[dict[str, Any]]:
             "cwd": process.cwd,
             "uid": process.uids[0] if process.uids else 0,
             "threads": process.threads,
+            "cpus": process.cpus if process.pid in pinned else "",
         }
         for process in evidence.tree
     ]

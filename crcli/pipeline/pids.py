@@ -101,3 +101,16 @@ def kill_descendants() -> None:
                 os.waitpid(pid, 0)
             except (ProcessLookupError, ChildProcessError):
                 continue
+
+
+def pin(pid: int, cpus: str) -> None:
+    """Bind all threads of a process to a list of processors such as "0-3,8"; those not here are left out."""
+    wanted: set[int] = set()
+    for span in cpus.split(","):
+        first, _, last = span.partition("-")
+        wanted.update(range(int(first), int(last or first) + 1))
+    try:
+        for tid in os.listdir(f"/proc/{pid}/task"):
+            os.sched_setaffinity(int(tid), wanted)
+    except OSError:
+        pass  # none of them is here: any processor is better than no process

@@ -37,11 +37,13 @@ from crcli.memory.extents import PAGE, SpaceKey
 from crcli.memory.replay import Replay, Split, split, targets, write_all
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import keep_log
-from crcli.pipeline.pids import host_pids, kill_descendants, namespace_for
+from crcli.pipeline.pids import host_pids, kill_descendants, namespace_for, pin
 from crcli.pipeline.place import Placement, place_files
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.stages import PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
 from crcli.pipeline.stdio import Replacements, raw_terminal, relay, replace_links
+from crcli.plugins.loader import load_hooks
+from crcli.plugins.spec import RestoreTarget, failure_of
 from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
 from crcli.store.open import open_store
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from crcli.pipeline.stages import Progress, RestoreOptions
+    from crcli.plugins.loader import Hooks
     from crcli.store.base import Store
 
 CRIU_LIMIT_S = 120.0
@@ -115,24 +118,38 @@ def restore_and_wait(
 def _bring_back(options: RestoreOptions, progress: Progress) -> Restored:
     watch = Stopwatch(progress)
     kernel.become_subreaper()  # what CRIU leaves behind when it dies comes to us
+    hooks = load_hooks()
     with interruptible() as interrupts, ExitStack() as held:
-        work = _Restore(options, watch, interrupts, held)
+        work = _Restore(options, watch, interrupts, held, hooks)
         try:
-            return work.run()
+            restored = work.run()
         except BaseException as error:
-            raise work.failure(error) from error
+            raised = work.failure(error)
+            if work.described is not None:
+                hooks.call("restore_failed", target=work.described, failure=failure_of(raised))
+            raise raised from error
+    hooks.call("restore_finished", target=work.described, report=restored.report.as_json())
+    restored.report.findings = (*restored.report.findings, *hooks.findings)
+    return restored
 
 
 class _Restore:
     """One restore under way: what the stages share."""
 
     def __init__(
-        self, options: RestoreOptions, watch: Stopwatch, interrupts: Interrupts, held: ExitStack
+        self,
+        options: RestoreOptions,
+        watch: Stopwatch,
+        interrupts: Interrupts,
+        held: ExitStack,
+        hooks: Hooks,
     ) -> None:
         self.options = options
         self.watch = watch
         self.interrupts = interrupts
         self.held = held
+        self.hooks = hooks
+        self.described: RestoreTarget | None = None
         self.replay: Replay | None = None
         self.residence: Residence | None = None
         self.placement = Placement()
@@ -145,6 +162,11 @@ class _Restore:
             self._load()
         with self.watch.phase("guard"):
             self.findings = guard(self.manifest)
+            described = RestoreTarget(
+                f"{self.manifest.name}@{self.manifest.id}", self.options.store, self.manifest.meta
+            )
+            self.hooks.call("restore_before", target=described)
+            self.described = described
         with self.watch.phase("lay out"):
             self._lay_out()
         with self.watch.phase("criu"):
@@ -257,6 +279,7 @@ class _Restore:
         if script == "post-restore":
             self._find_members()
             self._fill_late()
+            self._pin()
         return True
 
     def _find_members(self) -> None:
@@ -276,6 +299,13 @@ class _Restore:
             for fd in memories.values():
                 os.close(fd)
         self.watch.add("memory", time.monotonic() - began)
+
+    def _pin(self) -> None:
+        """Give processes that were bound to certain processors back to those (CRIU does not save that)."""
+        for process in self.manifest.meta.get("tree", []):
+            host_pid = self.host.get(process["pid"])
+            if process.get("cpus") and host_pid is not None:
+                pin(host_pid, process["cpus"])
 
     # CRIU says that it runs: look for ourselves, at once and again a little later.
 

@@ -25,6 +25,8 @@ from typing import Any
 
 import pluggy
 
+from crcli.errors import CrcliError, TreeState
+
 GROUP = "crcli.plugins"
 PREFIX = "crcli_"
 
@@ -61,6 +63,13 @@ class Failure:
     hint: str
     state: str
     exit_code: int
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Describe an error for the failure hooks."""
+    if isinstance(error, CrcliError):
+        return Failure(error.code, error.message, error.hint, error.state.value, error.exit_code)
+    return Failure("internal", f"{type(error).__name__}: {error}", "", TreeState.RUNNING.value, 1)
 
 
 @hookspec

@@ -136,8 +136,8 @@ def cpu_affinity(evidence: Evidence) -> Iterator[Finding]:
             "cpu-affinity",
             f"{first_of(held)} is bound to processors {held[0].cpus}; CRIU does not save that",
             process_list(held, "cpus"),
-            "",
-            "bind it again after the restore: `taskset --all-tasks --cpu-list --pid LIST PID`",
+            "binds all threads of the restored process to the same list",
+            "where single threads had lists of their own: `taskset --cpu-list --pid LIST TID`",
         )
 
 
