@@ -34,7 +34,7 @@ _SHARED_MAGICS = tuple(struct.pack("<I", value) for value in (_COMMON_MAGIC, _SE
 _SIZE = struct.Struct("<I")
 _PRESENT = 4
 _TASK_ALIVE = 1
-_REMAP_LINKED = 0
+_REMAP_LINKED, _REMAP_PROCFS = 0, 2
 
 
 @dataclass
@@ -137,8 +137,8 @@ def link_remaps(images: Workspace) -> list[str]:
 
 
 def remapped_ids(images: Workspace) -> set[int]:
-    """Ids of the files that have no name of their own any more."""
-    return {entry.orig_id for entry in _remaps(images)}
+    """Ids of the files that have no name of their own any more (those of ended processes in /proc aside)."""
+    return {entry.orig_id for entry in _remaps(images) if entry.remap_type != _REMAP_PROCFS}
 
 
 def _remaps(images: Workspace) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import crcli
 from crcli.criu import netlock
-from crcli.criu.images import link_remaps, read_tree, run_id
+from crcli.criu.images import read_tree, run_id
 from crcli.criu.log import explain
 from crcli.criu.options import LOG_NAME, dump_options
 from crcli.criu.page_server import receive_pages, socket_pair
@@ -174,7 +174,6 @@ class _Dump:
         self.frozen_at = 0.0
         self.skeleton: list[StoredFile] = []
         self.files: list[StoredFile] = []
-        self.remaps: list[str] = []
         self.run_id = ""
         self.extra_meta: dict[str, Any] = {}
 
@@ -263,7 +262,6 @@ class _Dump:
 
     def _capture(self) -> None:
         evidence = self.target.evidence
-        self.remaps = link_remaps(self.images)
         self.run_id = run_id(self.images)
         self.files, findings = capture_files(
             self.images, evidence.root.pid, evidence.mounts, self.options.include, self.writer
@@ -341,18 +339,15 @@ class _Dump:
         self.report.outcome = outcome.value
 
     def _clear_away(self) -> None:
-        """CRIU has killed the tree: see it dead, and remove what CRIU left behind for a restore here.
+        """CRIU has killed the tree: see it dead, and remove what nobody needs any more.
 
-        The lock on connections that lead out of the tree stays: without it the kernel would reset them, and
-        a restore here could not keep them. A restore, `rm` and `doctor` remove it.
+        Two things of CRIU's stay for a restore here: the temporary names of files that had none (they travel
+        in the image too, but only the name keeps the same file), and the lock on TCP connections, without
+        which the kernel answers for sockets that are not back yet, and resets them. A restore, `rm` and
+        `doctor` remove the lock.
         """
         wait_until_dead(process.identity for process in self.target.evidence.tree)
-        for path in self.remaps:
-            try:
-                os.unlink(path)  # it travels in the image
-            except OSError:
-                pass
-        if not any(held.inside is False for held in self.target.evidence.tcp):
+        if all(held.inside is None for held in self.target.evidence.tcp):
             netlock.remove_for(self.run_id)
 
     def _after_failure(self, error: BaseException) -> None:
