@@ -12,10 +12,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import botocore.session
 import pytest
 
 from crcli.store import open_store
@@ -63,6 +65,14 @@ class Place:
     leg: str
     url: str
     env: dict[str, str]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_read_once() -> Iterator[None]:
+    """Read botocore's descriptions of AWS once, not for each of some hundred clients: half a minute less."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", functools.cache(botocore.session.create_loader))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 on_one_store = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -62,14 +62,17 @@ def test_every_character_of_a_key(store: Store) -> None:
     assert store.get(key) == b"x"
 
 
-@pytest.mark.parametrize(
-    "key", ["", "/a", "a/", "a//b", "../a", "a/../b", ".tmp/a", "a b", "a\n", "ä", "a/.b"]
-)
-def test_bad_keys_are_bugs(store: Store, key: str) -> None:
+BAD_KEYS = ("", "/a", "a/", "a//b", "../a", "a/../b", ".tmp/a", "a b", "a\n", "ä", "a/.b")
+
+
+def test_bad_keys_are_bugs(store: Store) -> None:
     """A key that some store could not hold, or that would leave it, is refused before anything happens."""
     for attempt in (store.get, store.stat, store.delete, store.writer, lambda k: store.put(k, b"")):
-        with pytest.raises(ValueError, match="not a key"):
-            attempt(key)
+        for key in BAD_KEYS:
+            with pytest.raises(ValueError, match="not a key"):
+                attempt(key)
+    with pytest.raises(ValueError, match="not the beginning"):
+        list(store.list("../"))
 
 
 def test_absent_objects(store: Store) -> None:
@@ -278,9 +281,8 @@ KILLED_WRITER = """
 import sys, time
 from crcli.store import open_store
 writer = open_store(sys.argv[1]).writer("victim")
-for _ in range(20):
-    writer.write(bytes(1 << 20))
-time.sleep(0.5)
+for _ in range(12):  # more than may be in flight: some parts have arrived
+    writer.write(bytes(8 << 20))
 print("written", flush=True)
 time.sleep(60)
 """
@@ -296,9 +298,9 @@ def test_a_killed_writer_leaves_nothing_visible(store: Store, place: Place) -> N
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert keys(store) == []
+    time.sleep(1)  # until the server has done what was on its way; and some round times up to seconds
     if not place.leg.startswith("moto"):  # moto says of every upload that it began in 2010
         assert store.sweep(3600) == 0, "what is fresh may still be somebody's work"
-    time.sleep(1)  # stores tell when an upload began in whole seconds, rounded up
     assert store.sweep(0) == 1
     assert store.sweep(0) == 0
     store.put("victim", b"x")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from crcli.errors import ObjectExists, StoreError
-from crcli.store import open_store
+from crcli.store import open_store, retrying
 from crcli.store.s3 import client as client_module
 from tests.support.faulty_proxy import (
     FaultyProxy,
@@ -37,6 +37,12 @@ PASSING = {
     "reset": reset_midway,
     "answer lost": lose_answer,
 }
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Come back soon: nobody here needs a rest."""
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.01)
 
 
 class Behind:
@@ -160,7 +166,7 @@ def test_bytes_damaged_on_the_way(s3: Callable[[str], S3Server], prefix: str, si
 
 def test_lasting_trouble_is_reported_in_time(behind: Behind) -> None:
     """When patience is over the store's own words come through, whatever was asked."""
-    store = behind.open(patience_s=0.6)
+    store = behind.open(patience_s=0.4)
     store.warm()
     behind.proxy.inject(answer(503, "SlowDown"), times=100_000)
     for attempt in (
