@@ -1,7 +1,7 @@
 """One tree of errors. Each says what happened, what to do next, and what became of the tree.
 
-The exit codes are a contract (DESIGN.md): a scheduler decides by them. The table in README is generated
-from `EXIT_CODES`, so the two cannot drift apart.
+The exit codes are a contract (DESIGN.md): a scheduler decides by them. `python -m crcli.errors` prints the
+table that stands in README; a test compares the two.
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ EXIT_CODES: dict[int, tuple[str, str]] = {
     31: ("no such image, or no such object", "`crcli ls` shows what the store holds"),
     40: ("this host lacks something", "`crcli doctor` says what, and how to get it"),
 }
+
+
+def exit_code_table() -> str:
+    """The exit codes as a Markdown table, without a last newline."""
+    rows = [("Exit", "What it means", "What to do next"), ("---:", "---", "---")]
+    rows += [(str(code), meaning, remedy) for code, (meaning, remedy) in EXIT_CODES.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 class CrcliError(Exception):
@@ -135,3 +142,7 @@ class HostLacks(CrcliError):
 
     exit_code = 40
     code = "host-lacks"
+
+
+if __name__ == "__main__":
+    print(exit_code_table())
