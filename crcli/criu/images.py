@@ -1,7 +1,7 @@
 """CRIU's own image files: read, edited and written with pycriu's messages.
 
-A file is one or two 32-bit magics followed by protobuf messages, each after its 32-bit size (pagemaps begin with
-a head message). Only files of that plain kind are touched here; the others pass through as bytes.
+A file is one or two 32-bit magics followed by protobuf messages, each after its 32-bit size (pagemaps
+begin with a head message). Only files of that plain kind are touched here; the others pass through as bytes.
 """
 
 from __future__ import annotations
@@ -107,6 +107,17 @@ def read_tree(images: Workspace) -> list[TreeMember]:
             )
         )
     return members
+
+
+def join_threads_to_leaders(images: Workspace) -> None:
+    """Say of every thread that it is in its process's cgroups, for a restore that leaves cgroups alone."""
+    for member in ImageFile.parse(images.read("pstree.img"), pstree_entry).entries:
+        for thread in member.threads:
+            name = f"core-{thread}.img"
+            core = ImageFile.parse(images.read(name), core_entry)
+            if core.entries[0].thread_core.HasField("cg_set"):
+                core.entries[0].thread_core.ClearField("cg_set")
+                images.write(name, core.encode())
 
 
 def read_files(images: Workspace) -> ImageFile:

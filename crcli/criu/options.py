@@ -45,7 +45,8 @@ class RestorePlan:
     inherit: dict[str, int] = field(default_factory=dict)
     leave_stopped: bool = False
     sibling: bool = True
-    root: str = ""
+    work_fd: int = -1
+    """A folder of ours for CRIU to work in, where the images' folder does not do: CRIU mounts there."""
 
 
 def dump_options(plan: DumpPlan, images_fd: int, page_fd: int) -> Any:
@@ -80,8 +81,8 @@ def restore_options(plan: RestorePlan, images: str) -> Any:
     options.tcp_close = plan.tcp_close
     for key, fd in plan.inherit.items():
         options.inherit_fd.add(key=key, fd=fd)
-    if plan.root:
-        options.root = plan.root
+    if plan.work_fd >= 0:
+        options.work_dir_fd = plan.work_fd
     return options
 
 

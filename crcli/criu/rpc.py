@@ -36,6 +36,8 @@ except ImportError as missing:
 
 _MESSAGE_LIMIT = 1 << 20
 
+__all__ = ["CriuAnswer", "CriuDied", "CriuProcess", "CriuTimeout", "rpc"]
+
 
 class CriuDied(Exception):
     """CRIU ended, or was killed, without answering."""
@@ -63,7 +65,7 @@ class CriuProcess:
         self.process = process
 
     @classmethod
-    def start(cls, pass_fds: Sequence[int] = (), answer_limits: bool = False, **popen: Any) -> CriuProcess:
+    def start(cls, pass_fds: Sequence[int] = (), answer_limits: bool = False) -> CriuProcess:
         """Start criu, ready for one request. `pass_fds` keep their numbers in it.
 
         With `answer_limits` it can read other users' limits without CAP_SYS_RESOURCE, but not dump
@@ -71,7 +73,7 @@ class CriuProcess:
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            launch = partial(
+            launch: Callable[[], subprocess.Popen[bytes]] = partial(
                 subprocess.Popen,
                 [*criu_command(), "swrk", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), *pass_fds),
@@ -79,7 +81,6 @@ class CriuProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 process_group=0,
-                **popen,
             )
             process = with_limits_answered(launch) if answer_limits else launch()
         return cls(ours, process)

@@ -36,8 +36,8 @@ class Order:
     """What the sandbox is to do: overlay these folders, keep these pids free, then start CRIU.
 
     Writes below an overlaid folder land in the sandbox, so that a socket or temporary file that CRIU makes
-    or removes there never touches the real one; the sockets `keep` stay the real ones. `stand_ins` says of each external object what CRIU is to
-    put in its place: a "terminal", or something "null".
+    or removes there never touches the real one; the sockets `keep` stay the real ones. `stand_ins`
+    says of each external object what CRIU is to put in its place: a "terminal", or something "null".
     """
 
     overlays: tuple[str, ...] = ()

@@ -149,7 +149,7 @@ def named_files(images: Workspace) -> list[str]:
 
 
 def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> None:
-    """Let CRIU open these files (None: all) whatever their size: they were compared by content, or may grow."""
+    """Let CRIU open these files (None: all) whatever their size: their content was compared, or may grow."""
     files = read_files(images)
     for entry in files.entries:
         if entry.type == FD.REG and (paths is None or entry.reg.name in paths):

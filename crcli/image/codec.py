@@ -67,11 +67,11 @@ def _promising(raw: memoryview) -> bool:
 
 def _compressor(level: int) -> Any:
     """This thread's compressor for one level (making one costs more than a small chunk)."""
-    made = _contexts.__dict__.get(level)
+    made = _contexts.__dict__.get(f"level {level}")
     if made is None:
         import zstandard
 
-        made = _contexts.__dict__[level] = zstandard.ZstdCompressor(
+        made = _contexts.__dict__[f"level {level}"] = zstandard.ZstdCompressor(
             level=level, write_checksum=False, write_content_size=True
         )
     return made

@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Where a part of a chunk goes: page `offset` of the chunk to page `start` of a space, `pages` of them."""
+    """Where a part of a chunk goes: `pages` pages, page `offset` of the chunk to page `start` of a space."""
 
     space: SpaceKey
     start: int

@@ -7,7 +7,6 @@ our connection ends, when it fails itself; and when CRIU dies, the kernel lets g
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from contextlib import ExitStack
@@ -365,7 +364,7 @@ class _Dump:
         state = tree_state(self.target.evidence.tree)
         if self.published:
             return DumpFailed(
-                f"the image {self.report.image} is whole and durable, but the dump did not end as asked: {error}",
+                f"the image {self.report.image} is durable, but the dump did not end as asked: {error}",
                 hint="the tree still runs beside its image" if state == TreeState.RUNNING else "",
                 state=state,
             )

@@ -18,17 +18,24 @@ class OutsideLink:
     """Something of the tree's that leads out of it, and must be put in place again on restore.
 
     `kind` is "terminal", "pipe" or "unix"; `key` is CRIU's name for it; `external` says whether CRIU has to
-    be told of it at the dump already; `path` is where a unix peer listens; `writes`/`reads` say which ends
-    the tree holds; `descriptors` are (pid, fd).
+    be told of it at the dump already; `path` is where a unix peer listens, `type` its socket's type, `waits`
+    whether the tree's end blocks; `writes`/`reads` say which ends the tree holds; `descriptors` are (pid, fd).
     """
 
     kind: str
     key: str
     external: bool
     path: str = ""
+    type: str = ""
+    waits: bool = True
     reads: bool = True
     writes: bool = True
     descriptors: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def inherit_key(self) -> str:
+        """CRIU's name for it when something is put in its place: that of a unix socket is another there."""
+        return self.key.replace("unix[", "socket:[", 1)
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in the manifest."""
@@ -53,6 +60,7 @@ def outside_links(evidence: Evidence) -> tuple[OutsideLink, ...]:
             descriptors=tuple((file.pid, file.fd) for file in terminal.holders),
         )
         for terminal in evidence.outside_terminals
+        if terminal.master is not None or terminal.index is None  # else it is hung up: CRIU knows those
     ]
     links += [
         OutsideLink(
@@ -66,8 +74,13 @@ def outside_links(evidence: Evidence) -> tuple[OutsideLink, ...]:
         for pipe in evidence.outside_pipes
         if not pipe.path
     ]
-    links += [_unix_link(held) for held in evidence.outside_unix if held.socket.type != "dgram"]
+    links += [_unix_link(held) for held in evidence.outside_unix if not _reopened_by_criu(held)]
     return tuple(links)
+
+
+def _reopened_by_criu(held: HeldSocket) -> bool:
+    """Whether it is a datagram socket whose peer has a name: CRIU connects such a one again by itself."""
+    return held.socket.type == "dgram" and held.peer is not None and bool(held.peer.path)
 
 
 def _unix_link(held: HeldSocket) -> OutsideLink:
@@ -76,6 +89,8 @@ def _unix_link(held: HeldSocket) -> OutsideLink:
         held.criu_key,
         external=True,
         path=held.peer.path if held.peer is not None else "",
+        type=held.socket.type,
+        waits=not any(file.flags & os.O_NONBLOCK for file in held.holders),
         descriptors=tuple((file.pid, file.fd) for file in held.holders),
     )
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from crcli import kernel
@@ -154,7 +155,7 @@ class _Restore:
         self.residence: Residence | None = None
         self.placement = Placement()
         self.host: dict[int, int] = {}
-        self.log = ""
+        self.logs: Workspace | None = None
 
     def run(self) -> Restored:
         """Resolve, check, lay out, restore, fill, look, report."""
@@ -190,7 +191,7 @@ class _Restore:
 
     def _lay_out(self) -> None:
         self.workspace = self.held.enter_context(Workspace.create())
-        self.images = self.held.enter_context(self.workspace.folder("images"))
+        self.images = self.logs = self.held.enter_context(self.workspace.folder("images"))
         self._write_skeleton()
         self.members = read_tree(self.images)
         self.namespace = self._namespace()
@@ -254,11 +255,13 @@ class _Restore:
     def _restore(self) -> int:
         plan = RestorePlan(
             shell_job=bool(self.manifest.meta["plan"]["shell_job"]),
-            manage_cgroups=bool(self.manifest.meta["plan"]["manage_cgroups"]),
+            manage_cgroups=bool(self.manifest.meta["plan"]["manage_cgroups"]) and self.residence is None,
             tcp_close=self.options.tcp == TcpPolicy.CLOSE,
             external=tuple(self.replacements.external),
             inherit=self.replacements.inherit,
         )
+        if plan.manage_cgroups and self.residence is None:
+            plan = replace(plan, work_fd=self._mountable_folder())
         options = restore_options(plan, f"/proc/self/fd/{self.images.fd}")
         with self._start_criu() as criu:
             answer = criu.request(rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S)
@@ -269,6 +272,13 @@ class _Restore:
             self.residence.settle(self.members[0].pid)
         netlock.remove_for(str(self.manifest.meta.get("run_id", "")))
         return self.members[0].pid
+
+    def _mountable_folder(self) -> int:
+        """A folder in which CRIU can mount the cgroup hierarchies while it works."""
+        path = self.held.enter_context(tempfile.TemporaryDirectory(prefix="crcli-cgroups-"))
+        self.logs = Workspace(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        self.held.callback(self.logs.close)
+        return self.logs.fd
 
     def _start_criu(self) -> CriuProcess:
         if self.residence is not None:
@@ -328,7 +338,7 @@ class _Restore:
     def _died(self, when: str, who: str = "a process") -> RestoreFailed:
         return RestoreFailed(
             f"the tree was restored, but {who} died {when}",
-            hint="look at the program's own log; a lost pipe, terminal or CPU feature ends programs like this",
+            hint="see the program's own log; a lost pipe, terminal or CPU feature ends programs like this",
             state=TreeState.DEAD,
         )
 
@@ -371,10 +381,10 @@ class _Restore:
         return error
 
     def _explained(self) -> tuple[str, str] | None:
-        images = getattr(self, "images", None)
-        if images is None or images.fd < 0 or LOG_NAME not in images.names():
+        folder = self.logs
+        if folder is None or folder.fd < 0 or LOG_NAME not in folder.names():
             return None
-        log = images.read(LOG_NAME).decode(errors="replace")
+        log = folder.read(LOG_NAME).decode(errors="replace")
         path = keep_log(log, "restore")
         cause = explain(log)
         return cause.text + (f" (CRIU's whole log: {path})" if path else ""), cause.hint

@@ -53,7 +53,7 @@ def replace_links(links: Sequence[OutsideLink], stdio: Stdio, title: str) -> Rep
         if link.external:
             replacements.external.append(link.key)
         if link.kind == "unix":
-            replacements.inherit[link.key] = _reconnect(link)
+            replacements.inherit[link.inherit_key] = _reconnect(link)
         elif link.kind == "terminal":
             replacements.inherit[link.key] = _terminal(stdio, title, replacements)
         else:
@@ -114,17 +114,26 @@ def log_path(title: str) -> str:
     return f"{folder}/{title}.log"
 
 
+_SOCKET_TYPES = {"dgram": socket.SOCK_DGRAM, "seqpacket": socket.SOCK_SEQPACKET}
+
+
 def _reconnect(link: OutsideLink) -> int:
     """A connection to where the peer listens; where nobody does, one whose other end is closed."""
-    if link.path:
-        name = "\0" + link.path[1:] if link.path.startswith("@") else link.path
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    fd = _connected(link.path, _SOCKET_TYPES.get(link.type, socket.SOCK_STREAM))
+    os.set_blocking(fd, link.waits)
+    return fd
+
+
+def _connected(path: str, kind: int) -> int:
+    if path:
+        name = "\0" + path[1:] if path.startswith("@") else path
+        peer = socket.socket(socket.AF_UNIX, kind)
         try:
             peer.connect(name)
             return peer.detach()
         except OSError:
             peer.close()
-    ours, theirs = socket.socketpair()
+    ours, theirs = socket.socketpair(type=kind)
     theirs.close()
     return ours.detach()
 
@@ -147,7 +156,7 @@ def _pass(source: int, target: int) -> None:
 
 @contextmanager
 def raw_terminal(masters: Sequence[int]) -> Iterator[None]:
-    """While in the block our terminal passes every key on, and its size is the tree's; then it is as before."""
+    """While in the block our terminal passes every key on and lends its size; then it is as before."""
     if not masters or not os.isatty(0):
         yield
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from crcli.criu.images import read_tree
+from crcli.criu.images import join_threads_to_leaders, read_tree
 from crcli.criu.log import explain
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
@@ -57,6 +57,8 @@ def try_skeleton(
         outside = [link for link in links if link.external]
         members = read_tree(trial)
         forget_foreign_sessions(trial, {member.pid for member in members})
+        if plan.manage_cgroups:
+            join_threads_to_leaders(trial)
         pids = [pid for member in members for pid in (member.pid, *member.threads)]
         order = Order(
             overlays=tuple(touched_folders(trial)),
@@ -69,7 +71,7 @@ def try_skeleton(
             manage_cgroups=False,
             tcp_close=True,
             external=tuple(link.key for link in outside),
-            inherit={link.key: STAND_IN_FD + number for number, link in enumerate(outside)},
+            inherit={link.inherit_key: STAND_IN_FD + number for number, link in enumerate(outside)},
             leave_stopped=True,
             sibling=True,
         )
