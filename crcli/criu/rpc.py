@@ -15,7 +15,6 @@ import socket
 import subprocess
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from crcli.criu.binary import criu_command
@@ -73,15 +72,19 @@ class CriuProcess:
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            launch: Callable[[], subprocess.Popen[bytes]] = partial(
-                subprocess.Popen,
-                [*criu_command(), "swrk", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(), *pass_fds),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                process_group=0,
-            )
+            command = [*criu_command(), "swrk", str(theirs.fileno())]
+            kept = (theirs.fileno(), *pass_fds)
+
+            def launch() -> subprocess.Popen[bytes]:
+                return subprocess.Popen(
+                    command,
+                    pass_fds=kept,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    process_group=0,
+                )
+
             process = with_limits_answered(launch) if answer_limits else launch()
         return cls(ours, process)
 
