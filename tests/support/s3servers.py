@@ -95,7 +95,7 @@ def start_moto(tls: bool = False, *, conditions: str = "honoured") -> S3Server:
 
 def start_swift(tls: bool = False) -> S3Server:
     """Start OpenStack Swift (pip: swift, PyECLib)."""
-    folder = Path(tempfile.mkdtemp(prefix="crcli-swift-"))
+    folder = Path(tempfile.mkdtemp(prefix="crcli-swift-", dir=_folder_with_attributes()))
     return _start("tests.support.swift_server", [str(folder)], tls, "test:tester", "testing", folder)
 
 
@@ -136,6 +136,18 @@ def _start(
         server.close()
         raise
     return server
+
+
+def _folder_with_attributes() -> str:
+    """A folder whose file system keeps user attributes, in which Swift stores what it knows of an object."""
+    for folder in (tempfile.gettempdir(), "/var/tmp", str(ROOT)):
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            try:
+                os.setxattr(file.name, "user.crcli", b"x")
+            except OSError:
+                continue
+            return folder
+    raise RuntimeError("Swift needs a file system with user attributes (xattr)")
 
 
 def _read_port(process: subprocess.Popen[str], log: Path) -> int:

@@ -7,17 +7,15 @@ import zlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from crcli.store.base import Buffer
 
 SEND_AT_ONCE = 1 << 20
-MANY_PIECES = 64
-"""Beyond this the pieces are joined into one buffer: a copy costs less than sending crumbs."""
+CRUMB = 16 << 10
+"""Smaller pieces are gathered in a buffer of ours: a copy costs less than sending each by itself."""
 
 
 class Body:
-    """Bytes to be sent, read from the caller's buffers without copying them.
+    """Bytes to be sent, read from the caller's buffers without copying them (crumbs apart).
 
     It is what botocore takes for a file: it can be sized, read and rewound. `read` returns views of the
     buffers, up to `SEND_AT_ONCE` bytes even when asked for less, because http.client asks for 16 KiB and
@@ -25,7 +23,7 @@ class Body:
     """
 
     def __init__(self) -> None:
-        self._pieces: list[memoryview] = []
+        self._pieces: list[memoryview | bytearray] = []
         self._size = self._index = self._offset = 0
 
     @classmethod
@@ -36,30 +34,31 @@ class Body:
         return body
 
     def append(self, piece: memoryview) -> None:
-        """Take one more buffer of bytes, which must not change from now on."""
-        if not piece:
-            return  # to whoever reads, nothing means the end
+        """Take one more buffer of bytes, which must not change from now on. Not while the body is read."""
         self._size += len(piece)
-        self._pieces.append(piece)
-        if len(self._pieces) > MANY_PIECES:
-            self._pieces = [memoryview(b"".join(self._pieces))]
+        if len(piece) >= CRUMB:
+            self._pieces.append(piece)
+        elif self._pieces and isinstance(self._pieces[-1], bytearray):
+            self._pieces[-1] += piece
+        elif piece:  # to whoever reads, nothing means the end
+            self._pieces.append(bytearray(piece))
 
     def __len__(self) -> int:
         return self._size
 
-    def __iter__(self) -> Iterator[memoryview]:
-        return iter(self._pieces)
+    def __bytes__(self) -> bytes:
+        return b"".join(self._pieces)
 
     def read(self, size: int = -1) -> memoryview | bytes:
         """Return the next bytes, or nothing at the end."""
         if self._index == len(self._pieces):
             return b""
-        piece = self._pieces[self._index][self._offset :]
-        piece = piece[:SEND_AT_ONCE]
-        self._offset += len(piece)
-        if self._offset == len(self._pieces[self._index]):
+        piece = memoryview(self._pieces[self._index])
+        part = piece[self._offset : self._offset + SEND_AT_ONCE]
+        self._offset += len(part)
+        if self._offset == len(piece):
             self._index, self._offset = self._index + 1, 0
-        return piece
+        return part
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Go back to the beginning, for another attempt."""

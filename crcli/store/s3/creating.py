@@ -8,21 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.errors import NotFound, StoreError
 from crcli.store.base import taken
-from crcli.store.s3.body import Body
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from crcli.store.s3.body import Body
     from crcli.store.s3.bucket import Bucket
+
+SEND_WITHOUT_ASKING = 64 << 10
+"""Up to here a body is handed over as bytes. With anything longer botocore sends the headers first and waits
+for the store's `100 Continue`: a round trip, or a second with servers that never say it."""
 
 
 def put_whole(bucket: Bucket, key: str, body: Body, *, if_absent: bool) -> None:
     """Write `body` in one request."""
-    parameters = {**bucket.of(key), **bucket.settings.encryption, **bucket.checksum(body), "Body": body}
+    parameters = {**bucket.of(key), **bucket.settings.encryption, **bucket.checksum(body)}
+    small = bytes(body) if len(body) <= SEND_WITHOUT_ASKING else None
 
     def write(condition: dict[str, str]) -> None:
         body.seek(0)
-        bucket.send("put_object", parameters | condition)
+        bucket.send("put_object", {**parameters, **condition, "Body": body if small is None else small})
 
     _create(bucket, key, write, lambda: _holds(bucket, key, body), if_absent=if_absent)
 
@@ -108,7 +113,7 @@ def _holds(bucket: Bucket, key: str, body: Body) -> bool:
             return data
 
     try:
-        return bucket.patiently(fetch, key) == b"".join(body)
+        return bucket.patiently(fetch, key) == bytes(body)
     except NotFound:
         return False
 
