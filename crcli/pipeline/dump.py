@@ -92,7 +92,7 @@ def dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
         return report
     hooks = load_hooks()
     described = _describe(options, target)
-    with interruptible() as interrupts:
+    with interruptible(options.deadline_s) as interrupts:
         hooks.call("dump_before_freeze", target=described)
         work = _Dump(options, target, watch, report, interrupts, progress)
         work.on_frozen = lambda: hooks.call("dump_frozen", target=described)

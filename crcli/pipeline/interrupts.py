@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as an exception that the stories can undo their work upon."""
+"""Ctrl-C, SIGTERM, SIGHUP and a deadline as an exception that the stories can undo their work upon."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 
 class Interrupted(BaseException):
-    """A signal asked crcli to end. Raised once: later signals do not disturb the undoing."""
+    """A signal, or the deadline, ended the work. Raised once: later ones do not disturb the undoing."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        name = signal.Signals(number).name
+        super().__init__(
+            "stopped at its deadline" if number == signal.SIGALRM else f"interrupted by {name}"
+        )
         self.number = number
 
 
@@ -38,16 +41,22 @@ class Interrupts:
 
 
 @contextmanager
-def interruptible() -> Iterator[Interrupts]:
-    """Within the block the first of the signals raises Interrupted; the old handlers come back after it."""
+def interruptible(deadline_s: float | None = None) -> Iterator[Interrupts]:
+    """Within the block the first of the signals raises Interrupted; the old handlers come back after it.
+
+    So does the passing of `deadline_s` seconds.
+    """
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     before = {number: signal.signal(number, interrupts.handle) for number in numbers}
+    if deadline_s is not None:
+        signal.setitimer(signal.ITIMER_REAL, max(deadline_s, 0.001))
     try:
         yield interrupts
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
