@@ -33,7 +33,7 @@ def make_image(store: Store, name: str, memory: Sequence[bytes], file: bytes = b
         known = load_known(store, name)
         writer = PackWriter(store, image_id, known)
         try:
-            extents = _add_memory(writer, KnownPagesOf(known, writer.adopt), memory)
+            extents = add_memory(writer, KnownPagesOf(known, writer.adopt), memory)
             blob = writer.add_blob(file)
             writer.seal()
             for key in writer.foreign_pack_keys():
@@ -63,7 +63,8 @@ def make_image(store: Store, name: str, memory: Sequence[bytes], file: bytes = b
     return ImageRef(name, image_id)
 
 
-def _add_memory(writer: PackWriter, known: KnownPagesOf, memory: Sequence[bytes]) -> list[Extent]:
+def add_memory(writer: PackWriter, known: KnownPagesOf, memory: Sequence[bytes]) -> list[Extent]:
+    """Store pages as a dump's intake does, each as a chunk of its own; return where they are."""
     digests = [blake3(page).digest() for page in memory]
     extents = []
     for number, place in enumerate(known.find(digests)):
