@@ -136,16 +136,23 @@ def regular_files(images: Workspace) -> list[tuple[str, int, int, int | None]]:
     ]
 
 
-def named_files(images: Workspace) -> list[str]:
-    """Paths that CRIU opens by name on restore, sorted: not those of deleted files or external ones."""
+def named_files(images: Workspace) -> list[dict[str, Any]]:
+    """The files that CRIU opens by name on restore, by path: not deleted ones, not external ones.
+
+    Each with its size (bytes), mode, and build-id in hexadecimal where it has one.
+    """
     remapped = remapped_ids(images)
-    return sorted(
-        {
-            entry.reg.name
-            for entry in read_files(images).entries
-            if entry.type == FD.REG and entry.id not in remapped and not entry.reg.ext
-        }
-    )
+    found: dict[str, dict[str, Any]] = {}
+    for entry in read_files(images).entries:
+        if entry.type == FD.REG and entry.id not in remapped and not entry.reg.ext:
+            words = b"".join(word.to_bytes(4, "little") for word in entry.reg.build_id)
+            found[entry.reg.name] = {
+                "path": entry.reg.name,
+                "size": entry.reg.size,
+                "mode": entry.reg.mode,
+                "build_id": words.hex(),
+            }
+    return [found[path] for path in sorted(found)]
 
 
 def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> None:

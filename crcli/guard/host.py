@@ -72,7 +72,7 @@ def _memory(manifest: Manifest) -> Iterator[Finding]:
 
 def _files(manifest: Manifest) -> Iterator[Finding]:
     carried = {file.name for file in manifest.files}
-    for path in manifest.meta.get("mapped", []):
+    for path in (file["path"] for file in manifest.meta.get("opened", [])):
         if path in carried or path.startswith(_MADE_BY_THE_KERNEL):
             continue
         if not os.path.lexists(path):

@@ -317,7 +317,7 @@ class _Dump:
             "counts": dict(counts.__dict__),
             "frozen_ms": self.report.frozen_ms,
             "phases": dict(self.watch.phases),
-            "mapped": named_files(self.images),
+            "opened": named_files(self.images),
         }
 
     # CRIU has answered, or is gone.
