@@ -65,12 +65,12 @@ class ObjectWriter(Protocol):
     """An object being written. Nothing is visible under its key before `commit` returns.
 
     Used as a context manager: leaving the block without `commit` aborts. `write` may block when the store
-    is slower than the caller (that is the back-pressure), and may return before the bytes have been sent:
-    the caller must not change a buffer that it has handed over. One thread at a time.
+    is slower than the caller (that is the back-pressure), and may return before the bytes have been sent. One
+    thread at a time.
     """
 
     def write(self, data: Buffer) -> None:
-        """Append `data`; the writer keeps a reference, so the caller must not change it afterwards."""
+        """Append `data`; the caller may use its buffer for something else at once."""
         ...
 
     def commit(self) -> None:

@@ -176,6 +176,18 @@ def test_large_objects(store: Store, size: int) -> None:
     assert store.get_range("large", size - 5 * MIB, 4 * MIB) == data[size - 5 * MIB : size - MIB]
 
 
+def test_a_buffer_may_be_used_again(store: Store) -> None:
+    """What was handed to a writer is written as it was then, whatever becomes of the caller's buffer."""
+    pieces = [os.urandom(MIB // 4) for _ in range(40)]
+    buffer = bytearray(MIB // 4)
+    with store.writer("reused") as writer:
+        for piece in pieces:
+            buffer[:] = piece
+            writer.write(memoryview(buffer))
+        writer.commit()
+    assert store.get("reused") == b"".join(pieces)
+
+
 def test_large_put(store: Store) -> None:
     """put takes objects of any size, conditional ones too."""
     data = os.urandom(MIB) * 17

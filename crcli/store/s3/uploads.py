@@ -152,7 +152,7 @@ class S3Writer:
             if len(self._pending) == PART_SIZE:
                 self._send_pending()
             room = PART_SIZE - len(self._pending)
-            self._pending.append(view[:room])
+            self._pending.append(_lasting(view[:room]))
             view = view[room:]
 
     def commit(self) -> None:
@@ -185,3 +185,8 @@ class S3Writer:
             self._upload = MultipartUpload(self._bucket, self._threads, self._key)
         body, self._pending = self._pending, Body()
         self._upload.add(body)
+
+
+def _lasting(view: memoryview) -> memoryview:
+    """The same bytes where nobody will change them: a copy, unless they are a bytes object's."""
+    return view if isinstance(view.obj, bytes) else memoryview(bytes(view))
