@@ -1,0 +1,247 @@
+"""Wrote the golden images of format version 1: `python -m tests.unit.golden.make FOLDER`.
+
+What it wrote once is checked in (`v1/`, a directory store, and `v1.json`, what it describes) and stays as
+it is for ever: a later crcli must read it as the first one did. Run this into a new folder for a new
+version only.
+
+The same crcli and the same zstd write the same bytes: ids come from a counter, pages from a seed. Between
+them, the two images have one of everything: a raw and a compressed chunk, zero pages, pages that are not
+lazy, a page of two processes, shared memory, a process without pages, a file of two chunks and an empty
+one, a chunk of the first image in the second, each kind of link, and text that is not ASCII, or not even
+UTF-8.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from blake3 import blake3
+
+from crcli.image.index import KnownPagesOf, load_known
+from crcli.image.manifest import Manifest, StoredFile, publish
+from crcli.image.packs import PackWriter
+from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
+from crcli.store.file import FileStore
+
+FIRST, SECOND = "20260131T235959123-00000a", "20260201T000000456-00000b"
+PARENT, CHILD, IDLE = (SpaceKey(SpaceKind.PROCESS, pid) for pid in (4711, 4712, 4713))
+SHARED = SpaceKey(SpaceKind.SHARED, 0xFFFF_FFF2)
+HEAP, STACK, VDSO = 0x55555_5555, 0x7FFFF_FFF0, 0x7FFFF_FFFE
+
+META: dict[str, Any] = {
+    "crcli": "0.1.0",
+    "created": 1769903999.25,
+    "host": {
+        "hostname": "node-1",
+        "kernel": "6.12.0",
+        "machine": "x86_64",
+        "python": "3.11.2",
+        "page_size": 4096,
+        "cpu_model": "A CPU",
+        "cpu_flags": ["avx2", "fpu"],
+    },
+    "tree": [
+        {
+            "pid": 4711,
+            "comm": "agent",
+            "argv": ["agent", "--name", "Grüße", "not-UTF-8-\udcff"],
+            "exe": "/usr/bin/agent",
+            "cwd": "/srv",
+            "uid": 1000,
+            "threads": 2,
+            "cpus": "0-3,8",
+        },
+    ],
+    "members": [
+        {"pid": 4711, "ppid": 0, "comm": "agent", "alive": True},
+        {"pid": 4712, "ppid": 4711, "comm": "worker", "alive": True},
+        {"pid": 4713, "ppid": 4711, "comm": "done", "alive": False},
+    ],
+    "plan": {"shell_job": True, "manage_cgroups": False},
+    "links": [
+        {
+            "kind": "terminal",
+            "key": "tty[8803:18]",
+            "external": True,
+            "path": "/dev/pts/3",
+            "reads": True,
+            "writes": True,
+            "descriptors": [[4711, 0], [4711, 1]],
+        },
+        {
+            "kind": "pipe",
+            "key": "pipe:[31337]",
+            "external": False,
+            "path": "",
+            "reads": False,
+            "writes": True,
+            "descriptors": [[4711, 2]],
+        },
+        {
+            "kind": "unix",
+            "key": "socket:[31338]",
+            "external": True,
+            "path": "@bus",
+            "reads": True,
+            "writes": True,
+            "descriptors": [[4712, 5]],
+        },
+    ],
+    "run_id": "0b5d7f3c-7d2e-4c58-9d0a-3a8d5a0c9b11",
+    "counts": {"total": 0, "zero": 0, "reused": 0, "new": 0},
+    "frozen_ms": 12.5,
+    "phases": {"look": 1.25, "take": 10.0},
+    "mapped": ["/usr/bin/agent", "/var/log/agent.log"],
+}
+
+
+@dataclass
+class Counter:
+    """Stands in for os.urandom: pack ids in the order in which they are asked for."""
+
+    made: int = 0
+
+    def __call__(self, size: int) -> bytes:
+        """The next id."""
+        self.made += 1
+        return self.made.to_bytes(size, "big")
+
+
+def text_page(number: int) -> bytes:
+    """A page that compresses well, another for each number."""
+    return (f"page {number} ".encode() * PAGE)[:PAGE]
+
+
+def random_page(seed: int) -> bytes:
+    """A page that does not compress."""
+    return random.Random(seed).randbytes(PAGE)
+
+
+@dataclass
+class Image:
+    """One image under way."""
+
+    store: FileStore
+    image_id: str
+    writer: PackWriter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.known = load_known(self.store, "golden")
+        self.writer = PackWriter(self.store, self.image_id, self.known)
+
+    def add(self, pages: list[bytes]) -> int:
+        """Store one chunk of memory; return its number."""
+        number = self.writer.reserve()
+        self.writer.add(number, [b"".join(pages)], [blake3(page).digest() for page in pages])
+        return number
+
+    def find(self, page: bytes) -> tuple[int, int]:
+        """The chunk, and the page in it, that an earlier image has; adopted into this one."""
+        place = KnownPagesOf(self.known, self.writer.adopt).find([blake3(page).digest()])[0]
+        assert place is not None
+        return place.chunk, place.page
+
+    def file(self, name: str, *pieces: bytes, role: str = "", mtime_ns: int = 0) -> StoredFile:
+        """Store a file, one chunk for each piece."""
+        size = sum(map(len, pieces))
+        chunks = tuple(self.writer.add_blob(piece) for piece in pieces)
+        if not role:
+            return StoredFile(name, size, chunks)
+        return StoredFile(name, size, chunks, 0o644, 1000, 100, mtime_ns, role)
+
+    def publish(self, spaces: dict[SpaceKey, list[Extent]], files: list[StoredFile]) -> None:
+        """Finish: packs, page digests, index, manifest."""
+        skeleton = [self.file("inventory.img", b"CRIU's inventory"), self.file("pstree.img", b"CRIU's tree")]
+        self.writer.seal()
+        self.writer.close()
+        pages = [extent for extents in spaces.values() for extent in extents]
+        zero = sum(extent.pages for extent in pages if extent.source == Source.ZERO)
+        counts = {"total": sum(extent.pages for extent in pages) * PAGE, "zero": zero * PAGE}
+        meta = META | {"counts": META["counts"] | counts}
+        packs, chunks = self.writer.packs, self.writer.chunks
+        publish(self.store, Manifest("golden", self.image_id, packs, chunks, spaces, skeleton, files, meta))
+
+
+def make_first(store: FileStore) -> None:
+    """An image on its own."""
+    image = Image(store, FIRST)
+    text = image.add([text_page(number) for number in range(4)])
+    noise = image.add([random_page(1)])
+    image.publish(
+        {
+            PARENT: [
+                Extent(HEAP, 4, Source.CHUNK, text, 0),
+                Extent(HEAP + 4, 1000, Source.ZERO),
+                Extent(STACK, 1, Source.CHUNK, noise, 0),
+                Extent(VDSO, 2, Source.CHUNK, text, 1, lazy=False),
+            ],
+            CHILD: [
+                Extent(HEAP, 2, Source.CHUNK, text, 0),
+                Extent(HEAP + 2, 2, Source.ZERO, lazy=False),
+            ],
+            SHARED: [Extent(0, 1, Source.CHUNK, text, 3, lazy=False)],
+            IDLE: [],
+        },
+        [
+            image.file("/var/log/agent.log", b"first\n", b"second\n", role="written", mtime_ns=10**18 + 1),
+            image.file("/dev/shm/empty", role="memory"),
+            image.file("/srv/Grüße.txt", b"hello\n", role="include"),
+        ],
+    )
+
+
+def make_second(store: FileStore) -> None:
+    """An image that refers to chunks of the first."""
+    image = Image(store, SECOND)
+    old, at = image.find(text_page(2))
+    new = image.add([text_page(9), text_page(10)])
+    image.publish(
+        {PARENT: [Extent(HEAP, 2, Source.CHUNK, old, at), Extent(HEAP + 2, 2, Source.CHUNK, new, 0)]},
+        [image.file("/var/log/agent.log", b"first\n", b"third\n", role="written", mtime_ns=10**18 + 2)],
+    )
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """All that a manifest says, as JSON has it."""
+    return {
+        "name": manifest.name,
+        "id": manifest.id,
+        "packs": [pack.hex() for pack in manifest.packs],
+        "chunks": [
+            [c.pack, c.raw, c.offset, c.stored, int(c.codec), c.is_memory, c.digest.hex()]
+            for c in manifest.chunks
+        ],
+        "spaces": [
+            {
+                "kind": int(key.kind),
+                "number": key.number,
+                "extents": [[e.start, e.pages, int(e.source), e.chunk, e.offset, e.lazy] for e in extents],
+            }
+            for key, extents in manifest.spaces.items()
+        ],
+        "skeleton": [file.as_json() for file in manifest.skeleton],
+        "files": [file.as_json() for file in manifest.files],
+        "meta": manifest.meta,
+    }
+
+
+def main(folder: Path) -> None:
+    """Write the store and its description."""
+    store = FileStore(str(folder / "v1"))
+    store.warm(for_writing=True)
+    with patch("crcli.image.packs.os.urandom", Counter()):
+        make_first(store)
+        make_second(store)
+    manifests = [Manifest.decode(store.get(f"images/golden/{one}"), one) for one in (FIRST, SECOND)]
+    text = json.dumps([describe(manifest) for manifest in manifests], indent=1)
+    (folder / "v1.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute())

@@ -1,0 +1,285 @@
+"""Images of format version 1 are read for ever, and by whoever has read FORMAT.md."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from blake3 import blake3
+
+from crcli.errors import ImageDamaged
+from crcli.image.catalog import list_entries
+from crcli.image.index import load_known
+from crcli.image.manifest import Manifest, list_images, load
+from crcli.image.names import ImageRef, check_name, manifest_key, parse_image
+from crcli.image.packs import ChunkReader
+from crcli.image.verify import verify
+from crcli.memory.extents import PAGE, Source
+from crcli.store.file import FileStore
+from tests.support.images import make_image, pages
+from tests.unit.golden.make import FIRST, SECOND, describe, random_page, text_page
+
+GOLDEN = Path(__file__).parent / "golden"
+DESCRIBED: list[dict[str, Any]] = json.loads((GOLDEN / "v1.json").read_text())
+
+Pages = dict[tuple[int, int, int], bytes]
+"""Every page of an image, by the kind and number of its space and by its page number."""
+
+
+@pytest.fixture
+def golden() -> FileStore:
+    """The store that the first crcli wrote."""
+    return FileStore(str(GOLDEN / "v1"))
+
+
+# A second reader, written from FORMAT.md alone. It knows nothing of crcli, and takes a folder for the store.
+
+
+@dataclass
+class Sections:
+    """A container taken apart."""
+
+    kind: int
+    bodies: dict[str, bytes]
+
+    def records(self, tag: str, layout: str) -> Iterator[tuple[Any, ...]]:
+        """The records of one table."""
+        return struct.iter_unpack(layout, self.bodies[tag])
+
+
+def restored(codec: int, stored: bytes, raw_size: int, digest: bytes) -> bytes:
+    """A chunk or section as it was before it was stored, checked."""
+    raw = stored if codec == 0 else zstandard.ZstdDecompressor().decompress(stored, max_output_size=raw_size)
+    assert codec in (0, 1) and len(raw) == raw_size and blake3(raw).digest() == digest
+    return raw
+
+
+def take_apart(data: bytes) -> Sections:
+    """Read a container by FORMAT.md."""
+    magic, version, kind, count = struct.unpack_from("<8sHHI", data)
+    assert magic == b"crcli\x00\x1a\n" and version == 1
+    assert blake3(data[:-32]).digest() == data[-32:]
+    found = Sections(kind, {})
+    for number in range(count):
+        tag, codec, offset, stored, raw, digest = struct.unpack_from("<4sIQQQ32s", data, 16 + 64 * number)
+        body = data[offset : offset + stored]
+        found.bodies[tag.decode("ascii")] = restored(codec, body, raw, digest)
+    return found
+
+
+def pack_ids(sections: Sections) -> list[str]:
+    """The pack table, in hexadecimal."""
+    return [pack.hex() for (pack,) in sections.records("PACK", "16s")]
+
+
+def described(data: bytes) -> dict[str, Any]:
+    """A manifest by FORMAT.md, in the words of v1.json."""
+    sections = take_apart(data)
+    assert sections.kind == 1
+    head = json.loads(sections.bodies["META"])
+    extents = sections.records("EXTN", "<QIIHBB")
+    spaces = [
+        {
+            "kind": kind,
+            "number": number,
+            "extents": [
+                [start, count, source, chunk, offset, bool(flags & 1)]
+                for start, count, chunk, offset, source, flags in (next(extents) for _ in range(extent_count))
+            ],
+        }
+        for kind, number, extent_count in sections.records("SPCE", "<IIQ")
+    ]
+    assert next(extents, None) is None
+    return {
+        "name": head.pop("name"),
+        "id": head.pop("id"),
+        "packs": pack_ids(sections),
+        "chunks": [
+            [pack, raw, offset, stored, codec, bool(memory), digest.hex()]
+            for pack, raw, offset, stored, codec, memory, digest in sections.records("CHNK", "<IIQIHH32s")
+        ],
+        "spaces": spaces,
+        "skeleton": head.pop("skeleton"),
+        "files": head.pop("files"),
+        "meta": head,
+    }
+
+
+@dataclass
+class Reader:
+    """Reads an image's bytes out of a folder by FORMAT.md."""
+
+    folder: Path
+    image: dict[str, Any]
+
+    def chunk(self, number: int) -> bytes:
+        """The raw bytes of one chunk."""
+        pack, raw, offset, stored, codec, _, digest = self.image["chunks"][number]
+        name = self.image["packs"][pack]
+        whole = (self.folder / "packs" / name[:2] / name).read_bytes()
+        assert whole.startswith(b"crclipk\x01")
+        return restored(codec, whole[offset : offset + stored], raw, bytes.fromhex(digest))
+
+    def memory(self) -> Pages:
+        """Every page."""
+        found: Pages = {}
+        for space in self.image["spaces"]:
+            for start, count, source, chunk, offset, _ in space["extents"]:
+                assert source in (0, 1)
+                raw = self.chunk(chunk)[offset * 4096 :] if source else bytes(count * 4096)
+                for page in range(count):
+                    key = (space["kind"], space["number"], start + page)
+                    found[key] = raw[page * 4096 : (page + 1) * 4096]
+        return found
+
+    def files(self) -> dict[str, bytes]:
+        """Every file, CRIU's images too, by name."""
+        files = [*self.image["skeleton"], *self.image["files"]]
+        found = {file["name"]: b"".join(map(self.chunk, file["chunks"])) for file in files}
+        assert all(len(found[file["name"]]) == file["size"] for file in files)
+        return found
+
+    def page_digests(self, image_id: str) -> dict[str, tuple[str, int, int]]:
+        """What an index tells: for each digest the pack, the chunk's offset in it, the page in the chunk."""
+        sections = take_apart((self.folder / "indexes" / f"{image_id}.index").read_bytes())
+        assert sections.kind == 2
+        packs = pack_ids(sections)
+        digests = struct.iter_unpack("32s", (self.folder / "indexes" / f"{image_id}.pages").read_bytes())
+        found = {}
+        for pack, raw, offset, _, _, memory, _ in sections.records("CHNK", "<IIQIHH32s"):
+            for page in range(raw // 4096 if memory else 0):
+                found[next(digests)[0].hex()] = (packs[pack], offset, page)
+        assert next(digests, None) is None
+        return found
+
+
+# The same, by crcli.
+
+
+def memory_of(store: FileStore, manifest: Manifest) -> Pages:
+    """Every page of an image as crcli reads it."""
+    reader = ChunkReader(store, manifest.packs, manifest.chunks)
+    found: Pages = {}
+    for space, extents in manifest.spaces.items():
+        for extent in extents:
+            raw = bytes(extent.pages * PAGE)
+            if extent.source == Source.CHUNK:
+                raw = reader.blob([extent.chunk])[extent.offset * PAGE :]
+            for page in range(extent.pages):
+                key = (int(space.kind), space.number, extent.start + page)
+                found[key] = raw[page * PAGE : (page + 1) * PAGE]
+    return found
+
+
+def files_of(store: FileStore, manifest: Manifest) -> dict[str, bytes]:
+    """Every file of an image as crcli reads it."""
+    reader = ChunkReader(store, manifest.packs, manifest.chunks)
+    return {file.name: reader.blob(file.chunks) for file in (*manifest.skeleton, *manifest.files)}
+
+
+@pytest.mark.parametrize("image", DESCRIBED, ids=[FIRST, SECOND])
+def test_version_1_says_for_ever_what_it_said_first(golden: FileStore, image: dict[str, Any]) -> None:
+    """The manifests that the first crcli wrote decode to the description of that day, and are whole."""
+    ref = ImageRef("golden", image["id"])
+    assert describe(load(golden, ref)) == image
+    assert verify(golden, ref).damage == []
+
+
+def test_version_1_holds_for_ever_what_it_held(golden: FileStore) -> None:
+    """Pages and files of the golden images, spelled out."""
+    heap = 0x55555_5555
+    first = load(golden, ImageRef("golden", FIRST))
+    memory = memory_of(golden, first)
+    assert [memory[1, 4711, heap + n] for n in range(5)] == [*map(text_page, range(4)), bytes(PAGE)]
+    assert memory[1, 4711, 0x7FFFF_FFF0] == random_page(1)
+    assert memory[2, 0xFFFF_FFF2, 0] == text_page(3)
+    assert files_of(golden, first)["/var/log/agent.log"] == b"first\nsecond\n"
+    newest = load(golden, ImageRef("golden"))
+    memory = memory_of(golden, newest)
+    assert [memory[1, 4711, heap + n] for n in range(4)] == [text_page(n) for n in (2, 3, 9, 10)]
+    assert files_of(golden, newest)["/var/log/agent.log"] == b"first\nthird\n"
+
+
+def test_version_1_is_listed_and_known(golden: FileStore) -> None:
+    """Names resolve, listings read one section, and a later dump finds the pages that are there."""
+    assert [ref.id for ref, _ in list_images(golden)] == [FIRST, SECOND]
+    entries = list_entries(golden)
+    assert [entry.damage for entry in entries] == ["", ""]
+    assert entries[0].command == "agent --name Grüße not-UTF-8-\udcff"
+    known = load_known(golden, "golden")
+    asked = [blake3(page).digest() for page in (text_page(3), random_page(1), text_page(10), text_page(99))]
+    *found, unknown = known.find_pages(asked)
+    assert unknown is None
+    places = [(*known.chunk(place[0]), place[1]) for place in found if place is not None]
+    short = [(pack[-1], chunk.offset, page) for pack, chunk, page in places]
+    assert short == [(1, 8, 3), (1, 57, 0), (2, 8, 1)]
+
+
+@pytest.mark.parametrize("image", DESCRIBED, ids=[FIRST, SECOND])
+def test_a_second_reader_reads_version_1(golden: FileStore, image: dict[str, Any]) -> None:
+    """FORMAT.md is exact: what is written from it alone reads the golden images as crcli does."""
+    assert described(golden.get(manifest_key("golden", image["id"]))) == image
+    reader, manifest = Reader(GOLDEN / "v1", image), load(golden, ImageRef("golden", image["id"]))
+    assert reader.memory() == memory_of(golden, manifest)
+    assert reader.files() == files_of(golden, manifest)
+
+
+def test_a_second_reader_reads_what_is_written_today(tmp_path: Path) -> None:
+    """FORMAT.md is up to date: images written now, one on top of the other, are read by it too."""
+    store = FileStore(str(tmp_path))
+    store.warm(for_writing=True)
+    memory = [*pages(1, 3), text_page(1), text_page(2)]
+    first = make_image(store, "agent", memory[:4], file=b"log " * 5000)
+    second = make_image(store, "agent", memory)
+    for ref in (first, second):
+        manifest = load(store, ref)
+        image = described(store.get(manifest_key(ref.name, ref.id)))
+        assert image == describe(manifest)
+        reader = Reader(tmp_path, image)
+        assert reader.memory() == memory_of(store, manifest)
+        assert reader.files() == files_of(store, manifest)
+    assert len(manifest.packs) == 2  # its own, and that of the first
+    assert list(reader.page_digests(second.id)) == [blake3(memory[4]).hexdigest()]
+
+
+@pytest.mark.parametrize(("number", "count"), [(0, 5), (1, 2)])
+def test_page_digests_belong_to_the_chunks_of_their_index(number: int, count: int) -> None:
+    """Each digest of a `.pages` object is that of the page which the pairing of FORMAT.md names."""
+    image = DESCRIBED[number]
+    reader = Reader(GOLDEN / "v1", image)
+    by_place = {(image["packs"][chunk[0]], chunk[2]): n for n, chunk in enumerate(image["chunks"])}
+    digests = reader.page_digests(image["id"])
+    assert len(digests) == count
+    for digest, (pack, offset, page) in digests.items():
+        raw = reader.chunk(by_place[pack, offset])
+        assert blake3(raw[page * 4096 : (page + 1) * 4096]).hexdigest() == digest
+
+
+def test_a_newer_version_is_refused_by_its_number(golden: FileStore) -> None:
+    """The version is looked at before anything else can be misread, the seal included."""
+    data = bytearray(golden.get(manifest_key("golden", FIRST)))
+    struct.pack_into("<H", data, 8, 2)
+    with pytest.raises(ImageDamaged, match=re.escape("of format 2; this crcli reads up to 1")):
+        Manifest.decode(bytes(data), "golden")
+
+
+@pytest.mark.parametrize("at", [0, 11, 20, 400, -33, -1])
+def test_no_byte_of_a_manifest_can_change(golden: FileStore, at: int) -> None:
+    """The magic, the kind, a section's entry, a body, the seal: whatever is altered, the image is refused."""
+    data = bytearray(golden.get(manifest_key("golden", FIRST)))
+    data[at] ^= 1
+    with pytest.raises(ImageDamaged):
+        Manifest.decode(bytes(data), "golden")
+
+
+def test_names_of_version_1_are_names() -> None:
+    """Ids and names as FORMAT.md gives them are taken from the command line."""
+    assert parse_image(f"golden@{FIRST}") == (None, ImageRef("golden", FIRST))
+    assert check_name("A-name_with.every+sign")
