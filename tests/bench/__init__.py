@@ -1,0 +1,1 @@
+"""crcli beside raw CRIU and beside the script that a user would write: `python -m tests.bench`."""
