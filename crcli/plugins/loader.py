@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.errors import CrcliError
 from crcli.findings import Finding, Severity
+from crcli.plugins import spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from importlib.metadata import EntryPoint
 
-GROUP = "crcli.plugins"
 _MAY_REFUSE = ("dump_before_freeze", "restore_before")
 
 
@@ -56,7 +56,7 @@ class Hooks:
         """
         if self._manager is None:
             return
-        for implementation in getattr(self._manager.hook, f"crcli_{hook}").get_hookimpls():
+        for implementation in getattr(self._manager.hook, spec.PREFIX + hook).get_hookimpls():
             try:
                 implementation.function(*(arguments[name] for name in implementation.argnames))
             except CrcliError as error:
@@ -77,7 +77,7 @@ def load_hooks() -> Hooks:
         return Hooks([])
     from importlib.metadata import entry_points
 
-    return _load(sorted(entry_points(group=GROUP), key=lambda entry: entry.name))
+    return _load(sorted(entry_points(group=spec.GROUP), key=lambda entry: entry.name))
 
 
 def _any_installed() -> bool:
@@ -99,7 +99,7 @@ def _packages(place: str) -> Iterator[str]:
 def _names_group(folder: str) -> bool:
     try:
         with open(os.path.join(folder, "entry_points.txt"), "rb") as file:
-            return f"[{GROUP}]".encode() in file.read()
+            return f"[{spec.GROUP}]".encode() in file.read()
     except OSError:
         return False
 
@@ -107,10 +107,8 @@ def _names_group(folder: str) -> bool:
 def _load(entries: list[EntryPoint]) -> Hooks:
     import pluggy
 
-    from crcli.plugins import spec
-
     manager = pluggy.PluginManager("crcli")
-    manager.add_hookspecs(spec)
+    _declare(manager, pluggy.HookspecMarker("crcli"))
     plugins = []
     for entry in entries:
         package = entry.dist.name if entry.dist is not None else ""
@@ -124,6 +122,14 @@ def _load(entries: list[EntryPoint]) -> Hooks:
             continue
         _examine(manager, plugin, info)
     return Hooks(plugins, manager)
+
+
+def _declare(manager: Any, marker: Any) -> None:
+    """Tell pluggy of the contract, which is written without it."""
+    for name, function in vars(spec).items():
+        if name.startswith(spec.PREFIX):
+            marker(function)
+    manager.add_hookspecs(spec)
 
 
 def _examine(manager: Any, plugin: Any, info: PluginInfo) -> None:

@@ -23,15 +23,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import pluggy
-
 from crcli.errors import CrcliError, TreeState
 
 GROUP = "crcli.plugins"
 PREFIX = "crcli_"
-
-hookspec = pluggy.HookspecMarker("crcli")
-hookimpl = pluggy.HookimplMarker("crcli")
 
 
 @dataclass(frozen=True)
@@ -72,36 +67,29 @@ def failure_of(error: BaseException) -> Failure:
     return Failure("internal", f"{type(error).__name__}: {error}", "", TreeState.RUNNING.value, 1)
 
 
-@hookspec
 def crcli_dump_before_freeze(target: DumpTarget) -> None:
     """The tree was looked at and can be dumped; nothing was touched. The place to quiesce what is outside."""
 
 
-@hookspec
 def crcli_dump_frozen(target: DumpTarget) -> None:
     """The tree stands frozen, all of its memory was taken, and files are captured next. Be quick."""
 
 
-@hookspec
 def crcli_dump_finished(target: DumpTarget, report: dict[str, Any]) -> None:
     """The image is durable and the tree was let go as asked; `report` is what `dump --json` prints."""
 
 
-@hookspec
 def crcli_dump_failed(target: DumpTarget, failure: Failure) -> None:
     """The dump failed; `failure.state` says what the tree does."""
 
 
-@hookspec
 def crcli_restore_before(target: RestoreTarget) -> None:
     """The manifest was checked and this host can take the image; nothing was started."""
 
 
-@hookspec
 def crcli_restore_finished(target: RestoreTarget, report: dict[str, Any]) -> None:
     """The tree runs; `report` is what `restore --json` prints."""
 
 
-@hookspec
 def crcli_restore_failed(target: RestoreTarget, failure: Failure) -> None:
     """The restore failed, and nothing of it is left running."""
