@@ -96,12 +96,16 @@ def _text(address: tuple[bytes, int]) -> str:
     return f"[{host}]:{port}" if len(raw) == 16 else f"{host}:{port}"
 
 
-def mend_tcp_windows(images: Workspace) -> None:
-    """Put right a window update that lies beyond what the kernel accepts back.
+def mend_connections(images: Workspace) -> None:
+    """Put right what keeps CRIU from restoring a busy TCP connection.
 
-    About one dump in a hundred of a busy connection records a `snd_wl1` past `rcv_nxt + rcv_wnd`; restoring
-    it fails with "Unable to set window parameters". The value only says how fresh the window is: the last
-    sequence received is as good.
+    A window update may lie beyond what the kernel accepts back: about one dump in a hundred records a
+    `snd_wl1` past `rcv_nxt + rcv_wnd`, and restoring it fails with "Unable to set window parameters". The value
+    only says how fresh the window is: the last sequence received is as good.
+
+    Data that was not sent yet CRIU really sends while it restores. Where the other end is restored a moment
+    later, and no filter holds the packets back, the answer is a reset (EPIPE). So all data counts as sent and
+    not acknowledged: the kernel sends it again by itself.
     """
     for name in images.names():
         if not name.startswith("tcp-stream-"):
@@ -112,8 +116,9 @@ def mend_tcp_windows(images: Workspace) -> None:
         beyond = (entry.snd_wl1 - entry.inq_seq - entry.rcv_wnd) & 0xFFFF_FFFF
         if entry.HasField("snd_wl1") and 0 < beyond < 1 << 31:
             entry.snd_wl1 = entry.inq_seq
-            body = entry.SerializeToString()
-            images.write(name, data[:8] + struct.pack("<I", len(body)) + body + data[12 + size :])
+        entry.unsq_len = 0
+        body = entry.SerializeToString()
+        images.write(name, data[:8] + struct.pack("<I", len(body)) + body + data[12 + size :])
 
 
 def forget_foreign_sessions(images: Workspace, members: Collection[int]) -> None:

@@ -26,7 +26,7 @@ from crcli.criu.skeleton import (
     forget_foreign_sessions,
     forget_sizes,
     lay_out_memory,
-    mend_tcp_windows,
+    mend_connections,
 )
 from crcli.criu.workspace import Workspace
 from crcli.errors import CrcliError, RestoreFailed, TreeState
@@ -163,11 +163,10 @@ class _Restore:
             self._load()
         with self.watch.phase("guard"):
             self.findings = guard(self.manifest)
-            described = RestoreTarget(
+            self.described = RestoreTarget(
                 f"{self.manifest.name}@{self.manifest.id}", self.options.store, self.manifest.meta
             )
-            self.hooks.call("restore_before", target=described)
-            self.described = described
+            self.hooks.call("restore_before", target=self.described)
         with self.watch.phase("lay out"):
             self._lay_out()
         with self.watch.phase("criu"):
@@ -197,7 +196,7 @@ class _Restore:
         self.namespace = self._namespace()
         self.placement = place_files(self.manifest, self.reader, self.options.changed_files)
         forget_sizes(self.images, {file.name for file in self.manifest.files})
-        mend_tcp_windows(self.images)
+        mend_connections(self.images)
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
         self.replacements: Replacements = replace_links(
