@@ -30,6 +30,8 @@ class DumpPlan:
     unprivileged: bool = False
     orphan_terminals: bool = False
     freeze_limit_s: int = 10
+    enter: int = 0
+    """A process whose pid and mount namespaces CRIU works in (0: ours); `pid` is then as seen there."""
     leave_running: bool = False
     leave_stopped: bool = False
 

@@ -41,14 +41,13 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def receive_pages(channel: socket.socket, intake: Intake) -> None:
-    """Take in all that CRIU sends until it closes the session; return when its last page is in a block.
+    """Take in all that CRIU sends until it ends the session; return when its last page is here.
 
     The intake gives the memory to receive into, and by giving none holds CRIU back. Raises
     PageProtocolError on anything unexpected, ConnectionError when CRIU ends in the middle.
     """
     header = bytearray(_HEADER.size)
     view = memoryview(header)
-    closed = False
     while receive_exactly(channel, view, end_allowed=True):
         command, pages, address, owner = _HEADER.unpack(header)
         operation, flags = command & 0xFFFF, command >> 16
@@ -63,12 +62,11 @@ def receive_pages(channel: socket.socket, intake: Intake) -> None:
             channel.send(b"\0")  # no parent image: every page comes whole
         elif command in (_CLOSE, _FORCE_CLOSE):
             intake.flush()
-            closed = True
             channel.send(struct.pack("<i", 0))
+            return
         else:
             raise PageProtocolError(f"unknown page-server command {command:#x}")
-    if not closed:
-        raise ConnectionError("CRIU closed the page connection before it said that all pages were sent")
+    raise ConnectionError("CRIU closed the page connection before it said that all pages were sent")
 
 
 def _space(owner: int) -> SpaceKey:

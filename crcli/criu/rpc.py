@@ -35,6 +35,12 @@ except ImportError as missing:
 
 _MESSAGE_LIMIT = 1 << 20
 
+
+def _entering(pid: int) -> list[str]:
+    """What to put before a command so that it works in a process's pid and mount namespaces (0: nothing)."""
+    return ["nsenter", "--target", str(pid), "--pid", "--mount", "--"] if pid else []
+
+
 __all__ = ["CriuAnswer", "CriuDied", "CriuProcess", "CriuTimeout", "rpc"]
 
 
@@ -64,7 +70,7 @@ class CriuProcess:
         self.process = process
 
     @classmethod
-    def start(cls, pass_fds: Sequence[int] = (), answer_limits: bool = False) -> CriuProcess:
+    def start(cls, pass_fds: Sequence[int] = (), answer_limits: bool = False, enter: int = 0) -> CriuProcess:
         """Start criu, ready for one request. `pass_fds` keep their numbers in it.
 
         With `answer_limits` it can read other users' limits without CAP_SYS_RESOURCE, but not dump
@@ -72,7 +78,7 @@ class CriuProcess:
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [*criu_command(), "swrk", str(theirs.fileno())]
+            command = [*_entering(enter), *criu_command(), "swrk", str(theirs.fileno())]
             kept = (theirs.fileno(), *pass_fds)
 
             def launch() -> subprocess.Popen[bytes]:

@@ -8,10 +8,12 @@ which starts CRIU when told to and reaps. Its mounts are private, its network is
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import socket
+import stat
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -193,6 +195,8 @@ def _reside(
     try:
         kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
         _dodge(taken)
+        for fd in keep:
+            _reopen(fd)
         if os.fork() == 0:
             _exec_criu(criu_end, (), keep)
         criu_end.close()
@@ -208,6 +212,16 @@ def _reside(
         _say(control, str(error))
     finally:
         os._exit(1)
+
+
+def _reopen(fd: int) -> None:
+    """Open a file or terminal again, here: CRIU cannot dump what was opened through other mounts."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISCHR(mode):
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
+        again = os.open(os.readlink(f"/proc/self/fd/{fd}"), flags | os.O_NOCTTY)
+        os.dup2(again, fd)
+        os.close(again)
 
 
 STAND_IN_FD = 200

@@ -93,10 +93,10 @@ def dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
     hooks = load_hooks()
     described = _describe(options, target)
     with interruptible(options.deadline_s) as interrupts:
-        hooks.call("dump_before_freeze", target=described)
         work = _Dump(options, target, watch, report, interrupts, progress)
         work.on_frozen = lambda: hooks.call("dump_frozen", target=described)
         try:
+            hooks.call("dump_before_freeze", target=described)
             work.run()
         except BaseException as error:
             hooks.call("dump_failed", target=described, failure=failure_of(error))
@@ -218,7 +218,12 @@ class _Dump:
     def _freeze_and_take(self) -> None:
         ours, theirs = socket_pair()
         passed = [theirs.fileno(), self.images.fd]
-        with ours, CriuProcess.start(passed, _must_answer_limits(self.target.evidence)) as criu:
+        with (
+            ours,
+            CriuProcess.start(
+                passed, _must_answer_limits(self.target.evidence), self.target.plan.enter
+            ) as criu,
+        ):
             receiver = _Receiver(ours, self.intake)
             receiver.start()
             options = dump_options(self.target.plan, self.images.fd, theirs.fileno())

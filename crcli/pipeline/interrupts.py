@@ -17,9 +17,7 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name
-        super().__init__(
-            "stopped at its deadline" if number == signal.SIGALRM else f"interrupted by {name}"
-        )
+        super().__init__("stopped at its deadline" if number == signal.SIGALRM else f"interrupted by {name}")
         self.number = number
 
 

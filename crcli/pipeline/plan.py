@@ -99,7 +99,8 @@ def make_plan(evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outco
     """Decide how CRIU is to take this tree."""
     ours = evidence.viewer.cgroups
     return DumpPlan(
-        pid=evidence.root.pid,
+        pid=evidence.root.nspid[-1] if evidence.entered else evidence.root.pid,
+        enter=evidence.root.pid if evidence.entered else 0,
         shell_job=bool(evidence.foreign_sessions),
         manage_cgroups=any(process.cgroups != ours for process in evidence.tree.living),
         network_lock=network_lock(),

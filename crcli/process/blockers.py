@@ -268,7 +268,7 @@ def session_outside_pid_namespace(evidence: Evidence) -> Iterator[Finding]:
 def pid_namespace_without_init(evidence: Evidence) -> Iterator[Finding]:
     """A root that is not process 1 of its pid namespace (dump_namespaces in namespaces.c)."""
     root = evidence.root
-    if "pid" in evidence.own_namespaces and root.nspid[-1:] != (1,):
+    if "pid" in evidence.own_namespaces and root.nspid[-1:] != (1,) and not evidence.entered:
         yield blocker(
             "pid-namespace-without-init",
             f"{root.label} lives in a pid namespace (a container) and is not its first process",

@@ -267,6 +267,15 @@ class Evidence:
         }
 
     @property
+    def entered(self) -> bool:
+        """Whether CRIU must work from inside the root's pid and mount namespaces.
+
+        So it is for a program below the init of a pid namespace that has a /proc of its own, as after a
+        restore into a new one: seen from outside, CRIU would want to take the init as well.
+        """
+        return self.root.nspid[-1:] != (1,) and set(self.own_namespaces) - {"time"} == {"pid", "mnt"}
+
+    @property
     def outside_terminals(self) -> tuple[Terminal, ...]:
         """The terminals that something outside the tree drives, and that CRIU does not just open again."""
         return tuple(one for one in self.terminals if one.leads_outside)
