@@ -24,12 +24,13 @@ from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Sandbox
 from crcli.criu.skeleton import named_files
 from crcli.criu.workspace import OverflowFile, Workspace
-from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TreeState
+from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TreeState
 from crcli.findings import Finding, Severity
 from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.manifest import Manifest, publish
-from crcli.image.names import check_name, new_image_id, suggested_name
+from crcli.image.names import ImageRef, check_name, new_image_id, suggested_name
 from crcli.image.packs import PackWriter
+from crcli.image.remove import remove
 from crcli.image.session import Session
 from crcli.memory.intake import Intake, MemoryCounts
 from crcli.pipeline.capture import capture_files, store_skeleton
@@ -293,7 +294,14 @@ class _Dump:
         )
         self.interrupts.past_return()
         self.report.stored_bytes = self.writer.stored_bytes + publish(self.store, manifest)
+        self._withdraw_if_lapsed()
         self.published = True
+
+    def _withdraw_if_lapsed(self) -> None:
+        """Take the image back when a collection may have taken us for dead, and removed what it refers to."""
+        if self.session.lapsed:
+            remove(self.store, ImageRef(self.target.name, self.target.image_id))
+            raise StoreError("the store did not answer for too long", hint="run the dump again")
 
     def _check_borrowed(self) -> None:
         """Make sure that the packs of earlier images that this one refers to are still there."""
