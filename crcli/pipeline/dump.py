@@ -7,6 +7,7 @@ our connection ends, when it fails itself; and when CRIU dies, the kernel lets g
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from contextlib import ExitStack
@@ -175,7 +176,8 @@ class _Dump:
         self.skeleton: list[StoredFile] = []
         self.files: list[StoredFile] = []
         self.run_id = ""
-        self.extra_meta: dict[str, Any] = {}
+        self.tree = target.evidence.tree
+        """The tree as last seen: before the freeze it may still have grown, once frozen it is exact."""
 
     def run(self) -> None:
         """Prepare, freeze, take, prove, publish, let go, finish."""
@@ -229,9 +231,13 @@ class _Dump:
             receiver.start()
             options = dump_options(self.target.plan, self.images.fd, theirs.fileno())
             theirs.close()
-            answer = criu.request(
-                rpc.DUMP, options, lambda script, _: self._on_notify(script, receiver), CRIU_LIMIT_S
-            )
+            try:
+                answer = criu.request(
+                    rpc.DUMP, options, lambda script, _: self._on_notify(script, receiver), CRIU_LIMIT_S
+                )
+            except BaseException:
+                receiver.hang_up()
+                raise
         if not answer.success:
             raise _explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
 
@@ -267,6 +273,7 @@ class _Dump:
 
     def _capture(self) -> None:
         evidence = self.target.evidence
+        self.tree = scan_tree(evidence.root.identity)
         self.run_id = run_id(self.images)
         self.files, findings = capture_files(
             self.images, evidence.root.pid, evidence.mounts, self.options.include, self.writer
@@ -277,6 +284,8 @@ class _Dump:
 
     def _publish(self) -> None:
         """Finish the memory, make everything durable, write the manifest: the image exists on return."""
+        if self.sandbox is not None:
+            self.sandbox.close()
         spaces, counts = self.intake.finish()
         self.skeleton = store_skeleton(self.images, self.writer)
         self.writer.seal()
@@ -358,7 +367,7 @@ class _Dump:
         which the kernel answers for sockets that are not back yet, and resets them. A restore, `rm` and
         `doctor` remove the lock.
         """
-        wait_until_dead(process.identity for process in self.target.evidence.tree)
+        wait_until_dead(self.tree.identities)
         if all(held.inside is None for held in self.target.evidence.tcp):
             netlock.remove_for(self.run_id)
 
@@ -367,14 +376,16 @@ class _Dump:
         if isinstance(error, CriuDied | CriuTimeout):
             stopped = [p.pid for p in self.target.evidence.tree if p.is_stopped]
             if self.published and self.options.outcome == Outcome.KILLED:
-                kill_all(process.identity for process in self.target.evidence.tree)
+                kill_all(self.tree.identities)
                 return
-            rescue((p.pid for p in self.target.evidence.tree.living), stopped, self.tables_before)
+            rescue((p.pid for p in self.tree.living), stopped, self.tables_before)
         raise self._failure(error) from error
 
     def _failure(self, error: BaseException) -> BaseException:
         """The error to raise, saying what the tree does now."""
-        state = tree_state(self.target.evidence.tree)
+        state = tree_state(
+            self.target.evidence.tree
+        )  # before the freeze: its states are the ones to return to
         if self.published:
             return DumpFailed(
                 f"the image {self.report.image} is durable, but the dump did not end as asked: {error}",
@@ -399,7 +410,7 @@ class _Dump:
 class _Receiver(threading.Thread):
     """Takes CRIU's pages into the intake, beside the exchange of messages with CRIU."""
 
-    def __init__(self, channel: Any, intake: Intake) -> None:
+    def __init__(self, channel: socket.socket, intake: Intake) -> None:
         super().__init__(name="pages", daemon=True)
         self._channel = channel
         self._intake = intake
@@ -410,7 +421,14 @@ class _Receiver(threading.Thread):
             receive_pages(self._channel, self._intake)
         except BaseException as error:
             self._failure = error
-            self._channel.close()  # CRIU fails at its next page, and lets the tree go
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Take no more: CRIU fails at its next page, and lets the tree go."""
+        try:
+            self._channel.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended already
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the last page is here; raise what went wrong."""

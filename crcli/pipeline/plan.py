@@ -19,7 +19,8 @@ class OutsideLink:
 
     `kind` is "terminal", "pipe" or "unix"; `key` is CRIU's name for it; `external` says whether CRIU has to
     be told of it at the dump already; `path` is where a unix peer listens, `type` its socket's type, `waits`
-    whether the tree's end blocks; `writes`/`reads` say which ends the tree holds; `descriptors` are (pid, fd).
+    whether the tree's end blocks; `writes`/`reads` say which ends the tree holds; `descriptors` are
+    (pid, fd).
     """
 
     kind: str
