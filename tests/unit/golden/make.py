@@ -70,6 +70,8 @@ META: dict[str, Any] = {
             "key": "tty[8803:18]",
             "external": True,
             "path": "/dev/pts/3",
+            "type": "",
+            "waits": True,
             "reads": True,
             "writes": True,
             "descriptors": [[4711, 0], [4711, 1]],
@@ -79,15 +81,19 @@ META: dict[str, Any] = {
             "key": "pipe:[31337]",
             "external": False,
             "path": "",
+            "type": "",
+            "waits": True,
             "reads": False,
             "writes": True,
             "descriptors": [[4711, 2]],
         },
         {
             "kind": "unix",
-            "key": "socket:[31338]",
+            "key": "unix[31338]",
             "external": True,
             "path": "@bus",
+            "type": "stream",
+            "waits": False,
             "reads": True,
             "writes": True,
             "descriptors": [[4712, 5]],
@@ -97,7 +103,10 @@ META: dict[str, Any] = {
     "counts": {"total": 0, "zero": 0, "reused": 0, "new": 0},
     "frozen_ms": 12.5,
     "phases": {"look": 1.25, "take": 10.0},
-    "mapped": ["/usr/bin/agent", "/var/log/agent.log"],
+    "opened": [
+        {"path": "/usr/bin/agent", "size": 14488, "mode": 0o100755, "build_id": "8c3cbf7c" * 5},
+        {"path": "/var/log/agent.log", "size": 13, "mode": 0o100644, "build_id": ""},
+    ],
 }
 
 
