@@ -21,6 +21,7 @@ from crcli.demo import agent
 from crcli.errors import CrcliError, TreeState
 from crcli.image.names import parse_image
 from crcli.image.remove import remove
+from crcli.kernel import become_subreaper
 from crcli.pipeline.interrupts import interruptible
 from crcli.process.identity import ProcessId, identify
 from crcli.process.tree import scan_tree
@@ -102,6 +103,7 @@ class _Demo:
 
     def run(self) -> DemoReport:
         """Start, dump, look, restore, look."""
+        become_subreaper()  # so that nobody else's leisure decides when the agent's pids are free again
         pid = self._start()
         before = self._state_of(pid)
         members = _members(identify(pid))
@@ -166,6 +168,8 @@ class _Demo:
         self._wait(lambda: self._agent.poll() is not None, "the agent did not end")
         if left := [member.pid for member in members if member.alive()]:
             raise DemoFailed(f"after the dump, processes {left} still run", exit_code=12)
+        for member in members:
+            _reap(member.pid)
 
     def _compare(
         self, before: tuple[int, str], last: int, after: tuple[int, str], started: int, alive: int
@@ -219,6 +223,13 @@ class _Demo:
 
 def _members(root: ProcessId) -> list[ProcessId]:
     return [process.identity for process in scan_tree(root).living]
+
+
+def _reap(pid: int) -> None:
+    try:
+        os.waitpid(pid, 0)
+    except ChildProcessError:
+        pass  # reaped already
 
 
 def _kill_tree(root: ProcessId) -> None:
