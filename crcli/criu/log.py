@@ -31,8 +31,10 @@ _CONSEQUENCES = (
     "Can't unfreeze",
 )
 
+PID_TAKEN = re.compile(r"Can't fork for (\d+): File exists")
+
 _KNOWN: tuple[tuple[str, str], ...] = (
-    (r"Can't fork for (\d+): File exists", "pid {0} is in use; try --pid-namespace new"),
+    (PID_TAKEN.pattern, "pid {0} is in use; try --pid-namespace new"),
     (
         r"File (\S+) has bad size",
         "{0} changed since the dump; put the old version back, or use --files image",

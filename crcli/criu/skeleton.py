@@ -100,8 +100,8 @@ def mend_connections(images: Workspace) -> None:
     """Put right what keeps CRIU from restoring a busy TCP connection.
 
     A window update may lie beyond what the kernel accepts back: about one dump in a hundred records a
-    `snd_wl1` past `rcv_nxt + rcv_wnd`, and restoring it fails with "Unable to set window parameters". The value
-    only says how fresh the window is: the last sequence received is as good.
+    `snd_wl1` past `rcv_nxt + rcv_wnd`, and restoring it fails with "Unable to set window parameters". The
+    value only says how fresh the window is: the last sequence received is as good.
 
     Data that was not sent yet CRIU really sends while it restores. Where the other end is restored a moment
     later, and no filter holds the packets back, the answer is a reset (EPIPE). So all data counts as sent and

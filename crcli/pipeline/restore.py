@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from crcli import kernel
 from crcli.criu import netlock
 from crcli.criu.images import TreeMember, read_tree
-from crcli.criu.log import explain
+from crcli.criu.log import PID_TAKEN, explain
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Residence
@@ -117,6 +117,16 @@ def restore_and_wait(
 
 
 def _bring_back(options: RestoreOptions, progress: Progress) -> Restored:
+    """Restore; once more, in a pid namespace of its own, when another process took a pid meanwhile."""
+    try:
+        return _attempt(options, progress)
+    except RestoreFailed as error:
+        if options.pid_namespace != PidNamespace.AUTO or not PID_TAKEN.search(error.message):
+            raise
+    return _attempt(replace(options, pid_namespace=PidNamespace.NEW), progress)
+
+
+def _attempt(options: RestoreOptions, progress: Progress) -> Restored:
     watch = Stopwatch(progress)
     kernel.become_subreaper()  # what CRIU leaves behind when it dies comes to us
     hooks = load_hooks()
