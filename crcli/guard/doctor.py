@@ -131,7 +131,7 @@ def _criu() -> Iterator[Check]:
     try:
         command = criu_command()
     except HostLacks as error:
-        yield Check("criu", Status.LACKS, error.message, {}, error.hint)
+        yield Check("criu", Status.LACKS, error.message, {}, error.hint or "run scripts/install-criu")
         return
     said = _ask(command, "--version")
     found = re.search(r"Version: (\d+)\.(\d+)(\S*)", said.stdout)

@@ -1,0 +1,425 @@
+"""The command line: what it imports, how it says what went wrong, and with which exit code it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crcli import errors
+from crcli.cli.options import JsonOption
+from crcli.config import DEFAULT_STORE, choose_store
+from crcli.errors import EXIT_CODES, CrcliError, DumpFailed, PreflightRefused, TreeState, UsageError
+from crcli.findings import Finding, Severity
+from crcli.main import COMMANDS, build_app, main
+from crcli.pipeline.interrupts import Interrupted
+from crcli.ui.progress import PlainLines
+from crcli.ui.table import show_table
+from crcli.ui.text import count, duration, printable, size
+
+HEAVY = ("boto3", "botocore", "numpy", "rich", "pydantic", "yaml", "psutil", "google", "blake3", "pluggy")
+ROOT = Path(__file__).parents[2]
+
+raised: BaseException = RuntimeError()
+"""What the command `boom` of these tests raises."""
+
+
+def boom(as_json: JsonOption = False) -> None:
+    """A command that fails."""
+    raise raised
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make the command `ls` raise what the test gives it, and return its exit code."""
+    monkeypatch.setitem(COMMANDS, "ls", (f"{__name__}:boom", "fails"))
+
+    def fail(error: BaseException, *options: str) -> int:
+        monkeypatch.setattr(sys.modules[__name__], "raised", error)
+        return main(["ls", *options])
+
+    return fail
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings of whoever runs the tests."""
+    for name in ("CRCLI_STORE", "CRCLI_CONFIG", "CRCLI_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def run(*arguments: str, **popen: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "crcli", *arguments], capture_output=True, text=True, cwd=ROOT, **popen
+    )
+
+
+def one_error(text: str) -> dict[str, Any]:
+    """The error that stdout consists of."""
+    parsed = json.loads(text)
+    assert list(parsed) == ["error"]
+    assert list(parsed["error"]) == ["code", "message", "hint", "state", "findings"]
+    found: dict[str, Any] = parsed["error"]
+    return found
+
+
+# --- start -------------------------------------------------------------------------------------------------
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    """The modules that a command line imports, by their first names, and crcli's by their full ones."""
+    code = (
+        "import sys\nfrom crcli.main import main\n"
+        f"code = main({list(arguments)!r})\nprint('\\0'.join(sys.modules), file=sys.stderr)\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    names = done.stderr.rstrip("\n").rpartition("\n")[2].split("\0")
+    return {name if name.startswith("crcli") else name.partition(".")[0] for name in names}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`crcli --help` imports no command, no pipeline, and none of the libraries that they need."""
+    loaded = loaded_by("--help")
+    assert not loaded.intersection(HEAVY)
+    assert not any(name.startswith(("crcli.cli", "crcli.store", "crcli.criu")) for name in loaded)
+    assert "crcli.pipeline.dump" not in loaded
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_imports_no_pipeline(command: str) -> None:
+    """`crcli COMMAND --help` imports that command's module and nothing that it would need to work."""
+    loaded = loaded_by(command, "--help")
+    assert {name for name in loaded if name.startswith("crcli.cli.")} <= {
+        COMMANDS[command][0].partition(":")[0],
+        "crcli.cli.options",
+        "crcli.cli.stores",
+    }
+    assert not loaded.intersection(set(HEAVY) - {"blake3"})
+
+
+def test_a_directory_store_does_not_pay_for_s3() -> None:
+    """Listing a directory store imports neither boto3 nor numpy nor rich."""
+    assert not loaded_by("ls", "--store", "/nonexistent/store").intersection(set(HEAVY) - {"blake3"})
+
+
+def test_help_is_quick() -> None:
+    """`crcli --help` takes no longer than 150 ms, Python's own start included (the best of seven)."""
+    best = 1.0
+    for _ in range(7):
+        began = time.monotonic()
+        assert run("--help").returncode == 0
+        best = min(best, time.monotonic() - began)
+    assert best < 0.150
+
+
+def test_every_command_and_option_is_explained() -> None:
+    """Each command opens with a sentence, and each of its parameters has a help text."""
+    app = build_app()
+    with app.make_context("crcli", ["ls"]) as context:
+        for name, (_, line) in COMMANDS.items():
+            command = app.get_command(context, name)
+            assert line.endswith("."), name
+            assert command.help.strip(), name
+            assert [p.name for p in command.params if not getattr(p, "help", "")] == [], name
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """--version prints it."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("crcli ")
+
+
+# --- usage -------------------------------------------------------------------------------------------------
+
+
+def test_no_arguments_show_the_help() -> None:
+    """`crcli` alone explains itself, and ends as a wrong usage does."""
+    done = run()
+    assert done.returncode == 2
+    assert "dump" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dump"],
+        ["dump", "abc"],
+        ["dump", "1", "--no-such-option"],
+        ["dump", "1", "--leave-running", "--leave-stopped"],
+        ["dump", "1", "--deadline", "-1"],
+        ["restore", "x", "--tcp", "sometimes"],
+        ["restore", "x", "--lazy"],
+        ["restore", "no/such name"],
+        ["restore", "x@yesterday"],
+        ["show", "x", "--store", "relative/path"],
+        ["gc", "--store", "ftp://host/path"],
+        ["cp", "x"],
+        ["dmup", "1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong command line ends with 2: in words on stderr, or as one JSON object on stdout."""
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("crcli: ")) == ("", 1)
+    assert main([*arguments, "--json"]) == 2
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert one_error(said.out)["code"] == "usage"
+
+
+def test_a_misspelt_command_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown command names the one that may have been meant."""
+    main(["restor"])
+    assert "crcli restore" in capsys.readouterr().err
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+
+def all_errors() -> list[type[CrcliError]]:
+    """Every class of error."""
+    found = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    return [kind for kind in found if issubclass(kind, CrcliError)]
+
+
+@pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)
+def test_errors_end_with_their_exit_codes(
+    kind: type[CrcliError], failing: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each error ends with its documented exit code, its message and hint on stderr, or as JSON on stdout."""
+    error = kind("it broke", hint="mend it")
+    assert failing(error) == error.exit_code
+    assert error.exit_code in EXIT_CODES
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "crcli: it broke" in said.err and "Hint: mend it" in said.err
+    assert failing(error, "--json") == error.exit_code
+    assert one_error(capsys.readouterr().out) == {
+        "code": kind.code,
+        "message": "it broke",
+        "hint": "mend it",
+        "state": "untouched",
+        "findings": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [
+        (TreeState.RUNNING, 11),
+        (TreeState.UNTOUCHED, 11),
+        (TreeState.STOPPED, 12),
+        (TreeState.DEAD, 12),
+    ],
+)
+def test_a_failed_dump_says_what_the_tree_does(
+    state: TreeState, code: int, failing: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exit code of a failed dump tells a tree that runs from one that does not, and so do the words."""
+    assert failing(DumpFailed("it broke", state=state)) == code
+    assert "The tree " in capsys.readouterr().err
+
+
+def test_blockers_are_shown(failing: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Findings that stop a dump stand below its message, and whole in the JSON."""
+    first = Finding("one", Severity.BLOCKER, "the first thing", {"pid": 1}, remedy="end it")
+    second = Finding("two", Severity.BLOCKER, "the second thing", remedy="end that too")
+    error = PreflightRefused("it cannot be dumped: the first thing", findings=(first, second))
+    failing(error)
+    said = capsys.readouterr().err
+    assert said.count("the first thing") == 1
+    assert "the second thing (end that too)" in said
+    failing(error, "--json")
+    assert one_error(capsys.readouterr().out)["findings"] == [first.as_json(), second.as_json()]
+
+
+def test_bugs_end_with_1(
+    failing: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that nobody expected is one line with its place; CRCLI_DEBUG adds the traceback."""
+    assert failing(KeyError("lost")) == 1
+    said = capsys.readouterr().err
+    assert "crcli itself failed: KeyError: 'lost' (test_cli.py:" in said
+    assert "Traceback" not in said
+    assert failing(KeyError("lost"), "--json") == 1
+    assert one_error(capsys.readouterr().out)["code"] == "internal"
+    monkeypatch.setenv("CRCLI_DEBUG", "1")
+    assert failing(KeyError("lost")) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Interrupted(15), 143)])
+def test_signals_end_with_their_number(
+    error: BaseException, code: int, failing: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C and SIGTERM end without a traceback, with the exit code that shells give them."""
+    assert failing(error) == code
+    assert "Traceback" not in capsys.readouterr().err
+    assert failing(error, "--json") == code
+    assert one_error(capsys.readouterr().out)["code"] == "interrupted"
+
+
+def test_text_from_outside_cannot_steer_the_terminal(
+    failing: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Control characters in a message are written out."""
+    failing(UsageError("no process named \x1b]0;owned\x07\u202e"))
+    said = capsys.readouterr().err
+    assert "\\x1b]0;owned\\x07\\u202e" in said
+    assert "\x1b" not in said
+
+
+def test_a_reader_that_goes_away() -> None:
+    """`crcli --help | head -0` says nothing about broken pipes."""
+    code = "exec 3>&1; ${PYTHON} -m crcli --help 2>&3 | true"
+    done = subprocess.run(
+        ["bash", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable},
+    )
+    assert done.stdout + done.stderr == ""
+
+
+# --- settings ----------------------------------------------------------------------------------------------
+
+
+def test_stores_come_from_the_option_then_the_environment_then_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The command line wins over $CRCLI_STORE, that over the file, that over the default."""
+    assert choose_store(None).url == DEFAULT_STORE
+    file = tmp_path / ".config" / "crcli" / "config.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("store: s3://bucket/from-file\nendpoint_url: http://localhost:9000\n")
+    chosen = choose_store(None)
+    assert (chosen.url, chosen.endpoint_url, chosen.source) == (
+        "s3://bucket/from-file",
+        "http://localhost:9000",
+        str(file),
+    )
+    monkeypatch.setenv("CRCLI_STORE", "file:///from/environment")
+    chosen = choose_store(None)
+    assert (chosen.url, chosen.endpoint_url) == ("file:///from/environment", None)
+    assert choose_store("/from//option/").url == "file:///from/option"
+    assert choose_store("s3://b/p", "http://other:1").endpoint_url == "http://other:1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("store: [a, b]", "must hold lines"),
+        ("- store", "must hold lines"),
+        ("stroe: s3://b/p", "stroe"),
+        ("store: {", "cannot read"),
+    ],
+)
+def test_wrong_settings_are_named(
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A configuration file that makes no sense is an error that names the file."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    monkeypatch.setenv("CRCLI_CONFIG", str(file))
+    with pytest.raises(UsageError, match=message) as found:
+        choose_store(None)
+    assert str(file) in found.value.message
+
+
+def test_an_empty_file_is_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty configuration file leaves the default; one that is named but not there is an error."""
+    file = tmp_path / "settings.yaml"
+    monkeypatch.setenv("CRCLI_CONFIG", str(file))
+    with pytest.raises(UsageError):
+        choose_store(None)
+    file.write_text("# nothing yet\n")
+    assert choose_store(None).url == DEFAULT_STORE
+
+
+# --- what people read --------------------------------------------------------------------------------------
+
+
+def test_sizes_and_times() -> None:
+    """Sizes and times are short, with three digits or so."""
+    assert [size(n) for n in (0, 1023, 1024, 10 << 20, 300 << 20, 5 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "10.0 MiB",
+        "300 MiB",
+        "5.0 TiB",
+    ]
+    assert [duration(ms) for ms in (0.4, 88, 1500, 200_000)] == ["0 ms", "88 ms", "1.50 s", "3.3 min"]
+    assert [count(1, "pack"), count(2, "pack"), count(2, "process")] == ["1 pack", "2 packs", "2 processes"]
+    assert printable("a\tb\nc\r\x00") == "a\tb\nc\\r\\x00"
+
+
+def test_tables_are_plain_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a pipe a table is aligned columns, never cut, with control characters written out."""
+    show_table(("NAME", "SIZE"), [("a" * 200, "1"), ("b\x1b[2J", "22")], right=("SIZE",))
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(line) for line in lines] == [206, 206, 206]
+    assert lines[2].startswith("b\\x1b[2J")
+
+
+def in_terminal(code: str) -> str:
+    """What Python code writes to a terminal that both its output streams are."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=slave, stdout=slave, stderr=slave, cwd=ROOT
+    ) as process:
+        os.close(slave)
+        said = b""
+        try:
+            while piece := os.read(master, 4096):
+                said += piece
+        except OSError:
+            pass  # how Linux says that the other side was closed
+        os.close(master)
+    assert process.returncode == 0, said.decode()
+    return said.decode()
+
+
+def test_tables_on_a_terminal_take_text_literally() -> None:
+    """rich draws tables on terminals, and takes nothing in them for its markup."""
+    said = in_terminal("from crcli.ui.table import show_table; show_table(('NAME',), [('[red]x[/red]',)])")
+    assert "[red]x[/red]" in said
+
+
+def test_progress_on_a_terminal() -> None:
+    """What takes over a second shows its phase and amount on a line that is gone at the end."""
+    said = in_terminal(
+        "import time\n"
+        "from crcli.ui.progress import showing\n"
+        "with showing(False) as progress:\n"
+        "    progress.phase('storing'); progress.amount(1 << 20, 4 << 20); time.sleep(1.5)\n"
+    )
+    assert "storing" in said and "1.0 MiB of 4.0 MiB (25 %)" in said
+    assert said.endswith("\r\x1b[K")
+
+
+def test_progress_of_quick_work_is_invisible() -> None:
+    """What takes less than a second shows nothing, on a terminal or elsewhere."""
+    code = "from crcli.ui.progress import showing\nwith showing(False) as progress: progress.phase('storing')"
+    assert in_terminal(code) == ""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT).stderr == b""
+
+
+def test_findings_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nobody watches, what changes is a line, with what crcli does about it; notes are left out."""
+    lines = PlainLines()
+    lines.finding(Finding("x", Severity.CHANGE, "a thing is lost", action="goes on"))
+    lines.finding(Finding("y", Severity.NOTE, "nothing much"))
+    assert capsys.readouterr().err == "change: a thing is lost [crcli goes on]\n"
