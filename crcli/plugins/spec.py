@@ -14,8 +14,8 @@ needs, by name. What is promised:
   error's exit code and nothing touched. Anything else that a hook raises becomes a finding of the command's
   report (`plugin-failed`), and the command goes on;
 - arguments only ever gain fields, and hooks only ever gain arguments;
-- hooks run in crcli's own process and in its main thread, one after another. What a hook takes in
-  `crcli_dump_frozen`, and with `--leave-running` nowhere else, the tree stands still for.
+- hooks run in crcli's own process and in its main thread, one plug-in after another in the order of their
+  names. For as long as `crcli_dump_frozen` takes, the tree stands still.
 """
 
 from __future__ import annotations
