@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 
@@ -24,27 +24,34 @@ class Interrupted(BaseException):
 class Interrupts:
     """Says whether a signal may still interrupt."""
 
-    def __init__(self) -> None:
+    def __init__(self, later: Callable[[int, FrameType | None], None] | None = None) -> None:
         self._raised = False
+        self._past_return = False
+        self._later = later
 
     def past_return(self) -> None:
-        """From here on the work is finished whatever comes: signals are ignored."""
-        self._raised = True
+        """From here on the work is finished whatever comes: signals are ignored, or left to `later`."""
+        self._past_return = True
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if not self._raised:
+        if self._past_return:
+            if self._later is not None:
+                self._later(number, frame)
+        elif not self._raised:
             self._raised = True
             raise Interrupted(number)
 
 
 @contextmanager
-def interruptible(deadline_s: float | None = None) -> Iterator[Interrupts]:
+def interruptible(
+    deadline_s: float | None = None, later: Callable[[int, FrameType | None], None] | None = None
+) -> Iterator[Interrupts]:
     """Within the block the first of the signals raises Interrupted; the old handlers come back after it.
 
-    So does the passing of `deadline_s` seconds.
+    So does the passing of `deadline_s` seconds. `later` handles signals that come too late to interrupt.
     """
-    interrupts = Interrupts()
+    interrupts = Interrupts(later)
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return

@@ -80,10 +80,26 @@ class Restored:
     child: int
     masters: tuple[int, ...]
 
-    def pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Send a signal that we got to the root."""
-        if self.root.alive():
-            os.kill(self.root.pid, number)
+
+class _PassedOn:
+    """Signals that we get for the root: kept until it is there, then sent to it."""
+
+    def __init__(self) -> None:
+        self._kept: list[int] = []
+        self._root: ProcessId | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self._root is None:
+            self._kept.append(number)
+        elif self._root.alive():
+            os.kill(self._root.pid, number)
+
+    def to(self, root: ProcessId) -> None:
+        """Send what was kept, and from now on whatever comes."""
+        self._root = root
+        for number in self._kept:
+            self.handle(number, None)
 
 
 def restore(options: RestoreOptions, progress: Progress | None = None) -> RestoreReport:
@@ -100,11 +116,14 @@ def restore_and_wait(
 ) -> int:
     """Bring a tree back, call `running` once it runs, stay until its root ends, and return its exit code.
 
-    Signals that we get are passed on to the root. A root that a signal ended gives 128 + its number.
+    Signals that we get once it is restored are passed on to the root. A root that a signal ended gives 128 +
+    its number.
     """
-    restored = _bring_back(options, progress or Silent())
-    before = {number: signal.signal(number, restored.pass_on) for number in _PASSED_ON}
+    passed_on = _PassedOn()
+    before = {number: signal.signal(number, passed_on.handle) for number in _PASSED_ON}
     try:
+        restored = _bring_back(options, progress or Silent(), passed_on)
+        passed_on.to(restored.root)
         running(restored.report)
         relay(restored.masters)
         with raw_terminal(restored.masters):
@@ -116,21 +135,22 @@ def restore_and_wait(
     return code if code >= 0 else 128 - code
 
 
-def _bring_back(options: RestoreOptions, progress: Progress) -> Restored:
+def _bring_back(options: RestoreOptions, progress: Progress, passed_on: _PassedOn | None = None) -> Restored:
     """Restore; once more, in a pid namespace of its own, when another process took a pid meanwhile."""
     try:
-        return _attempt(options, progress)
+        return _attempt(options, progress, passed_on)
     except RestoreFailed as error:
         if options.pid_namespace != PidNamespace.AUTO or not PID_TAKEN.search(error.message):
             raise
-    return _attempt(replace(options, pid_namespace=PidNamespace.NEW), progress)
+    return _attempt(replace(options, pid_namespace=PidNamespace.NEW), progress, passed_on)
 
 
-def _attempt(options: RestoreOptions, progress: Progress) -> Restored:
+def _attempt(options: RestoreOptions, progress: Progress, passed_on: _PassedOn | None) -> Restored:
     watch = Stopwatch(progress)
     kernel.become_subreaper()  # what CRIU leaves behind when it dies comes to us
     hooks = load_hooks()
-    with interruptible() as interrupts, ExitStack() as held:
+    later = passed_on.handle if passed_on is not None else None
+    with interruptible(later=later) as interrupts, ExitStack() as held:
         work = _Restore(options, watch, interrupts, held, hooks)
         try:
             restored = work.run()

@@ -1,8 +1,9 @@
 """What stands in for things that led out of a tree: its terminal, pipes to others, unix peers.
 
-A program that had a terminal gets a new one: a pseudo-terminal whose other side is read into a log (or
-thrown away) by a small process of its own, the keeper, for as long as the program has it open; or, with
-`Stdio.INHERIT`, by ourselves, who pass on what is typed and shown here.
+A program that had a terminal or a pipe gets a new one, whose other side is read into a log (or thrown
+away) by a small process of its own, the keeper, for as long as the program has it open. With
+`Stdio.INHERIT` a terminal is kept by ourselves, who pass on what is typed and shown here, and a pipe is
+replaced by our own input or output.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Replacements:
 
     masters: list[int] = field(default_factory=list)
     """The other sides of the terminals that are passed on to ours."""
+    kept: list[int] = field(default_factory=list)
+    """The other sides of what writes into the log, until the keeper has them."""
 
     def close(self) -> None:
         """Close our copies."""
@@ -55,51 +58,72 @@ def replace_links(links: Sequence[OutsideLink], stdio: Stdio, title: str) -> Rep
         if link.kind == "unix":
             replacements.inherit[link.inherit_key] = _reconnect(link)
         elif link.kind == "terminal":
-            replacements.inherit[link.key] = _terminal(stdio, title, replacements)
+            replacements.inherit[link.key] = _terminal(stdio, replacements)
         else:
-            replacements.inherit[link.key] = _stream(link, stdio, title, replacements)
+            replacements.inherit[link.key] = _pipe(link, stdio, replacements)
+    if replacements.kept:
+        target = os.open("/dev/null", os.O_WRONLY) if stdio == Stdio.NULL else _open_log(title, replacements)
+        _keep(replacements.kept, target)
+        for fd in (target, *replacements.kept):
+            os.close(fd)
     return replacements
 
 
-def _terminal(stdio: Stdio, title: str, replacements: Replacements) -> int:
+def _terminal(stdio: Stdio, replacements: Replacements) -> int:
     """A new terminal, its other side looked after; CRIU gives it the old one's settings and size."""
     master, slave = os.openpty()
     if stdio == Stdio.INHERIT:
         replacements.masters.append(master)
-        return slave
-    target = os.open("/dev/null", os.O_WRONLY) if stdio == Stdio.NULL else _open_log(title, replacements)
+    else:
+        replacements.kept.append(master)
+    return slave
+
+
+def _pipe(link: OutsideLink, stdio: Stdio, replacements: Replacements) -> int:
+    """A descriptor in place of a pipe: a pipe again, which unlike a file can be waited for (epoll)."""
+    if stdio == Stdio.INHERIT:
+        numbers = {fd for _, fd in link.descriptors}
+        return os.dup(0 if not link.writes else 2 if numbers == {2} else 1)
+    reads, writes = os.pipe()
+    if link.writes:
+        replacements.kept.append(reads)
+        return writes
+    os.close(writes)
+    return reads
+
+
+def _keep(sources: list[int], target: int) -> None:
+    """Start the keeper, which moves what comes out of `sources` to `target` until all have ended."""
     subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", _KEEPER, str(master), str(target)],
-        pass_fds=(master, target),
+        [sys.executable, "-S", "-E", "-c", _KEEPER, str(target), *map(str, sources)],
+        pass_fds=(target, *sources),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    os.close(master)
-    os.close(target)
-    return slave
 
 
 _KEEPER = """
-import os, sys
-master, target = int(sys.argv[1]), int(sys.argv[2])
-try:
-    while data := os.read(master, 65536):
-        os.write(target, data)
-except OSError:
-    pass
+import os, select, sys
+target, *sources = map(int, sys.argv[1:])
+poll = select.poll()
+for source in sources:
+    poll.register(source, select.POLLIN)
+while sources:
+    for source, _ in poll.poll():
+        try:
+            data = os.read(source, 65536)
+        except OSError:
+            data = b""
+        if not data:
+            poll.unregister(source)
+            sources.remove(source)
+        try:
+            os.write(target, data)
+        except OSError:
+            pass
 """
-
-
-def _stream(link: OutsideLink, stdio: Stdio, title: str, replacements: Replacements) -> int:
-    """A descriptor in place of a pipe."""
-    if stdio == Stdio.INHERIT:
-        numbers = {fd for _, fd in link.descriptors}
-        return os.dup(0 if not link.writes else 2 if numbers == {2} else 1)
-    if stdio == Stdio.NULL or not link.writes:
-        return os.open("/dev/null", os.O_RDWR)
-    return _open_log(title, replacements)
 
 
 def _open_log(title: str, replacements: Replacements) -> int:
