@@ -28,7 +28,7 @@ from crcli.process.tree import scan_tree
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
 NAME = "demo"
 RANDOM_MIB, TEXT_MIB, ZERO_MIB = 24, 16, 24
@@ -164,7 +164,7 @@ class _Demo:
         with open(self._log) as log:
             return log.read().split("\n")[:-1]
 
-    def _see_it_gone(self, members: Iterable[ProcessId]) -> None:
+    def _see_it_gone(self, members: Sequence[ProcessId]) -> None:
         self._wait(lambda: self._agent.poll() is not None, "the agent did not end")
         if left := [member.pid for member in members if member.alive()]:
             raise DemoFailed(f"after the dump, processes {left} still run", exit_code=12)
@@ -241,3 +241,4 @@ def _kill_tree(root: ProcessId) -> None:
     for member in members:
         if member.alive():
             os.kill(member.pid, signal.SIGKILL)
+            _reap(member.pid)
