@@ -5,10 +5,15 @@ pluggy is imported only when a plug-in is installed, or asks for `hookimpl`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crcli.plugins.loader import Hooks, load_hooks
 from crcli.plugins.spec import DumpTarget, Failure, RestoreTarget
+
+if TYPE_CHECKING:
+    from pluggy import HookimplMarker
+
+    hookimpl: HookimplMarker
 
 __all__ = ["DumpTarget", "Failure", "Hooks", "RestoreTarget", "hookimpl", "load_hooks"]
 
