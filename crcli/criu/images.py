@@ -11,14 +11,18 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pycriu.images import magic
-from pycriu.images.core_pb2 import core_entry
-from pycriu.images.fdinfo_pb2 import fd_types, fdinfo_entry, file_entry
-from pycriu.images.inventory_pb2 import inventory_entry
-from pycriu.images.pagemap_pb2 import pagemap_entry, pagemap_head
-from pycriu.images.pstree_pb2 import pstree_entry
-from pycriu.images.remap_file_path_pb2 import remap_file_path_entry
-
+from crcli.criu.messages import (
+    MAGICS,
+    core_entry,
+    fd_types,
+    fdinfo_entry,
+    file_entry,
+    inventory_entry,
+    pagemap_entry,
+    pagemap_head,
+    pstree_entry,
+    remap_file_path_entry,
+)
 from crcli.memory.extents import PAGE, SpaceKind
 
 if TYPE_CHECKING:
@@ -69,7 +73,7 @@ def _message(entry: Any) -> bytes:
 
 
 def _head(name: str) -> bytes:
-    return struct.pack("<II", _COMMON_MAGIC, magic.by_name[name])
+    return struct.pack("<II", _COMMON_MAGIC, MAGICS[name])
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.criu.binary import criu_command
 from crcli.criu.limits import with_limits_answered
-from crcli.errors import HostLacks
+from crcli.criu.messages import rpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
-
-try:
-    from pycriu import rpc_pb2 as rpc
-except ImportError as missing:
-    raise HostLacks(
-        "pycriu, CRIU's own Python package, cannot be imported",
-        hint="run scripts/quickstart, which makes CRIU's pycriu reachable from this Python",
-    ) from missing
 
 _MESSAGE_LIMIT = 1 << 20
 

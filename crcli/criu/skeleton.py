@@ -6,9 +6,6 @@ import os
 import struct
 from typing import TYPE_CHECKING, Any
 
-from pycriu.images.tcp_stream_pb2 import tcp_stream_entry
-from pycriu.images.tty_pb2 import tty_info_entry
-
 from crcli.criu.images import (
     FD,
     ImageFile,
@@ -17,6 +14,7 @@ from crcli.criu.images import (
     remapped_ids,
     write_pagemap,
 )
+from crcli.criu.messages import tcp_stream_entry, tty_info_entry
 from crcli.memory.extents import PAGE, Extent, SpaceKey
 
 if TYPE_CHECKING:

@@ -193,7 +193,7 @@ def _pycriu() -> Iterator[Check]:
     try:
         import pycriu
 
-        import crcli.criu.rpc  # noqa: F401  # as the pipelines do
+        import crcli.criu.messages  # noqa: F401  # as the pipelines do
     except (ImportError, HostLacks) as error:
         remedy = "run scripts/quickstart, which makes CRIU's pycriu reachable from this Python"
         yield Check("pycriu", Status.LACKS, str(error), {"python": sys.executable}, remedy)

@@ -81,7 +81,7 @@ def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = 
 
 @dataclass
 class Subject:
-    """A running subject (see subject.py). A context manager: whatever became of it, it ends with the block."""
+    """A running subject (see subject.py); a context manager: what it has become ends with the block."""
 
     mebibytes: int
     folder: Path
