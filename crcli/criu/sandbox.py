@@ -79,9 +79,13 @@ class Sandbox:
         return CriuProcess(self.channel, None)
 
     def close(self) -> None:
-        """Kill everything inside, and reap the keeper."""
+        """Kill everything inside, and reap the keeper, which reaps its child: no zombie is left to others."""
         if self.keeper > 0:
-            os.kill(self.keeper, signal.SIGKILL)
+            for pid in _only_child(self.keeper) or [self.keeper]:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
             os.waitpid(self.keeper, 0)
             self.keeper = 0
         self._control.close()
@@ -94,6 +98,15 @@ class Sandbox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _only_child(keeper: int) -> list[int]:
+    """The pid of the process that a keeper waits for, in a list; empty when it cannot be told."""
+    try:
+        with open(f"/proc/{keeper}/task/{keeper}/children") as file:
+            return [int(pid) for pid in file.read().split()]
+    except FileNotFoundError:
+        return []
 
 
 class Residence:

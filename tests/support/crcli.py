@@ -77,26 +77,30 @@ class Crcli:
         """What the command finds in its environment."""
         return os.environ | {"CRCLI_LOG_DIR": f"{self.folder}/logs"}
 
-    def start(self, *arguments: str, **popen: Any) -> subprocess.Popen[str]:
-        """Start a command that is to be watched; whoever starts it waits for it."""
+    @contextmanager
+    def start(self, *arguments: str, **popen: Any) -> Iterator[subprocess.Popen[str]]:
+        """A command under way; it has ended when the block has, by force if it must."""
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "crcli", *arguments],
             cwd=ROOT,
             env=self.environment,
             text=True,
             **options,
         )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
 
     def run(self, *arguments: str, code: int = 0, limit: float = COMMAND_LIMIT_SECONDS) -> Done:
         """Run a command to its end, and assert its exit code."""
         with self.start(*arguments) as process:
             try:
                 out, err = process.communicate(timeout=limit)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                out, err = process.communicate()
-                raise AssertionError(f"no end within {limit} s: {arguments}\n{out}\n{err}") from None
+            except subprocess.TimeoutExpired as late:
+                raise AssertionError(f"no end within {limit} s: {arguments}\n{late.stderr!r}") from None
         assert process.returncode == code, f"exit {process.returncode}: {arguments}\n{out}\n{err}"
         return Done(process.returncode, out, err)
 
@@ -112,8 +116,12 @@ class Crcli:
         """Restore an image, and return the report; the tree lives until `clean_up`."""
         done = self.run("restore", image, "--store", self.store, "--json", *options, code=code).json
         if "host_pid" in done:
-            self.restored += tree_of(our_child_above(done["host_pid"]))
+            self.adopt(done["host_pid"])
         return done
+
+    def adopt(self, host_pid: int) -> None:
+        """Have a restored tree, of which this is the root, ended by `clean_up`."""
+        self.restored += tree_of(our_child_above(host_pid))
 
     def move(self, pid: int, *options: str) -> dict[str, Any]:
         """Dump a tree, restore it, and return the restore's report."""

@@ -1,0 +1,403 @@
+"""Files as part of a tree's state: open, deleted, in memory only, locked, growing, half a transaction."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.crcli import Crcli, assert_goes_on, counted, counter, reap, tree_of, wait_until
+from tests.support.programs import Program, spawn_python
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+
+ASKED = """
+    import signal, time
+
+    def answer(number, frame):
+        print(f"state={{state()}}")
+
+    signal.signal(signal.SIGUSR1, answer)
+    {setup}
+    print("ready")
+    while True: time.sleep(60)
+    """
+
+SHARED_MEMORY = """
+import multiprocessing, time
+from multiprocessing.shared_memory import SharedMemory
+
+def child(name, turn, done):
+    memory = SharedMemory(name)
+    while True:
+        turn.acquire()
+        memory.buf[0] = (memory.buf[0] + 1) % 256
+        done.release()
+
+def main():
+    context = multiprocessing.get_context("spawn")
+    turn, done = context.Semaphore(0), context.Semaphore(0)
+    memory = SharedMemory(create=True, size=1 << 20)
+    memory.buf[1:9] = b"contents"
+    context.Process(target=child, args=(memory.name, turn, done)).start()
+    turn.release(), done.acquire()
+    print("ready")
+    for number in range(1, 10**6):
+        assert memory.buf[0] == number % 256 and bytes(memory.buf[1:9]) == b"contents"
+        turn.release(), done.acquire()
+        print(f"number={number}")
+        time.sleep(0.01)
+"""
+
+
+def asked(setup: str) -> str:
+    """Return the code of a program that does this, and says what `state()` gives when it gets SIGUSR1."""
+    return ASKED.format(setup=setup.strip().replace("\n", "\n    "))
+
+
+def state(program: Program, pid: int) -> str:
+    """Ask such a program."""
+    before = program.output.count("state=")
+    os.kill(pid, signal.SIGUSR1)
+    wait_until(lambda: program.output.count("state=") > before, "no answer:\n" + program.output)
+    return program.value_of("state")
+
+
+def test_a_deleted_file_keeps_its_contents(crcli: Crcli, tmp_path: Path) -> None:
+    """A file that was unlinked while open is whole after the restore, at the same offset, without a name."""
+    path = tmp_path / "deleted"
+    setup = f"""
+import os
+file = open({str(path)!r}, "w+b", buffering=0)
+file.write(b"x" * (3 << 20) + b"end")
+file.seek(3 << 20)
+os.unlink({str(path)!r})
+def state():
+    at = file.tell()
+    return (at, file.read(), file.seek(at), os.fstat(file.fileno()).st_nlink)
+"""
+    with spawn_python(asked(setup)) as program:
+        report = crcli.move(program.pid)
+        assert state(program, report["host_pid"]) == str((3 << 20, b"end", 3 << 20, 0))
+        assert not path.exists()
+
+
+def test_a_file_in_dev_shm_travels(crcli: Crcli) -> None:
+    """A mapped file in /dev/shm is in the image, and is put back when it is not there any more."""
+    path = Path(f"/dev/shm/crcli-test-{os.getpid()}")
+    setup = f"""
+import mmap, os
+fd = os.open({str(path)!r}, os.O_RDWR | os.O_CREAT, 0o640)
+os.ftruncate(fd, 1 << 20)
+memory = mmap.mmap(fd, 1 << 20)
+memory[:5] = b"hello"
+def state():
+    memory[-1] += 1
+    return (bytes(memory[:5]), memory[-1])
+"""
+    try:
+        with spawn_python(asked(setup)) as program:
+            assert state(program, program.pid) == str((b"hello", 1))
+            image = crcli.dump(program.pid)["image"]
+            path.unlink()
+            report = crcli.restore(image)
+            assert state(program, report["host_pid"]) == str((b"hello", 2))
+            assert path.read_bytes()[:5] == b"hello" and path.stat().st_mode & 0o777 == 0o640
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def start_shared_memory(folder: Path) -> str:
+    """Return the code of a program that shares memory and semaphores with a child that it spawned."""
+    (folder / "sharing.py").write_text(SHARED_MEMORY)
+    return f"import sys; sys.path.insert(0, {str(folder)!r}); import sharing; sharing.main()"
+
+
+def number(program: Program) -> int:
+    """Return the last number that the two have agreed on."""
+    return int(program.value_of("number")) if "number=" in program.output else 0
+
+
+def assert_moves_on(program: Program) -> None:
+    """Assert that the two agree on further numbers."""
+    before = number(program)
+    wait_until(lambda: number(program) > before + 5, "they stand still:\n" + program.output[-2000:])
+
+
+def test_shared_memory_and_semaphores_live_on(crcli: Crcli, tmp_path: Path) -> None:
+    """multiprocessing's SharedMemory and semaphores, which have names in /dev/shm, work after a restore."""
+    before = set(os.listdir("/dev/shm"))
+    try:
+        with spawn_python(start_shared_memory(tmp_path)) as program:
+            assert_moves_on(program)
+            crcli.move(program.pid)
+            assert_moves_on(program)
+    finally:
+        remove_new(before)
+
+
+def test_shared_memory_of_a_running_tree_can_be_restored_later(crcli: Crcli, tmp_path: Path) -> None:
+    """An image taken with --leave-running comes back after the original, and its files, are gone."""
+    before = set(os.listdir("/dev/shm"))
+    try:
+        with spawn_python(start_shared_memory(tmp_path)) as program:
+            image = crcli.dump(program.pid, "--leave-running")["image"]
+            assert_moves_on(program)
+            end_all(program.pid)
+            remove_new(before)
+            crcli.restore(image)
+            assert_moves_on(program)
+    finally:
+        remove_new(before)
+
+
+def test_shared_memory_of_a_killed_tree_comes_back_on_a_clean_host(crcli: Crcli, tmp_path: Path) -> None:
+    """A tree that was killed comes back although nothing of it is left in /dev/shm, as on another host."""
+    before = set(os.listdir("/dev/shm"))
+    try:
+        with spawn_python(start_shared_memory(tmp_path)) as program:
+            image = crcli.dump(program.pid)["image"]
+            remove_new(before)
+            crcli.restore(image)
+            assert_moves_on(program)
+    finally:
+        remove_new(before)
+
+
+def remove_new(before: set[str]) -> None:
+    """Remove what came into /dev/shm since `before` and has the names of these programs."""
+    for name in set(os.listdir("/dev/shm")) - before:
+        if name.startswith(("psm_", "sem.mp-", "link_remap", "mp-")) or len(name) == 6:
+            Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def end_all(pid: int) -> None:
+    """Kill a tree, and reap it."""
+    tree = tree_of(pid)
+    for process in tree:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+    reap(tree)
+
+
+def test_an_open_transaction_is_committed_after_the_restore(crcli: Crcli, tmp_path: Path) -> None:
+    """An SQLite writer that was dumped in the middle of a transaction (WAL) commits it; nothing is lost."""
+    path = tmp_path / "database"
+    setup = f"""
+import sqlite3
+database = sqlite3.connect({str(path)!r}, isolation_level=None)
+database.execute("PRAGMA journal_mode=WAL")
+database.execute("CREATE TABLE numbers (number)")
+database.execute("INSERT INTO numbers VALUES (1)")
+database.execute("BEGIN IMMEDIATE")
+database.execute("INSERT INTO numbers VALUES (2)")
+def state():
+    if database.in_transaction:
+        database.execute("COMMIT")
+    return [row[0] for row in database.execute("SELECT number FROM numbers")]
+"""
+    with spawn_python(asked(setup)) as program:
+        image = crcli.dump(program.pid)["image"]
+        for name in ("database", "database-wal", "database-shm"):
+            (tmp_path / name).unlink()  # as on another host
+        report = crcli.restore(image)
+        assert state(program, report["host_pid"]) == "[1, 2]"
+
+
+def test_a_lock_is_held_again(crcli: Crcli, tmp_path: Path) -> None:
+    """flock and fcntl locks are held before, and again after the restore."""
+    path = tmp_path / "locked"
+    setup = f"""
+import fcntl
+file, other = open({str(path)!r}, "w"), open({str(path)!r} + "2", "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+fcntl.lockf(other, fcntl.LOCK_EX)
+state = lambda: 1
+"""
+    with spawn_python(asked(setup)) as program:
+        crcli.move(program.pid)
+        with path.open("r+") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with Path(f"{path}2").open("r+") as file, pytest.raises(BlockingIOError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="CRIU closes the descriptor that it mapped through, and so drops the lock"
+)
+def test_a_lock_on_a_mapped_file_is_held_again(crcli: Crcli, tmp_path: Path) -> None:
+    """A POSIX lock on a file that is also mapped (SQLite's -shm, LMDB) is held after the restore."""
+    path = tmp_path / "locked"
+    setup = f"""
+import fcntl, mmap
+file = open({str(path)!r}, "w+b")
+file.truncate(8192)
+memory = mmap.mmap(file.fileno(), 4096)
+fcntl.lockf(file, fcntl.LOCK_EX, 10, 20)
+state = lambda: 1
+"""
+    with spawn_python(asked(setup)) as program:
+        crcli.move(program.pid)
+        with path.open("r+") as file, pytest.raises(BlockingIOError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 29)
+
+
+def test_a_log_that_grew_meanwhile_is_kept(crcli: Crcli) -> None:
+    """Lines that others added to the log between dump and restore stay; the tree adds its own after them."""
+    with spawn_python(counter()) as program:
+        image = crcli.dump(program.pid)["image"]
+        with program.output_path.open("a") as log:
+            log.write("\nadded by another\n")
+        crcli.restore(image)
+        assert_goes_on(program)
+        assert "\nadded by another\n" in program.output
+
+
+def test_a_log_that_is_gone_is_written_again(crcli: Crcli) -> None:
+    """A log that was removed meanwhile comes back as it was, and grows on."""
+    with spawn_python(counter()) as program:
+        image = crcli.dump(program.pid)["image"]
+        program.output_path.unlink()
+        crcli.restore(image)
+        assert_goes_on(program)
+
+
+def test_a_changed_file_is_never_overwritten_unasked(crcli: Crcli, tmp_path: Path) -> None:
+    """A file that another has changed stops the restore; --files image or --files host decides."""
+    path = tmp_path / "state"
+    setup = f"""
+file = open({str(path)!r}, "w+")
+file.write("of the tree"); file.flush()
+state = lambda: file.seek(0) or file.read()
+"""
+    with spawn_python(asked(setup)) as program:
+        image = crcli.dump(program.pid)["image"]
+        path.write_text("of another!")
+        refused = crcli.restore(image, code=20)["error"]
+        assert refused["findings"][0]["name"] == "file-changed" and path.read_text() == "of another!"
+        report = crcli.restore(image, "--files", "image")
+        assert state(program, report["host_pid"]) == "of the tree"
+        assert [p.read_text() for p in tmp_path.glob("state.before-*")] == ["of another!"]
+
+
+def test_an_included_folder_travels(crcli: Crcli, tmp_path: Path) -> None:
+    """What --include names is put back, although the tree had none of it open."""
+    folder = tmp_path / "folder" / "inner"
+    folder.mkdir(parents=True)
+    (folder / "file").write_text("contents")
+    with spawn_python(counter()) as program:
+        image = crcli.dump(program.pid, "--include", str(tmp_path / "folder"))["image"]
+        (folder / "file").unlink()
+        folder.rmdir()
+        crcli.restore(image)
+        assert (folder / "file").read_text() == "contents"
+
+
+def test_output_to_a_pipe_outside_goes_to_a_log(crcli: Crcli, tmp_path: Path) -> None:
+    """A program whose stdout and stderr were pipes to others writes on, every line into one log."""
+    code = """
+        import itertools, sys, time
+        for number in itertools.count():
+            print(number)
+            print(f"e{number}", file=sys.stderr)
+            time.sleep(0.01)
+        """
+    with spawn_python(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        stdout, stderr = program.process.stdout, program.process.stderr
+        assert stdout is not None and stderr is not None
+        last = int([stdout.readline() for _ in range(10)][-1])
+        stderr.readline()
+        report = crcli.dump(program.pid)
+        assert "pipe-outside" in {finding["name"] for finding in report["findings"]}
+        last = int((b"%d\n" % last + stdout.read()).split()[-1])
+        stdout.close()
+        stderr.close()
+        crcli.restore(report["image"])
+        log = tmp_path / "logs" / f"{report['image']}.log"
+        wait_until(lambda: len(log.read_text().splitlines()) > 40, "nothing is logged")
+        found = log.read_text().rpartition("\n")[0].splitlines()
+        out = [int(line) for line in found if line.isdigit()]
+        err = [int(line[1:]) for line in found if line.startswith("e")]
+        assert len(out) + len(err) == len(found), f"lines were torn: {found}"
+        assert out == list(range(last + 1, last + 1 + len(out))) and err == list(
+            range(err[0], err[0] + len(err))
+        )
+
+
+def test_stdio_null_throws_output_away(crcli: Crcli, tmp_path: Path) -> None:
+    """With --stdio null no log is made, and the program runs on."""
+    with spawn_python(counter(), stdout=subprocess.PIPE) as program:
+        assert program.process.stdout is not None
+        program.process.stdout.readline()
+        report = crcli.dump(program.pid)
+        program.process.stdout.close()
+        host_pid = crcli.restore(report["image"], "--stdio", "null")["host_pid"]
+        written = io_of(host_pid)
+        wait_until(lambda: io_of(host_pid) > written + 100, "it does not write any more")
+        assert not list(tmp_path.glob("logs/*@*"))
+
+
+def io_of(pid: int) -> int:
+    """Return how many bytes a process has written, to wherever."""
+    return int(psutil.Process(pid).io_counters().write_chars)
+
+
+def test_stdio_inherit_joins_a_program_to_our_pipe(crcli: Crcli) -> None:
+    """With --wait --stdio inherit the restored program writes into the pipe of the restore."""
+    with spawn_python(counter(), stdout=subprocess.PIPE) as program:
+        assert program.process.stdout is not None
+        program.process.stdout.readline()
+        image = crcli.dump(program.pid)["image"]
+        program.process.stdout.close()
+        with crcli.start("restore", image, "--store", crcli.store, "--wait", "--stdio", "inherit") as restore:
+            assert restore.stdout is not None
+            words = restore.stdout.readline().split()
+            restore.terminate()
+            restore.communicate(timeout=20)
+        assert words[0].isdigit() and len(words[1]) == 16
+
+
+def test_a_program_reads_on_where_it_was(crcli: Crcli, tmp_path: Path) -> None:
+    """A file that is only read is not in the image, and is read on at the same place."""
+    path = tmp_path / "lines"
+    path.write_text("".join(f"{number:06}\n" for number in range(1000)))
+    setup = f"""
+file = open({str(path)!r}, "rb", buffering=0)
+def state():
+    return int(file.read(7))
+"""
+    with spawn_python(asked(setup)) as program:
+        assert state(program, program.pid) == "0"
+        report = crcli.move(program.pid)
+        assert state(program, report["host_pid"]) == "1"
+
+
+def test_a_missing_file_is_named_before_anything_starts(crcli: Crcli, tmp_path: Path) -> None:
+    """A file that is not in the image and not here is a finding of the guard, not a riddle of CRIU's."""
+    path = tmp_path / "lines"
+    path.write_text("text")
+    with spawn_python(asked(f"file = open({str(path)!r})\nstate = lambda: file.read()")) as program:
+        image = crcli.dump(program.pid)["image"]
+        path.unlink()
+        error = crcli.restore(image, code=20)["error"]
+        assert error["findings"][0]["evidence"] == {"path": str(path)}
+        assert not psutil.pid_exists(program.pid)
+        path.write_text("text")
+        report = crcli.restore(image)
+        assert state(program, report["host_pid"]) == "text"
+
+
+def test_memory_stays_intact_while_files_travel(crcli: Crcli) -> None:
+    """A counter that is moved twice in a row has lost nothing."""
+    with spawn_python(counter()) as program:
+        crcli.move(program.pid)
+        crcli.move(program.pid)
+        assert_goes_on(program)
+        assert counted(program)

@@ -1,0 +1,315 @@
+"""What the two commands leave behind: the tree's fate, exit codes, copies side by side, other pids."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from crcli.criu import netlock
+from tests.support.crcli import Crcli, assert_goes_on, counted, counter, end, reap, tree_of, wait_until
+from tests.support.programs import Program, spawn_python, then_wait
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+
+ENDS_WITH_7 = """
+    import signal, sys, time
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(7))
+    signal.signal(signal.SIGUSR1, lambda number, frame: print("usr1"))
+    print("ready")
+    while True: time.sleep(60)
+    """
+
+FAMILY = """
+    import os, time
+    child = os.fork()
+    print(f"{'child' if child == 0 else 'parent'}={os.getpid()}")
+    if child == 0:
+        while True: time.sleep(60)
+    print("ready")
+    number = 0
+    while True:
+        os.kill(child, 0)
+        number += 1
+        print(f"number={number} pid={os.getpid()} child={child}")
+        time.sleep(0.01)
+    """
+
+
+def goes_on(program: Program) -> None:
+    """Assert that a program writes on."""
+    before = program.output
+    wait_until(lambda: len(program.output) > len(before) + 100, "it stands still")
+
+
+def untraced(pid: int) -> bool:
+    """Whether nobody traces a process, and it is not stopped."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return "TracerPid:\t0\n" in status and "State:\tT" not in status and "State:\tt" not in status
+
+
+# --- what becomes of the tree ------------------------------------------------------------------------------
+
+
+def test_leave_running_leaves_it_running(crcli: Crcli) -> None:
+    """The tree counts on without a gap, untraced, and its image restores after its end."""
+    with spawn_python(counter()) as program:
+        report = crcli.dump(program.pid, "--leave-running")
+        assert report["outcome"] == "running"
+        assert untraced(program.pid)
+        assert_goes_on(program)
+        end(tree_of(program.pid))
+        last = counted(program)[-1]
+        crcli.restore(report["image"])
+        wait_until(lambda: counted(program).count(last) == 2, "the copy does not come so far")
+
+
+def test_leave_stopped_leaves_it_stopped(crcli: Crcli) -> None:
+    """The tree stands still until it gets SIGCONT, and goes on then; no filter of CRIU's is left."""
+    tables = netlock.tables()
+    with spawn_python(counter()) as program:
+        report = crcli.dump(program.pid, "--leave-stopped")
+        assert report["outcome"] == "stopped"
+        assert psutil.Process(program.pid).status() == psutil.STATUS_STOPPED
+        numbers = counted(program)
+        time.sleep(0.1)
+        assert counted(program) == numbers
+        os.kill(program.pid, signal.SIGCONT)
+        assert_goes_on(program)
+        assert netlock.tables() <= tables
+
+
+def test_a_dry_run_touches_nothing(crcli: Crcli, tmp_path: Path) -> None:
+    """It reports what it would do; the tree runs on, and the store does not even exist."""
+    with spawn_python(counter()) as program:
+        report = crcli.dump(program.pid, "--dry-run")
+        assert report["outcome"] == "" and report["processes"] == 1
+        assert "files-written" in {finding["name"] for finding in report["findings"]}
+        assert_goes_on(program)
+        assert not (tmp_path / "store").exists()
+
+
+def test_a_dump_leaves_no_process_mount_or_table_behind(crcli: Crcli) -> None:
+    """After dump and restore this process has no child but the tree, the kernel no table or mount of ours."""
+    tables, mounts = netlock.tables(), Path("/proc/self/mountinfo").read_text()
+    mine = set(psutil.Process().children(recursive=True))
+    with spawn_python(counter()) as program:
+        crcli.move(program.pid)
+        children = set(psutil.Process().children(recursive=True)) - mine
+        assert {child.pid for child in children} == {program.pid}, children
+        assert netlock.tables() <= tables
+        assert Path("/proc/self/mountinfo").read_text() == mounts
+
+
+# --- targets that are none ---------------------------------------------------------------------------------
+
+
+def refused(crcli: Crcli, pid: int) -> dict[str, object]:
+    """Dump what cannot be dumped, and return the error, after asserting that the tree is untouched."""
+    error: dict[str, object] = crcli.dump(pid, code=10)["error"]
+    assert error["state"] == "untouched" and error["code"] == "preflight-refused"
+    return error
+
+
+def test_a_pid_that_is_not_there_is_refused(crcli: Crcli) -> None:
+    """The error names the pid."""
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    assert str(process.pid) in str(refused(crcli, process.pid)["message"])
+
+
+def test_init_and_kernel_threads_are_refused(crcli: Crcli) -> None:
+    """Neither process 1 nor a thread of the kernel is a program that could be dumped."""
+    assert "init" in str(refused(crcli, 1)["message"])
+    kernel = [p for p in psutil.process_iter() if p.ppid() == 2]
+    if kernel:
+        assert "kernel" in str(refused(crcli, kernel[0].pid)["message"])
+
+
+def test_our_own_parents_are_refused(crcli: Crcli) -> None:
+    """crcli does not freeze the tree that it runs in."""
+    assert "inside" in str(refused(crcli, os.getpid())["message"])
+
+
+def test_a_zombie_is_refused(crcli: Crcli) -> None:
+    """A process that has ended and waits for its parent cannot be dumped."""
+    with subprocess.Popen(["true"]) as process:
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, "true runs on")
+        assert "ended" in str(refused(crcli, process.pid)["message"])
+
+
+def test_a_blocker_is_refused_with_its_remedy(crcli: Crcli) -> None:
+    """A tree with something that CRIU cannot take is not touched, and told what to do."""
+    code = "import mmap, os\nos.close(os.eventfd(0))\n" + then_wait(
+        "import ctypes; ctypes.CDLL(None).unshare(0x40000000)"
+    )
+    nested = f"""
+        import os
+        if os.fork() == 0:
+            exec({code!r})
+        {then_wait().strip().replace(chr(10), chr(10) + " " * 8)}
+        """
+    with spawn_python(nested) as program:
+        wait_until(lambda: program.output.count("ready") == 2, "the child is late")
+        error = refused(crcli, program.pid)
+        assert "namespace" in str(error["message"]) and error["findings"]
+        assert untraced(program.pid)
+
+
+def test_an_image_that_is_not_there_is_exit_31(crcli: Crcli) -> None:
+    """A restore of an unknown name says so, and starts nothing."""
+    assert crcli.restore("nobody", code=31)["error"]["code"] == "not-found"
+
+
+# --- copies ------------------------------------------------------------------------------------------------
+
+
+def test_two_restores_of_one_image_run_side_by_side(crcli: Crcli) -> None:
+    """The second finds the pids taken, and gets a pid namespace of its own, where it has the same pids."""
+    with spawn_python(FAMILY) as program:
+        image = crcli.dump(program.pid)["image"]
+        first = crcli.restore(image)
+        second = crcli.restore(image)
+        third = crcli.restore(image)
+        assert first["pid"] == second["pid"] == third["pid"] == program.pid
+        assert second["pid_namespace"] == third["pid_namespace"] == "new"
+        assert len({report["host_pid"] for report in (first, second, third)}) == 3
+        for report in (first, second, third):
+            assert len(tree_of(report["host_pid"])) == 2
+            assert untraced(report["host_pid"])
+        nspid = (
+            Path(f"/proc/{second['host_pid']}/status")
+            .read_text()
+            .partition("NSpid:")[2]
+            .split("\n")[0]
+            .split()
+        )
+        assert nspid == [str(second["host_pid"]), str(program.pid)]
+        goes_on(program)
+
+
+def test_two_restores_at_once_both_work(crcli: Crcli) -> None:
+    """Started in the same moment, the two share out the pids by themselves."""
+    with spawn_python(FAMILY) as program:
+        image = crcli.dump(program.pid)["image"]
+        arguments = ("restore", image, "--store", crcli.store, "--json")
+        with crcli.start(*arguments) as one, crcli.start(*arguments) as other:
+            done = [process.communicate(timeout=60) for process in (one, other)]
+        reports = [json.loads(out) for out, _ in done]
+        for report in reports:
+            assert "error" not in report, done
+            crcli.adopt(report["host_pid"])
+        assert len({report["host_pid"] for report in reports}) == 2
+        assert all(len(tree_of(report["host_pid"])) == 2 for report in reports)
+
+
+def test_taken_pids_lead_to_a_namespace_of_its_own(crcli: Crcli) -> None:
+    """While the original runs its copy is restored beside it; --pid-namespace host refuses that."""
+    with spawn_python(counter()) as program:
+        image = crcli.dump(program.pid, "--leave-running")["image"]
+        error = crcli.restore(image, "--pid-namespace", "host", code=20)["error"]
+        assert error["findings"][0]["name"] == "pid-taken"
+        report = crcli.restore(image)
+        assert report["pid_namespace"] == "new" and report["host_pid"] != program.pid
+        assert untraced(report["host_pid"]) and untraced(program.pid)
+
+
+def test_a_namespace_can_be_asked_for(crcli: Crcli) -> None:
+    """With --pid-namespace new the tree has its old pid inside, and its own /proc shows only itself."""
+    code = """
+        import os, signal, time
+        def answer(*_):
+            print(f"seen={os.getpid()} {[p for p in os.listdir('/proc') if p.isdigit() and int(p) > 1]}")
+        signal.signal(signal.SIGUSR1, answer)
+        print("ready")
+        while True: time.sleep(60)
+        """
+    with spawn_python(code) as program:
+        report = crcli.restore(crcli.dump(program.pid)["image"], "--pid-namespace", "new")
+        assert report["pid_namespace"] == "new" and report["pid"] == program.pid != report["host_pid"]
+        os.kill(report["host_pid"], signal.SIGUSR1)
+        wait_until(lambda: "seen=" in program.output, "no answer")
+        assert program.value_of("seen") == f"{program.pid} ['{program.pid}']"
+
+
+def test_a_namespace_ends_with_its_tree(crcli: Crcli) -> None:
+    """When a tree in a pid namespace of its own ends, nothing of it stays."""
+    with spawn_python(ENDS_WITH_7) as program:
+        report = crcli.restore(crcli.dump(program.pid)["image"], "--pid-namespace", "new")
+        processes = list(crcli.restored)
+        os.kill(report["host_pid"], signal.SIGTERM)
+        reap(processes)
+
+
+def test_a_tree_in_a_namespace_can_be_dumped_again(crcli: Crcli) -> None:
+    """What was restored into a pid namespace of its own is dumped from outside, and comes back once more."""
+    with spawn_python(counter()) as program:
+        report = crcli.restore(crcli.dump(program.pid)["image"], "--pid-namespace", "new")
+        assert_goes_on(program)
+        again = crcli.dump(report["host_pid"])
+        reap(crcli.restored)
+        crcli.restore(again["image"])
+        assert_goes_on(program)
+
+
+# --- waiting -----------------------------------------------------------------------------------------------
+
+
+def test_wait_passes_signals_on_and_the_exit_code_back(crcli: Crcli) -> None:
+    """`restore --wait` ends when the tree does, with its exit code, and hands it the signals that it gets."""
+    with spawn_python(ENDS_WITH_7) as program:
+        image = crcli.dump(program.pid)["image"]
+        with crcli.start("restore", image, "--store", crcli.store, "--wait", "--json") as waiting:
+            assert waiting.stdout is not None
+            assert json.loads(waiting.stdout.readline())["host_pid"] == program.pid
+            waiting.send_signal(signal.SIGUSR1)
+            wait_until(lambda: "usr1" in program.output, "SIGUSR1 did not arrive")
+            waiting.terminate()
+            assert waiting.wait(timeout=20) == 7
+        assert not psutil.pid_exists(program.pid)
+
+
+def test_wait_passes_on_what_comes_early(crcli: Crcli) -> None:
+    """A SIGTERM that comes as soon as the tree runs, before the report, is not lost."""
+    with spawn_python(ENDS_WITH_7) as program:
+        image = crcli.dump(program.pid)["image"]
+        with crcli.start("restore", image, "--store", crcli.store, "--wait", "--json") as waiting:
+            wait_until(lambda: runs(program.pid), "it does not start", 30)
+            waiting.terminate()
+            assert waiting.wait(timeout=20) == 7
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and nobody holds it."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_SLEEPING and untraced(pid)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_wait_in_a_namespace_works_the_same(crcli: Crcli) -> None:
+    """Signals and exit code pass through the small first process of the namespace."""
+    with spawn_python(ENDS_WITH_7) as program:
+        image = crcli.dump(program.pid)["image"]
+        arguments = ("restore", image, "--store", crcli.store, "--wait", "--json", "--pid-namespace", "new")
+        with crcli.start(*arguments) as waiting:
+            assert waiting.stdout is not None
+            assert json.loads(waiting.stdout.readline())["pid"] == program.pid
+            waiting.terminate()
+            assert waiting.wait(timeout=20) == 7
+
+
+def test_wait_reports_a_killed_root(crcli: Crcli) -> None:
+    """A root that a signal ends gives 128 + the signal's number, as in a shell."""
+    with spawn_python(counter()) as program:
+        image = crcli.dump(program.pid)["image"]
+        with crcli.start("restore", image, "--store", crcli.store, "--wait", "--json") as waiting:
+            assert waiting.stdout is not None
+            os.kill(json.loads(waiting.stdout.readline())["host_pid"], signal.SIGKILL)
+            assert waiting.wait(timeout=20) == 128 + signal.SIGKILL
