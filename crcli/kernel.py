@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal as signals
 import struct
 from fcntl import ioctl
+from typing import NamedTuple
 
 CLONE_NEWNS = 0x0002_0000
 CLONE_NEWIPC = 0x0800_0000
@@ -29,7 +31,13 @@ _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SIOCSIFFLAGS, _SIOCGIFFLAGS, _IFF_UP = 0x8914, 0x8913, 1
 
+_PTRACE_CONT, _PTRACE_SEIZE, _PTRACE_GETEVENTMSG, _PTRACE_LISTEN = 7, 0x4206, 0x4201, 0x4208
+_PTRACE_O_TRACEEXIT, _PTRACE_EVENT_EXIT, _PTRACE_EVENT_STOP = 0x40, 6, 128
+_WALL = 0x4000_0000
+
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
 
 
 def _checked(result: int, what: str) -> int:
@@ -111,3 +119,72 @@ def loopback_up() -> None:
         flags = struct.unpack_from("H", request, 16)[0]
         struct.pack_into("H", request, 16, flags | _IFF_UP)
         ioctl(sock, _SIOCSIFFLAGS, request)
+
+
+def quiet_fork() -> int:
+    """Fork; the child has the default signal handling from its first instruction on.
+
+    Without this a signal right after the fork would run the parent's Python handlers in the child.
+    """
+    before = signals.pthread_sigmask(signals.SIG_BLOCK, signals.valid_signals())
+    try:
+        pid = os.fork()
+    except OSError:
+        signals.pthread_sigmask(signals.SIG_SETMASK, before)
+        raise
+    if pid == 0:
+        for name in ("INT", "TERM", "HUP", "QUIT", "ALRM", "CHLD"):
+            signals.signal(signals.Signals[f"SIG{name}"], signals.SIG_DFL)
+        signals.pthread_sigmask(signals.SIG_SETMASK, ())
+    else:
+        signals.pthread_sigmask(signals.SIG_SETMASK, before)
+    return pid
+
+
+class Stop(NamedTuple):
+    """Why a traced process has stopped: a signal for it, or (`is_exit`) its own end."""
+
+    signal: int
+    is_exit: bool
+
+
+def trace_exit(pid: int) -> None:
+    """Become the tracer of a process, which the kernel then stops for us on its way out, killed or not."""
+    _checked(_libc.ptrace(_PTRACE_SEIZE, pid, None, _PTRACE_O_TRACEEXIT), "ptrace SEIZE")
+
+
+def wait_for_stop(pid: int) -> Stop | None:
+    """Wait until a process that we trace stops; None when it has ended.
+
+    A stop by job control is left as it is.
+    """
+    while True:
+        try:
+            _, status = os.waitpid(pid, _WALL)
+        except ChildProcessError:
+            return None
+        if not os.WIFSTOPPED(status):
+            return None
+        event = status >> 16
+        if event == _PTRACE_EVENT_STOP and os.WSTOPSIG(status) != signals.SIGTRAP:
+            _checked(_libc.ptrace(_PTRACE_LISTEN, pid, None, None), "ptrace LISTEN")
+            continue
+        return Stop(0 if event else os.WSTOPSIG(status), event == _PTRACE_EVENT_EXIT)
+
+
+def exit_status(pid: int) -> int:
+    """The wait status with which a process is ending that has stopped for us on its way out."""
+    message = ctypes.c_ulong()
+    _checked(_libc.ptrace(_PTRACE_GETEVENTMSG, pid, None, ctypes.addressof(message)), "ptrace GETEVENTMSG")
+    return message.value
+
+
+def go_on(pid: int, signal: int) -> None:
+    """Let a process that has stopped for us go on, with this signal delivered (0: none).
+
+    It is not an error when it was killed meanwhile.
+    """
+    try:
+        _checked(_libc.ptrace(_PTRACE_CONT, pid, None, signal), "ptrace CONT")
+    except ProcessLookupError:
+        pass

@@ -66,9 +66,11 @@ def dump(
         endpoint_url=chosen.endpoint_url,
     )
     from crcli.pipeline.dump import dump as run
+    from crcli.pipeline.interrupts import answer_first
     from crcli.ui import reports
     from crcli.ui.progress import showing
 
+    answer_first()
     with showing(as_json) as progress:
         report = run(options, progress)
     reports.show_dump(report, as_json, dry_run=dry_run)

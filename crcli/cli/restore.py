@@ -68,9 +68,11 @@ def restore(
         endpoint_url=chosen.endpoint_url,
     )
     from crcli.pipeline import restore as story
+    from crcli.pipeline.interrupts import answer_first
     from crcli.ui import reports
     from crcli.ui.progress import showing
 
+    answer_first()
     with showing(as_json) as progress:
         if wait:
             return story.restore_and_wait(

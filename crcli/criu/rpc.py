@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 from crcli.criu.binary import criu_command
 from crcli.criu.limits import with_limits_answered
 from crcli.criu.messages import rpc
+from crcli.process.tree import child_pids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
 _MESSAGE_LIMIT = 1 << 20
+_DEATH_LIMIT_S = 10.0
 
 
 def _entering(pid: int) -> list[str]:
@@ -57,9 +59,12 @@ class CriuAnswer:
 class CriuProcess:
     """A `criu swrk` process in its own process group; a context manager that never leaves one behind."""
 
-    def __init__(self, channel: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
+    def __init__(
+        self, channel: socket.socket, process: subprocess.Popen[bytes] | None, enter: int = 0
+    ) -> None:
         self.channel = channel
         self.process = process
+        self.enter = enter
 
     @classmethod
     def start(cls, pass_fds: Sequence[int] = (), answer_limits: bool = False, enter: int = 0) -> CriuProcess:
@@ -84,7 +89,7 @@ class CriuProcess:
                 )
 
             process = with_limits_answered(launch) if answer_limits else launch()
-        return cls(ours, process)
+        return cls(ours, process, enter)
 
     def request(
         self, kind: int, options: Any, on_notify: Callable[[str, int], bool], limit_s: float | None = None
@@ -135,6 +140,17 @@ class CriuProcess:
             raise CriuDied("CRIU ended without an answer")
         return rpc.criu_resp.FromString(data)
 
+    def host_pid(self, limit_s: float = 2.0) -> int:
+        """The pid of CRIU itself as we see it: where it works inside other namespaces, nsenter's child."""
+        if self.process is None or self.enter == 0:
+            return self.process.pid if self.process is not None else 0
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end and self.process.poll() is None:
+            if children := child_pids(self.process.pid):
+                return children[0]
+            time.sleep(0.001)
+        return 0
+
     def wait(self, limit_s: float = 10.0) -> int | None:
         """Wait until the process has ended; kill it when it has not after `limit_s` seconds."""
         if self.process is None:
@@ -143,16 +159,16 @@ class CriuProcess:
             return self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            return self.process.wait()
+            return self.process.returncode
 
     def kill(self) -> None:
         """Kill CRIU's whole process group: what it has begun to restore goes with it."""
         if self.process is not None and self.process.poll() is None:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
+                self.process.wait(_DEATH_LIMIT_S)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
                 pass
-            self.process.wait()
 
     def __enter__(self) -> CriuProcess:
         return self

@@ -1,8 +1,8 @@
 """The story of a dump, from a pid to a durable image. Each stage says what is true when it ends.
 
-Until CRIU is answered "yes" in `_Hold`, whatever fails, the tree runs on: CRIU thaws it when we say no, when
-our connection ends, when it fails itself; and when CRIU dies, the kernel lets go of the tree and
-`rescue` undoes the rest.
+Until CRIU is answered "yes" in `_hold`, whatever fails, the tree runs on: CRIU thaws it when we say no, when
+our connection ends, when it fails itself; and when CRIU is killed, the standby sets the tree right before
+the kernel lets go of it. After the "yes" the image is durable, and the standby finishes what CRIU began.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from crcli.criu.images import read_tree, run_id
 from crcli.criu.log import explain
 from crcli.criu.options import LOG_NAME, dump_options
 from crcli.criu.page_server import receive_pages, socket_pair
-from crcli.criu.rescue import rescue
+from crcli.criu.rescue import free_sockets, remove_link_remaps, remove_tables
 from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Sandbox
 from crcli.criu.skeleton import named_files
+from crcli.criu.standby import AfterDeath, Standby
 from crcli.criu.workspace import OverflowFile, Workspace
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TreeState
 from crcli.findings import Finding, Severity
@@ -41,7 +42,7 @@ from crcli.pipeline.logs import keep_log
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.trial import try_skeleton
-from crcli.pipeline.watch import kill_all, tree_state, wait_until_dead
+from crcli.pipeline.watch import kill_all, trapped, tree_state, wait_until_dead
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import DumpTarget, failure_of
 from crcli.process.gather import gather
@@ -50,13 +51,14 @@ from crcli.process.tree import refuse_bad_target, scan_tree
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from crcli.criu.options import DumpPlan
     from crcli.image.manifest import StoredFile
     from crcli.pipeline.plan import OutsideLink
     from crcli.pipeline.stages import DumpOptions, Progress
     from crcli.process.evidence import Evidence
+    from crcli.process.identity import ProcessId
     from crcli.store.base import Store
 
 CRIU_LIMIT_S = 600.0
@@ -172,6 +174,7 @@ class _Dump:
         self.progress = progress
         self.on_frozen: Callable[[], None] = lambda: None
         self.published = False
+        self.is_holding = False
         self.frozen_at = 0.0
         self.skeleton: list[StoredFile] = []
         self.files: list[StoredFile] = []
@@ -196,7 +199,7 @@ class _Dump:
             self.workspace = held.enter_context(Workspace.create())
             self.images = held.enter_context(self.workspace.folder("images"))
             self.sandbox = held.enter_context(Sandbox(self.workspace.fd)) if self._wants_trial() else None
-            self.tables_before = netlock.tables()
+            self.standby = held.enter_context(Standby(self.target.evidence.root.pid, self.images.fd))
             store = open_store(self.options.store, endpoint_url=self.options.endpoint_url)
             held.callback(store.close)
             self.store: Store = store
@@ -227,6 +230,7 @@ class _Dump:
                 passed, _must_answer_limits(self.target.evidence), self.target.plan.enter
             ) as criu,
         ):
+            self.standby.watch(criu.host_pid(), self._on_criu_death)
             receiver = _Receiver(ours, self.intake)
             receiver.start()
             options = dump_options(self.target.plan, self.images.fd, theirs.fileno())
@@ -246,8 +250,15 @@ class _Dump:
             self._check_identity()
             self.frozen_at = time.monotonic()
         elif script == "post-dump":
+            self.is_holding = True
             self._hold(receiver)
+            self.is_holding = False
         return True
+
+    def _on_criu_death(self) -> None:
+        """CRIU was killed (we are told in another thread): what we do while it waits for us is in vain."""
+        if self.is_holding:
+            self.interrupts.abort(_CriuKilled("CRIU was killed"))
 
     def _check_identity(self) -> None:
         if not self.target.evidence.root.identity.alive():
@@ -270,6 +281,7 @@ class _Dump:
         if self.options.outcome != Outcome.RUNNING:
             with self.watch.phase("hold"):
                 self._publish()
+            self.standby.settle(self.options.outcome.value, self.tree.identities, self._keeps_lock())
 
     def _capture(self) -> None:
         evidence = self.target.evidence
@@ -356,7 +368,7 @@ class _Dump:
             with self.watch.phase("reap"):
                 self._clear_away()
         else:
-            netlock.remove_for(self.run_id)
+            self.standby.wait()  # it gives the stopped tree back its sockets, which CRIU does not
         self.report.outcome = outcome.value
 
     def _clear_away(self) -> None:
@@ -368,20 +380,42 @@ class _Dump:
         `doctor` remove the lock.
         """
         wait_until_dead(self.tree.identities)
-        if all(held.inside is None for held in self.target.evidence.tcp):
+        if not self._keeps_lock():
             netlock.remove_for(self.run_id)
+
+    def _keeps_lock(self) -> bool:
+        return any(held.inside is not None for held in self.target.evidence.tcp)
 
     def _after_failure(self, error: BaseException) -> None:
         """Decide what a failure means: raise, or go on where the image stands all the same."""
-        if isinstance(error, CriuDied | CriuTimeout):
-            stopped = [p.pid for p in self.target.evidence.tree if p.is_stopped]
-            if self.published and self.options.outcome == Outcome.KILLED:
-                kill_all(self.tree.identities)
-                return
-            rescue((p.pid for p in self.tree.living), stopped, self.tables_before)
-        raise self._failure(error) from error
+        self.interrupts.past_return()
+        after = self.standby.wait()
+        if after is None and isinstance(error, _CRIU_GONE):
+            after = self._without_standby()
+        if after is not None and after.finished:
+            return
+        victims = self._died_with_criu(after.held) if after is not None else ""
+        raise self._failure(error, victims) from error
 
-    def _failure(self, error: BaseException) -> BaseException:
+    def _without_standby(self) -> AfterDeath:
+        """CRIU and the standby are both gone: set right what can still be set right."""
+        members = self.tree.identities
+        if self.published and not all(member.alive() for member in members):
+            kill_all(members)
+            return AfterDeath(finished=True, held=())
+        pids = [process.pid for process in self.tree.living]
+        free_sockets(pids)
+        remove_link_remaps(pids)
+        if LOG_NAME in self.images.names():
+            remove_tables(self.images.read(LOG_NAME), pids[0])
+        return AfterDeath(finished=False, held=tuple(members))
+
+    def _died_with_criu(self, held: Iterable[ProcessId]) -> str:
+        """Name a process that did not survive CRIU's death; empty when all did."""
+        labels = {process.pid: process.label for process in self.tree}
+        return next((labels.get(one.pid, f"process {one.pid}") for one in trapped(held)), "")
+
+    def _failure(self, error: BaseException, victims: str = "") -> BaseException:
         """The error to raise, saying what the tree does now."""
         state = tree_state(
             self.target.evidence.tree
@@ -394,7 +428,13 @@ class _Dump:
             )
         if isinstance(error, Interrupted):
             return DumpFailed(f"the dump was {error}", hint="nothing was lost; run it again", state=state)
-        if isinstance(error, CriuDied):
+        if isinstance(error, CriuDied | _CriuKilled) and victims:
+            return DumpFailed(
+                f"CRIU was killed while its code ran inside {victims}, which died of it",
+                hint="this tree is not whole any more: end it and start it again",
+                state=TreeState.DEAD,
+            )
+        if isinstance(error, CriuDied | _CriuKilled):
             return _explained(self.images, "CRIU died during the dump", state)
         if isinstance(error, CriuTimeout):
             return _explained(self.images, "CRIU took too long", state)
@@ -405,6 +445,13 @@ class _Dump:
         if isinstance(error, OSError | ConnectionError):
             return DumpFailed(f"the dump failed: {error}", state=state)
         return error
+
+
+class _CriuKilled(BaseException):
+    """CRIU was killed while it waited for us. Not to be handled on the way up, as an interrupt is not."""
+
+
+_CRIU_GONE = (CriuDied, CriuTimeout, _CriuKilled)
 
 
 class _Receiver(threading.Thread):

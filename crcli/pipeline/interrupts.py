@@ -28,19 +28,44 @@ class Interrupts:
         self._raised = False
         self._past_return = False
         self._later = later
+        self._instead: BaseException | None = None
+
+    @property
+    def are_over(self) -> bool:
+        """Whether nothing can interrupt any more."""
+        return self._raised or self._past_return
 
     def past_return(self) -> None:
-        """From here on the work is finished whatever comes: signals are ignored, or left to `later`."""
+        """From here on the work is finished, or undone, whatever comes: signals are ignored, or `later`'s."""
         self._past_return = True
+
+    def abort(self, error: BaseException) -> None:
+        """From another thread: have the main thread raise `error`, as a signal would, if it still can."""
+        self._instead = error
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if self._past_return:
-            if self._later is not None:
+            if self._later is not None and self._instead is None:
                 self._later(number, frame)
         elif not self._raised:
             self._raised = True
-            raise Interrupted(number)
+            raise self._instead or Interrupted(number)
+
+
+_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+_answers_first = False
+
+
+def answer_first() -> None:
+    """From here on in this process: what cannot be interrupted any more is also answered before we end.
+
+    Without this a signal between the kill of a tree and the last line of output would end the command as if
+    it had failed.
+    """
+    global _answers_first
+    _answers_first = True
 
 
 @contextmanager
@@ -64,4 +89,5 @@ def interruptible(
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            ignored = _answers_first and interrupts.are_over and handler in _DEFAULTS
+            signal.signal(number, signal.SIG_IGN if ignored else handler)

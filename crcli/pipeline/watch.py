@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from crcli.errors import TreeState
-from crcli.process.identity import ProcessId, read_stat
+from crcli.process.identity import ProcessId, read_proc, read_stat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,6 +40,20 @@ def kill_all(processes: Iterable[ProcessId]) -> None:
                 os.kill(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+def trapped(processes: Iterable[ProcessId], within_s: float = 0.05) -> list[ProcessId]:
+    """Those of these processes, let go a moment ago, that died of a breakpoint (SIGTRAP), or are gone."""
+    time.sleep(within_s)
+    return [one for one in processes if not one.alive() and _ending_signal(one.pid) in (signal.SIGTRAP, None)]
+
+
+def _ending_signal(pid: int) -> int | None:
+    """The signal that ended a process that was not reaped yet; None for one that was."""
+    try:
+        return int(read_proc(f"/proc/{pid}/stat").split()[-1]) & 0x7F
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def tree_state(tree: Tree, limit_s: float = 2.0) -> TreeState:

@@ -1,0 +1,261 @@
+"""A process that stands by while CRIU holds a tree, and sets the tree right when CRIU dies.
+
+When CRIU is killed, the kernel lets go of the tree at once, in whatever state it is: sockets in repair mode,
+some processes killed and others not. Who learns of the death afterwards is too late: the program has seen
+its connections fail. So the standby is CRIU's tracer. On the way out, before CRIU's own grip on the tree
+ends, the kernel stops CRIU for its tracer (PTRACE_EVENT_EXIT, also after SIGKILL). The tree stands still
+until the standby has set it right. That costs a wake-up for each signal that CRIU gets, about 30 for each
+process of the tree and 10 microseconds each.
+
+It has a session of its own and outlives crcli, whose death ends CRIU's work as well: by CRIU's own hand,
+or, should CRIU be killed too, by the standby's.
+
+**What nobody can set right**: for some tens of microseconds at a time, when CRIU enters or leaves a process,
+a thread runs on registers that only CRIU knows how to give back. A CRIU that is killed just then takes
+that process with it (SIGTRAP).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from crcli import kernel
+from crcli.criu.options import LOG_NAME
+from crcli.criu.rescue import SocketSettings, free_sockets, remember, remove_link_remaps, remove_tables
+from crcli.process.identity import ProcessId, identify, read_proc
+from crcli.process.tree import child_pids
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+
+_LIMIT_S = 20.0
+_MESSAGE_LIMIT = 1 << 20
+_SIGKILL_BIT = 1 << (signal.SIGKILL - 1)
+
+
+@dataclass(frozen=True)
+class AfterDeath:
+    """What the standby did once CRIU was killed.
+
+    `finished`: the image was durable, and the tree is killed or stopped now, as CRIU was told. Otherwise the
+    tree runs as before; `held` are the processes that CRIU held when it died.
+    """
+
+    finished: bool
+    held: tuple[ProcessId, ...]
+
+
+class Standby:
+    """See the module. A context manager: leaving it ends the standby once CRIU has ended."""
+
+    def __init__(self, root: int, images_fd: int) -> None:
+        """Fork it. `root` is the tree's root. Call before any thread is started and before CRIU is."""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._report: AfterDeath | None = None
+        self._listener: threading.Thread | None = None
+        self._pid = kernel.quiet_fork()
+        if self._pid == 0:
+            _stand_by(theirs, root, images_fd)
+        theirs.close()
+
+    def watch(self, criu: int, on_death: Callable[[], None]) -> None:
+        """Begin to watch the CRIU with this pid; call `on_death` (in another thread) should it be killed."""
+        self._send({"criu": criu})
+        self._listener = threading.Thread(target=self._listen, args=(on_death,), name="standby", daemon=True)
+        self._listener.start()
+
+    def settle(self, outcome: str, members: Iterable[ProcessId], keep_lock: bool) -> None:
+        """Tell what is to become of the tree, right before CRIU is told so: the image is durable.
+
+        A CRIU that dies from now on with the tree half killed (or half stopped) leaves the rest to the
+        standby.
+        """
+        pairs = [(member.pid, member.start_time) for member in members]
+        self._send({"outcome": outcome, "members": pairs, "keep_lock": keep_lock})
+
+    def wait(self) -> AfterDeath | None:
+        """Wait until CRIU has ended and the tree is set right; say how, if CRIU was killed.
+
+        None when CRIU ended by itself, or when the standby is gone too.
+        """
+        try:
+            self._control.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it is gone
+        if self._listener is not None:
+            self._listener.join(_LIMIT_S)
+        return self._report
+
+    def close(self) -> None:
+        """End it."""
+        if self._pid:
+            self.wait()
+            if self._listener is None or self._listener.is_alive():
+                os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+            self._control.close()
+
+    def __enter__(self) -> Standby:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._control.send(json.dumps(message).encode())
+        except OSError:
+            pass  # it was killed: CRIU works as well without it
+
+    def _listen(self, on_death: Callable[[], None]) -> None:
+        while text := self._control.recv(_MESSAGE_LIMIT):
+            told = json.loads(text)
+            self._report = AfterDeath(told["finished"], tuple(ProcessId(*pair) for pair in told["held"]))
+            on_death()
+
+
+def _stand_by(control: socket.socket, root: int, images_fd: int) -> None:
+    """What the process does. Never returns."""
+    try:
+        os.setsid()
+        _close_all_but(control.fileno(), images_fd)
+        before = remember(_tree_of(root))
+        first = control.recv(_MESSAGE_LIMIT)
+        if first:
+            _Watch(control, root, images_fd, before).run(json.loads(first)["criu"])
+    finally:
+        os._exit(0)
+
+
+class _Watch:
+    """The standby at work."""
+
+    def __init__(self, control: socket.socket, root: int, images_fd: int, before: SocketSettings) -> None:
+        self.control = control
+        self.root = root
+        self.images_fd = images_fd
+        self.before = before
+        self.outcome = ""
+        self.members: list[ProcessId] = []
+        self.keep_lock = True
+        self.is_alone = False
+
+    def run(self, criu: int) -> None:
+        """Trace CRIU to its end, and do what there is to do right before that."""
+        kernel.trace_exit(criu)
+        report = None
+        while (stop := kernel.wait_for_stop(criu)) is not None:
+            number = stop.signal
+            if stop.is_exit:
+                self._hear()
+                killed = os.WIFSIGNALED(kernel.exit_status(criu))
+                number = 0
+                if killed:
+                    report = self._after_death()
+                else:
+                    self._after_end()
+            kernel.go_on(criu, number)
+        if report is not None:
+            self.control.send(json.dumps(report).encode())
+
+    def _hear(self) -> None:
+        """Take in what crcli has said since, and whether it is still there."""
+        self.control.setblocking(False)
+        try:
+            while text := self.control.recv(_MESSAGE_LIMIT):
+                told = json.loads(text)
+                self.outcome, self.keep_lock = told["outcome"], told["keep_lock"]
+                self.members = [ProcessId(*pair) for pair in told["members"]]
+            self.is_alone = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.is_alone = True
+
+    def _after_death(self) -> dict[str, Any]:
+        """CRIU was killed. The tree stands still: finish what CRIU had begun, or undo it."""
+        if self.outcome == "killed" and any(map(_is_dying, self.members)):
+            self._signal_all(signal.SIGKILL)
+            self._unlock_if_alone()
+            return {"finished": True, "held": []}
+        held = [identify(pid) for pid in _tree_of(self.root) if os.path.exists(f"/proc/{pid}")]
+        if self.outcome == "stopped":
+            self._signal_all(signal.SIGSTOP)
+        self._free()
+        return {"finished": self.outcome == "stopped", "held": [(one.pid, one.start_time) for one in held]}
+
+    def _after_end(self) -> None:
+        """CRIU ended by itself: it has undone what it did, unless the tree was to be killed or stopped."""
+        if self.outcome == "stopped":
+            self._free()
+        elif self.outcome == "killed":
+            self._unlock_if_alone()
+
+    def _unlock_if_alone(self) -> None:
+        """Do for a killed tree what crcli would do, had it lived."""
+        if self.is_alone and not self.keep_lock:
+            remove_tables(self._log(), self.root)
+
+    def _free(self) -> None:
+        pids = _tree_of(self.root)
+        free_sockets(pids, self.before)
+        remove_link_remaps(pids)
+        remove_tables(self._log(), self.root)
+
+    def _signal_all(self, number: int) -> None:
+        for member in self.members:
+            if member.alive():
+                try:
+                    os.kill(member.pid, number)
+                except ProcessLookupError:
+                    continue
+
+    def _log(self) -> bytes:
+        """The beginning of CRIU's log, where it says which run this is."""
+        try:
+            log = os.open(LOG_NAME, os.O_RDONLY, dir_fd=self.images_fd)
+        except OSError:
+            return b""
+        return os.pread(log, 1 << 16, 0)
+
+
+def _is_dying(process: ProcessId) -> bool:
+    """Whether a process is dead, or is about to be: SIGKILL is on its way."""
+    if not process.alive():
+        return True
+    try:
+        lines = read_proc(f"/proc/{process.pid}/status").splitlines()
+    except OSError:
+        return True
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith((b"SigPnd:", b"ShdPnd:"))]
+    return any(mask & _SIGKILL_BIT for mask in masks)
+
+
+def _tree_of(root: int) -> list[int]:
+    pids = [root]
+    for pid in pids:
+        pids += child_pids(pid)
+    return pids
+
+
+def _close_all_but(*kept: int) -> None:
+    """Give back what is the command's: nobody who waits for its end, or its output's, is to wait for us."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in kept:
+            try:
+                os.close(int(name))
+            except OSError:
+                continue
