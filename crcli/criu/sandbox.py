@@ -55,7 +55,7 @@ class Sandbox:
         """Fork it. Call before any thread is started. Raises HostLacks when namespaces are not allowed."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.keeper = os.fork()
+        self.keeper = kernel.quiet_fork()
         if self.keeper == 0:
             self._control.close()
             self.channel.close()
@@ -80,14 +80,14 @@ class Sandbox:
 
     def close(self) -> None:
         """Kill everything inside, and reap the keeper, which reaps its child: no zombie is left to others."""
-        if self.keeper > 0:
-            for pid in _only_child(self.keeper) or [self.keeper]:
+        keeper, self.keeper = self.keeper, 0
+        if keeper > 0:
+            for pid in _only_child(keeper) or [keeper]:
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
-            os.waitpid(self.keeper, 0)
-            self.keeper = 0
+            os.waitpid(keeper, 0)
         self._control.close()
         self.channel.close()
 
@@ -121,7 +121,7 @@ class Residence:
         """Fork it and start CRIU inside. Call before any thread is started."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        helper = os.fork()
+        helper = kernel.quiet_fork()
         if helper == 0:
             self._control.close()
             channel.close()
