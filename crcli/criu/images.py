@@ -38,6 +38,11 @@ _SHARED_MAGICS = tuple(struct.pack("<I", value) for value in (_COMMON_MAGIC, _SE
 _SIZE = struct.Struct("<I")
 _PRESENT = 4
 _TASK_ALIVE = 1
+_COUNTS = tuple(
+    name for name in ("nr_pages", "compat_nr_pages") if name in pagemap_entry.DESCRIPTOR.fields_by_name
+)
+"""Where a pagemap entry counts its pages: CRIU 4.2 has two such fields, for its older readers."""
+
 _REMAP_LINKED, _REMAP_PROCFS = 0, 2
 
 
@@ -142,7 +147,7 @@ def read_descriptors(images: Workspace) -> dict[int, list[tuple[str, int]]]:
 def run_id(images: Workspace) -> str:
     """The id under which CRIU locked the network at the dump (empty when it has none)."""
     entry = ImageFile.parse(images.read("inventory.img"), inventory_entry).entries[0]
-    return str(entry.dump_criu_run_id)
+    return str(getattr(entry, "dump_criu_run_id", ""))
 
 
 def link_remaps(images: Workspace) -> list[str]:
@@ -169,7 +174,7 @@ def write_pagemap(images: Workspace, space: SpaceKey, pages_id: int, runs: Itera
     """
     parts = [_head("PAGEMAP"), _message(pagemap_head(pages_id=pages_id))]
     parts += [
-        _message(pagemap_entry(vaddr=start * PAGE, compat_nr_pages=pages, nr_pages=pages, flags=_PRESENT))
+        _message(pagemap_entry(vaddr=start * PAGE, flags=_PRESENT, **dict.fromkeys(_COUNTS, pages)))
         for start, pages in runs
     ]
     images.write(pagemap_name(space), b"".join(parts))

@@ -2,8 +2,8 @@
 
 During a dump CRIU sends each run of pages into a socket whose other end we hold. The protocol
 (criu/page-xfer.c upstream) is little-endian: a header `u32 command, pad, u64 pages, u64 address, u64
-owner`, followed, for runs that carry them, by `pages * 4096` bytes. The low 16 bits of the command are the
-operation, the high 16 its flags.
+owner` (until CRIU 4.1: `u32 command, u32 pages, u64 address, u64 owner`), followed, for runs that carry
+them, by `pages * 4096` bytes. The low 16 bits of the command are the operation, the high 16 its flags.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from crcli.memory.extents import PAGE, SpaceKey, SpaceKind
 from crcli.memory.intake import receive_exactly
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from crcli.memory.intake import Intake
 
-_HEADER = struct.Struct("<I4xQQQ")
+_HEADER, _OLD_HEADER = struct.Struct("<I4xQQQ"), struct.Struct("<IIQQ")
 
 _OPEN, _OPEN2, _PARENT, _ADD, _ADD_F, _HOLE, _GET = 3, 4, 5, 1, 6, 2, 7
 _CLOSE, _FORCE_CLOSE = 0x1023, 0x1024
@@ -46,10 +48,7 @@ def receive_pages(channel: socket.socket, intake: Intake) -> None:
     The intake gives the memory to receive into, and by giving none holds CRIU back. Raises
     PageProtocolError on anything unexpected, ConnectionError when CRIU ends in the middle.
     """
-    header = bytearray(_HEADER.size)
-    view = memoryview(header)
-    while receive_exactly(channel, view, end_allowed=True):
-        command, pages, address, owner = _HEADER.unpack(header)
+    for command, pages, address, owner in _headers(channel):
         operation, flags = command & 0xFFFF, command >> 16
         if operation == _ADD_F:
             if flags & FLAG_PRESENT:
@@ -67,6 +66,25 @@ def receive_pages(channel: socket.socket, intake: Intake) -> None:
         else:
             raise PageProtocolError(f"unknown page-server command {command:#x}")
     raise ConnectionError("CRIU closed the page connection before it said that all pages were sent")
+
+
+def _headers(channel: socket.socket) -> Iterator[tuple[int, int, int, int]]:
+    """Every header that comes, as (command, pages, address, owner).
+
+    The first opens a space: it has an owner, but neither pages nor an address. So the owner's place in it
+    tells which of the two layouts this CRIU speaks.
+    """
+    buffer = memoryview(bytearray(_HEADER.size))
+    if not receive_exactly(channel, buffer[: _OLD_HEADER.size], end_allowed=True):
+        return
+    if _OLD_HEADER.unpack_from(buffer)[3]:
+        layout, buffer = _OLD_HEADER, buffer[: _OLD_HEADER.size]
+    else:
+        layout = _HEADER
+        receive_exactly(channel, buffer[_OLD_HEADER.size :])
+    yield layout.unpack(buffer)
+    while receive_exactly(channel, buffer, end_allowed=True):
+        yield layout.unpack(buffer)
 
 
 def _space(owner: int) -> SpaceKey:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from crcli.image.manifest import Manifest
 
 
-_MADE_BY_THE_KERNEL = ("/proc/", "/sys/", "/dev/")
+_MADE_BY_THE_KERNEL = ("/proc/", "/sys/", "/dev/pts/")
 
 
 def guard(manifest: Manifest) -> list[Finding]:

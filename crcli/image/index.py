@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
+
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, unpack_container
 from crcli.image.names import IMAGES, INDEXES, PACKS, pages_key
@@ -160,4 +162,6 @@ def _load_index(store: Store, image_id: str, there: set[str], known: KnownChunks
     if any(packs[number].hex() not in there for number in {chunk.pack for chunk in chunks}):
         return
     digests = store.get(pages_key(image_id)) if any(chunk.is_memory for chunk in chunks) else b""
+    if blake3(digests).digest() != sections["PGHS"]:
+        raise ImageDamaged(f"{pages_key(image_id)} is not what {name} says")
     known.add(packs, chunks, digests)

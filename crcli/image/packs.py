@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -22,6 +21,7 @@ from crcli.image.tables import PACK_ID, Chunk, write_chunks, write_packs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from concurrent.futures import Future
 
     from crcli.image.index import KnownChunks
     from crcli.store.base import Buffer, ObjectWriter, Store
@@ -52,6 +52,8 @@ class PackWriter:
     """
 
     def __init__(self, store: Store, image_id: str, known: KnownChunks | None = None) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         self._store = store
         self._image_id = image_id
         self._known = known
@@ -65,6 +67,7 @@ class PackWriter:
         self._pack_number = 0
         self._pack_size = 0
         self._pages: ObjectWriter | None = None
+        self._pages_hash = blake3()
         self._committer = ThreadPoolExecutor(2, "pack-commit")
         self._commits: list[Future[None]] = []
         self.stored_bytes = 0
@@ -137,6 +140,7 @@ class PackWriter:
                 {
                     "PACK": write_packs(self._packs),
                     "CHNK": write_chunks(self._chunks[number] for number in self._new),
+                    "PGHS": self._pages_hash.digest(),
                 },
             )
             self._store.put(index_key(self._image_id), index)
@@ -189,6 +193,7 @@ class PackWriter:
         if self._pages is None:
             self._pages = self._store.writer(pages_key(self._image_id))
         self._pages.write(digests)
+        self._pages_hash.update(digests)
         self.stored_bytes += len(digests)
 
     def _raise_failed_commits(self) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PACK_ID = 16
 
 _CHUNK = struct.Struct("<IIQIHH32s")
-_SPACE = struct.Struct("<IIQ")
+_SPACE = struct.Struct("<IQI")
 _EXTENT = struct.Struct("<QIIHBB")
 _FLAG_LAZY = 1
 

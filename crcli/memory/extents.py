@@ -32,7 +32,6 @@ class Source(IntEnum):
 
     ZERO = 0
     CHUNK = 1
-    WEIGHTS = 2
 
 
 class Extent(NamedTuple):

@@ -98,11 +98,11 @@ def _wanted(
     for path, flags, mode, _ in regular_files(images):
         if path in remaps or path.startswith(_NEVER) or (mode and not stat.S_ISREG(mode)):
             continue
-        if flags & os.O_ACCMODE:
+        if _on_memory_file_system(root + path, mounts):
+            yield Wanted(path, "memory")
+        elif flags & os.O_ACCMODE:
             yield Wanted(path, "written")
             yield from _database_siblings(root, path)
-        elif _on_memory_file_system(root + path, mounts):
-            yield Wanted(path, "memory")
 
 
 def _included(root: str, path: str) -> Iterator[Wanted]:

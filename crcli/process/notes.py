@@ -180,7 +180,7 @@ def gpus(evidence: Evidence) -> Iterator[Finding]:
             "gpu",
             f"{who(evidence, held)} uses {held[0].path}",
             places(evidence, held),
-            "moves GPU memory into the process before the freeze",
+            "leaves GPU memory alone: what the trial cannot restore is refused",
         )
 
 

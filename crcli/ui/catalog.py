@@ -50,7 +50,6 @@ def describe_image(manifest: Manifest, store_url: str) -> dict[str, Any]:
         "store": store_url,
         "memory_bytes": sum(by_source.values()),
         "zero_bytes": by_source[Source.ZERO],
-        "weights_bytes": by_source[Source.WEIGHTS],
         "stored_bytes": sum(chunk.stored for chunk in manifest.chunks),
         "packs": len(manifest.packs),
         "chunks": len(manifest.chunks),

@@ -94,7 +94,7 @@ def described(data: bytes) -> dict[str, Any]:
                 for start, count, chunk, offset, source, flags in (next(extents) for _ in range(extent_count))
             ],
         }
-        for kind, number, extent_count in sections.records("SPCE", "<IIQ")
+        for kind, number, extent_count in sections.records("SPCE", "<IQI")
     ]
     assert next(extents, None) is None
     return {
@@ -151,7 +151,9 @@ class Reader:
         sections = take_apart((self.folder / "indexes" / f"{image_id}.index").read_bytes())
         assert sections.kind == 2
         packs = pack_ids(sections)
-        digests = struct.iter_unpack("32s", (self.folder / "indexes" / f"{image_id}.pages").read_bytes())
+        listed = (self.folder / "indexes" / f"{image_id}.pages").read_bytes()
+        assert sections.bodies["PGHS"] == blake3(listed).digest()
+        digests = struct.iter_unpack("32s", listed)
         found = {}
         for pack, raw, offset, _, _, memory, _ in sections.records("CHNK", "<IIQIHH32s"):
             for page in range(raw // 4096 if memory else 0):
@@ -219,7 +221,7 @@ def test_version_1_is_listed_and_known(golden: FileStore) -> None:
     assert unknown is None
     places = [(*known.chunk(place[0]), place[1]) for place in found if place is not None]
     short = [(pack[-1], chunk.offset, page) for pack, chunk, page in places]
-    assert short == [(1, 8, 3), (1, 57, 0), (2, 8, 1)]
+    assert short == [(1, 8, 3), (1, 57, 0), (6, 8, 1)]
 
 
 @pytest.mark.parametrize("image", DESCRIBED, ids=[FIRST, SECOND])
