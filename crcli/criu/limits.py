@@ -22,7 +22,6 @@ import os
 import select
 import struct
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from fcntl import ioctl
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -83,6 +82,8 @@ def with_limits_answered(start: Callable[[], Started]) -> Started:
     CAP_SYS_ADMIN, no seccomp, a container whose own supervisor answers calls already), `start` is called
     all the same, and the kernel refuses what it refuses.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     listeners: list[int] = []
 
     def filtered() -> Started:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -304,6 +303,8 @@ class _Restore:
 
     def _mountable_folder(self) -> int:
         """A folder in which CRIU can mount the cgroup hierarchies while it works."""
+        import tempfile
+
         path = self.held.enter_context(tempfile.TemporaryDirectory(prefix="crcli-cgroups-"))
         self.logs = Workspace(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         self.held.callback(self.logs.close)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import stat
 import time
 from contextlib import contextmanager
@@ -196,7 +195,7 @@ class FileWriter:
         self._if_absent = if_absent
         self._written = 0
         self._asked = 0
-        self._temporary = os.path.join(store.root, TEMPORARY, f"{os.getpid()}-{secrets.token_hex(8)}")
+        self._temporary = os.path.join(store.root, TEMPORARY, f"{os.getpid()}-{os.urandom(8).hex()}")
         self._descriptor = _create(self._temporary)
 
     def write(self, data: Buffer) -> None:
