@@ -51,15 +51,18 @@ class Order:
 class Sandbox:
     """See the module. A context manager: leaving it destroys everything inside."""
 
-    def __init__(self, workspace_fd: int) -> None:
-        """Fork it. Call before any thread is started. Raises HostLacks when namespaces are not allowed."""
+    def __init__(self, images_fd: int) -> None:
+        """Fork it. Call before any thread is started. CRIU will find its images in `images_fd`.
+
+        Raises HostLacks when namespaces are not allowed.
+        """
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.keeper = kernel.quiet_fork()
         if self.keeper == 0:
             self._control.close()
             self.channel.close()
-            _keep(theirs, criu_end, workspace_fd)
+            _keep(theirs, criu_end, images_fd)
         theirs.close()
         criu_end.close()
         answer = self._control.recv(4096)
@@ -241,7 +244,7 @@ STAND_IN_FD = 200
 """The first of the descriptors that stand in for external objects inside a sandbox."""
 
 
-def _keep(control: socket.socket, criu_end: socket.socket, workspace_fd: int) -> None:
+def _keep(control: socket.socket, criu_end: socket.socket, images_fd: int) -> None:
     """The keeper: make the namespaces, fork their first process, wait. Never returns."""
     try:
         reset_signals()
@@ -251,7 +254,7 @@ def _keep(control: socket.socket, criu_end: socket.socket, workspace_fd: int) ->
         first = os.fork()
         if first == 0:
             kernel.die_with_parent(signal.SIGKILL)
-            _serve(control, criu_end, workspace_fd)
+            _serve(control, criu_end, images_fd)
         os.waitpid(first, 0)
     except BaseException as error:
         _say(control, str(error))
@@ -259,7 +262,7 @@ def _keep(control: socket.socket, criu_end: socket.socket, workspace_fd: int) ->
         os._exit(1)
 
 
-def _serve(control: socket.socket, criu_end: socket.socket, workspace_fd: int) -> None:
+def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int) -> None:
     """The first process of the pid namespace: wait for the order, start CRIU, reap. Never returns."""
     try:
         kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
@@ -278,7 +281,7 @@ def _serve(control: socket.socket, criu_end: socket.socket, workspace_fd: int) -
         _fresh_terminals()
         _dodge(order.taken_pids)
         if os.fork() == 0:
-            _exec_criu(criu_end, stand_ins, [workspace_fd])
+            _exec_criu(criu_end, stand_ins, [images_fd])
         criu_end.close()
         control.send(_READY)
         reap_until_alone()

@@ -198,7 +198,8 @@ class _Dump:
         with self.watch.phase("prepare"):
             self.workspace = held.enter_context(Workspace.create())
             self.images = held.enter_context(self.workspace.folder("images"))
-            self.sandbox = held.enter_context(Sandbox(self.workspace.fd)) if self._wants_trial() else None
+            self.trial = held.enter_context(self.workspace.folder("trial"))
+            self.sandbox = held.enter_context(Sandbox(self.trial.fd)) if self._wants_trial() else None
             self.standby = held.enter_context(Standby(self.target.evidence.root.pid, self.images.fd))
             store = open_store(self.options.store, endpoint_url=self.options.endpoint_url)
             held.callback(store.close)
@@ -275,7 +276,7 @@ class _Dump:
         if self.sandbox is not None:
             with self.watch.phase("trial"):
                 plan, links = self.target.plan, self.target.links
-                try_skeleton(self.sandbox, self.workspace, self.images, self.intake.kept, plan, links)
+                try_skeleton(self.sandbox, self.trial, self.images, self.intake.kept, plan, links)
         self.intake.open_gate()
         self.report.frozen_ms = round((time.monotonic() - self.frozen_at) * 1000, 2)
         if self.options.outcome != Outcome.RUNNING:

@@ -38,7 +38,7 @@ _LEFT_OUT = frozenset((LOG_NAME, "filelocks.img"))
 
 def try_skeleton(
     sandbox: Sandbox,
-    workspace: Workspace,
+    trial: Workspace,
     images: Workspace,
     kept: Mapping[SpaceKey, list[tuple[int, bytes]]],
     plan: DumpPlan,
@@ -46,46 +46,44 @@ def try_skeleton(
 ) -> None:
     """Restore the skeleton in the sandbox, without a single instruction of the tree being run.
 
+    `trial` is an empty folder that the sandbox has open, for the images as they are tried.
     Raises DumpFailed when it cannot be restored: the dump must then be given up, and the tree let go.
     """
-    with workspace.folder("trial") as trial:
-        for name in images.names():
-            if name not in _LEFT_OUT:
-                trial.link_from(images, name)
-        _lay_out_kept(trial, kept)
-        forget_sizes(trial)  # others may write to the same files meanwhile
-        outside = [link for link in links if link.external]
-        members = read_tree(trial)
-        forget_foreign_sessions(trial, {member.pid for member in members})
-        if plan.manage_cgroups:
-            join_threads_to_leaders(trial)
-        pids = [pid for member in members for pid in (member.pid, *member.threads)]
-        order = Order(
-            overlays=tuple(touched_folders(trial)),
-            keep=tuple(outside_sockets(trial)),
-            taken_pids=tuple(pids),
-            stand_ins=tuple(_stand_in(link) for link in outside),
-        )
-        restore = RestorePlan(
-            shell_job=plan.shell_job,
-            manage_cgroups=False,
-            tcp_close=True,
-            external=tuple(link.key for link in outside),
-            inherit={link.inherit_key: STAND_IN_FD + number for number, link in enumerate(outside)},
-            leave_stopped=True,
-            sibling=True,
-        )
-        try:
-            criu = sandbox.start_criu(order)
-            folder = f"/proc/self/fd/{workspace.fd}/trial"
-            answer = criu.request(
-                rpc.RESTORE, restore_options(restore, folder), lambda *_: True, TRIAL_LIMIT_S
-            )
-        except (CriuDied, CriuTimeout, OSError) as error:
-            reason = "took too long" if isinstance(error, CriuTimeout) else str(error)
-            raise _refusal(f"the trial restore {reason}", trial) from error
-        if not answer.success:
-            raise _refusal("the trial restore failed", trial)
+    for name in images.names():
+        if name not in _LEFT_OUT:
+            trial.link_from(images, name)
+    _lay_out_kept(trial, kept)
+    forget_sizes(trial)  # others may write to the same files meanwhile
+    outside = [link for link in links if link.external]
+    members = read_tree(trial)
+    forget_foreign_sessions(trial, {member.pid for member in members})
+    if plan.manage_cgroups:
+        join_threads_to_leaders(trial)
+    pids = [pid for member in members for pid in (member.pid, *member.threads)]
+    order = Order(
+        overlays=tuple(touched_folders(trial)),
+        keep=tuple(outside_sockets(trial)),
+        taken_pids=tuple(pids),
+        stand_ins=tuple(_stand_in(link) for link in outside),
+    )
+    restore = RestorePlan(
+        shell_job=plan.shell_job,
+        manage_cgroups=False,
+        tcp_close=True,
+        external=tuple(link.key for link in outside),
+        inherit={link.inherit_key: STAND_IN_FD + number for number, link in enumerate(outside)},
+        leave_stopped=True,
+        sibling=True,
+    )
+    try:
+        criu = sandbox.start_criu(order)
+        folder = f"/proc/self/fd/{trial.fd}"
+        answer = criu.request(rpc.RESTORE, restore_options(restore, folder), lambda *_: True, TRIAL_LIMIT_S)
+    except (CriuDied, CriuTimeout, OSError) as error:
+        reason = "took too long" if isinstance(error, CriuTimeout) else str(error)
+        raise _refusal(f"the trial restore {reason}", trial) from error
+    if not answer.success:
+        raise _refusal("the trial restore failed", trial, answer.message)
 
 
 def _stand_in(link: OutsideLink) -> str:
@@ -106,9 +104,9 @@ def _lay_out_kept(trial: Workspace, kept: Mapping[SpaceKey, list[tuple[int, byte
     lay_out_memory(trial, extents, fill)
 
 
-def _refusal(what: str, trial: Workspace) -> DumpFailed:
+def _refusal(what: str, trial: Workspace, said: str = "") -> DumpFailed:
     log = trial.read(LOG_NAME).decode(errors="replace") if LOG_NAME in trial.names() else ""
-    cause = explain(log)
+    cause = explain(log or said)
     if os.environ.get("CRCLI_DEBUG"):
         what += "\n" + log
     return DumpFailed(
