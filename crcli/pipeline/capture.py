@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from crcli.criu.images import link_remaps
@@ -20,7 +21,7 @@ from crcli.process.evidence import MEMORY_FILE_SYSTEMS
 from crcli.process.files import leased_inodes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from crcli.criu.workspace import Workspace
     from crcli.image.packs import PackWriter
@@ -70,13 +71,13 @@ def capture_files(
     stored: list[StoredFile] = []
     findings: list[Finding] = []
     seen: set[str] = set()
-    leased = leased_inodes()
-    for wanted in _wanted(images, root, mounts, include):
+    leased = cache(leased_inodes)  # reading /proc/locks makes the kernel wait for all of its processors: 10 ms
+    for wanted in _wanted(images, root, mounts, include, leased):
         if wanted.path in seen:
             continue
         seen.add(wanted.path)
         try:
-            if os.stat(root + wanted.path).st_ino in leased:
+            if os.stat(root + wanted.path).st_ino in leased():
                 continue  # opening it would break the lease, which the tree can see
             file = _store(root, wanted, writer)
         except FileNotFoundError:
@@ -89,7 +90,11 @@ def capture_files(
 
 
 def _wanted(
-    images: Workspace, root: str, mounts: dict[int, Mount], include: tuple[str, ...]
+    images: Workspace,
+    root: str,
+    mounts: dict[int, Mount],
+    include: tuple[str, ...],
+    leased: Callable[[], Collection[int]],
 ) -> Iterator[Wanted]:
     remaps = link_remaps(images)
     yield from (Wanted(path, "link") for path in remaps)
@@ -102,7 +107,7 @@ def _wanted(
             yield Wanted(path, "memory")
         elif flags & os.O_ACCMODE:
             yield Wanted(path, "written")
-            yield from _database_siblings(root, path)
+            yield from _database_siblings(root, path, leased)
 
 
 def _included(root: str, path: str) -> Iterator[Wanted]:
@@ -116,9 +121,11 @@ def _included(root: str, path: str) -> Iterator[Wanted]:
                 yield Wanted(found.removeprefix(root), "include")
 
 
-def _database_siblings(root: str, path: str) -> Iterator[Wanted]:
+def _database_siblings(
+    root: str, path: str, leased: Callable[[], Collection[int]]
+) -> Iterator[Wanted]:
     try:
-        if os.stat(root + path).st_ino in leased_inodes():
+        if os.stat(root + path).st_ino in leased():
             return
         with open(root + path, "rb") as file:
             is_database = file.read(len(_SQLITE_MAGIC)) == _SQLITE_MAGIC

@@ -383,7 +383,7 @@ class _Restore:
             ready_ms=ready_ms,
             total_ms=round(since_process_start_ms(), 2),
             phases=self.watch.phases,
-            findings=tuple(self.findings),
+            findings=(*self.findings, *self.replacements.findings()),
         )
 
     # Something failed: nothing of it may be left.

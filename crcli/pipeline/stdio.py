@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from crcli.findings import Finding, Severity
 from crcli.pipeline.stages import Stdio
 
 if TYPE_CHECKING:
@@ -41,6 +42,18 @@ class Replacements:
     """The other sides of the terminals that are passed on to ours."""
     kept: list[int] = field(default_factory=list)
     """The other sides of what writes into the log, until the keeper has them."""
+
+    def findings(self) -> Iterator[Finding]:
+        """Where the user finds what the tree writes from now on."""
+        if self.log:
+            yield Finding(
+                "output-logged",
+                Severity.NOTE,
+                f"what went to a terminal or a pipe outside the tree now goes to {self.log}",
+                {"path": self.log},
+                action="appends to that file",
+                remedy="`restore --wait --stdio inherit` shows it here instead",
+            )
 
     def close(self) -> None:
         """Close our copies."""
