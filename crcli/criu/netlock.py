@@ -55,11 +55,15 @@ def remove(name: str) -> None:
         pass
 
 
+def tables_of(run_id: str) -> list[str]:
+    """The tables of the dump with this run id (their names hold as much of the id as fits)."""
+    return [name for name in tables() if run_id and run_id.startswith(name.removeprefix(PREFIX))]
+
+
 def remove_for(run_id: str) -> None:
-    """Remove the table of the dump with this run id (its name holds as much of the id as fits)."""
-    for name in tables():
-        if run_id and run_id.startswith(name.removeprefix(PREFIX)):
-            remove(name)
+    """Remove the tables of the dump with this run id."""
+    for name in tables_of(run_id):
+        remove(name)
 
 
 def _open() -> socket.socket:

@@ -71,7 +71,7 @@ def capture_files(
     stored: list[StoredFile] = []
     findings: list[Finding] = []
     seen: set[str] = set()
-    leased = cache(leased_inodes)  # reading /proc/locks makes the kernel wait for all of its processors: 10 ms
+    leased = cache(leased_inodes)  # only where needed: for /proc/locks the kernel waits for every processor
     for wanted in _wanted(images, root, mounts, include, leased):
         if wanted.path in seen:
             continue

@@ -23,6 +23,7 @@ from crcli.criu.sandbox import Residence
 from crcli.criu.skeleton import (
     close_outside_connections,
     forget_foreign_sessions,
+    forget_network_lock,
     forget_sizes,
     lay_out_memory,
     mend_connections,
@@ -226,6 +227,8 @@ class _Restore:
         self.placement = place_files(self.manifest, self.reader, self.options.changed_files)
         forget_sizes(self.images, {file.name for file in self.manifest.files})
         mend_connections(self.images)
+        if not netlock.tables_of(str(self.manifest.meta.get("run_id", ""))):
+            forget_network_lock(self.images)
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
         self.replacements: Replacements = replace_links(

@@ -12,6 +12,7 @@ from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.sandbox import STAND_IN_FD, Order
 from crcli.criu.skeleton import (
     forget_foreign_sessions,
+    forget_network_lock,
     forget_sizes,
     lay_out_memory,
     outside_sockets,
@@ -53,6 +54,7 @@ def try_skeleton(
         if name not in _LEFT_OUT:
             trial.link_from(images, name)
     _lay_out_kept(trial, kept)
+    forget_network_lock(trial)  # it lies around the original
     forget_sizes(trial)  # others may write to the same files meanwhile
     outside = [link for link in links if link.external]
     members = read_tree(trial)
