@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from crcli import kernel
 from crcli.criu import netlock
-from crcli.criu.images import TreeMember, read_tree
+from crcli.criu.images import read_tree
 from crcli.criu.log import PID_TAKEN, explain
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
@@ -30,6 +30,7 @@ from crcli.criu.skeleton import (
 )
 from crcli.criu.workspace import Workspace
 from crcli.errors import CrcliError, RestoreFailed, TreeState
+from crcli.findings import Finding, Severity
 from crcli.guard.host import guard
 from crcli.image.manifest import Manifest, load
 from crcli.image.names import parse_image
@@ -65,7 +66,7 @@ _PASSED_ON = tuple(
 )
 
 SECOND_LOOK_S = 1.0
-"""A tree can die of its first instructions: it is looked at again after this long (seconds)."""
+"""A tree can die of its first instructions: its root is watched for this long (seconds)."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ class _Restore:
         self.residence: Residence | None = None
         self.placement = Placement()
         self.host: dict[int, int] = {}
+        self.processes: list[ProcessId] = []
         self.logs: Workspace | None = None
 
     def run(self) -> Restored:
@@ -328,6 +330,7 @@ class _Restore:
     def _find_members(self) -> None:
         init = self.residence.init if self.residence is not None else 0
         self.host = host_pids(init, [member.pid for member in self.members])
+        self.processes = [identify(self.host[member.pid]) for member in self.members if member.alive]
 
     def _fill_late(self) -> None:
         """The tree is whole but for these pages, and stands still: write them."""
@@ -353,27 +356,29 @@ class _Restore:
     # CRIU says that it runs: look for ourselves, at once and again a little later.
 
     def _look(self) -> ProcessId:
-        alive = [member for member in self.members if member.alive]
-        try:
-            members = tuple(identify(self.host[member.pid]) for member in alive)
-        except ProcessLookupError as error:
-            raise self._died("at once") from error
-        self._require(members, alive, "at once")
-        time.sleep(SECOND_LOOK_S)
-        self._require(members, alive, "within a second")
-        return members[0]
+        """See the root live on for a while, or end well; the ends of others are their parents' affair."""
+        root, *others = self.processes
+        end = time.monotonic() + SECOND_LOOK_S
+        while root.alive() and time.monotonic() < end:
+            time.sleep(0.05)
+        if not root.alive() and (how := self._bad_end(root)):
+            raise RestoreFailed(
+                f"the tree was restored, but {self.members[0].comm} ({root.pid}) {how} within a second",
+                hint="see the program's own log; a lost pipe, terminal or CPU feature can be the cause",
+                state=TreeState.DEAD,
+            )
+        self.findings += [_ended(process) for process in others if not process.alive()]
+        return root
 
-    def _require(self, members: tuple[ProcessId, ...], alive: list[TreeMember], when: str) -> None:
-        for process, member in zip(members, alive, strict=False):
-            if not process.alive():
-                raise self._died(when, f"{member.comm} ({member.pid})")
-
-    def _died(self, when: str, who: str = "a process") -> RestoreFailed:
-        return RestoreFailed(
-            f"the tree was restored, but {who} died {when}",
-            hint="see the program's own log; a lost pipe, terminal or CPU feature ends programs like this",
-            state=TreeState.DEAD,
-        )
+    def _bad_end(self, root: ProcessId) -> str:
+        """How the root ended; empty when it ended well. Its end stays to be waited for."""
+        child = self.residence.init if self.residence is not None else root.pid
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return "ended"
+        if ended.si_code != os.CLD_EXITED:
+            return f"was killed by {signal.Signals(ended.si_status).name}"
+        return f"ended with exit code {ended.si_status}" if ended.si_status else ""
 
     def _report(self, root: int, ready_ms: float) -> RestoreReport:
         return RestoreReport(
@@ -427,6 +432,16 @@ class _Restore:
         if self.residence is not None:
             self.residence.close()
         kill_descendants()
+
+
+def _ended(process: ProcessId) -> Finding:
+    return Finding(
+        "process-ended",
+        Severity.NOTE,
+        f"process {process.pid} ended within a second of the restore",
+        {"pid": process.pid},
+        action="leaves it to its parent, as before",
+    )
 
 
 def since_process_start_ms() -> float:

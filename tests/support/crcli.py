@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from crcli import kernel
-from tests.support.programs import Program
+from tests.support.programs import Program, kill_all
 
 ROOT = Path(__file__).parents[2]
 COMMAND_LIMIT_SECONDS = 60.0
@@ -201,6 +201,28 @@ def assert_goes_on(program: Program, more: int = 5) -> None:
     wait_until(lambda: counted(program)[-1] >= before + more, f"it stands still:\n{program.output[-2000:]}")
     numbers = counted(program)
     assert numbers == list(range(len(numbers)))
+
+
+@contextmanager
+def launched(command: Sequence[str], folder: Path, **popen: Any) -> Iterator[Program]:
+    """Run a program as a service is run (its own session, its output in a file) until the block ends."""
+    output_path = folder / "output"
+    with output_path.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            **popen,
+        )
+    started = tree_of(process.pid)
+    try:
+        yield Program(process, output_path)
+    finally:
+        kill_all(process.pid)
+        process.wait()
+        end(started)
 
 
 @contextmanager
