@@ -23,9 +23,10 @@ from blake3 import blake3
 
 from crcli.kernel import punch_hole
 from crcli.memory.extents import PAGE, ZERO_PAGE, Extent, Source, SpaceKey, SpaceKind, coalesce
+from crcli.memory.replay import AMOUNT_EVERY_S
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from crcli.store.base import Buffer
 
@@ -149,6 +150,7 @@ class Intake:
         self.kept: dict[SpaceKey, list[tuple[int, bytes]]] = {}
         """Short runs of pages that CRIU itself looks at (the vdso among them), by first page number."""
         self._kept_pages = 0
+        self._received = 0
         self._workers = [
             threading.Thread(target=self._work, name=f"intake-{number}", daemon=True)
             for number in range(workers)
@@ -180,6 +182,7 @@ class Intake:
                 taken = self._receive_into(block, channel, _Run(space, start, pages, lazy, block.used))
             start += taken
             pages -= taken
+            self._received += taken
 
     def open_gate(self) -> None:
         """Let the workers begin: the tree's state is here, or there is no more room for it."""
@@ -194,9 +197,19 @@ class Intake:
             self._full.put(self._spill)
             self._spill = None
 
-    def finish(self) -> tuple[dict[SpaceKey, list[Extent]], MemoryCounts]:
-        """Wait for the workers, and return every space's extents, sorted and joined, and the counts."""
+    def finish(
+        self, amount: Callable[[int, int], None] = lambda done, total: None
+    ) -> tuple[dict[SpaceKey, list[Extent]], MemoryCounts]:
+        """Wait for the workers, and return every space's extents, sorted and joined, and the counts.
+
+        `amount` is told now and then how many bytes are done, of how many.
+        """
         self.flush()
+        self._end_workers()
+        for worker in self._workers:
+            while worker.is_alive():
+                worker.join(AMOUNT_EVERY_S)
+                amount(self._counts.total, self._received * PAGE)
         self.close()
         self._raise_failure()
         return {space: coalesce(extents) for space, extents in self._spaces.items()}, self._counts
@@ -208,9 +221,7 @@ class Intake:
 
     def close(self) -> None:
         """End the workers (after what is queued); safe to call again."""
-        self.open_gate()
-        for _ in self._workers:
-            self._full.put(None)
+        self._end_workers()
         for worker in self._workers:
             worker.join()
         self._workers = []
@@ -218,6 +229,11 @@ class Intake:
             for end in self._pipe:
                 os.close(end)
             self._pipe = None
+
+    def _end_workers(self) -> None:
+        self.open_gate()
+        for _ in self._workers:
+            self._full.put(None)
 
     def _block_now(self) -> _Block | None:
         """The open block, or a fresh one if there is one to be had without waiting."""

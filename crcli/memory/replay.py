@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from crcli.store.base import Buffer
 
+AMOUNT_EVERY_S = 0.25
+"""How often those who watch are told how far it is (seconds)."""
+
 AHEAD_BYTES = 192 << 20
 """Raw bytes that are fetched and held before the tree is ready to take them, at most."""
 
@@ -177,15 +180,21 @@ class Replay:
         for thread in self._threads:
             thread.start()
 
-    def write_to(self, memories: Mapping[SpaceKey, int]) -> None:
+    def write_to(
+        self, memories: Mapping[SpaceKey, int], amount: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
         """Write everything into these `/proc/PID/mem` descriptors; return when all of it is there.
 
-        Raises whatever fetching, checking or writing raised first.
+        `amount` is told now and then how many bytes are written, of how many. Raises whatever fetching,
+        checking or writing raised first.
         """
         self._memories = memories
         self._ready.set()
+        total = sum(target.pages * PAGE for wanted in self._wanted.values() for target in wanted)
         for thread in self._threads:
-            thread.join()
+            while thread.is_alive():
+                thread.join(AMOUNT_EVERY_S)
+                amount(self.written_bytes, total)
         if self._failure is not None:
             raise self._failure
 
@@ -233,8 +242,8 @@ class Replay:
         for target in self._wanted[number]:
             piece = view[target.offset * PAGE : (target.offset + target.pages) * PAGE]
             write_all(self._memories[target.space], piece, target.start * PAGE)
-        with self._lock:
-            self.written_bytes += len(raw)
+            with self._lock:
+                self.written_bytes += target.pages * PAGE
 
 
 def write_all(fd: int, piece: memoryview, at: int) -> None:

@@ -121,9 +121,7 @@ def _included(root: str, path: str) -> Iterator[Wanted]:
                 yield Wanted(found.removeprefix(root), "include")
 
 
-def _database_siblings(
-    root: str, path: str, leased: Callable[[], Collection[int]]
-) -> Iterator[Wanted]:
+def _database_siblings(root: str, path: str, leased: Callable[[], Collection[int]]) -> Iterator[Wanted]:
     try:
         if os.stat(root + path).st_ino in leased():
             return

@@ -299,7 +299,7 @@ class _Dump:
         """Finish the memory, make everything durable, write the manifest: the image exists on return."""
         if self.sandbox is not None:
             self.sandbox.close()
-        spaces, counts = self.intake.finish()
+        spaces, counts = self.intake.finish(self.progress.amount)
         self.skeleton = store_skeleton(self.images, self.writer)
         self.writer.seal()
         self._check_borrowed()

@@ -340,7 +340,7 @@ class _Restore:
         try:
             for space in self.late_spaces:
                 memories[space] = os.open(f"/proc/{self.host[space.number]}/mem", os.O_WRONLY | os.O_CLOEXEC)
-            self.replay.write_to(memories)
+            self.replay.write_to(memories, self.watch.progress.amount)
         finally:
             for fd in memories.values():
                 os.close(fd)

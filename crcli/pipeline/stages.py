@@ -117,12 +117,12 @@ class Stopwatch:
     def __init__(self, progress: Progress) -> None:
         self.begun = time.monotonic()
         self.phases: dict[str, float] = {}
-        self._progress = progress
+        self.progress = progress
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a block; a phase entered twice adds up."""
-        self._progress.phase(name)
+        self.progress.phase(name)
         began = time.monotonic()
         try:
             yield
