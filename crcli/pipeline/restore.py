@@ -280,7 +280,7 @@ class _Restore:
     def _begin_replay(self, divided: Split) -> None:
         wanted = targets(divided.late)
         self.late_spaces = [space for space, extents in divided.late.items() if extents]
-        threads = 8 if self.options.store.startswith("s3:") else 2
+        threads = 8 if self.store.url.startswith("s3:") else 2
         self.replay = Replay(wanted, self.reader.plan(wanted), self.reader.read, threads)
 
     # CRIU restores; at its post-restore hold the memory is written; then the tree runs.
