@@ -21,6 +21,8 @@ CLONE_NEWPID = 0x2000_0000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 0x1000, 0x4000, 1 << 18, 1 << 19
 
+_MNT_DETACH = 2
+
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _SYS_PIDFD_GETFD = 438
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
@@ -63,6 +65,11 @@ def mount(source: str, target: str, kind: str, flags: int = 0, data: str = "") -
         _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode()),
         f"mount {kind} on {target}",
     )
+
+
+def unmount(path: str) -> None:
+    """Take a mount away, at once for new users and once they are done for those who use it."""
+    _checked(_libc.umount2(os.fsencode(path), _MNT_DETACH), f"umount {path}")
 
 
 def tmpfs_fd() -> int:

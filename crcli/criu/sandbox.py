@@ -1,4 +1,4 @@
-"""Namespaces that CRIU is started in: throwaway ones for a trial, a pid namespace for a tree to live in.
+"""Throwaway namespaces that CRIU is started in, for a trial.
 
 A `Sandbox` is forked before the freeze, while crcli still has one thread, and makes its namespaces then, so
 that none of that time falls into the freeze. It holds two processes: a keeper, whose death takes all with
@@ -8,13 +8,10 @@ which starts CRIU when told to and reaps. Its mounts are private, its network is
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
 import socket
-import stat
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-_READY = b"ready"
+READY = b"ready"
 _PID_MAX = "/proc/sys/kernel/pid_max"
 _UNUSED_MOUNT_POINTS = ("/proc/sys/fs/binfmt_misc", "/proc/fs/nfsd", "/mnt")
 _LAST_PID = "/proc/sys/kernel/ns_last_pid"
@@ -66,7 +63,7 @@ class Sandbox:
         theirs.close()
         criu_end.close()
         answer = self._control.recv(4096)
-        if answer != _READY:
+        if answer != READY:
             self.close()
             raise HostLacks(
                 f"cannot make the namespaces for a trial restore: {answer.decode() or 'the keeper died'}",
@@ -77,7 +74,7 @@ class Sandbox:
         """Start CRIU inside; its request's descriptors for external objects are 200, 201, …"""
         self._control.send(json.dumps(order.__dict__).encode())
         answer = self._control.recv(4096)
-        if answer != _READY:
+        if answer != READY:
             raise OSError(answer.decode() or "the sandbox died")
         return CriuProcess(self.channel, None)
 
@@ -112,134 +109,6 @@ def _only_child(keeper: int) -> list[int]:
         return []
 
 
-class Residence:
-    """A new pid namespace (with a /proc of its own) for a restored tree to live in.
-
-    Its first process starts CRIU, becomes the parent of what CRIU restores, and after `settle` stays as a
-    small reaper for as long as anything lives inside; it then ends with the root's exit code. Left before
-    `settle`, all inside is killed.
-    """
-
-    def __init__(self, taken_pids: Sequence[int], keep_fds: Sequence[int]) -> None:
-        """Fork it and start CRIU inside. Call before any thread is started."""
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        helper = kernel.quiet_fork()
-        if helper == 0:
-            self._control.close()
-            channel.close()
-            _found(theirs, criu_end, tuple(taken_pids), tuple(keep_fds))
-        theirs.close()
-        criu_end.close()
-        self.init = _pid_from(self._control.recv(4096))
-        os.waitpid(helper, 0)
-        self.criu = CriuProcess(channel, None)
-        answer = self._control.recv(4096)
-        if answer != _READY:
-            self.close()
-            raise HostLacks(
-                f"cannot make a pid namespace for the tree: {answer.decode() or 'its first process died'}",
-                hint="run crcli as root; --pid-namespace host restores without one when the pids are free",
-            )
-        self._settled = False
-
-    def settle(self, root: int) -> None:
-        """Let the tree live on without us; `root` is its root's pid inside."""
-        self._control.send(str(root).encode())
-        self._settled = True
-
-    def close(self) -> None:
-        """Kill all inside, unless it was settled."""
-        if not getattr(self, "_settled", False) and self.init > 0:
-            try:
-                os.kill(self.init, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        self._control.close()
-
-    def __enter__(self) -> Residence:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-_REAPER = """
-import os, sys
-root, code = int(sys.argv[1]), 0
-while True:
-    try:
-        pid, status = os.wait()
-    except ChildProcessError:
-        break
-    if pid == root:
-        code = os.waitstatus_to_exitcode(status)
-sys.exit(code if code >= 0 else 128 - code)
-"""
-
-
-def _pid_from(answer: bytes) -> int:
-    return int(answer) if answer.isdigit() else -1
-
-
-def _found(
-    control: socket.socket, criu_end: socket.socket, taken: tuple[int, ...], keep: tuple[int, ...]
-) -> None:
-    """Make the pid namespace and its first process, say which pid that has outside, end. Never returns."""
-    try:
-        reset_signals()
-        kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID)
-        kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
-        first = os.fork()
-        if first == 0:
-            os.setsid()
-            _reside(control, criu_end, taken, keep)
-        control.send(str(first).encode())
-    except BaseException as error:
-        _say(control, f"!{error}")
-        _say(control, str(error))
-    finally:
-        os._exit(0)
-
-
-def _reside(
-    control: socket.socket, criu_end: socket.socket, taken: tuple[int, ...], keep: tuple[int, ...]
-) -> None:
-    """The first process: start CRIU, wait for word that the tree lives, become the reaper. Never returns."""
-    try:
-        kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
-        _dodge(taken)
-        for fd in keep:
-            _reopen(fd)
-        if os.fork() == 0:
-            _exec_criu(criu_end, (), keep)
-        criu_end.close()
-        control.send(_READY)
-        root = control.recv(64)
-        if root:
-            null = os.open("/dev/null", os.O_RDWR)
-            for fd in (0, 1, 2):
-                os.dup2(null, fd)
-            os.chdir("/")
-            os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", _REAPER, root.decode()])
-    except BaseException as error:
-        _say(control, str(error))
-    finally:
-        os._exit(1)
-
-
-def _reopen(fd: int) -> None:
-    """Open a file or terminal again, here: CRIU cannot dump what was opened through other mounts."""
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode) or stat.S_ISCHR(mode):
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
-        again = os.open(os.readlink(f"/proc/self/fd/{fd}"), flags | os.O_NOCTTY)
-        os.dup2(again, fd)
-        os.close(again)
-
-
 STAND_IN_FD = 200
 """The first of the descriptors that stand in for external objects inside a sandbox."""
 
@@ -257,7 +126,7 @@ def _keep(control: socket.socket, criu_end: socket.socket, images_fd: int) -> No
             _serve(control, criu_end, images_fd)
         os.waitpid(first, 0)
     except BaseException as error:
-        _say(control, str(error))
+        say(control, str(error))
     finally:
         os._exit(1)
 
@@ -268,7 +137,7 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int) -> N
         kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
         kernel.loopback_up()
         _allow_any_address()
-        control.send(_READY)
+        control.send(READY)
         text = control.recv(1 << 20)
         if not text:
             os._exit(0)
@@ -279,19 +148,19 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int) -> N
                 _overlay(folder, layers, number, order.keep)
         stand_ins = [_stand_in(kind) for kind in order.stand_ins]
         _fresh_terminals()
-        _dodge(order.taken_pids)
+        dodge_pids(order.taken_pids)
         if os.fork() == 0:
-            _exec_criu(criu_end, stand_ins, [images_fd])
+            exec_criu(criu_end, stand_ins, [images_fd])
         criu_end.close()
-        control.send(_READY)
+        control.send(READY)
         reap_until_alone()
     except BaseException as error:
-        _say(control, str(error))
+        say(control, str(error))
     finally:
         os._exit(1)
 
 
-def _say(control: socket.socket, text: str) -> None:
+def say(control: socket.socket, text: str) -> None:
     try:
         control.send(text.encode()[:4000] or b"unknown")
     except OSError:
@@ -371,7 +240,7 @@ def _mounts_below(folder: str) -> list[str]:
     return found
 
 
-def _dodge(taken: Sequence[int]) -> None:
+def dodge_pids(taken: Sequence[int]) -> None:
     """Make the next pids of this namespace ones that the tree does not need."""
     used = set(taken)
     with open(_PID_MAX) as file:
@@ -399,7 +268,7 @@ def _fresh_terminals() -> None:
     kernel.mount("/dev/pts/ptmx", "/dev/ptmx", "", kernel.MS_BIND)
 
 
-def _exec_criu(channel: socket.socket, stand_ins: Sequence[int], keep: Sequence[int]) -> None:
+def exec_criu(channel: socket.socket, stand_ins: Sequence[int], keep: Sequence[int]) -> None:
     """Become CRIU. Never returns."""
     try:
         null = os.open("/dev/null", os.O_RDWR)
@@ -414,6 +283,3 @@ def _exec_criu(channel: socket.socket, stand_ins: Sequence[int], keep: Sequence[
         os.execv(command[0], command)
     finally:
         os._exit(127)
-
-
-__all__ = ["STAND_IN_FD", "Order", "Residence", "Sandbox", "reap_until_alone", "reset_signals"]

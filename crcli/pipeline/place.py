@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from crcli import kernel
 from crcli.errors import GuardRefused
 from crcli.findings import Finding, Severity
 from crcli.memory.replay import write_all
 from crcli.pipeline.stages import ChangedFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from crcli.image.manifest import Manifest, StoredFile
     from crcli.image.packs import ChunkReader
@@ -28,33 +30,83 @@ class Standing(StrEnum):
     CHANGED = "changed"
 
 
-@dataclass
-class Placement:
-    """What was done to files, so that a restore that fails can take it back."""
+@dataclass(frozen=True)
+class Change:
+    """One change to the host's files, noted before it is made; it can be undone at any moment since.
 
-    made: list[str] = field(default_factory=list)
-    replaced: dict[str, str] = field(default_factory=dict)
-    """Path -> where the file that stood there was put aside."""
+    `kind` is "file" (put at `path`; `device` and `inode` are the new file's, `aside` is where the one that
+    stood there is kept, if any), "folder" (made) or "mounts" (a folder in which CRIU mounts).
+    """
 
-    def undo(self) -> None:
-        """Remove what was made, and put back what was replaced. Never raises."""
-        for path in self.made:
-            try:
-                os.unlink(path)
-            except OSError:
-                pass
-        for path, aside in self.replaced.items():
-            try:
-                os.rename(aside, path)
-            except OSError:
-                pass
+    kind: str
+    path: str
+    aside: str = ""
+    device: int = 0
+    inode: int = 0
 
 
-def place_files(manifest: Manifest, reader: ChunkReader, policy: ChangedFiles) -> Placement:
+def undo(changes: Sequence[dict[str, Any]]) -> None:
+    """Undo changes (as dictionaries), made or not, the last first. Never raises; safe to repeat."""
+    for fields in reversed(changes):
+        change = Change(**fields)
+        try:
+            _UNDO[change.kind](change)
+        except OSError:
+            continue
+
+
+def _undo_file(change: Change) -> None:
+    ours = (change.device, change.inode)
+    stands = _identity(change.path)
+    if change.aside and stands in (ours, None) and _identity(change.aside):
+        os.rename(change.aside, change.path)
+    elif change.aside and stands and stands == _identity(change.aside):
+        os.unlink(change.aside)  # put aside, but not replaced yet
+    elif stands == ours:
+        os.unlink(change.path)
+
+
+def _undo_folder(change: Change) -> None:
+    os.rmdir(change.path)
+
+
+def _undo_mounts(change: Change) -> None:
+    """CRIU was killed with cgroup hierarchies mounted there; none of what they hold is to be touched."""
+    with open("/proc/self/mountinfo") as file:
+        points = [line.split()[4] for line in file]
+    for point in reversed(points):
+        if point.startswith(change.path + "/"):
+            kernel.unmount(point)
+    for folder, folders, names in os.walk(change.path, topdown=False):
+        for name in names:
+            os.unlink(f"{folder}/{name}")
+        for name in folders:
+            os.rmdir(f"{folder}/{name}")
+    os.rmdir(change.path)
+
+
+_UNDO: dict[str, Callable[[Change], None]] = {
+    "file": _undo_file,
+    "folder": _undo_folder,
+    "mounts": _undo_mounts,
+}
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def place_files(
+    manifest: Manifest, reader: ChunkReader, policy: ChangedFiles, note: Callable[[Change], None]
+) -> None:
     """Put the image's files in place; raise GuardRefused, with nothing changed, where others stand there.
 
     A file that only grew since the dump (a log) stays as it is. With ChangedFiles.IMAGE others are replaced
-    (and put aside as PATH.before-<image id>), with ChangedFiles.HOST they stay.
+    (and kept as PATH.before-<image id>), with ChangedFiles.HOST they stay. Each change is noted first.
     """
     standings = [(file, _compare(file, reader)) for file in manifest.files]
     changed = [file for file, standing in standings if standing == Standing.CHANGED]
@@ -65,21 +117,20 @@ def place_files(manifest: Manifest, reader: ChunkReader, policy: ChangedFiles) -
             "--files host goes on with today's",
             findings=[_changed_finding(file) for file in changed],
         )
-    placement = Placement()
-    try:
-        for file, standing in standings:
-            if standing == Standing.MISSING:
-                _write(file, reader)
-                placement.made.append(file.name)
-            elif standing == Standing.CHANGED and policy == ChangedFiles.IMAGE:
-                aside = f"{file.name}.before-{manifest.id}"
-                os.rename(file.name, aside)
-                placement.replaced[file.name] = aside
-                _write(file, reader)
-    except BaseException:
-        placement.undo()
-        raise
-    return placement
+    for file, standing in standings:
+        if standing == Standing.MISSING:
+            _place(file, reader, "", note)
+        elif standing == Standing.CHANGED and policy == ChangedFiles.IMAGE:
+            _place(file, reader, _free_name(f"{file.name}.before-{manifest.id}"), note)
+
+
+def _free_name(path: str) -> str:
+    """A name that nothing has: what was kept aside before stays kept."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = f"{path}-{number}"
+    return free
 
 
 def _compare(file: StoredFile, reader: ChunkReader) -> Standing:
@@ -109,9 +160,11 @@ def _contents(file: StoredFile, reader: ChunkReader) -> Iterable[bytes]:
         yield reader.blob([number])
 
 
-def _write(file: StoredFile, reader: ChunkReader) -> None:
-    os.makedirs(os.path.dirname(file.name), exist_ok=True)
-    fd = os.open(file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def _place(file: StoredFile, reader: ChunkReader, aside: str, note: Callable[[Change], None]) -> None:
+    """Write the file without a name, then give it its own in one step: nobody ever sees a part of it."""
+    folder = os.path.dirname(file.name)
+    _make_folders(folder, note)
+    fd, temporary = _nameless_file(folder, note)
     try:
         at = 0
         for raw in _contents(file, reader):
@@ -120,8 +173,42 @@ def _write(file: StoredFile, reader: ChunkReader) -> None:
         os.fchown(fd, file.uid, file.gid)
         os.fchmod(fd, file.mode)
         os.utime(fd, ns=(file.mtime_ns, file.mtime_ns))
+        status = os.fstat(fd)
+        note(Change("file", file.name, aside, status.st_dev, status.st_ino))
+        source = temporary or f"/proc/self/fd/{fd}"
+        if not aside:
+            os.link(source, file.name, src_dir_fd=fd, follow_symlinks=True)
+        else:
+            os.link(file.name, aside, follow_symlinks=False)
+            ready = _free_name(f"{file.name}.crcli-{os.getpid()}")
+            note(Change("file", ready, "", status.st_dev, status.st_ino))
+            os.link(source, ready, src_dir_fd=fd, follow_symlinks=True)
+            os.rename(ready, file.name)
+        if temporary:
+            os.unlink(temporary)
     finally:
         os.close(fd)
+
+
+def _make_folders(folder: str, note: Callable[[Change], None]) -> None:
+    if not os.path.isdir(folder):
+        _make_folders(os.path.dirname(folder), note)
+        note(Change("folder", folder))
+        os.mkdir(folder)
+
+
+def _nameless_file(folder: str, note: Callable[[Change], None]) -> tuple[int, str]:
+    """A new file in a folder, and its temporary name where the file system has no files without one."""
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600), ""
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    path = f"{folder}/.crcli-{os.urandom(8).hex()}"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    status = os.fstat(fd)
+    note(Change("file", path, "", status.st_dev, status.st_ino))
+    return fd, path
 
 
 def _others(count: int) -> str:

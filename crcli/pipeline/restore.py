@@ -11,15 +11,15 @@ import signal
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
 from crcli.criu import netlock
 from crcli.criu.images import read_tree
 from crcli.criu.log import PID_TAKEN, explain
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
-from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
-from crcli.criu.sandbox import Residence
+from crcli.criu.residence import Residence
+from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.skeleton import (
     close_outside_connections,
     forget_foreign_sessions,
@@ -40,7 +40,7 @@ from crcli.memory.replay import Replay, Split, split, targets, write_all
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import keep_log
 from crcli.pipeline.pids import host_pids, kill_descendants, namespace_for, pin
-from crcli.pipeline.place import Placement, place_files
+from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.stages import PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
 from crcli.pipeline.stdio import Replacements, raw_terminal, relay, replace_links
@@ -152,7 +152,7 @@ def _attempt(options: RestoreOptions, progress: Progress, passed_on: _PassedOn |
     hooks = load_hooks()
     later = passed_on.handle if passed_on is not None else None
     with interruptible(later=later) as interrupts, ExitStack() as held:
-        work = _Restore(options, watch, interrupts, held, hooks)
+        work = _Restore(options, watch, interrupts, held, hooks, stay=passed_on is not None)
         try:
             restored = work.run()
         except BaseException as error:
@@ -175,6 +175,7 @@ class _Restore:
         interrupts: Interrupts,
         held: ExitStack,
         hooks: Hooks,
+        stay: bool,
     ) -> None:
         self.options = options
         self.watch = watch
@@ -184,7 +185,8 @@ class _Restore:
         self.described: RestoreTarget | None = None
         self.replay: Replay | None = None
         self.residence: Residence | None = None
-        self.placement = Placement()
+        self.stay = stay
+        self.changes: list[dict[str, Any]] = []
         self.host: dict[int, int] = {}
         self.processes: list[ProcessId] = []
         self.logs: Workspace | None = None
@@ -206,8 +208,7 @@ class _Restore:
         ready_ms = round(since_process_start_ms(), 2)
         with self.watch.phase("look again"):
             first = self._look()
-        child = self.residence.init if self.residence is not None else first.pid
-        return Restored(self._report(root, ready_ms), first, child, tuple(self.replacements.masters))
+        return Restored(self._report(root, ready_ms), first, self.child, tuple(self.replacements.masters))
 
     # The manifest is whole, and this host can take the image.
 
@@ -226,26 +227,35 @@ class _Restore:
         self._write_skeleton()
         self.members = read_tree(self.images)
         self.namespace = self._namespace()
-        self.placement = place_files(self.manifest, self.reader, self.options.changed_files)
-        forget_sizes(self.images, {file.name for file in self.manifest.files})
-        mend_connections(self.images)
-        if not netlock.tables_of(str(self.manifest.meta.get("run_id", ""))):
-            forget_network_lock(self.images)
-        forget_foreign_sessions(self.images, {member.pid for member in self.members})
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
         self.replacements: Replacements = replace_links(
             links, self.options.stdio, f"{self.manifest.name}@{self.manifest.id}"
         )
         self.held.callback(self.replacements.close)
+        self._move_in()
+        place_files(self.manifest, self.reader, self.options.changed_files, self._note)
+        forget_sizes(self.images, {file.name for file in self.manifest.files})
+        mend_connections(self.images)
+        if not netlock.tables_of(str(self.manifest.meta.get("run_id", ""))):
+            forget_network_lock(self.images)
+        forget_foreign_sessions(self.images, {member.pid for member in self.members})
         if self.options.tcp == TcpPolicy.AUTO:
             close_outside_connections(self.images, established_here())
-        if self.namespace == PidNamespace.NEW:
-            pids = [pid for member in self.members for pid in (member.pid, *member.threads)]
-            self.residence = Residence(pids, [self.images.fd, *self.replacements.inherit.values()])
-            self.held.callback(self.residence.close)
         divided = self._split()
         self._fill_early(divided)
         self._begin_replay(divided)
+
+    def _move_in(self) -> None:
+        """From here on whatever is started or changed is cleared away by the warden, should we die."""
+        pids = [pid for member in self.members for pid in (member.pid, *member.threads)]
+        keep = [self.images.fd, *self.replacements.inherit.values()]
+        self.residence = Residence(keep, undo, pids if self.namespace == PidNamespace.NEW else None)
+        self.held.callback(self.residence.close)
+
+    def _note(self, change: Change) -> None:
+        self.changes.append(change.__dict__)
+        if self.residence is not None:
+            self.residence.note(change.__dict__)
 
     def _write_skeleton(self) -> None:
         wanted = {number for file in self.manifest.skeleton for number in file.chunks}
@@ -288,21 +298,25 @@ class _Restore:
     def _restore(self) -> int:
         plan = RestorePlan(
             shell_job=bool(self.manifest.meta["plan"]["shell_job"]),
-            manage_cgroups=bool(self.manifest.meta["plan"]["manage_cgroups"]) and self.residence is None,
+            manage_cgroups=bool(self.manifest.meta["plan"]["manage_cgroups"])
+            and self.namespace != PidNamespace.NEW,
             tcp_close=self.options.tcp == TcpPolicy.CLOSE,
             external=tuple(self.replacements.external),
             inherit=self.replacements.inherit,
         )
-        if plan.manage_cgroups and self.residence is None:
+        if plan.manage_cgroups:
             plan = replace(plan, work_fd=self._mountable_folder())
         options = restore_options(plan, f"/proc/self/fd/{self.images.fd}")
-        with self._start_criu() as criu:
+        assert self.residence is not None
+        with self.residence.criu as criu:
             answer = criu.request(rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S)
         if not answer.success:
             raise RestoreFailed("CRIU could not restore the tree")
         self.interrupts.past_return()
-        if self.residence is not None:
-            self.residence.settle(self.members[0].pid)
+        root = self.members[0].pid
+        self.child = self.residence.settle(
+            root if self.namespace == PidNamespace.NEW else self.host[root], self.stay
+        )
         netlock.remove_for(str(self.manifest.meta.get("run_id", "")))
         return self.members[0].pid
 
@@ -310,15 +324,13 @@ class _Restore:
         """A folder in which CRIU can mount the cgroup hierarchies while it works."""
         import tempfile
 
-        path = self.held.enter_context(tempfile.TemporaryDirectory(prefix="crcli-cgroups-"))
+        path = f"{tempfile.gettempdir()}/crcli-cgroups-{os.urandom(8).hex()}"
+        self._note(Change("mounts", path))
+        os.mkdir(path, 0o700)
+        self.held.callback(undo, [Change("mounts", path).__dict__])
         self.logs = Workspace(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         self.held.callback(self.logs.close)
         return self.logs.fd
-
-    def _start_criu(self) -> CriuProcess:
-        if self.residence is not None:
-            return self.residence.criu
-        return CriuProcess.start(pass_fds=[self.images.fd, *self.replacements.inherit.values()])
 
     def _on_notify(self, script: str, _: int) -> bool:
         if script == "post-restore":
@@ -372,8 +384,7 @@ class _Restore:
 
     def _bad_end(self, root: ProcessId) -> str:
         """How the root ended; empty when it ended well. Its end stays to be waited for."""
-        child = self.residence.init if self.residence is not None else root.pid
-        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        ended = os.waitid(os.P_PID, self.child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is None:
             return "ended"
         if ended.si_code != os.CLD_EXITED:
@@ -398,11 +409,12 @@ class _Restore:
 
     def failure(self, error: BaseException) -> BaseException:
         """Undo everything, and return the error to raise."""
+        self.interrupts.past_return()
         if self.replay is not None:
             self.replay.abandon()
         cause = self._explained()
         self._kill_members()
-        self.placement.undo()
+        undo(self.changes)
         if isinstance(error, RestoreFailed) and cause is not None and error.state != TreeState.DEAD:
             return RestoreFailed(f"{error.message}: {cause[0]}", hint=error.hint or cause[1])
         if isinstance(error, CriuDied):

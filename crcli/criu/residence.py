@@ -1,0 +1,275 @@
+"""Where a tree is restored: below a process of ours that ends all of it unless the restore succeeds.
+
+CRIU restores a tree as siblings of itself, so the warden, CRIU's parent, becomes the tree's parent. Whatever
+becomes of CRIU and of crcli (SIGKILL included), somebody is left who knows all that was started and every
+file that was put in place, and who clears it away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from crcli import kernel
+from crcli.criu.rpc import CriuProcess
+from crcli.criu.sandbox import READY, dodge_pids, exec_criu, reap_until_alone, reset_signals, say
+from crcli.errors import HostLacks
+from crcli.process.tree import child_pids
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+_MESSAGE_LIMIT = 1 << 16
+
+
+class Residence:
+    """The place for one tree, with its warden.
+
+    Left before `settle`, also by our death, the warden kills all that was restored and undoes what was noted
+    with `note`. With `taken_pids` it is the first
+    process of a new pid namespace (with a /proc of its own), and after `settle` stays as a small reaper for
+    as long as anything lives inside; it then ends with the root's exit code. Without, the tree becomes our
+    own child, or, if the warden is to `stay`, the warden ends when the root does, with its exit code.
+    """
+
+    def __init__(
+        self,
+        keep_fds: Sequence[int],
+        undo: Callable[[list[dict[str, Any]]], None],
+        taken_pids: Sequence[int] | None = None,
+    ) -> None:
+        """Fork it and start CRIU below it. Call before any thread is started. `undo` runs in the warden."""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.criu = CriuProcess(channel, None)
+        self.init = 0
+        """The first process of the tree's namespace, as we see it; 0 where it lives in ours."""
+        self._is_over = False
+        duty = _Duty(theirs, criu_end, tuple(keep_fds), undo)
+        child = kernel.quiet_fork()
+        if child == 0:
+            self._control.close()
+            channel.close()
+            if taken_pids is not None:
+                _found(duty, tuple(taken_pids))
+            _oversee(duty)
+        theirs.close()
+        criu_end.close()
+        self.warden = child
+        if taken_pids is not None:
+            self.init = self.warden = _pid_from(self._control.recv(4096))
+            os.waitpid(child, 0)
+        answer = self._control.recv(4096)
+        if answer != READY:
+            self.close()
+            raise HostLacks(
+                f"cannot make a pid namespace for the tree: {answer.decode() or 'its first process died'}",
+                hint="run crcli as root; --pid-namespace host restores without one when the pids are free",
+            )
+
+    def note(self, change: dict[str, Any]) -> None:
+        """Have a change undone, should we die before the tree lives. Call before it is made."""
+        self._tell({"change": change})
+
+    def settle(self, root: int, stay: bool) -> int:
+        """Let the tree live on without us; `root` is its root's pid inside.
+
+        Returns the child of ours whose end tells of the root's.
+        """
+        self._is_over = True
+        self._tell({"root": root, "stay": stay})
+        if self.init or stay:
+            return self.warden
+        os.waitpid(self.warden, 0)
+        return root
+
+    def close(self) -> None:
+        """Kill all that was restored, unless it was settled, and undo what was noted."""
+        if not self._is_over and self.warden > 0:
+            self._is_over = True
+            try:
+                self._control.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # it is dead
+            _reap_within(self.warden, _UNDO_LIMIT_S)
+        self._control.close()
+        self.criu.channel.close()
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        try:
+            self._control.send(json.dumps(message).encode())
+        except OSError:
+            pass  # it was killed: then we are the parent of all that it was
+
+    def __enter__(self) -> Residence:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_UNDO_LIMIT_S = 10.0
+_GRACE_S = 1.0
+"""How long CRIU may take to undo its own work once nobody answers it any more (seconds)."""
+
+_REAPER = """
+import os, sys
+root, code = int(sys.argv[1]), 0
+while True:
+    try:
+        pid, status = os.wait()
+    except ChildProcessError:
+        break
+    if pid == root:
+        code = os.waitstatus_to_exitcode(status)
+        if sys.argv[2] == "root":
+            break
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+def _pid_from(answer: bytes) -> int:
+    return int(answer) if answer.isdigit() else -1
+
+
+def _reap_within(pid: int, limit_s: float) -> None:
+    """Wait until a child of ours has ended; kill it when it takes longer."""
+    end = time.monotonic() + limit_s
+    try:
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            if time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.0005)
+    except (ChildProcessError, ProcessLookupError):
+        pass
+
+
+@dataclass(frozen=True)
+class _Duty:
+    """What a warden is forked with."""
+
+    control: socket.socket
+    criu_end: socket.socket
+    keep: tuple[int, ...]
+    undo: Callable[[list[dict[str, Any]]], None]
+
+    def start_criu(self) -> int:
+        """Start CRIU as our child."""
+        pid = os.fork()
+        if pid == 0:
+            reset_signals()
+            exec_criu(self.criu_end, (), self.keep)
+        self.criu_end.close()
+        return pid
+
+    def wait_for_word(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """Wait until the tree may live (None: it may not, or crcli is dead); and the changes noted so far."""
+        changes: list[dict[str, Any]] = []
+        while text := self.control.recv(_MESSAGE_LIMIT):
+            told = json.loads(text)
+            if "root" in told:
+                return told, changes
+            changes.append(told["change"])
+        return None, changes
+
+
+def _oversee(duty: _Duty) -> None:
+    """The warden of a tree in our own pid namespace. Never returns."""
+    try:
+        os.setpgid(0, 0)  # what the terminal sends is crcli's to handle
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
+        kernel.become_subreaper()
+        criu = duty.start_criu()
+        duty.control.send(READY)
+        word, changes = duty.wait_for_word()
+        _reap_within(criu, _GRACE_S)
+        if word is None:
+            _kill_children()
+            duty.undo(changes)
+        elif word["stay"]:
+            _become_reaper(word["root"], "root")
+    except BaseException as error:
+        say(duty.control, str(error))
+    finally:
+        os._exit(0)
+
+
+def _kill_children() -> None:
+    """Kill and reap all below us (a subreaper, so that none escapes)."""
+    while children := child_pids(os.getpid()):
+        for pid in children:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            except (ProcessLookupError, ChildProcessError):
+                continue
+
+
+def _found(duty: _Duty, taken: tuple[int, ...]) -> None:
+    """Make the pid namespace and its first process, say which pid that has outside, end. Never returns."""
+    try:
+        reset_signals()
+        kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID)
+        kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
+        first = os.fork()
+        if first == 0:
+            os.setsid()
+            _reside(duty, taken)
+        duty.control.send(str(first).encode())
+    except BaseException as error:
+        say(duty.control, f"!{error}")
+        say(duty.control, str(error))
+    finally:
+        os._exit(0)
+
+
+def _reside(duty: _Duty, taken: tuple[int, ...]) -> None:
+    """The warden as the first process of a pid namespace, whose end ends all inside. Never returns."""
+    try:
+        kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+        dodge_pids(taken)
+        for fd in duty.keep:
+            _reopen(fd)
+        duty.start_criu()
+        duty.control.send(READY)
+        word, changes = duty.wait_for_word()
+        if word is None:
+            os.kill(-1, signal.SIGKILL)
+            reap_until_alone()
+            duty.undo(changes)
+        else:
+            _become_reaper(word["root"], "all")
+    except BaseException as error:
+        say(duty.control, str(error))
+    finally:
+        os._exit(1)
+
+
+def _become_reaper(root: int, until: str) -> None:
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.chdir("/")
+    os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", _REAPER, str(root), until])
+
+
+def _reopen(fd: int) -> None:
+    """Open a file or terminal again, here: CRIU cannot dump what was opened through other mounts."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISCHR(mode):
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
+        again = os.open(os.readlink(f"/proc/self/fd/{fd}"), flags | os.O_NOCTTY)
+        os.dup2(again, fd)
+        os.close(again)
