@@ -27,6 +27,9 @@ _CLOSE, _FORCE_CLOSE = 0x1023, 0x1024
 
 _TYPE_PROCESS, _TYPE_SHARED = 1, 2
 
+_SO_SNDBUFFORCE = 32
+_AHEAD_BYTES = 4 << 20
+
 FLAG_PARENT, FLAG_LAZY, FLAG_PRESENT = 1, 2, 4
 
 
@@ -35,10 +38,12 @@ class PageProtocolError(Exception):
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Return (ours, CRIU's): a stream pair with buffers as large as the system lets us have."""
+    """Return (ours, CRIU's): a stream pair in which CRIU can be some MiB ahead of us."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    for end, option in ((theirs, socket.SO_SNDBUF), (ours, socket.SO_RCVBUF)):
-        end.setsockopt(socket.SOL_SOCKET, option, 8 << 20)
+    try:
+        theirs.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _AHEAD_BYTES)
+    except PermissionError:  # without CAP_NET_ADMIN: as much as net.core.wmem_max allows
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _AHEAD_BYTES)
     return ours, theirs
 
 

@@ -1,12 +1,12 @@
 """Pages taken in: first out of the tree's way, then classified, hashed, compressed and handed on.
 
-One thread receives. What it receives goes into a few blocks of our own and, when those are full, into an
-overflow area: memory of a file that is mounted nowhere, bounded by what the host has to spare. Until all
-pages are here the workers wait at a gate, so that the tree stands frozen for little more than one copy of
-its memory. Then (or as soon as the overflow is full) they turn blocks into extents: zero pages cost
-nothing, pages that the store has are referred to, the rest become new chunks, handed to the sink. With
-the overflow full the receiver waits for a free block, the socket fills, and CRIU waits too: memory stays
-bounded and nothing is dropped.
+One thread receives. What it receives goes into an overflow area (memory of a file that is mounted nowhere,
+bounded by what the host has to spare) without passing through this process and, when that is full, into a
+few blocks of our own. Until all pages are here the workers wait at a gate, so that the tree stands frozen
+for little more than one copy of its memory. Then (or as soon as all blocks are full) they turn blocks into
+extents: zero pages cost nothing, pages that the store has are referred to, the rest become new chunks,
+handed to the sink. Without a free block the receiver waits, the socket fills, and CRIU waits too: memory
+stays bounded and nothing is dropped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BLOCK_PAGES = 256
 BLOCK_COUNT = 64
-"""Blocks of crcli's own memory: with 1 MiB each, what it holds of a tree's pages beside the overflow."""
+"""Blocks of crcli's own memory: with 1 MiB each, what it holds of a tree's pages beyond the overflow."""
 
 CHUNK_PAGES = 64
 """Pages in one chunk at most (256 KiB): large enough to compress well and to fetch in one read."""
@@ -172,13 +172,10 @@ class Intake:
         """
         while pages:
             self._raise_failure()
-            if (block := self._block_now()) is not None:
-                taken = self._receive_into(block, channel, _Run(space, start, pages, lazy, block.used))
-            elif self._spill_room():
+            if self._spill_room():
                 taken = self._receive_spilled(channel, space, start, pages, lazy)
             else:
-                self.open_gate()
-                block = self._open = self._wait_for_block()
+                block = self._open = self._open or self._free_block()
                 taken = self._receive_into(block, channel, _Run(space, start, pages, lazy, block.used))
             start += taken
             pages -= taken
@@ -235,15 +232,12 @@ class Intake:
         for _ in self._workers:
             self._full.put(None)
 
-    def _block_now(self) -> _Block | None:
-        """The open block, or a fresh one if there is one to be had without waiting."""
-        if self._open is None and self._blocks.acquire(blocking=False):
-            self._open = self._spare.pop() if self._spare else _Block()
-        return self._open
-
-    def _wait_for_block(self) -> _Block:
-        while not self._blocks.acquire(timeout=0.5):
-            self._raise_failure()
+    def _free_block(self) -> _Block:
+        """A block that nobody uses; when there is none, the workers are let in, and one is waited for."""
+        if not self._blocks.acquire(blocking=False):
+            self.open_gate()
+            while not self._blocks.acquire(timeout=0.5):
+                self._raise_failure()
         return self._spare.pop() if self._spare else _Block()
 
     def _receive_into(self, block: _Block, channel: socket.socket, run: _Run) -> int:
