@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from crcli import kernel
 from crcli.criu import netlock
 from crcli.criu.images import read_tree
+from crcli.criu.locks import FileLock, lost_locks, take_again
 from crcli.criu.log import PID_TAKEN, explain
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.residence import Residence
@@ -189,6 +190,7 @@ class _Restore:
         self.changes: list[dict[str, Any]] = []
         self.host: dict[int, int] = {}
         self.processes: list[ProcessId] = []
+        self.locks: dict[int, list[FileLock]] = {}
         self.logs: Workspace | None = None
 
     def run(self) -> Restored:
@@ -236,6 +238,7 @@ class _Restore:
         place_files(self.manifest, self.reader, self.options.changed_files, self._note)
         forget_sizes(self.images, {file.name for file in self.manifest.files})
         mend_connections(self.images)
+        self.locks = lost_locks(self.images)
         if not netlock.tables_of(str(self.manifest.meta.get("run_id", ""))):
             forget_network_lock(self.images)
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
@@ -312,6 +315,7 @@ class _Restore:
             answer = criu.request(rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S)
         if not answer.success:
             raise RestoreFailed("CRIU could not restore the tree")
+        self._take_locks_again()
         self.interrupts.past_return()
         root = self.members[0].pid
         self.child = self.residence.settle(
@@ -319,6 +323,21 @@ class _Restore:
         )
         netlock.remove_for(str(self.manifest.meta.get("run_id", "")))
         return self.members[0].pid
+
+    def _take_locks_again(self) -> None:
+        """Have the owners of locks that CRIU lost take them, and go on."""
+        running = {member.pid for member in self.members if member.alive}
+        for pid, locks in self.locks.items():
+            try:
+                take_again(self.host[pid], locks)
+            except OSError as error:
+                raise RestoreFailed(
+                    f"process {pid} could not take its file locks again: {error}",
+                    hint="another process may hold them: see /proc/locks",
+                    state=TreeState.DEAD,
+                ) from error
+            if pid in running:
+                os.kill(self.host[pid], signal.SIGCONT)
 
     def _mountable_folder(self) -> int:
         """A folder in which CRIU can mount the cgroup hierarchies while it works."""
@@ -337,6 +356,9 @@ class _Restore:
             self._find_members()
             self._fill_late()
             self._pin()
+        elif script == "pre-resume":
+            for pid in self.locks:
+                os.kill(self.host[pid], signal.SIGSTOP)  # not an instruction before it has its locks again
         return True
 
     def _find_members(self) -> None:

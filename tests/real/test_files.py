@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
+import sqlite3
 import subprocess
 from pathlib import Path
 
@@ -62,9 +64,13 @@ def asked(setup: str) -> str:
 
 def state(program: Program, pid: int) -> str:
     """Ask such a program."""
-    before = program.output.count("state=")
+
+    def answers() -> int:
+        return program.output.rpartition("\n")[0].count("state=")
+
+    before = answers()
     os.kill(pid, signal.SIGUSR1)
-    wait_until(lambda: program.output.count("state=") > before, "no answer:\n" + program.output)
+    wait_until(lambda: answers() > before, "no answer:\n" + program.output)
     return program.value_of("state")
 
 
@@ -229,24 +235,75 @@ state = lambda: 1
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="CRIU closes the descriptor that it mapped through, and so drops the lock"
-)
-def test_a_lock_on_a_mapped_file_is_held_again(crcli: Crcli, tmp_path: Path) -> None:
-    """A POSIX lock on a file that is also mapped (SQLite's -shm, LMDB) is held after the restore."""
-    path = tmp_path / "locked"
-    setup = f"""
-import fcntl, mmap
-file = open({str(path)!r}, "w+b")
+MAPPED_AND_LOCKED = """
+import fcntl, itertools, mmap, os, threading, time
+file = open({path!r}, "w+b")
 file.truncate(8192)
 memory = mmap.mmap(file.fileno(), 4096)
 fcntl.lockf(file, fcntl.LOCK_EX, 10, 20)
-state = lambda: 1
+fcntl.lockf(file, fcntl.LOCK_SH, 0, 100)
+turns = [0, 0]
+def count(thread):
+    while True:
+        turns[thread] += 1
+        time.sleep(0.001)
+for thread in range(2):
+    threading.Thread(target=count, args=(thread,)).start()
+numbers = iter(lambda: len([1 for _ in range(10**5)]), 0)
+threading.Thread(target=lambda: [1 / 0 for number in numbers if number != 10**5], daemon=True).start()
+def state():
+    fcntl.lockf(file, fcntl.LOCK_UN)
+    return turns
 """
+
+
+@pytest.mark.parametrize("namespace", ["host", "new"])
+def test_a_lock_on_a_mapped_file_is_held_again(crcli: Crcli, tmp_path: Path, namespace: str) -> None:
+    """POSIX locks on a file that is also mapped are held again by their owner, whose threads go on."""
+    path = tmp_path / "locked"
+    with spawn_python(asked(MAPPED_AND_LOCKED.format(path=str(path)))) as program:
+        image = crcli.dump(program.pid)["image"]
+        report = crcli.restore(image, "--pid-namespace", namespace)
+        with path.open("r+") as file:
+            for kind, start in ((fcntl.LOCK_EX, 20), (fcntl.LOCK_SH, 29), (fcntl.LOCK_EX, 5000)):
+                with pytest.raises(BlockingIOError):
+                    fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, start)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 20, 0)
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, 5000)
+            fcntl.lockf(file, fcntl.LOCK_UN)
+            before = json.loads(state(program, report["host_pid"]))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for thread in range(2):
+            wait_until(
+                lambda thread=thread: json.loads(state(program, report["host_pid"]))[thread] > before[thread],
+                "a thread stands still",
+            )
+        assert "Traceback" not in program.output
+
+
+def test_another_database_writer_waits_for_a_restored_one(crcli: Crcli, tmp_path: Path) -> None:
+    """SQLite's locks in WAL mode lie on a mapped file: they keep others out after the restore as before."""
+    path = tmp_path / "database"
+    setup = f"""
+import sqlite3
+database = sqlite3.connect({str(path)!r}, isolation_level=None)
+database.execute("PRAGMA journal_mode=WAL")
+database.execute("CREATE TABLE numbers (number)")
+database.execute("BEGIN IMMEDIATE")
+database.execute("INSERT INTO numbers VALUES (1)")
+state = lambda: database.execute("COMMIT") and 1
+"""
+
+    def write() -> None:
+        with sqlite3.connect(path, timeout=0.05) as other:
+            other.execute("INSERT INTO numbers VALUES (2)")
+
     with spawn_python(asked(setup)) as program:
-        crcli.move(program.pid)
-        with path.open("r+") as file, pytest.raises(BlockingIOError):
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 29)
+        report = crcli.move(program.pid)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            write()
+        state(program, report["host_pid"])
+        write()
 
 
 def test_a_log_that_grew_meanwhile_is_kept(crcli: Crcli) -> None:
