@@ -69,13 +69,13 @@ def replace_links(links: Sequence[OutsideLink], stdio: Stdio, title: str) -> Rep
         if link.external:
             replacements.external.append(link.key)
         if link.kind == "unix":
-            replacements.inherit[link.inherit_key] = _reconnect(link)
+            replacements.inherit[link.inherit_key] = _socket(link, replacements)
         elif link.kind == "terminal":
             replacements.inherit[link.key] = _terminal(stdio, replacements)
         else:
             replacements.inherit[link.key] = _pipe(link, stdio, replacements)
     if replacements.kept:
-        target = os.open("/dev/null", os.O_WRONLY) if stdio == Stdio.NULL else _open_log(title, replacements)
+        target = _target(stdio, title, replacements)
         _keep(replacements.kept, target)
         for fd in (target, *replacements.kept):
             os.close(fd)
@@ -103,6 +103,27 @@ def _pipe(link: OutsideLink, stdio: Stdio, replacements: Replacements) -> int:
         return writes
     os.close(writes)
     return reads
+
+
+def _socket(link: OutsideLink, replacements: Replacements) -> int:
+    """A descriptor in place of a unix socket: what Node and others give to programs as output is one, too."""
+    is_output = link.type == "stream" and not link.path and any(fd in (1, 2) for _, fd in link.descriptors)
+    if not is_output:
+        return _reconnect(link)
+    ours, theirs = socket.socketpair()
+    theirs.shutdown(socket.SHUT_WR)  # as input it is at its end
+    replacements.kept.append(theirs.detach())
+    ours.setblocking(link.waits)
+    return ours.detach()
+
+
+def _target(stdio: Stdio, title: str, replacements: Replacements) -> int:
+    """Where the keeper writes to."""
+    if stdio == Stdio.INHERIT:
+        return os.dup(1)
+    if stdio == Stdio.NULL:
+        return os.open("/dev/null", os.O_WRONLY)
+    return _open_log(title, replacements)
 
 
 def _keep(sources: list[int], target: int) -> None:

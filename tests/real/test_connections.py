@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import socket
 import time
@@ -205,7 +206,7 @@ def test_tcp_close_closes_what_could_be_kept(crcli: Crcli) -> None:
 def test_a_server_keeps_its_listener_and_its_client(crcli: Crcli) -> None:
     """A client outside gets its next answer over the connection it had, a new one is served as well."""
     with spawn_python(SERVER.format(family="create_server(('127.0.0.1', 0))")) as program:
-        port = eval(program.value_of("at"))[1]
+        port = ast.literal_eval(program.value_of("at"))[1]
         with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
             client.sendall(b"a\n")
             assert client.recv(100) == b"a 1\n"
@@ -216,6 +217,109 @@ def test_a_server_keeps_its_listener_and_its_client(crcli: Crcli) -> None:
             with socket.create_connection(("127.0.0.1", port), timeout=10) as another:
                 another.sendall(b"c\n")
                 assert another.recv(100) == b"c 3\n"
+
+
+def test_a_dump_that_lets_the_tree_run_loses_no_byte(crcli: Crcli) -> None:
+    """With --leave-running a connection to outside only stands still for a moment."""
+    with listening() as server, spawn_python(CLIENT.format(port=server.port)) as program:
+        server.accept()
+        server.echo(10)
+        crcli.dump(program.pid, "--leave-running")
+        server.echo(20)
+        assert server.received == list(range(30)) and "lost=" not in program.output
+
+
+def test_tcp_keep_keeps_what_nobody_waits_for(crcli: Crcli) -> None:
+    """With --tcp keep a connection is restored as it was; the kernel finds out that its peer is gone."""
+    with listening() as server, spawn_python(CLIENT.format(port=server.port)) as program:
+        server.accept()
+        server.echo(10)
+        image = crcli.dump(program.pid)["image"]
+        server.hang_up()
+        crcli.restore(image, "--tcp", "keep")
+        server.accept()
+        server.echo(10)
+        assert program.output.count("lost=") == 1
+
+
+def test_a_server_of_both_kinds_of_addresses_goes_on(crcli: Crcli) -> None:
+    """A server on [::] keeps a client with an IPv4 address and one with an IPv6 address."""
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    family = "create_server(('::', 0), family=socket.AF_INET6, dualstack_ipv6=True)"
+    with spawn_python(SERVER.format(family=family)) as program:
+        port = ast.literal_eval(program.value_of("at"))[1]
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=10) as one,
+            socket.create_connection(("::1", port), timeout=10) as other,
+        ):
+            for number, client in enumerate((one, other), 1):
+                client.sendall(b"a\n")
+                assert client.recv(100) == b"a %d\n" % number
+            crcli.move(program.pid)
+            for number, client in enumerate((one, other), 3):
+                client.sendall(b"b\n")
+                assert client.recv(100) == b"b %d\n" % number
+
+
+def test_a_stream_in_full_flow_loses_no_byte(crcli: Crcli) -> None:
+    """What stands in the buffers of a connection, to a slow reader in the tree or outside, arrives once."""
+    code = """
+        import os, socket, threading, time
+        ours, theirs = socket.create_server(("127.0.0.1", 0)), socket.socket()
+        theirs.connect(ours.getsockname())
+        reader = ours.accept()[0]
+        outside = socket.create_connection(("127.0.0.1", {port}))
+
+        def fill(peer):
+            for number in range(10**9):
+                peer.sendall(b"%07d\\n" % (number % 10**7))
+
+        for peer in (theirs, outside):
+            threading.Thread(target=fill, args=(peer,)).start()
+        lines = reader.makefile("rb")
+        print("ready")
+        for number in range(10**9):
+            line = lines.readline()
+            assert int(line) == number % 10**7, (line, number)
+            if number % 1000 == 0:
+                print(f"number={{number}}")
+                time.sleep(0.02)
+        """
+    with listening() as server, spawn_python(code.format(port=server.port)) as program:
+        server.accept()
+        wait_until(lambda: number(program) > 3000, "the reader stands still")
+        crcli.move(program.pid)
+        before = number(program)
+        wait_until(lambda: number(program) > before + 3000, "the reader stands still after the restore", 30)
+        for expected in range(500_000):
+            assert int(server.lines.readline()) == expected
+        assert "Error" not in program.output
+
+
+def test_datagrams_go_on(crcli: Crcli) -> None:
+    """A UDP server answers at the same address, a connected UDP client of its own included."""
+    code = """
+        import socket
+        server = socket.socket(type=socket.SOCK_DGRAM)
+        server.bind(("127.0.0.1", 0))
+        print(f"at={server.getsockname()}")
+        inside = socket.socket(type=socket.SOCK_DGRAM)
+        inside.connect(server.getsockname())
+        print("ready")
+        while True:
+            data, peer = server.recvfrom(100)
+            inside.send(data)
+            server.sendto(server.recv(100), peer)
+        """
+    with spawn_python(code) as program, socket.socket(type=socket.SOCK_DGRAM) as client:
+        client.settimeout(10)
+        client.connect(ast.literal_eval(program.value_of("at")))
+        client.send(b"a")
+        assert client.recv(100) == b"a"
+        crcli.move(program.pid)
+        client.send(b"b")
+        assert client.recv(100) == b"b"
 
 
 def test_a_unix_server_is_there_again(crcli: Crcli, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 from pathlib import Path
@@ -386,6 +387,60 @@ def test_output_to_a_pipe_outside_goes_to_a_log(crcli: Crcli, tmp_path: Path) ->
         assert out == list(range(last + 1, last + 1 + len(out))) and err == list(
             range(err[0], err[0] + len(err))
         )
+
+
+def test_pipes_that_are_waited_for_can_be_replaced(crcli: Crcli, tmp_path: Path) -> None:
+    """A program that waits for its pipes to outside in an event loop (epoll) finds pipes there again."""
+    code = """
+        import asyncio, os, sys
+
+        async def main():
+            loop = asyncio.get_running_loop()
+            reader = asyncio.StreamReader()
+            await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+            writing, protocol = await loop.connect_write_pipe(asyncio.BaseProtocol, sys.stdout)
+            writing.write(b"ready\\n")
+            rest = await reader.read()
+            writing.write(b"end of input after %d\\n" % len(rest))
+            await asyncio.sleep(3600)
+
+        asyncio.run(main())
+        """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with spawn_python(code, ready_line="", **pipes) as program:
+        stdin, stdout = program.process.stdin, program.process.stdout
+        assert stdin is not None and stdout is not None
+        assert stdout.readline() == b"ready\n"
+        stdin.write(b"text")
+        stdin.flush()
+        report = crcli.move(program.pid)
+        stdin.close()
+        stdout.close()
+        log = tmp_path / "logs" / f"{report['image']}.log"
+        wait_until(lambda: log.exists() and log.read_text() == "end of input after 4\n", "it reads no end")
+
+
+def test_output_to_a_socket_outside_goes_to_a_log(crcli: Crcli, tmp_path: Path) -> None:
+    """A program that was given one end of a socket pair as stdio (as Node does) writes on, into the log."""
+    code = """
+        import itertools, sys, time
+        for number in itertools.count():
+            print(number)
+            time.sleep(0.01)
+            if number > 20:
+                assert sys.stdin.read() == ""
+        """
+    ours, theirs = socket.socketpair()
+    with ours, theirs, spawn_python(code, stdin=theirs, stdout=theirs, stderr=theirs) as program:
+        theirs.close()
+        assert ours.recv(2) == b"0\n"
+        report = crcli.dump(program.pid)
+        rest = b"".join(iter(lambda: ours.recv(4096), b""))
+        crcli.restore(report["image"])
+        log = tmp_path / "logs" / f"{report['image']}.log"
+        last = int(rest.split()[-1])
+        wait_until(lambda: log.exists() and f"\n{last + 40}\n" in log.read_text(), "nothing is logged")
+        assert log.read_text().startswith(f"{last + 1}\n{last + 2}\n")
 
 
 def test_stdio_null_throws_output_away(crcli: Crcli, tmp_path: Path) -> None:
