@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import stat
@@ -170,18 +171,28 @@ class _Duty:
         if pid == 0:
             reset_signals()
             exec_criu(self.criu_end, (), self.keep)
-        self.criu_end.close()
         return pid
 
-    def wait_for_word(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-        """Wait until the tree may live (None: it may not, or crcli is dead); and the changes noted so far."""
+    def wait_for_word(self, criu: int) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """Wait until the tree may live (None: it may not, or crcli is dead); and the changes noted so far.
+
+        When CRIU ends its channel is shut: what it has begun to restore holds the other end open too.
+        """
         changes: list[dict[str, Any]] = []
-        while text := self.control.recv(_MESSAGE_LIMIT):
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        poll.register(ended := os.pidfd_open(criu), select.POLLIN)
+        while True:
+            if any(fd == ended for fd, _ in poll.poll()):
+                poll.unregister(ended)
+                self.criu_end.shutdown(socket.SHUT_RDWR)
+                continue
+            if not (text := self.control.recv(_MESSAGE_LIMIT)):
+                return None, changes
             told = json.loads(text)
             if "root" in told:
                 return told, changes
             changes.append(told["change"])
-        return None, changes
 
 
 def _oversee(duty: _Duty) -> None:
@@ -193,7 +204,7 @@ def _oversee(duty: _Duty) -> None:
         kernel.become_subreaper()
         criu = duty.start_criu()
         duty.control.send(READY)
-        word, changes = duty.wait_for_word()
+        word, changes = duty.wait_for_word(criu)
         _reap_within(criu, _GRACE_S)
         if word is None:
             _kill_children()
@@ -242,9 +253,9 @@ def _reside(duty: _Duty, taken: tuple[int, ...]) -> None:
         dodge_pids(taken)
         for fd in duty.keep:
             _reopen(fd)
-        duty.start_criu()
+        criu = duty.start_criu()
         duty.control.send(READY)
-        word, changes = duty.wait_for_word()
+        word, changes = duty.wait_for_word(criu)
         if word is None:
             os.kill(-1, signal.SIGKILL)
             reap_until_alone()

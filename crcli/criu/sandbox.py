@@ -21,7 +21,7 @@ from crcli.criu.rpc import CriuProcess
 from crcli.errors import HostLacks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
 READY = b"ready"
@@ -149,11 +149,11 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int) -> N
         stand_ins = [_stand_in(kind) for kind in order.stand_ins]
         _fresh_terminals()
         dodge_pids(order.taken_pids)
-        if os.fork() == 0:
+        criu = os.fork()
+        if criu == 0:
             exec_criu(criu_end, stand_ins, [images_fd])
-        criu_end.close()
         control.send(READY)
-        reap_until_alone()
+        reap_until_alone(lambda pid: pid == criu and criu_end.shutdown(socket.SHUT_RDWR))
     except BaseException as error:
         say(control, str(error))
     finally:
@@ -174,11 +174,14 @@ def reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def reap_until_alone() -> None:
-    """Wait for children until there are none."""
+def reap_until_alone(ended: Callable[[int], object] = lambda _: None) -> None:
+    """Wait for children until there are none; call `ended` with the pid of each.
+
+    When CRIU ends its channel must be shut: what it has begun to restore holds the other end open too.
+    """
     while True:
         try:
-            os.wait()
+            ended(os.wait()[0])
         except ChildProcessError:
             return
 
