@@ -21,7 +21,7 @@ from crcli.criu.rpc import CriuProcess
 from crcli.errors import HostLacks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from types import TracebackType
 
 READY = b"ready"
@@ -153,7 +153,7 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int) -> N
         if criu == 0:
             exec_criu(criu_end, stand_ins, [images_fd])
         control.send(READY)
-        reap_until_alone(lambda pid: pid == criu and criu_end.shutdown(socket.SHUT_RDWR))
+        reap_until_alone(criu, criu_end)
     except BaseException as error:
         say(control, str(error))
     finally:
@@ -174,16 +174,18 @@ def reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def reap_until_alone(ended: Callable[[int], object] = lambda _: None) -> None:
-    """Wait for children until there are none; call `ended` with the pid of each.
+def reap_until_alone(criu: int = 0, criu_end: socket.socket | None = None) -> None:
+    """Wait for children until there are none.
 
-    When CRIU ends its channel must be shut: what it has begun to restore holds the other end open too.
+    When CRIU ends its channel is shut: what it has begun to restore holds that end open too.
     """
     while True:
         try:
-            ended(os.wait()[0])
+            pid, _ = os.wait()
         except ChildProcessError:
             return
+        if pid == criu and criu_end is not None:
+            criu_end.shutdown(socket.SHUT_RDWR)
 
 
 def _allow_any_address() -> None:

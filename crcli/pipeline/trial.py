@@ -81,9 +81,14 @@ def try_skeleton(
         criu = sandbox.start_criu(order)
         folder = f"/proc/self/fd/{trial.fd}"
         answer = criu.request(rpc.RESTORE, restore_options(restore, folder), lambda *_: True, TRIAL_LIMIT_S)
-    except (CriuDied, CriuTimeout, OSError) as error:
-        reason = "took too long" if isinstance(error, CriuTimeout) else str(error)
-        raise _refusal(f"the trial restore {reason}", trial) from error
+    except CriuTimeout as error:
+        raise _refusal("the trial restore took too long", trial) from error
+    except (CriuDied, OSError) as error:
+        raise DumpFailed(
+            f"the trial restore was cut short ({error}), which says nothing about the tree",
+            hint="run it again",
+            state=TreeState.RUNNING,
+        ) from error
     if not answer.success:
         raise _refusal("the trial restore failed", trial, answer.message)
 
