@@ -18,6 +18,7 @@ from crcli.criu.messages import (
     fdinfo_entry,
     file_entry,
     inventory_entry,
+    mm_entry,
     pagemap_entry,
     pagemap_head,
     pstree_entry,
@@ -44,6 +45,7 @@ _COUNTS = tuple(
 """Where a pagemap entry counts its pages: CRIU 4.2 has two such fields, for its older readers."""
 
 _REMAP_LINKED, _REMAP_PROCFS = 0, 2
+_MAPS_A_FILE = 1 << 6 | 1 << 7  # VMA_FILE_PRIVATE, VMA_FILE_SHARED
 
 
 @dataclass
@@ -142,6 +144,17 @@ def read_descriptors(images: Workspace) -> dict[int, list[tuple[str, int]]]:
             for entry in ImageFile.parse(images.read(name), fdinfo_entry).entries:
                 users.setdefault(entry.id, []).append((name, entry.fd))
     return users
+
+
+def mapped_ids(images: Workspace, pid: int | None = None) -> set[int]:
+    """Ids of the files that a process (None: any) has mapped or executes."""
+    names = [name for name in images.names() if name.startswith("mm-")] if pid is None else [f"mm-{pid}.img"]
+    found: set[int] = set()
+    for name in names:
+        for mm in ImageFile.parse(images.read(name), mm_entry).entries:
+            found.add(mm.exe_file_id)
+            found.update(vma.shmid for vma in mm.vmas if vma.status & _MAPS_A_FILE)
+    return found
 
 
 def run_id(images: Workspace) -> str:

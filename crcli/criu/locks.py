@@ -15,8 +15,8 @@ import signal
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from crcli.criu.images import FD, ImageFile, read_descriptors, read_files
-from crcli.criu.messages import file_lock_entry, mm_entry
+from crcli.criu.images import FD, ImageFile, mapped_ids, read_descriptors, read_files
+from crcli.criu.messages import file_lock_entry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from crcli.criu.workspace import Workspace
 
 _POSIX = 1
-_MAPS_A_FILE = 1 << 6 | 1 << 7  # VMA_FILE_PRIVATE, VMA_FILE_SHARED
 
 
 class FileLock(NamedTuple):
@@ -51,16 +50,11 @@ def lost_locks(images: Workspace) -> dict[int, list[FileLock]]:
             open_as.setdefault(fd, set()).add(names.get(file_id, ""))
     lost: dict[int, list[FileLock]] = {}
     for pid in {lock.pid for lock in locks}:
-        mapped = _mapped_names(images, pid, names)
+        mapped = {names[number] for number in mapped_ids(images, pid) if number in names}
         found = [FileLock(e.fd, e.type, e.start, e.len) for e in locks if e.pid == pid]
         if any(mapped & open_as.get(lock.fd, set()) for lock in found):
             lost[pid] = found
     return lost
-
-
-def _mapped_names(images: Workspace, pid: int, names: dict[int, str]) -> set[str]:
-    mm = ImageFile.parse(images.read(f"mm-{pid}.img"), mm_entry).entries[0]
-    return {names[vma.shmid] for vma in mm.vmas if vma.status & _MAPS_A_FILE and vma.shmid in names}
 
 
 class Machine(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from crcli.criu.images import (
     FD,
     ImageFile,
     create_pages,
+    mapped_ids,
     read_files,
     remapped_ids,
     write_pagemap,
@@ -173,6 +175,46 @@ def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> Non
         if entry.type == FD.REG and (paths is None or entry.reg.name in paths):
             entry.reg.ClearField("size")
     images.write("files.img", files.encode())
+
+
+def accept_growth(images: Workspace) -> list[tuple[str, int, int]]:
+    """Let CRIU open files that have only grown since the dump, such as logs that the tree reads.
+
+    Returns their paths, sizes then and sizes now. Files that are mapped, or that the tree writes to other
+    than at their end, are left out: they must be the same.
+    """
+    files = read_files(images)
+    remapped = remapped_ids(images)
+    regular = [entry for entry in files.entries if entry.type == FD.REG]
+    grown: dict[str, tuple[str, int, int]] = {}
+    for entry in regular:
+        if entry.reg.HasField("size") and entry.id not in remapped and not entry.reg.ext:
+            now = _size_of(entry.reg.name)
+            if now > entry.reg.size:
+                grown[entry.reg.name] = (entry.reg.name, entry.reg.size, now)
+    if grown:
+        mapped = mapped_ids(images)
+        for entry in regular:
+            if entry.id in mapped or _writes_anywhere(entry.reg.flags):
+                grown.pop(entry.reg.name, None)
+        for entry in regular:
+            if entry.reg.name in grown:
+                entry.reg.ClearField("size")
+        images.write("files.img", files.encode())
+    return list(grown.values())
+
+
+def _writes_anywhere(flags: int) -> bool:
+    return bool(flags & os.O_ACCMODE) and not flags & os.O_APPEND
+
+
+def _size_of(path: str) -> int:
+    """The size of a regular file; 0 when there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def touched_folders(images: Workspace) -> list[str]:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from crcli import kernel
 from crcli.criu import netlock
 from crcli.criu.images import read_tree
+from crcli.criu.interrupted import resume_interrupted_calls
 from crcli.criu.locks import FileLock, lost_locks, take_again
 from crcli.criu.log import PID_TAKEN, explain
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.residence import Residence
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.skeleton import (
+    accept_growth,
     close_outside_connections,
     forget_foreign_sessions,
     forget_network_lock,
@@ -237,7 +239,9 @@ class _Restore:
         self._move_in()
         place_files(self.manifest, self.reader, self.options.changed_files, self._note)
         forget_sizes(self.images, {file.name for file in self.manifest.files})
+        self.findings += [_grown(*file) for file in accept_growth(self.images)]
         mend_connections(self.images)
+        resume_interrupted_calls(self.images)
         self.locks = lost_locks(self.images)
         if not netlock.tables_of(str(self.manifest.meta.get("run_id", ""))):
             forget_network_lock(self.images)
@@ -466,6 +470,16 @@ class _Restore:
         if self.residence is not None:
             self.residence.close()
         kill_descendants()
+
+
+def _grown(path: str, then: int, now: int) -> Finding:
+    return Finding(
+        "file-grown",
+        Severity.CHANGE,
+        f"{path}, which the tree has open, has grown from {then} to {now} bytes since the dump",
+        {"path": path, "image": then, "here": now},
+        action="takes it that nothing but its end is new",
+    )
 
 
 def _ended(process: ProcessId) -> Finding:

@@ -363,6 +363,22 @@ def test_bash_with_children_and_a_pipeline(crcli: Crcli, tmp_path: Path) -> None
         assert names.count("bash") >= 3 and "sleep" in names
 
 
+def test_tail_follows_on(crcli: Crcli, tmp_path: Path) -> None:
+    """`tail -f FILE | grep` shows what is added to the file after the restore, with nothing lost between."""
+    path = tmp_path / "followed"
+    path.write_text("line 0\n")
+    pipeline = f"{need('tail')} -f -n +1 {path} | {need('grep')} --line-buffered line"
+    with launched([need("bash"), "-c", pipeline], tmp_path) as program:
+        wait_until(lambda: "line 0" in program.output, "nothing comes")
+        image = crcli.dump(program.pid)["image"]
+        with path.open("a") as file:
+            file.write("line 1\n")
+        assert "file-grown" in {finding["name"] for finding in crcli.restore(image)["findings"]}
+        with path.open("a") as file:
+            file.write("line 2\n")
+        wait_until(lambda: program.output == "line 0\nline 1\nline 2\n", f"it shows {program.output!r}")
+
+
 # --- Python with native code -------------------------------------------------------------------------------
 
 NUMPY = """

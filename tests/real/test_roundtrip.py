@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import textwrap
+from pathlib import Path
 
 import psutil
 import pytest
@@ -95,6 +97,46 @@ PAGES = """
     print('ready')
     while True: time.sleep(60)
     """
+
+
+WAITS = """
+    import ctypes, os, threading, time
+    libc = ctypes.CDLL(None, use_errno=True)
+    reads, writes = os.pipe()
+    three_seconds, left = (ctypes.c_long * 2)(3, 0), (ctypes.c_long * 2)()
+    futex = ctypes.c_int(5)
+    waiting = (ctypes.c_int * 2)(reads, 1)
+    calls = {{
+        "poll": lambda: libc.poll(waiting, 1, -1),
+        "nanosleep": lambda: libc.nanosleep(three_seconds, left),
+        "clock_nanosleep": lambda: libc.clock_nanosleep(1, 0, three_seconds, left),
+        "futex": lambda: libc.syscall(202, ctypes.byref(futex), 0, 5, three_seconds, None, 0),
+    }}
+    def wait(name):
+        result = calls[name]()
+        print(f"{{name}}={{result}} {{os.strerror(ctypes.get_errno()) if result == -1 else ''}}")
+    for name in calls:
+        threading.Thread(target=wait, args=(name,)).start()
+    time.sleep(0.2)
+    print("ready")
+    while not os.path.exists({path!r}):
+        time.sleep(0.02)
+    os.write(writes, b"x")
+    """
+
+
+@pytest.mark.skipif(
+    os.uname().machine != "x86_64", reason="elsewhere CRIU does not store the call's arguments"
+)
+def test_no_wait_is_interrupted_by_a_restore(crcli: Crcli, tmp_path: Path) -> None:
+    """poll, nanosleep and futex end as they would have, not with EINTR, of which `tail -f` dies."""
+    with spawn_python(WAITS.format(path=str(tmp_path / "go"))) as program:
+        crcli.move(program.pid)
+        (tmp_path / "go").touch()
+        wait_until(lambda: program.output.count("=") == 4, "they do not end:\n" + program.output)
+        assert program.value_of("poll").split() == ["1"]
+        assert program.value_of("nanosleep").split() == program.value_of("clock_nanosleep").split() == ["0"]
+        assert program.value_of("futex") == f"-1 {os.strerror(errno.ETIMEDOUT)}"
 
 
 def lines(program: Program) -> list[str]:
