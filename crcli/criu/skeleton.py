@@ -134,7 +134,12 @@ def forget_foreign_sessions(images: Workspace, members: Collection[int]) -> None
 
 
 def forget_network_lock(images: Workspace) -> None:
-    """Let CRIU look for no packet filter table where there is none: to find none takes the kernel 10 ms."""
+    """Let CRIU look for no packet filter table where there is none: to find none takes the kernel 10 ms.
+
+    A tree that brings its network namespace along is left as it is: CRIU locks that one anew while it works.
+    """
+    if any(name.startswith("netns-") for name in images.names()):
+        return
     inventory = ImageFile.parse(images.read("inventory.img"), inventory_entry)
     inventory.entries[0].network_lock_method = _NO_NETWORK_LOCK
     images.write("inventory.img", inventory.encode())
