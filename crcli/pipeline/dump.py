@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, T
 from crcli.findings import Finding, Severity
 from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.manifest import Manifest, publish
-from crcli.image.names import ImageRef, check_name, new_image_id, suggested_name
+from crcli.image.names import ImageRef, check_name, new_image_id, pack_key, suggested_name
 from crcli.image.packs import PackWriter
 from crcli.image.remove import remove
 from crcli.image.session import Session
@@ -173,6 +174,7 @@ class _Dump:
         self.interrupts = interrupts
         self.progress = progress
         self.on_frozen: Callable[[], None] = lambda: None
+        self.store: Store | None = None
         self.published = False
         self.is_holding = False
         self.frozen_at = 0.0
@@ -185,12 +187,18 @@ class _Dump:
     def run(self) -> None:
         """Prepare, freeze, take, prove, publish, let go, finish."""
         with ExitStack() as held:
-            self._prepare(held)
             try:
-                self._freeze_and_take()
-            except BaseException as error:
-                self._after_failure(error)
-            self._finish()
+                self._prepare(held)
+                try:
+                    self._freeze_and_take()
+                except BaseException as error:
+                    self._after_failure(error)
+                self._finish()
+            except BaseException:
+                self.interrupts.past_return()
+                if self.store is not None:
+                    self.store.give_up()  # it may be what failed: nobody waits for it a second time
+                raise
 
     # Everything that takes time and does not need the tree frozen comes first.
 
@@ -203,7 +211,7 @@ class _Dump:
             self.standby = held.enter_context(Standby(self.target.evidence.root.pid, self.images.fd))
             store = open_store(self.options.store, endpoint_url=self.options.endpoint_url)
             held.callback(store.close)
-            self.store: Store = store
+            self.store = store
             self.session = held.enter_context(Session(store, self.target.image_id))
             known = load_known(store, self.target.name)
             self.writer = PackWriter(store, self.target.image_id, known)
@@ -297,12 +305,13 @@ class _Dump:
 
     def _publish(self) -> None:
         """Finish the memory, make everything durable, write the manifest: the image exists on return."""
+        assert self.store is not None
         if self.sandbox is not None:
             self.sandbox.close()
         spaces, counts = self.intake.finish(self.progress.amount)
         self.skeleton = store_skeleton(self.images, self.writer)
         self.writer.seal()
-        self._check_borrowed()
+        self._check_packs(self.store)
         self._count(counts)
         manifest = Manifest(
             name=self.target.name,
@@ -316,19 +325,24 @@ class _Dump:
         )
         self.interrupts.past_return()
         self.report.stored_bytes = self.writer.stored_bytes + publish(self.store, manifest)
-        self._withdraw_if_lapsed()
+        self._withdraw_if_lapsed(self.store)
         self.published = True
 
-    def _withdraw_if_lapsed(self) -> None:
+    def _withdraw_if_lapsed(self, store: Store) -> None:
         """Take the image back when a collection may have taken us for dead, and removed what it refers to."""
         if self.session.lapsed:
-            remove(self.store, ImageRef(self.target.name, self.target.image_id))
+            remove(store, ImageRef(self.target.name, self.target.image_id))
             raise StoreError("the store did not answer for too long", hint="run the dump again")
 
-    def _check_borrowed(self) -> None:
-        """Make sure that the packs of earlier images that this one refers to are still there."""
-        for key in self.writer.foreign_pack_keys():
-            self.store.stat(key)
+    def _check_packs(self, store: Store) -> None:
+        """Make sure that the packs are there: ours, and those of earlier images that this one refers to.
+
+        Somebody may have removed the store meanwhile; what is written afterwards makes a new one.
+        """
+        keys = [pack_key(pack) for pack in self.writer.packs]
+        with ThreadPoolExecutor(min(16, max(1, len(keys)))) as threads:
+            for _ in threads.map(store.stat, keys):
+                pass
 
     def _count(self, counts: MemoryCounts) -> None:
         self.report.memory_bytes = counts.total

@@ -148,6 +148,10 @@ class Store(Protocol):
         """Remove what killed writers left behind and nobody touched for that long; return how many."""
         ...
 
+    def give_up(self) -> None:
+        """End all patience: what fails from now on is not tried again."""
+        ...
+
     def close(self) -> None:
         """Give back connections and threads; requests still waiting to be retried give up."""
         ...

@@ -119,6 +119,9 @@ class FileStore:
                 swept += _remove_if_abandoned(os.path.join(temporary, name), limit)
         return swept
 
+    def give_up(self) -> None:
+        """Nothing is ever tried again."""
+
     def close(self) -> None:
         """Nothing is held between calls."""
 

@@ -111,6 +111,10 @@ class S3Store:
             self._bucket.request("abort_multipart_upload", where)
         return len(old)
 
+    def give_up(self) -> None:
+        """End all patience: what fails from now on is not tried again."""
+        self._bucket.give_up()
+
     def close(self) -> None:
         """Let uploads end (aborts included), and close the connections."""
         self._bucket.give_up()
