@@ -35,7 +35,8 @@ from crcli.image.names import ImageRef, check_name, new_image_id, pack_key, sugg
 from crcli.image.packs import PackWriter
 from crcli.image.remove import remove
 from crcli.image.session import Session
-from crcli.memory.intake import Intake, MemoryCounts
+from crcli.memory.classify import MemoryCounts
+from crcli.memory.intake import Intake
 from crcli.pipeline.capture import capture_files, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
@@ -457,8 +458,9 @@ class _Dump:
             if not isinstance(error, PreflightRefused):
                 error.state = state
             return error
-        if isinstance(error, OSError | ConnectionError):
+        if isinstance(error, OSError):
             return DumpFailed(f"the dump failed: {error}", state=state)
+        error.state = state  # type: ignore[attr-defined]  # a bug of ours: what became of the tree counts
         return error
 
 

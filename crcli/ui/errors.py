@@ -74,7 +74,7 @@ def show_unexpected(error: BaseException, as_json: bool) -> int:
     message = f"crcli itself failed: {type(error).__name__}: {error}{place}"
     hint = "this is a bug: run it again with CRCLI_DEBUG=1 and report what it prints"
     if as_json:
-        _emit("internal", message, hint, TreeState.UNTOUCHED, ())
+        _emit("internal", message, hint, getattr(error, "state", TreeState.UNTOUCHED), ())
     else:
         _say(f"{message}\nHint: {hint}")
     if os.environ.get("CRCLI_DEBUG"):
