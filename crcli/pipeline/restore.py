@@ -61,8 +61,11 @@ if TYPE_CHECKING:
     from crcli.plugins.loader import Hooks
     from crcli.store.base import Store
 
-CRIU_LIMIT_S = 120.0
-"""How long CRIU itself may work on a restore (seconds), the time that it waits for us left out."""
+CRIU_LIMIT_S = float(os.environ.get("CRCLI_RESTORE_LIMIT", "120"))
+"""How long CRIU itself may work on a restore (seconds), the time that it waits for us left out.
+
+It waits for ever for a file lock that another process holds.
+"""
 
 _PASSED_ON = tuple(
     signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "WINCH", "CONT")
