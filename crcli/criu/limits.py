@@ -168,7 +168,7 @@ def _answer_one(listener: int, limits_of: _Limits) -> None:
     id_, asker, _, _, _, _, pid, resource, _, to, *_ = _SECCOMP_NOTIF.unpack(question)
     flags = 0
     try:
-        limit = limits_of(pid & 0xFFFF_FFFF, resource)
+        limit = limits_of(asker, pid & 0xFFFF_FFFF, resource)
         _write(listener, id_, asker, to, _RLIMIT64.pack(*limit))
     except (OSError, ValueError, IndexError, OverflowError):
         flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE
@@ -185,9 +185,9 @@ class _Limits:
         self._pid = 0
         self._limits: list[tuple[int, int]] = []
 
-    def __call__(self, pid: int, resource: int) -> tuple[int, int]:
+    def __call__(self, asker: int, pid: int, resource: int) -> tuple[int, int]:
         if resource == 0 or pid != self._pid:
-            self._limits = read_limits(pid)
+            self._limits = read_limits(pid, f"/proc/{asker}/root")  # CRIU may work in another pid namespace
             self._pid = pid
         return self._limits[resource]
 
@@ -203,12 +203,12 @@ def _write(listener: int, id_: int, asker: int, address: int, data: bytes) -> No
         os.close(memory)
 
 
-def read_limits(pid: int) -> list[tuple[int, int]]:
-    """Return a process's (soft, hard) limits from /proc/PID/limits, by number (RLIMIT_CPU is 0).
+def read_limits(pid: int, root: str = "") -> list[tuple[int, int]]:
+    """Return a process's (soft, hard) limits from ROOT/proc/PID/limits, by number (RLIMIT_CPU is 0).
 
     The kernel prints one line per limit in the order of their numbers: name in 26 columns, soft, hard, unit.
     """
-    with open(f"/proc/{pid}/limits", encoding="ascii") as file:
+    with open(f"{root}/proc/{pid}/limits", encoding="ascii") as file:
         lines = file.read().splitlines()[1:]
     pairs = (line[26:].split()[:2] for line in lines)
     return [(_limit(soft), _limit(hard)) for soft, hard in pairs]

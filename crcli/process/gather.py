@@ -329,12 +329,19 @@ def _unreachable(tree: Tree, viewer: Viewer, files: tuple[OpenFile, ...]) -> tup
     A process in another mount namespace can still hold what it, or its parent, had opened before. A process
     in a chroot is shown only what lies below, so each root is asked, and we are when we see the same mounts.
     """
-    viewpoints = {(process.namespaces.get("mnt"), process.root): process.pid for process in tree.living}
+    viewpoints: dict[tuple[int | None, str], list[int]] = {}
+    for process in tree.living:
+        viewpoints.setdefault((process.namespaces.get("mnt"), process.root), []).append(process.pid)
     if any(namespace == viewer.namespaces.get("mnt") for namespace, _ in viewpoints):
-        viewpoints[viewer.namespaces["mnt"], ""] = os.getpid()
-    seen = {mount.mnt_id for pid in viewpoints.values() for mount in mounts(pid)}
+        viewpoints[viewer.namespaces["mnt"], ""] = [os.getpid()]
+    seen = {mount.mnt_id for pids in viewpoints.values() for mount in _mounts_of_any(pids)}
     with_path = (Kind.REGULAR, Kind.DIRECTORY, Kind.FIFO, Kind.DEVICE)
     return tuple(file for file in files if file.kind in with_path and file.mnt_id not in seen)
+
+
+def _mounts_of_any(pids: list[int]) -> tuple[Mount, ...]:
+    """Return the mounts that these processes see, asking one that has not ended meanwhile."""
+    return next((found for pid in pids if (found := mounts(pid))), ())
 
 
 # --- processes ---------------------------------------------------------------------------------------------
@@ -355,17 +362,21 @@ def _relatives(tree: Tree) -> tuple[Relative, ...]:
     """Return the processes outside that share a session or process group which began inside the tree.
 
     Those are daemonised children: forked from the tree, their parent gone. A process group alone also holds
-    the rest of a shell's pipeline, which has the same parent as the root; those are no relatives.
+    the rest of a shell's pipeline, which has the same parent as the root; those are no relatives. Neither are
+    those that the tree has brought forth since it was looked at.
     """
     sessions = {process.sid for process in tree if process.sid in tree}
     groups = {process.pgid for process in tree if process.pgid in tree}
     if not groups:
         return ()
+    inside = set(tree.pids)
+    everybody = sorted(every_stat(), key=lambda stat: stat.start_time)
+    inside.update(stat.pid for stat in everybody if stat.ppid in inside)
     return tuple(
         Relative(other.pid, other.comm, "session" if other.sid in sessions else "group")
-        for other in every_stat()
+        for other in everybody
         if (other.sid in sessions or (other.pgid in groups and other.ppid != tree.root.ppid))
-        and other.pid not in tree
+        and other.pid not in inside
         and not other.is_zombie
     )
 

@@ -19,7 +19,7 @@ from pwd import getpwnam
 import psutil
 import pytest
 
-from tests.support.crcli import Crcli, launched, tree_of, wait_until
+from tests.support.crcli import Crcli, launched, reap, tree_of, wait_until
 from tests.support.programs import Program, spawn_python
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
@@ -177,6 +177,20 @@ def test_nginx_with_workers_of_another_user(crcli: Crcli, tmp_path: Path) -> Non
         assert users == [0, getpwnam("nobody").pw_uid, getpwnam("nobody").pw_uid]
         assert get(port) == "hello 1"
         assert len((tmp_path / "access").read_text().splitlines()) == 4
+
+
+def test_nginx_is_dumped_again_from_a_namespace_of_its_own(crcli: Crcli, tmp_path: Path) -> None:
+    """From a pid namespace of its own it is dumped from outside, its workers' limits included."""
+    nginx, port = need("nginx"), free_port()
+    (tmp_path / "conf").write_text(NGINX.format(folder=tmp_path, port=port))
+    with launched([nginx, "-p", str(tmp_path), "-c", str(tmp_path / "conf")], tmp_path) as program:
+        assert get(port) == "hello 1"
+        inside = crcli.restore(crcli.dump(program.pid)["image"], "--pid-namespace", "new")
+        assert get(port) == "hello 1"
+        again = crcli.dump(inside["host_pid"])
+        reap(crcli.restored)
+        assert crcli.restore(again["image"])["processes"] == 3
+        assert get(port) == "hello 1"
 
 
 def keep_alive(client: socket.socket) -> str:
