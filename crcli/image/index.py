@@ -1,13 +1,14 @@
 """What the store has already: the indexes of earlier dumps, loaded before the freeze.
 
-The newest indexes are read, those of the same name first, up to a bound on memory. Pages are looked up by
-the first 8 bytes of their BLAKE3 digest in one sorted array and then compared in full, so that a lookup
-of a whole block is a few vectorised operations.
+The newest indexes are read, those of the same name first, up to a bound on memory. Pages, and groups of
+them, are looked up by the first 8 bytes of their BLAKE3 digest in one sorted array and then compared in
+full, so that a lookup of a whole block is a few vectorised operations.
 """
 
 from __future__ import annotations
 
-import threading
+from array import array
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
@@ -15,8 +16,9 @@ from blake3 import blake3
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, unpack_container
 from crcli.image.names import IMAGES, INDEXES, PACKS, pages_key
-from crcli.image.tables import Chunk, read_chunks, read_packs
-from crcli.memory.intake import DIGEST, Location
+from crcli.image.tables import Chunk, Group, read_chunks, read_groups, read_packs
+from crcli.memory.classify import DIGEST, GROUP_PAGES, Location
+from crcli.memory.extents import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,9 +26,7 @@ if TYPE_CHECKING:
     from crcli.store.base import Store
 
 PAGE_LIMIT = 4 << 20
-"""Pages of earlier dumps that are remembered (16 GiB of memory; about 180 MB when full)."""
-
-_PAGE_BYTES = 4096
+"""Pages of earlier dumps that are remembered (16 GiB of memory; about 190 MB when full)."""
 
 
 class KnownChunks:
@@ -35,11 +35,14 @@ class KnownChunks:
     def __init__(self) -> None:
         self._chunks: list[tuple[bytes, Chunk]] = []
         self._blobs: dict[bytes, int] = {}
-        self._digests: list[bytes] = []
-        self._page_count = 0
-        self._first_pages: list[int] = []
         self._memory_chunks: list[int] = []
-        self._lookup: _PageLookup | None = None
+        self._first_pages: list[int] = []
+        self._page_digests: list[bytes] = []
+        self._page_count = 0
+        self._group_places = array("Q")  # chunk << 16 | page
+        self._group_digests: list[bytes] = []
+        self._pages: _Digests | None = None
+        self._groups: _Digests | None = None
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -52,22 +55,30 @@ class KnownChunks:
         """The number of the known chunk with these contents (BLAKE3), if there is one."""
         return self._blobs.get(digest)
 
-    def add(self, packs: list[bytes], chunks: list[Chunk], digests: bytes) -> None:
-        """Take in one index: its tables, and its pages' digests in the order of its chunks."""
-        at = 0
-        for chunk in chunks:
-            number = len(self._chunks)
+    def add(
+        self, packs: list[bytes], chunks: list[Chunk], digests: bytes, groups: Sequence[Group] = ()
+    ) -> None:
+        """Take in one index: its tables, and its pages' digests in the order of its chunks.
+
+        Raises ImageDamaged, with nothing taken in, when they do not fit together.
+        """
+        pages = [chunk.raw // PAGE if chunk.is_memory else 0 for chunk in chunks]
+        if sum(pages) * DIGEST != len(digests):
+            raise ImageDamaged("an index and its page digests do not fit together")
+        first = len(self._chunks)
+        for number, (chunk, count) in enumerate(zip(chunks, pages, strict=True), start=first):
             self._chunks.append((packs[chunk.pack], chunk))
             if chunk.is_memory:
-                self._first_pages.append(self._page_count + at // DIGEST)
                 self._memory_chunks.append(number)
-                at += chunk.raw // _PAGE_BYTES * DIGEST
+                self._first_pages.append(self._page_count)
+                self._page_count += count
             else:
                 self._blobs.setdefault(chunk.digest, number)
-        if at != len(digests):
-            raise ImageDamaged("an index and its page digests do not fit together")
-        self._digests.append(digests)
-        self._page_count += at // DIGEST
+        self._page_digests.append(digests)
+        for group in groups:
+            if group.pages == GROUP_PAGES:
+                self._group_places.append(first + group.chunk << 16 | group.page)
+                self._group_digests.append(group.digest)
 
     @property
     def page_count(self) -> int:
@@ -75,16 +86,26 @@ class KnownChunks:
         return self._page_count
 
     def finish(self) -> None:
-        """Sort: `find_pages` works from now on."""
-        if self._page_count:
-            self._lookup = _PageLookup(self._digests, self._first_pages, self._memory_chunks)
-        self._digests = []
+        """Sort: `find_pages` and `find_groups` work from now on."""
+        self._pages = _Digests(self._page_digests)
+        self._groups = _Digests(self._group_digests)
+        self._page_digests, self._group_digests = [], []
 
     def find_pages(self, digests: Sequence[bytes]) -> list[tuple[int, int] | None]:
-        """For each digest the known chunk and the page in it, or None."""
-        if self._lookup is None or not digests:
-            return [None] * len(digests)
-        return self._lookup.find(digests)
+        """For each digest of a page the known chunk and the page in it, or None."""
+        return [None if row is None else self._page_place(row) for row in self._rows(self._pages, digests)]
+
+    def find_groups(self, digests: Sequence[bytes]) -> list[tuple[int, int] | None]:
+        """For each digest of a group the known chunk and the group's first page in it, or None."""
+        found = self._rows(self._groups, digests)
+        return [None if row is None else divmod(self._group_places[row], 1 << 16) for row in found]
+
+    def _page_place(self, row: int) -> tuple[int, int]:
+        owner = bisect_right(self._first_pages, row) - 1
+        return self._memory_chunks[owner], row - self._first_pages[owner]
+
+    def _rows(self, table: _Digests | None, digests: Sequence[bytes]) -> list[int | None]:
+        return table.find(digests) if table is not None else [None] * len(digests)
 
 
 class KnownPagesOf:
@@ -95,40 +116,44 @@ class KnownPagesOf:
         self._adopt = adopt
 
     def find(self, digests: Sequence[bytes]) -> list[Location | None]:
-        """See memory.intake.KnownPages."""
-        return [
-            None if place is None else Location(self._adopt(place[0]), place[1])
-            for place in self._known.find_pages(digests)
-        ]
+        """See memory.classify.KnownPages."""
+        return self._adopted(self._known.find_pages(digests))
+
+    def find_groups(self, digests: Sequence[bytes]) -> list[Location | None]:
+        """See memory.classify.KnownPages."""
+        return self._adopted(self._known.find_groups(digests))
+
+    def _adopted(self, places: list[tuple[int, int] | None]) -> list[Location | None]:
+        return [None if place is None else Location(self._adopt(place[0]), place[1]) for place in places]
 
 
-class _PageLookup:
-    def __init__(self, digests: list[bytes], first_pages: list[int], chunks: list[int]) -> None:
+class _Digests:
+    """Digests in an array, sorted by their first 8 bytes."""
+
+    def __init__(self, parts: list[bytes]) -> None:
+        joined = b"".join(parts)
+        self._count = len(joined) // DIGEST
+        if not self._count:
+            return
         import numpy as np
 
         self._np: Any = np
-        self._rows: Any = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, DIGEST // 8)
+        self._rows: Any = np.frombuffer(joined, dtype="<u8").reshape(-1, DIGEST // 8)
         order = np.argsort(self._rows[:, 0], kind="stable")
         self._order: Any = order.astype(np.uint32)
         self._keys: Any = self._rows[order, 0]
-        self._first_pages: Any = np.asarray(first_pages, dtype=np.uint32)
-        self._chunks = chunks
-        self._lock = threading.Lock()
 
-    def find(self, digests: Sequence[bytes]) -> list[tuple[int, int] | None]:
+    def find(self, digests: Sequence[bytes]) -> list[int | None]:
+        """For each digest the row in which it stands, or None."""
+        if not self._count or not digests:
+            return [None] * len(digests)
         np = self._np
         asked = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, DIGEST // 8)
         at = np.searchsorted(self._keys, asked[:, 0])
-        at[at == len(self._keys)] = 0
+        at[at == self._count] = 0
         rows = self._order[at]
         same = (self._rows[rows] == asked).all(axis=1)
-        owner = np.searchsorted(self._first_pages, rows, side="right") - 1
-        page = rows - self._first_pages[owner]
-        chunks = self._chunks
-        return [
-            (chunks[o], p) if s else None
-            for s, o, p in zip(same.tolist(), owner.tolist(), page.tolist(), strict=True)
-        ]
+        return [row if here else None for row, here in zip(rows.tolist(), same.tolist(), strict=True)]
 
 
 def load_known(store: Store, name: str) -> KnownChunks:
@@ -164,4 +189,4 @@ def _load_index(store: Store, image_id: str, there: set[str], known: KnownChunks
     digests = store.get(pages_key(image_id)) if any(chunk.is_memory for chunk in chunks) else b""
     if blake3(digests).digest() != sections["PGHS"]:
         raise ImageDamaged(f"{pages_key(image_id)} is not what {name} says")
-    known.add(packs, chunks, digests)
+    known.add(packs, chunks, digests, read_groups(sections.get("GRPS", b""), chunks, name))

@@ -17,7 +17,8 @@ from crcli.errors import ImageDamaged, NotFound
 from crcli.image.codec import Codec, compress, decompress
 from crcli.image.container import ContainerKind, pack_container
 from crcli.image.names import index_key, pack_key, pages_key
-from crcli.image.tables import PACK_ID, Chunk, write_chunks, write_packs
+from crcli.image.tables import PACK_ID, Chunk, Group, write_chunks, write_groups, write_packs
+from crcli.memory.classify import GROUP_PAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -61,6 +62,7 @@ class PackWriter:
         self._packs: list[bytes] = []
         self._chunks: list[Chunk] = []
         self._new: list[int] = []
+        self._groups: list[Group] = []
         self._adopted: dict[int, int] = {}
         self._foreign_packs: dict[bytes, int] = {}
         self._pack: ObjectWriter | None = None
@@ -88,24 +90,30 @@ class PackWriter:
         return [pack_key(pack) for pack in self._foreign_packs]
 
     def reserve(self) -> int:
-        """Give a number to a chunk that is about to be added; see memory.intake.ChunkSink."""
+        """Give a number to a chunk that is about to be added; see memory.classify.ChunkSink."""
         with self._lock:
             self._chunks.append(_RESERVED)
             return len(self._chunks) - 1
 
     def add(
-        self, number: int, pieces: Sequence[Buffer], page_digests: Sequence[bytes], *, hurry: bool = False
+        self,
+        number: int,
+        pieces: Sequence[Buffer],
+        page_digests: Sequence[bytes],
+        group_digests: Sequence[bytes] = (),
+        *,
+        hurry: bool = False,
     ) -> None:
-        """Store one chunk of memory under a reserved number; see memory.intake.ChunkSink."""
+        """Store one chunk of memory under a reserved number; see memory.classify.ChunkSink."""
         raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        self._append(number, raw, page_digests, is_memory=True, hurry=hurry)
+        self._append(number, raw, page_digests, group_digests, is_memory=True, hurry=hurry)
 
     def add_blob(self, raw: Buffer) -> int:
         """Store one chunk that is not memory, unless the store has it; give its number."""
         if self._known is not None and (there := self._known.find_blob(blake3(raw).digest())) is not None:
             return self.adopt(there)
         number = self.reserve()
-        self._append(number, raw, (), is_memory=False, hurry=False)
+        self._append(number, raw, (), (), is_memory=False, hurry=False)
         return number
 
     def adopt(self, known: int) -> int:
@@ -141,6 +149,7 @@ class PackWriter:
                     "PACK": write_packs(self._packs),
                     "CHNK": write_chunks(self._chunks[number] for number in self._new),
                     "PGHS": self._pages_hash.digest(),
+                    "GRPS": write_groups(self._groups),
                 },
             )
             self._store.put(index_key(self._image_id), index)
@@ -155,7 +164,14 @@ class PackWriter:
         self._committer.shutdown(wait=True, cancel_futures=True)
 
     def _append(
-        self, number: int, raw: Buffer, page_digests: Sequence[bytes], *, is_memory: bool, hurry: bool
+        self,
+        number: int,
+        raw: Buffer,
+        page_digests: Sequence[bytes],
+        group_digests: Sequence[bytes],
+        *,
+        is_memory: bool,
+        hurry: bool,
     ) -> None:
         digest = blake3(raw).digest()
         codec, stored = compress(raw, hurry=hurry)
@@ -164,6 +180,10 @@ class PackWriter:
             pack.write(stored)
             self._chunks[number] = Chunk(
                 self._pack_number, len(raw), self._pack_size, len(stored), codec, is_memory, digest
+            )
+            self._groups += (
+                Group(len(self._new), place * GROUP_PAGES, GROUP_PAGES, digest)
+                for place, digest in enumerate(group_digests)
             )
             self._new.append(number)
             self._pack_size += len(stored)

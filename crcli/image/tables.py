@@ -20,6 +20,7 @@ PACK_ID = 16
 _CHUNK = struct.Struct("<IIQIHH32s")
 _SPACE = struct.Struct("<IQI")
 _EXTENT = struct.Struct("<QIIHBB")
+_GROUP = struct.Struct("<IHH32s")
 _FLAG_LAZY = 1
 
 
@@ -36,6 +37,15 @@ class Chunk(NamedTuple):
     stored: int
     codec: Codec
     is_memory: bool
+    digest: bytes
+
+
+class Group(NamedTuple):
+    """Pages of a chunk that one digest finds: `pages` of them, from page `page` of chunk `chunk` on."""
+
+    chunk: int
+    page: int
+    pages: int
     digest: bytes
 
 
@@ -59,6 +69,21 @@ def read_chunks(data: bytes, packs: int, name: str) -> list[Chunk]:
     if any(chunk.pack >= packs for chunk in chunks):
         raise ImageDamaged(f"{name} names a pack that it does not list")
     return chunks
+
+
+def write_groups(groups: Iterable[Group]) -> bytes:
+    """Encode a table of groups."""
+    return b"".join(_GROUP.pack(*group) for group in groups)
+
+
+def read_groups(data: bytes, chunks: list[Chunk], name: str) -> list[Group]:
+    """Decode a table of groups; raise ImageDamaged when one lies outside of its chunk."""
+    _check_size(data, _GROUP, name)
+    groups = [Group(*fields) for fields in _GROUP.iter_unpack(data)]
+    for group in groups:
+        if group.chunk >= len(chunks) or (group.page + group.pages) * 4096 > chunks[group.chunk].raw:
+            raise ImageDamaged(f"{name}: a group of pages lies outside of its chunk")
+    return groups
 
 
 def write_packs(packs: Iterable[bytes]) -> bytes:

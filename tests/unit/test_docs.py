@@ -17,7 +17,7 @@ from crcli import config, errors
 from crcli.image import catalog, container, gc, names, packs, session, tables
 from crcli.image.manifest import StoredFile
 from crcli.main import COMMANDS, build_app
-from crcli.memory import intake, replay
+from crcli.memory import classify, intake, replay
 from crcli.memory.extents import PAGE
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.stages import DumpReport, RestoreReport
@@ -220,13 +220,13 @@ def test_a_document_names_no_place_of_ours(name: str) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [container._HEADER, container._ENTRY, tables._CHUNK, tables._SPACE, tables._EXTENT],
+    [container._HEADER, container._ENTRY, tables._CHUNK, tables._SPACE, tables._EXTENT, tables._GROUP],
     ids=lambda layout: layout.format,
 )
 def test_format_has_the_layout_of_every_record(layout: Any) -> None:
     """The struct of each record stands in FORMAT.md as the code has it, with its size in the offsets."""
     assert f"`{layout.format}`" in FORMAT
-    assert layout.size in (16, 20, 56, 64)
+    assert layout.size in (16, 20, 40, 56, 64)
 
 
 def test_format_has_the_constants() -> None:
@@ -238,7 +238,8 @@ def test_format_has_the_constants() -> None:
     assert container._RAW_LIMIT == 4 << 30 and "at most 4 GiB" in FORMAT_FLAT
     assert packs.BLOB_BYTES == 1 << 20 and "pieces of files, of 1 MiB" in FORMAT_FLAT
     assert packs.PACK_BYTES == 64 << 20 and "past 64 MiB" in FORMAT_FLAT
-    assert intake.CHUNK_PAGES == 64 and "at most 64 (256 KiB)" in FORMAT_FLAT
+    assert classify.CHUNK_PAGES == 64 and "at most 64 (256 KiB)" in FORMAT_FLAT
+    assert classify.GROUP_PAGES == 16 and "for each 16 pages" in FORMAT_FLAT
     assert (session.HEARTBEAT_S, session.LAPSED_AFTER_S, session.STALE_AFTER_S) == (60, 600, 900)
     assert "every 60 s" in FORMAT_FLAT and "for 600 s" in FORMAT_FLAT and "for 900 s" in FORMAT_FLAT
     for prefix in (names.IMAGES, names.INDEXES, names.PACKS, names.SESSIONS, gc.COLLECTIONS):
@@ -255,7 +256,7 @@ def test_format_has_every_field_of_a_manifest() -> None:
     written |= keys_in("crcli/pipeline/facts.py", "describe_tree")
     written |= keys_in("crcli/criu/skeleton.py", "named_files")
     written |= set(StoredFile("", 0, ()).as_json()) | {field.name for field in fields(OutsideLink)}
-    written |= {"name", "id", "skeleton", "files", *intake.MemoryCounts.__dataclass_fields__}
+    written |= {"name", "id", "skeleton", "files", *classify.MemoryCounts.__dataclass_fields__}
     assert written <= in_words(FORMAT), written - in_words(FORMAT)
 
 

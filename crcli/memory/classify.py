@@ -1,0 +1,283 @@
+"""Pages told apart: those that are zero, those that the store has, and those that are new.
+
+A page is known by its BLAKE3 digest. Sixteen pages that lie together at a border of 64 KiB, a group, are
+looked for first, by one digest of them all: that takes a quarter of the time, and in most of a tree that was
+dumped before nothing changed. Pages of other groups are looked for one by one, so that what moved is found as
+well. What is left becomes chunks, whole groups first.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from blake3 import blake3
+
+from crcli.memory.extents import PAGE, ZERO_PAGE, Extent, Source, SpaceKey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from crcli.store.base import Buffer
+
+GROUP_PAGES = 16
+"""Pages that are looked for together."""
+
+CHUNK_PAGES = 64
+"""Pages in one chunk at most (256 KiB): large enough to compress well and to fetch in one read."""
+
+DIGEST = 32
+_ZERO_GROUP = ZERO_PAGE * GROUP_PAGES
+
+_TWIN_LIMIT = 1 << 18
+"""New pages of this dump that are remembered for finding their twins (about 50 MB when full)."""
+
+_ZERO = -1
+_CHUNK_SHIFT = 17
+"""A place is one number, `chunk << _CHUNK_SHIFT | page`. An extent's offset has 16 bits, so that the last
+page of one chunk and the first of the next are never neighbours."""
+
+
+class Location(NamedTuple):
+    """Where a page is: page number `page` of chunk `chunk` in this image's chunk table."""
+
+    chunk: int
+    page: int
+
+    @property
+    def place(self) -> int:
+        """The same as one number."""
+        return self.chunk << _CHUNK_SHIFT | self.page
+
+
+class KnownPages(Protocol):
+    """What the store has already. Called from several threads."""
+
+    def find(self, digests: Sequence[bytes]) -> list[Location | None]:
+        """For each BLAKE3 digest of a page, where the store has that page (None where it does not)."""
+        ...
+
+    def find_groups(self, digests: Sequence[bytes]) -> list[Location | None]:
+        """For each BLAKE3 digest of a group, where the store has its first page, and the others after it."""
+        ...
+
+
+class ChunkSink(Protocol):
+    """Takes new chunks on their way to the store. Called from several threads."""
+
+    def reserve(self) -> int:
+        """Give a number in the chunk table to a chunk that is about to be added."""
+        ...
+
+    def add(
+        self,
+        number: int,
+        pieces: Sequence[Buffer],
+        page_digests: Sequence[bytes],
+        group_digests: Sequence[bytes],
+        *,
+        hurry: bool,
+    ) -> None:
+        """Store the chunk `number`, made of `pieces`; done with them on return.
+
+        It begins with as many whole groups as there are `group_digests`. `hurry` says that the source is
+        being held back, so that speed matters more than size.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryCounts:
+    """What arrived, in bytes: all of it, the zero pages, those that the store had, and the new ones."""
+
+    total: int = 0
+    zero: int = 0
+    reused: int = 0
+    new: int = 0
+
+    def __add__(self, other: MemoryCounts) -> MemoryCounts:
+        return MemoryCounts(
+            self.total + other.total, self.zero + other.zero, self.reused + other.reused, self.new + other.new
+        )
+
+
+class Run(NamedTuple):
+    """Pages of one space that follow one another, `at` so many pages from the beginning of a block."""
+
+    space: SpaceKey
+    start: int
+    pages: int
+    lazy: bool
+    at: int
+
+
+class _Chunk(NamedTuple):
+    """A new chunk: its number, its pages and its groups (by their place in the block)."""
+
+    number: int
+    pages: list[int]
+    groups: list[int]
+
+
+class Classifier:
+    """Turns blocks of pages into extents and new chunks. Safe to call from several threads."""
+
+    def __init__(self, known: KnownPages | None, sink: ChunkSink) -> None:
+        self._known = known
+        self._sink = sink
+        self._twins: dict[bytes, int] = {}
+        self._claims = threading.Lock()
+
+    def classify(
+        self, memory: bytearray, runs: Sequence[Run], *, hurry: bool = False
+    ) -> tuple[list[tuple[SpaceKey, Extent]], MemoryCounts]:
+        """Store what is new of the pages that `runs` describe in `memory`; return all their extents."""
+        view = memoryview(memory)
+        heads, pages = _divide(runs)
+        places: dict[int, int] = {}
+        groups = self._place_groups(memory, heads, places)
+        pages += [page for head in groups for page in range(head, head + GROUP_PAGES)]
+        unknown = self._place_pages(memory, pages, places)
+        chunks = self._claim(unknown, groups, places)
+        for chunk in chunks:
+            self._sink.add(
+                chunk.number,
+                _pieces(view, chunk.pages),
+                [unknown[page] for page in chunk.pages],
+                [groups[head] for head in chunk.groups],
+                hurry=hurry,
+            )
+        extents = [(run.space, extent) for run in runs for extent in _extents(run, places)]
+        return extents, _count(places.values(), sum(len(chunk.pages) for chunk in chunks))
+
+    def _place_groups(self, memory: bytearray, heads: list[int], places: dict[int, int]) -> dict[int, bytes]:
+        """Place the groups that are zero or known; return the digests of the others, by first page."""
+        view, is_zero = memoryview(memory), memory.startswith
+        digests = {
+            head: blake3(view[head * PAGE : (head + GROUP_PAGES) * PAGE]).digest()
+            for head in heads
+            if not is_zero(_ZERO_GROUP, head * PAGE)
+        }
+        for head in heads:
+            if head not in digests:
+                places.update(dict.fromkeys(range(head, head + GROUP_PAGES), _ZERO))
+        if self._known is not None:
+            found = self._known.find_groups(list(digests.values()))
+            for head, location in zip(list(digests), found, strict=True):
+                if location is not None:
+                    del digests[head]
+                    places.update(_neighbours(range(head, head + GROUP_PAGES), location.place))
+        return digests
+
+    def _place_pages(self, memory: bytearray, pages: list[int], places: dict[int, int]) -> dict[int, bytes]:
+        """Place the pages that are zero or known; return the digests of the others."""
+        view, is_zero = memoryview(memory), memory.startswith
+        digests = {
+            page: blake3(view[page * PAGE : (page + 1) * PAGE]).digest()
+            for page in pages
+            if not is_zero(ZERO_PAGE, page * PAGE)
+        }
+        places.update((page, _ZERO) for page in pages if page not in digests)
+        if self._known is not None:
+            found = self._known.find(list(digests.values()))
+            for page, location in zip(list(digests), found, strict=True):
+                if location is not None:
+                    del digests[page]
+                    places[page] = location.place
+        return digests
+
+    def _claim(
+        self, unknown: dict[int, bytes], groups: dict[int, bytes], places: dict[int, int]
+    ) -> list[_Chunk]:
+        """Place the other pages: where their twins are, or in new chunks, which are ours to store."""
+        with self._claims:
+            fresh = {digest: page for page, digest in unknown.items() if digest not in self._twins}
+            chunks = self._cut(set(fresh.values()), groups)
+            for chunk in chunks:
+                placed = _neighbours(chunk.pages, chunk.number << _CHUNK_SHIFT)
+                places.update(placed)
+                fresh.update((unknown[page], place) for page, place in placed.items())
+            if len(fresh) < len(unknown):
+                places.update(
+                    (page, fresh[digest] if digest in fresh else self._twins[digest])
+                    for page, digest in unknown.items()
+                )
+            if len(self._twins) < _TWIN_LIMIT:
+                self._twins.update(fresh)
+        return chunks
+
+    def _cut(self, fresh: set[int], groups: Iterable[int]) -> list[_Chunk]:
+        """Divide pages into chunks, the groups that are whole among them first."""
+        whole = [head for head in groups if fresh.issuperset(range(head, head + GROUP_PAGES))]
+        pages = [page for head in whole for page in range(head, head + GROUP_PAGES)]
+        pages += sorted(fresh.difference(pages))
+        step = CHUNK_PAGES // GROUP_PAGES
+        return [
+            _Chunk(
+                self._sink.reserve(),
+                pages[number * CHUNK_PAGES : (number + 1) * CHUNK_PAGES],
+                whole[number * step : (number + 1) * step],
+            )
+            for number in range(-(-len(pages) // CHUNK_PAGES))
+        ]
+
+
+def _divide(runs: Sequence[Run]) -> tuple[list[int], list[int]]:
+    """The first pages of the whole groups in a block, and the pages that are in none."""
+    heads: list[int] = []
+    loose: list[int] = []
+    for run in runs:
+        end = run.at + run.pages
+        first = min(run.at + -run.start % GROUP_PAGES, end)
+        last = first + (end - first) // GROUP_PAGES * GROUP_PAGES
+        heads += range(first, last, GROUP_PAGES)
+        loose += range(run.at, first)
+        loose += range(last, end)
+    return heads, loose
+
+
+def _neighbours(pages: Sequence[int], place: int) -> dict[int, int]:
+    """Places for pages that are stored one after another from `place` on."""
+    return dict(zip(pages, range(place, place + len(pages)), strict=True))
+
+
+def _pieces(view: memoryview, pages: list[int]) -> list[memoryview]:
+    """These pages as few contiguous views."""
+    pieces: list[memoryview] = []
+    begin = previous = pages[0]
+    for page in pages[1:]:
+        if page != previous + 1:
+            pieces.append(view[begin * PAGE : (previous + 1) * PAGE])
+            begin = page
+        previous = page
+    pieces.append(view[begin * PAGE : (previous + 1) * PAGE])
+    return pieces
+
+
+def _extents(run: Run, places: dict[int, int]) -> list[Extent]:
+    """One run's pages as extents, neighbours of one source joined."""
+    extents: list[Extent] = []
+    begin, expected = run.at, places[run.at]
+    for page in range(run.at, run.at + run.pages):
+        place = places[page]
+        if place != expected:
+            extents.append(_extent(run, begin, page, places[begin]))
+            begin = page
+        expected = place + 1 if place != _ZERO else _ZERO
+    extents.append(_extent(run, begin, run.at + run.pages, places[begin]))
+    return extents
+
+
+def _extent(run: Run, begin: int, end: int, place: int) -> Extent:
+    start = run.start + begin - run.at
+    if place == _ZERO:
+        return Extent(start, end - begin, Source.ZERO, 0, 0, run.lazy)
+    chunk, page = divmod(place, 1 << _CHUNK_SHIFT)
+    return Extent(start, end - begin, Source.CHUNK, chunk, page, run.lazy)
+
+
+def _count(places: Iterable[int], new: int) -> MemoryCounts:
+    kinds = [place == _ZERO for place in places]
+    zero = kinds.count(True)
+    return MemoryCounts(len(kinds) * PAGE, zero * PAGE, (len(kinds) - zero - new) * PAGE, new * PAGE)
