@@ -433,7 +433,7 @@ def test_output_to_a_socket_outside_goes_to_a_log(crcli: Crcli, tmp_path: Path) 
     ours, theirs = socket.socketpair()
     with ours, theirs, spawn_python(code, stdin=theirs, stdout=theirs, stderr=theirs) as program:
         theirs.close()
-        assert ours.recv(2) == b"0\n"
+        assert ours.recv(2, socket.MSG_WAITALL) == b"0\n"
         report = crcli.dump(program.pid)
         rest = b"".join(iter(lambda: ours.recv(4096), b""))
         crcli.restore(report["image"])
