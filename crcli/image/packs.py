@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from crcli.errors import ImageDamaged, NotFound
+from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.codec import Codec, compress, decompress
 from crcli.image.container import ContainerKind, pack_container
 from crcli.image.names import index_key, pack_key, pages_key
@@ -262,10 +262,20 @@ class ChunkReader:
             data = memoryview(self._store.get_range(key, first.offset, length))
         except NotFound as error:
             raise ImageDamaged(f"{key} is missing from the store", hint="use another image") from error
+        except StoreError as error:
+            if self._is_cut_short(key, first.offset + length):
+                raise ImageDamaged(f"{key} is cut short", hint="use another image") from error
+            raise
         for number in numbers:
             chunk = self._chunks[number]
             at = chunk.offset - first.offset
             yield number, self._check(number, data[at : at + chunk.stored])
+
+    def _is_cut_short(self, key: str, end: int) -> bool:
+        try:
+            return self._store.stat(key).size < end
+        except StoreError:
+            return False
 
     def _check(self, number: int, stored: memoryview) -> Buffer:
         chunk = self._chunks[number]
