@@ -6,6 +6,7 @@ makes more of them. They are spread over the whole command, so that few rounds r
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -447,21 +448,131 @@ def restores(tree: Victim, tmp_path: Path) -> Restores:
     return Restores(tree, tmp_path)
 
 
-@pytest.mark.parametrize("namespace", ["host", "new"])
 @pytest.mark.parametrize("what", ["SIGKILL", "any signal", "deep criu"])
-def test_a_restore_disturbed_at_any_moment_leaves_all_or_nothing(
-    what: str, namespace: str, restores: Restores
-) -> None:
+def test_a_restore_disturbed_at_any_moment_leaves_all_or_nothing(what: str, restores: Restores) -> None:
     """At random moments of a restore crcli is killed or told to end, or CRIU is killed."""
     restores.clear()
-    whole = restores.begin("--pid-namespace", namespace)
+    whole = restores.begin("--pid-namespace", "new")
     whole.wait_for(lambda: len(restores.tree.remains()) == 3)
     took = time.monotonic() - whole.began
     restores.assert_whole_or_nothing(whole)
-    for moment in moments(ROUNDS, took / 2):
+    for number, moment in enumerate(moments(ROUNDS, took / 2)):
         restores.clear()
-        attempt = restores.begin("--pid-namespace", namespace)
+        attempt = restores.begin("--pid-namespace", ("host", "new")[number % 2])
         time.sleep(took / 2 + moment)
         DISTURBANCES[what](attempt)
         restores.assert_whole_or_nothing(attempt)
     restores.assert_works()
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    """Remove the second half of a file."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGES: dict[str, Callable[[Path, Path], object]] = {
+    "a chunk is damaged": lambda manifest, pack: flip(pack),
+    "a pack is cut short": lambda manifest, pack: cut(pack),
+    "a pack is missing": lambda manifest, pack: pack.unlink(),
+    "the manifest is altered": lambda manifest, pack: flip(manifest),
+    "the manifest is cut short": lambda manifest, pack: cut(manifest),
+    "the pack is another image's": lambda manifest, pack: pack.write_bytes(_other(pack).read_bytes()),
+    "the manifest is another image's": lambda manifest, pack: manifest.write_bytes(
+        next((manifest.parents[1] / "other").iterdir()).read_bytes()
+    ),
+}
+
+
+def _other(path: Path) -> Path:
+    """The largest pack but this one."""
+    files = [one for one in path.parents[1].rglob("*") if one.is_file() and one != path]
+    return max(files, key=lambda one: one.stat().st_size)
+
+
+def test_an_image_that_is_not_what_it_claims_starts_nothing(restores: Restores, tmp_path: Path) -> None:
+    """However an image is damaged or exchanged, the restore refuses it with exit 22 and leaves nothing."""
+    code = "import os, time; block = os.urandom(1 << 20); print('ready'); time.sleep(600)"
+    with spawn_python(code) as other:
+        done = Attempt(tmp_path, ("dump", str(other.pid), "--store", restores.store, "--name", "other"))
+        done.end()
+        assert done.code == 0, done.describe()
+    whole = tmp_path / "whole"
+    shutil.copytree(tmp_path / "store", whole)
+    for damage, do in DAMAGES.items():
+        restores.clear()
+        shutil.rmtree(tmp_path / "store")
+        shutil.copytree(whole, tmp_path / "store")
+        manifest = next((tmp_path / "store" / "images" / "image").iterdir())
+        packs = [path for path in (tmp_path / "store" / "packs").rglob("*") if path.is_file()]
+        do(manifest, max(packs, key=lambda path: path.stat().st_size))
+        attempt = restores.begin()
+        restores.assert_whole_or_nothing(attempt)
+        assert attempt.code == 22, f"{damage}: {attempt.describe()}"
+        assert not restores.tree.remains()
+    shutil.rmtree(tmp_path / "store")
+    shutil.copytree(whole, tmp_path / "store")
+    restores.assert_works()
+
+
+def test_a_store_that_goes_away_during_a_restore_leaves_nothing(restores: Restores, tmp_path: Path) -> None:
+    """The store's directory vanishes while its image is read: nothing is left, or all had been read."""
+    for moment in (0.0, 0.01, 0.03):
+        restores.clear()
+        attempt = restores.begin()
+        attempt.wait_for(attempt.deep_criu)
+        time.sleep(moment)
+        (tmp_path / "store").rename(tmp_path / "gone")
+        restores.assert_whole_or_nothing(attempt)
+        assert attempt.code in (0, 22, 30, 31), attempt.describe()
+        (tmp_path / "gone").rename(tmp_path / "store")
+    restores.assert_works()
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["time limit", "SIGKILL"])
+def test_a_lock_that_another_process_holds_does_not_hang_a_restore(killed: bool, restores: Restores) -> None:
+    """CRIU waits for the lock for ever; the restore does not, nor does CRIU outlive a killed crcli."""
+    restores.clear()
+    shutil.copytree(restores.saved, restores.tree.folder)
+    with (restores.tree.folder / "lock").open("r+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        attempt = restores.begin(CRCLI_RESTORE_LIMIT="60" if killed else "2")
+        if killed:
+            attempt.wait_for(restores.tree.remains)
+            time.sleep(0.5)
+            attempt.send(signal.SIGKILL)
+        attempt.end(but=restores.tree)
+        assert attempt.code == (-signal.SIGKILL if killed else 21), attempt.describe()
+        assert not restores.tree.remains()
+        attempt.assert_nothing_left()
+    restores.assert_works()
+
+
+def test_files_that_are_replaced_are_kept_whatever_happens(restores: Restores) -> None:
+    """`--files image` keeps what stood there; a restore that fails puts it back, and never writes over it."""
+    restores.clear()
+    shutil.copytree(restores.saved, restores.tree.folder)
+    board = restores.tree.folder / "board"
+    board.write_bytes(b"today's")
+    for _ in range(2):
+        attempt = restores.begin("--files", "image", CRCLI_CRIU="/bin/false")
+        attempt.end()
+        assert attempt.code == 21, attempt.describe()
+        assert board.read_bytes() == b"today's"
+    attempt = restores.begin("--files", "image")
+    attempt.end(but=restores.tree)
+    assert attempt.code == 0, attempt.describe()
+    restores.tree.end()
+    board.write_bytes(b"tomorrow's")
+    again = restores.begin("--files", "image")
+    again.end(but=restores.tree)
+    assert again.code == 0, again.describe()
+    kept = {path.read_bytes() for path in restores.tree.folder.glob("board.before-*")}
+    assert kept == {b"today's", b"tomorrow's"}
+    restores.clear()

@@ -54,7 +54,7 @@ COUNTERS = (
 RECONNECTS, BAD = 30, 31
 
 VICTIM = """
-    import hashlib, mmap, os, random, socket, struct, threading, time, traceback
+    import fcntl, hashlib, mmap, os, random, socket, struct, threading, time, traceback
     folder, port, megabytes = os.environ["VICTIM_FOLDER"], int(os.environ["VICTIM_PORT"]), MEGABYTES
     with open(f"{folder}/board", "r+b") as file:
         board = mmap.mmap(file.fileno(), 4096)
@@ -146,6 +146,12 @@ VICTIM = """
                 assert os.pread(file.fileno(), 100, 0) == b"nameless", "a file changed"
                 time.sleep(0.02)
 
+    def lock():
+        with open(f"{folder}/lock", "w") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                time.sleep(60)
+
     def start(work, *arguments):
         def guarded():
             try:
@@ -186,6 +192,7 @@ VICTIM = """
     start(echo, listener)
     start(queue)
     start(nameless)
+    start(lock)
     os.write(1, b"ready\\n")
     join()
     """
@@ -214,6 +221,7 @@ class Looks:
     maps: dict[int, set[str]]
     code: dict[int, bool]
     """For each process, whether the beginnings of its program text are those of the files."""
+    locks: list[str]
     reconnects: int
 
 
@@ -254,6 +262,7 @@ class Victim:
             {pid: _files(pid) for pid in pids},
             {pid: _maps(pid) for pid in pids},
             {pid: _code_is_whole(pid) for pid in pids},
+            _locks(pids),
             self.board(RECONNECTS),
         )
 
@@ -279,6 +288,7 @@ class Victim:
         assert now.code == before.code, "program text changed"
         assert now.maps == before.maps, _difference(before.maps, now.maps)
         assert now.files == before.files, _difference(before.files, now.files)
+        assert now.locks == before.locks, f"locks: {before.locks} became {now.locks}"
         assert now.reconnects == before.reconnects, "a connection broke"
 
     def states(self) -> str:
@@ -374,7 +384,7 @@ class Attempt:
         self.mark = f"ATTEMPT_MARK={uuid.uuid4().hex}"
         self.temporary = self.folder / "tmp"
         self.temporary.mkdir(parents=True, exist_ok=True)
-        self._mounts = mounts()
+        self._mounts = mounts_in(self.folder)
         self._tables = netlock.tables()
         words = {
             "ATTEMPT_MARK": self.mark.partition("=")[2],
@@ -480,7 +490,7 @@ class Attempt:
 
     def assert_nothing_left(self, locked: bool = False) -> None:
         """Assert that no filter table (unless the tree is `locked`), mount, or temporary file is left."""
-        assert mounts() == self._mounts
+        assert mounts_in(self.folder) == self._mounts
         assert list(self.temporary.iterdir()) == []
         left = netlock.tables() - self._tables
         assert not left or locked, f"filter tables left: {left}"
@@ -524,10 +534,11 @@ def end_marked(mark: str, session: int = 0) -> None:
         time.sleep(0.005)
 
 
-def mounts() -> set[str]:
-    """Return where something is mounted, in our namespace."""
+def mounts_in(folder: Path) -> set[str]:
+    """Return where something is mounted in a folder, or by CRIU."""
     with open("/proc/self/mountinfo") as file:
-        return {line.split()[4] for line in file}
+        points = {line.split()[4] for line in file}
+    return {point for point in points if point.startswith(str(folder)) or "criu" in point}
 
 
 def state_of(pid: int) -> str:
@@ -575,6 +586,12 @@ def _threads(pid: int) -> dict[int, str]:
 
 def _files(pid: int) -> dict[str, str]:
     return {name: os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
+
+
+def _locks(pids: list[int]) -> list[str]:
+    """The file locks that these processes hold."""
+    words = (line.split() for line in Path("/proc/locks").read_text().splitlines())
+    return sorted(" ".join(line[1:6]) for line in words if line[1] != "->" and int(line[4]) in pids)
 
 
 def _maps(pid: int) -> set[str]:
