@@ -25,9 +25,7 @@ from tests.support.s3servers import start_moto
 
 pytestmark = [
     pytest.mark.skipif(os.getuid() != 0, reason="needs root"),
-    pytest.mark.skipif(
-        "CRCLI_FAULTS" not in os.environ, reason="minutes of faults: CRCLI_FAULTS=1 runs them"
-    ),
+    pytest.mark.skipif("CRCLI_FAULTS" not in os.environ, reason="minutes: CRCLI_FAULTS=1 runs them"),
     pytest.mark.timeout(600),
 ]
 
