@@ -1,0 +1,149 @@
+"""Memory that tests make up: runs of pages, a sink that keeps chunks, and memory put together again."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from crcli.memory.classify import DIGEST, GROUP_PAGES, Location
+from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
+from crcli.store.base import Buffer
+
+
+def page(number: int) -> bytes:
+    """The page of this number: another for each, and all zeros for 0."""
+    return number.to_bytes(8, "little") * (PAGE // 8)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A run of pages as CRIU sends one: `contents` are the numbers of its pages."""
+
+    space: SpaceKey
+    start: int
+    contents: tuple[int, ...]
+    lazy: bool = True
+
+    @property
+    def bytes(self) -> bytes:
+        """All its pages."""
+        return b"".join(map(page, self.contents))
+
+
+@dataclass
+class KeepingSink:
+    """A ChunkSink that keeps every chunk, and asserts what it is promised about them."""
+
+    chunks: dict[int, bytes] = field(default_factory=dict)
+    page_digests: dict[int, list[bytes]] = field(default_factory=dict)
+    group_digests: dict[int, list[bytes]] = field(default_factory=dict)
+    reserved: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def reserve(self) -> int:
+        """See ChunkSink."""
+        with self._lock:
+            self.reserved += 1
+            return self.reserved - 1
+
+    def add(
+        self,
+        number: int,
+        pieces: Sequence[Buffer],
+        page_digests: Sequence[bytes],
+        group_digests: Sequence[bytes],
+        *,
+        hurry: bool,
+    ) -> None:
+        """See ChunkSink."""
+        raw = b"".join(pieces)
+        assert number not in self.chunks
+        assert digests_of(raw, 1) == list(page_digests)
+        assert digests_of(raw, GROUP_PAGES)[: len(group_digests)] == list(group_digests)
+        with self._lock:
+            self.chunks[number] = raw
+            self.page_digests[number] = list(page_digests)
+            self.group_digests[number] = list(group_digests)
+
+
+@dataclass
+class KnownFrom:
+    """What an earlier dump put into its sink, as KnownPages; its chunks are numbered from `first` on."""
+
+    sink: KeepingSink
+    first: int
+
+    def find(self, digests: Sequence[bytes]) -> list[Location | None]:
+        """See KnownPages."""
+        return self._found(digests, self.sink.page_digests, 1)
+
+    def find_groups(self, digests: Sequence[bytes]) -> list[Location | None]:
+        """See KnownPages."""
+        return self._found(digests, self.sink.group_digests, GROUP_PAGES)
+
+    def _found(
+        self, digests: Sequence[bytes], table: Mapping[int, list[bytes]], step: int
+    ) -> list[Location | None]:
+        places = {
+            digest: Location(self.first + number, place * step)
+            for number, listed in table.items()
+            for place, digest in enumerate(listed)
+        }
+        assert all(len(digest) == DIGEST for digest in digests)
+        return [places.get(digest) for digest in digests]
+
+
+class MemoryFile:
+    """An overflow of `limit` bytes; a context manager that frees it."""
+
+    def __init__(self, limit: int) -> None:
+        self.fd = os.memfd_create("overflow")
+        self.limit = limit
+
+    def __enter__(self) -> MemoryFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+def digests_of(raw: bytes, pages: int) -> list[bytes]:
+    """The digest of each whole run of so many pages."""
+    step = pages * PAGE
+    return [blake3(raw[at : at + step]).digest() for at in range(0, len(raw) - step + 1, step)]
+
+
+def rebuilt(
+    spaces: Mapping[SpaceKey, Sequence[Extent]], chunks: Mapping[int, bytes]
+) -> dict[tuple[SpaceKey, int], tuple[bytes, bool]]:
+    """Every page that extents describe, by its space and number: its bytes, and whether it is lazy.
+
+    Asserts that the extents ascend and do not overlap.
+    """
+    found: dict[tuple[SpaceKey, int], tuple[bytes, bool]] = {}
+    for space, extents in spaces.items():
+        end = 0
+        for extent in extents:
+            assert extent.start >= end and extent.pages > 0
+            end = extent.end
+            for index in range(extent.pages):
+                if extent.source == Source.ZERO:
+                    raw = bytes(PAGE)
+                else:
+                    place = (extent.offset + index) * PAGE
+                    raw = chunks[extent.chunk][place : place + PAGE]
+                found[space, extent.start + index] = raw, extent.lazy
+    return found
+
+
+def expected(sent: Sequence[Sent]) -> dict[tuple[SpaceKey, int], tuple[bytes, bool]]:
+    """The same, as it was sent."""
+    return {
+        (run.space, run.start + index): (page(number), run.lazy)
+        for run in sent
+        for index, number in enumerate(run.contents)
+    }
