@@ -142,7 +142,7 @@ def quiet_fork() -> int:
         signals.pthread_sigmask(signals.SIG_SETMASK, before)
         raise
     if pid == 0:
-        for name in ("INT", "TERM", "HUP", "QUIT", "ALRM", "CHLD"):
+        for name in ("INT", "TERM", "HUP", "QUIT", "ALRM", "CHLD", "TSTP", "TTIN", "TTOU"):
             signals.signal(signals.Signals[f"SIG{name}"], signals.SIG_DFL)
         signals.pthread_sigmask(signals.SIG_SETMASK, ())
     else:

@@ -200,7 +200,7 @@ def _oversee(duty: _Duty) -> None:
     try:
         os.setpgid(0, 0)  # what the terminal sends is crcli's to handle
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN)  # CRIU does not inherit this: see start_criu
         kernel.become_subreaper()
         criu = duty.start_criu()
         duty.control.send(READY)

@@ -54,6 +54,7 @@ class Interrupts:
             raise self._instead or Interrupted(number)
 
 
+_JOB_CONTROL = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 _answers_first = False
 
@@ -75,6 +76,7 @@ def interruptible(
     """Within the block the first of the signals raises Interrupted; the old handlers come back after it.
 
     So does the passing of `deadline_s` seconds. `later` handles signals that come too late to interrupt.
+    Job control is ignored meanwhile: with us stopped, a frozen tree would stay so.
     """
     interrupts = Interrupts(later)
     if threading.current_thread() is not threading.main_thread():
@@ -82,12 +84,15 @@ def interruptible(
         return
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     before = {number: signal.signal(number, interrupts.handle) for number in numbers}
+    stops = {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_CONTROL}
     if deadline_s is not None:
         signal.setitimer(signal.ITIMER_REAL, max(deadline_s, 0.001))
     try:
         yield interrupts
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in stops.items():
+            signal.signal(number, handler)
         for number, handler in before.items():
             ignored = _answers_first and interrupts.are_over and handler in _DEFAULTS
             signal.signal(number, signal.SIG_IGN if ignored else handler)

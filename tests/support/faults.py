@@ -52,6 +52,8 @@ COUNTERS = (
     "pipe",
 )
 RECONNECTS, BAD = 30, 31
+PARASITE = "/memfd:CRIUMFD"
+"""What the mapping of CRIU's code in a process is called."""
 
 VICTIM = """
     import fcntl, hashlib, mmap, os, random, socket, struct, threading, time, traceback
@@ -280,10 +282,16 @@ class Victim:
             time.sleep(0.01)
         assert not self.board(BAD), self._output()
 
-    def assert_runs_as(self, before: Looks) -> None:
-        """Assert that the tree goes on, and looks as it did."""
+    def assert_runs_as(self, before: Looks, parasite: bool = False) -> None:
+        """Assert that the tree goes on, and looks as it did.
+
+        With `parasite`, the mapping of CRIU's code may be left: nobody removes it when CRIU was killed.
+        """
         self.assert_goes_on()
         now = self.look()
+        if parasite:
+            for lines in (*before.maps.values(), *now.maps.values()):
+                lines -= {line for line in lines if PARASITE in line}
         assert now.threads == before.threads, "threads or their blocked signals changed"
         assert now.code == before.code, "program text changed"
         assert now.maps == before.maps, _difference(before.maps, now.maps)
@@ -451,6 +459,11 @@ class Attempt:
     def kill_criu(self) -> bool:
         """Kill the CRIU that is the command's own child; say whether there was one."""
         return _kill(self.criu(), signal.SIGKILL)
+
+    def kill_helper(self) -> bool:
+        """Kill the newest process that the command has forked (not CRIU); say whether there was one."""
+        helpers = [pid for pid in child_pids(self.pid) if not _is_criu(pid)]
+        return _kill(helpers[-1] if helpers else 0, signal.SIGKILL)
 
     def kill_deep_criu(self) -> bool:
         """Kill the CRIU further down; say whether there was one."""
