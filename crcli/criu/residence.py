@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import stat
+import struct
 import sys
 import time
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Residence:
     ) -> None:
         """Fork it and start CRIU below it. Call before any thread is started. `undo` runs in the warden."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.criu = CriuProcess(channel, None)
         self.init = 0
@@ -65,11 +67,11 @@ class Residence:
             _oversee(duty)
         theirs.close()
         criu_end.close()
-        self.warden = child
+        answer, self.warden = _first_word(self._control)
+        self.warden = self.warden or child
         if taken_pids is not None:
-            self.init = self.warden = _pid_from(self._control.recv(4096))
+            self.init = self.warden
             os.waitpid(child, 0)
-        answer = self._control.recv(4096)
         if answer != READY:
             self.close()
             raise HostLacks(
@@ -120,6 +122,9 @@ class Residence:
         self.close()
 
 
+_CREDENTIALS = struct.Struct("3i")
+"""`struct ucred`: pid, uid, gid."""
+
 _UNDO_LIMIT_S = 10.0
 _GRACE_S = 1.0
 """How long CRIU may take to undo its own work once nobody answers it any more (seconds)."""
@@ -140,8 +145,17 @@ sys.exit(code if code >= 0 else 128 - code)
 """
 
 
-def _pid_from(answer: bytes) -> int:
-    return int(answer) if answer.isdigit() else -1
+def _first_word(control: socket.socket) -> tuple[bytes, int]:
+    """The first message from the warden, and the pid that it has here; nothing and 0 when it died.
+
+    The kernel says who sent it: a process that is the first of a new namespace does not know its pid here.
+    """
+    room = socket.CMSG_SPACE(_CREDENTIALS.size)
+    answer, ancillary, _, _ = control.recvmsg(4096, room)
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            return answer, int(_CREDENTIALS.unpack_from(data)[0])
+    return answer, 0
 
 
 def _reap_within(pid: int, limit_s: float) -> None:
@@ -229,7 +243,7 @@ def _kill_children() -> None:
 
 
 def _found(duty: _Duty, taken: tuple[int, ...]) -> None:
-    """Make the pid namespace and its first process, say which pid that has outside, end. Never returns."""
+    """Make the pid namespace and its first process, end. Never returns."""
     try:
         reset_signals()
         kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID)
@@ -238,9 +252,7 @@ def _found(duty: _Duty, taken: tuple[int, ...]) -> None:
         if first == 0:
             os.setsid()
             _reside(duty, taken)
-        duty.control.send(str(first).encode())
     except BaseException as error:
-        say(duty.control, f"!{error}")
         say(duty.control, str(error))
     finally:
         os._exit(0)

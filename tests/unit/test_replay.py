@@ -1,0 +1,199 @@
+"""Memory put back: what CRIU must find and what is written afterwards, divided page by page."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crcli.memory import replay
+from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind, coalesce
+from crcli.memory.replay import Replay, split, targets
+from tests.support.memory import page, rebuilt
+
+PARENT, CHILD, OTHER = (SpaceKey(SpaceKind.PROCESS, pid) for pid in (1, 2, 3))
+SHARED = SpaceKey(SpaceKind.SHARED, 9)
+CHUNKS = {number: b"".join(page(number * 100 + at + 1) for at in range(64)) for number in range(4)}
+
+Page = tuple[Source, int, int]
+"""Where one page comes from: its source, and if that is a chunk, the chunk and the page in it."""
+
+Pages = dict[int, tuple[Page, bool]]
+"""A space: by page number, where each page comes from, and whether it is lazy."""
+
+
+@st.composite
+def spaces_of(draw: st.DrawFn) -> list[Extent]:
+    """The extents of one space, as an image has them. Few chunks, so that spaces have pages in common."""
+    extents: list[Extent] = []
+    start = 0
+    for _ in range(draw(st.integers(0, 6))):
+        start += draw(st.sampled_from([0, 0, 1, 7]))
+        pages = draw(st.integers(1, 20))
+        lazy = draw(st.sampled_from([True, True, False]))
+        if draw(st.booleans()):
+            chunk, shift = draw(st.integers(0, 3)), draw(st.integers(0, 2))
+            pages = min(pages, 64 - (start + shift) % 40)
+            extents.append(Extent(start, pages, Source.CHUNK, chunk, (start + shift) % 40, lazy))
+        else:
+            extents.append(Extent(start, pages, Source.ZERO, 0, 0, lazy))
+        start += pages
+    return coalesce(extents)
+
+
+def pages_of(extents: Sequence[Extent]) -> Pages:
+    """The same space page by page; asserts that no page is in it twice."""
+    found: Pages = {}
+    for extent in extents:
+        for index in range(extent.pages):
+            assert extent.start + index not in found
+            chunk = (extent.chunk, extent.offset + index) if extent.source == Source.CHUNK else (0, 0)
+            found[extent.start + index] = (extent.source, *chunk), extent.lazy
+    return found
+
+
+def is_early(spaces: Mapping[SpaceKey, Pages], space: SpaceKey, number: int, kernel: set[int]) -> bool:
+    """Whether CRIU must find this page: the rules of FORMAT.md, page by page."""
+    where, lazy = spaces[space][number]
+    if space.kind == SpaceKind.SHARED or not lazy or number in kernel:
+        return True
+    relative = {PARENT: CHILD, CHILD: PARENT}.get(space)
+    same = spaces.get(relative, {}).get(number) if relative else None
+    return same is not None and where[0] == Source.CHUNK and same[0] == where
+
+
+@given(
+    st.tuples(spaces_of(), spaces_of(), spaces_of(), spaces_of()),
+    st.dictionaries(st.sampled_from([1, 2, 3]), st.sets(st.integers(0, 100), max_size=4)),
+)
+@settings(deadline=None, max_examples=300)
+def test_every_page_is_early_or_late(
+    extents: tuple[list[Extent], ...], kernel_pages: dict[int, set[int]]
+) -> None:
+    """Each page of each space is in exactly one part, from where it was; which one, the rules say."""
+    spaces = dict(zip((PARENT, CHILD, OTHER, SHARED), extents, strict=True))
+    divided = split(spaces, [(CHILD.number, PARENT.number)], kernel_pages)
+    whole = {space: pages_of(listed) for space, listed in spaces.items()}
+    for space in spaces:
+        early, late = pages_of(divided.early[space]), pages_of(divided.late[space])
+        assert {**early, **late} == whole[space]
+        assert len(early) + len(late) == len(whole[space])
+        kernel = kernel_pages.get(space.number, set()) if space.kind == SpaceKind.PROCESS else set()
+        assert set(early) == {number for number in whole[space] if is_early(whole, space, number, kernel)}
+        for part in (divided.early[space], divided.late[space]):
+            assert [extent.start for extent in part] == sorted(extent.start for extent in part)
+
+
+@given(st.tuples(spaces_of(), spaces_of()))
+def test_targets_name_every_page_of_every_chunk(extents: tuple[list[Extent], ...]) -> None:
+    """What is to be written, chunk by chunk, is what the extents say."""
+    spaces = dict(zip((PARENT, OTHER), extents, strict=True))
+    named = [
+        (target.space, target.start + index, chunk, target.offset + index)
+        for chunk, listed in targets(spaces).items()
+        for target in listed
+        for index in range(target.pages)
+    ]
+    assert sorted(named) == sorted(
+        (space, number, chunk, at)
+        for space, listed in spaces.items()
+        for number, ((source, chunk, at), _) in pages_of(listed).items()
+        if source == Source.CHUNK
+    )
+
+
+@contextmanager
+def memories(spaces: Mapping[SpaceKey, Sequence[Extent]]) -> Iterator[dict[SpaceKey, int]]:
+    """A file for each space that takes its pages, as /proc/PID/mem does."""
+    files = {space: os.memfd_create("memory") for space in spaces}
+    try:
+        yield files
+    finally:
+        for fd in files.values():
+            os.close(fd)
+
+
+def read_back(
+    files: Mapping[SpaceKey, int], spaces: Mapping[SpaceKey, Sequence[Extent]]
+) -> dict[tuple[SpaceKey, int], tuple[bytes, bool]]:
+    """Every page of the spaces, as it stands in their files."""
+    return {
+        (space, number): (os.pread(files[space], PAGE, number * PAGE).ljust(PAGE, b"\0"), lazy)
+        for space, extents in spaces.items()
+        for number, (_, lazy) in pages_of(extents).items()
+    }
+
+
+@given(
+    st.tuples(spaces_of(), spaces_of(), spaces_of()),
+    st.sampled_from([0, 64 * PAGE, 1 << 30]),
+    st.integers(1, 4),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_all_is_written(extents: tuple[list[Extent], ...], ahead: int, threads: int, together: bool) -> None:
+    """However much may be fetched ahead, and in whatever groups, everything gets where it belongs."""
+    spaces = dict(zip((PARENT, CHILD, OTHER), extents, strict=True))
+    wanted = targets(spaces)
+    plan = [list(wanted)] if together and wanted else [[number] for number in wanted]
+    amounts: list[tuple[int, int]] = []
+    with patch.object(replay, "AHEAD_BYTES", ahead), memories(spaces) as files:
+        work = Replay(wanted, plan, lambda group: ((number, CHUNKS[number]) for number in group), threads)
+        work.write_to(files, lambda done, total: amounts.append((done, total)))
+        assert read_back(files, spaces) == rebuilt(spaces, CHUNKS)
+    total = sum(target.pages for listed in wanted.values() for target in listed) * PAGE
+    assert work.written_bytes == total
+    assert all(done <= total == of for done, of in amounts)
+
+
+def test_no_more_is_fetched_ahead_than_allowed() -> None:
+    """Until the tree is ready, no more is held than the limit, and one chunk in each thread's hand."""
+    spaces = {OTHER: [Extent(at * 64, 64, Source.CHUNK, at % 4, 0) for at in range(40)]}
+    chunks = dict(enumerate(CHUNKS.values()))
+    wanted = {number: [replay.Target(OTHER, number * 64, 0, 64)] for number in range(40)}
+    fetched = threading.Semaphore(0)
+    count = 0
+
+    def read(group: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        nonlocal count
+        for number in group:
+            count += 1
+            fetched.release()
+            yield number, chunks[number % 4]
+
+    with patch.object(replay, "AHEAD_BYTES", 5 * 64 * PAGE), memories(spaces) as files:
+        work = Replay(wanted, [[number] for number in wanted], read, 2)
+        for _ in range(7):
+            assert fetched.acquire(timeout=10)
+        assert not fetched.acquire(timeout=0.1)
+        assert count == 7
+        work.write_to(files)
+        assert read_back(files, spaces) == rebuilt(spaces, chunks)
+    assert count == 40
+
+
+def test_what_fails_while_fetching_is_raised() -> None:
+    """An error in a thread is raised where the memory is written, and nothing waits for ever."""
+
+    def read(group: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        raise ValueError("not what its hash says")
+        yield
+
+    work = Replay({0: [replay.Target(OTHER, 0, 0, 1)]}, [[0]], read, 2)
+    with memories({OTHER: []}) as files, pytest.raises(ValueError, match="hash"):
+        work.write_to(files)
+
+
+def test_given_up_nothing_more_is_written() -> None:
+    """Threads that wait for the tree end when the restore is given up, and touch nothing."""
+    spaces = {OTHER: [Extent(0, 64, Source.CHUNK, 0, 0)]}
+    with memories(spaces):
+        work = Replay(targets(spaces), [[0]], lambda group: ((n, CHUNKS[n]) for n in group), 2)
+        work.abandon()
+        assert work.written_bytes == 0
