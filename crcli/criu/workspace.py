@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
+import threading
+import time
 from typing import TYPE_CHECKING
 
 from crcli import kernel
@@ -18,6 +21,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from crcli.store.base import Buffer
+
+
+_SLICE = 32 << 20
+"""How much memory is asked for at once (bytes): a whole number of the largest pages that a tmpfs has."""
+
+_POPULATORS = 4
 
 
 class OverflowFile:
@@ -31,9 +40,59 @@ class OverflowFile:
         self.fd = workspace.create_file("overflow")
         workspace.remove("overflow")
         self.limit = spare_memory() // 2
+        self._slices: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self.populated = 0
+        """Bytes that have their memory already."""
+
+    def populate(self, expected: int) -> None:
+        """Begin to give it memory for so many bytes, in threads, before they come.
+
+        What the kernel has to find, clear and map then is not done while a tree stands frozen. On a virtual
+        machine whose host takes free memory back, that is most of the time that a freeze would take.
+        """
+        size = min(expected, self.limit) // _SLICE * _SLICE
+        if size:
+            os.ftruncate(self.fd, size)
+        for offset in range(0, size, _SLICE):
+            self._slices.put((offset, _SLICE))
+        for number in range(min(_POPULATORS, size // _SLICE)):
+            thread = threading.Thread(target=self._populate, name=f"populate-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _populate(self) -> None:
+        try:
+            while True:
+                offset, length = self._slices.get_nowait()
+                kernel.populate(self.fd, offset, length)
+                self.populated += length
+        except queue.Empty:
+            pass
+        except OSError:
+            self._skip()  # an older kernel, or no memory left: it is found when it is needed, or not
+
+    def wait(self, limit_s: float | None = None) -> None:
+        """Return when it has the memory that was asked for, or after so many seconds as much as there was
+        time for."""
+        end = None if limit_s is None else time.monotonic() + limit_s
+        for thread in self._threads:
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
+        self._skip()
+
+    def _skip(self) -> None:
+        """Leave out what has not been begun."""
+        try:
+            while True:
+                self._slices.get_nowait()
+        except queue.Empty:
+            pass
 
     def close(self) -> None:
         """Give the memory back."""
+        self._skip()
+        for thread in self._threads:
+            thread.join()
         os.close(self.fd)
 
 

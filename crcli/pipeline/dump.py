@@ -210,6 +210,9 @@ class _Dump:
             self.trial = held.enter_context(self.workspace.folder("trial"))
             self.sandbox = held.enter_context(Sandbox(self.trial.fd)) if self._wants_trial() else None
             self.standby = held.enter_context(Standby(self.target.evidence.root.pid, self.images.fd))
+            overflow = OverflowFile(self.workspace)
+            held.callback(overflow.close)
+            overflow.populate(self.target.evidence.expected_bytes)
             store = open_store(self.options.store, endpoint_url=self.options.endpoint_url)
             held.callback(store.close)
             self.store = store
@@ -217,11 +220,10 @@ class _Dump:
             known = load_known(store, self.target.name)
             self.writer = PackWriter(store, self.target.image_id, known)
             held.callback(self.writer.close)
-            overflow = OverflowFile(self.workspace)
-            held.callback(overflow.close)
             pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
             self.intake = Intake(pages, self.writer, overflow)
             held.callback(self.intake.abandon)
+            overflow.wait(None if self.options.deadline_s is None else self.options.deadline_s / 10)
 
     def _wants_trial(self) -> bool:
         """Whether a trial is asked for and harmless: opening a file again breaks a lease on it."""

@@ -360,9 +360,10 @@ class Evidence:
         return sum(process.resident_bytes for process in self.tree)
 
     @property
-    def anonymous_bytes(self) -> int:
-        """About what CRIU would write as pages, shared memory counted once per process."""
-        return sum(process.anonymous_bytes for process in self.tree)
+    def expected_bytes(self) -> int:
+        """About what CRIU will send as pages. Shared memory counts as if all processes had the same."""
+        shared = max((process.shared_bytes for process in self.tree), default=0)
+        return sum(process.anonymous_bytes for process in self.tree) + shared
 
     @property
     def threads(self) -> int:

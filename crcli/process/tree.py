@@ -37,8 +37,9 @@ class Process:
     its inode. `cgroups` is /proc/PID/cgroup as it stands. `tracer` is the pid of a debugger on any of its
     threads, 0 for none; `uninterruptible` are the threads that no signal reaches just now (state D).
     `nspid` and `nssid` list its pid and session id from crcli's pid namespace inwards. `cpus` is the list
-    of processors that it may run on. `anonymous_bytes` (anonymous, shared and swapped memory) is about what
-    CRIU would write. A zombie has no memory, files or namespaces, so those fields are empty.
+    of processors that it may run on. `anonymous_bytes` (anonymous and swapped memory) is about what CRIU
+    would write for this process alone, `shared_bytes` is memory that it may share with others. A zombie has
+    no memory, files or namespaces, so those fields are empty.
     """
 
     pid: int
@@ -69,6 +70,7 @@ class Process:
     cpus: str
     resident_bytes: int
     anonymous_bytes: int
+    shared_bytes: int
 
     @property
     def identity(self) -> ProcessId:
@@ -226,7 +228,8 @@ def read_process(pid: int) -> Process | None:
         no_new_privs=status.get("NoNewPrivs", "0") == "1",
         cpus=status.get("Cpus_allowed_list", ""),
         resident_bytes=_kilobytes(status, "VmRSS"),
-        anonymous_bytes=sum(_kilobytes(status, key) for key in ("RssAnon", "RssShmem", "VmSwap")),
+        anonymous_bytes=_kilobytes(status, "RssAnon") + _kilobytes(status, "VmSwap"),
+        shared_bytes=_kilobytes(status, "RssShmem"),
     )
 
 

@@ -92,7 +92,7 @@ def test_a_tree_knows_its_own() -> None:
     assert (child.ppid, child.sid, child.threads) == (root.pid, child.pid, 1)
     assert root.argv[0] == sys.executable and root.exe == os.path.realpath(sys.executable)
     assert evidence.root_leads_session and not evidence.foreign_sessions
-    assert evidence.anonymous_bytes > 0 and evidence.threads == 3
+    assert evidence.expected_bytes > 0 and evidence.threads == 3
 
 
 # --- whom we refuse at once --------------------------------------------------------------------------------
