@@ -13,19 +13,20 @@ import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from crcli import kernel
 from crcli.criu import netlock
-from tests.support.faults import Attempt, Looks, Victim, network_of_our_own, victim
-from tests.support.programs import spawn_python
+from tests.support.faults import Attempt, Looks, Victim, end_marked, network_of_our_own, victim
+from tests.support.programs import Program, spawn_python
 from tests.support.s3servers import start_moto
 
 pytestmark = [
     pytest.mark.skipif(os.getuid() != 0, reason="needs root"),
-    pytest.mark.skipif("CRCLI_FAULTS" not in os.environ, reason="minutes: CRCLI_FAULTS=1 runs them"),
     pytest.mark.timeout(600),
 ]
 
@@ -375,27 +376,44 @@ FORKING = """
     """
 
 
-def test_a_tree_that_forks_madly_is_taken_whole_or_left(tmp_path: Path) -> None:
-    """A tree that starts and ends processes all the time is dumped and comes back, or runs on."""
-    mark = "FORKING_MARK=1"
+@pytest.fixture
+def forking() -> Iterator[Program]:
+    """A tree that starts and ends processes all the time; it is gone afterwards, wherever it has got to."""
+    mark = f"FORKING_MARK={uuid.uuid4().hex}"
+    kernel.become_subreaper()
     with spawn_python(FORKING, env=os.environ | dict([mark.split("=")])) as program:
-        for number in range(3):
-            arguments = ("dump", str(program.pid), "--store", f"file://{tmp_path}/store", "--name", "mad")
-            attempt = Attempt(tmp_path, arguments)
-            attempt.end()
-            attempt.assert_nothing_left()
-            if attempt.code == 0:
-                assert program.process.wait(10) is not None
-                back = Attempt(tmp_path, ("restore", "mad", "--store", f"file://{tmp_path}/store"))
-                out, _ = back.process.communicate(timeout=60)
-                assert back.code == 0, out
-                return
+        try:
+            yield program
+        finally:
+            end_marked(mark)
+
+
+def test_a_tree_that_forks_madly_is_taken_whole_or_left(forking: Program, tmp_path: Path) -> None:
+    """A tree that starts and ends processes all the time is dumped and comes back, or runs on."""
+    for number in range(3):
+        arguments = ("dump", str(forking.pid), "--store", f"file://{tmp_path}/store", "--name", "mad")
+        attempt = Attempt(tmp_path, arguments)
+        attempt.end()
+        attempt.assert_nothing_left()
+        if attempt.code == 0:
+            assert forking.process.wait(10) is not None
+            back = Attempt(tmp_path, ("restore", "mad", "--store", f"file://{tmp_path}/store"))
+            out, _ = back.process.communicate(timeout=60)
+            assert back.code == 0, out
+        else:
             assert attempt.json["error"]["state"] in ("running", "untouched"), attempt.describe()
-            lines = len(program.output)
-            end = time.monotonic() + 10
-            while len(program.output) == lines:
-                assert time.monotonic() < end, f"it stands still after dump {number}"
-                time.sleep(0.01)
+        assert_prints_on(forking, f"it stands still after dump {number}")
+        if attempt.code == 0:
+            return
+
+
+def assert_prints_on(program: Program, otherwise: str) -> None:
+    """Wait until a program, or what was restored of it, has printed more."""
+    lines = len(program.output)
+    end = time.monotonic() + 10
+    while len(program.output) == lines:
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.01)
 
 
 # --- restores that are disturbed ---------------------------------------------------------------------------
