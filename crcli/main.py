@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "dump": ("crcli.cli.dump:dump", "Freeze a process tree, ship it to a store, and let it go."),
     "restore": ("crcli.cli.restore:restore", "Bring a process tree back from its image."),
+    "check": ("crcli.cli.check:check", "Say what a dump, or a restore here, would meet; touch nothing."),
     "ls": ("crcli.cli.ls:ls", "List the images in a store."),
     "show": ("crcli.cli.show:show", "Say what an image holds and where it came from."),
     "verify": ("crcli.cli.verify:verify", "Read an image back and check every byte of it."),

@@ -20,7 +20,7 @@ _MADE_BY_THE_KERNEL = ("/proc/", "/sys/", "/dev/pts/")
 
 def guard(manifest: Manifest) -> list[Finding]:
     """Return the findings about this host and this image; raise GuardRefused when one is a blocker."""
-    findings = [finding for check in _CHECKS for finding in check(manifest)]
+    findings = examine(manifest)
     blockers = [finding for finding in findings if finding.severity == Severity.BLOCKER]
     if blockers:
         raise GuardRefused(
@@ -29,6 +29,11 @@ def guard(manifest: Manifest) -> list[Finding]:
             findings=findings,
         )
     return findings
+
+
+def examine(manifest: Manifest) -> list[Finding]:
+    """Compare this host with what the image needs; return every finding."""
+    return [finding for check in _CHECKS for finding in check(manifest)]
 
 
 def _machine(manifest: Manifest) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from crcli.ui.text import count, duration, printable, size
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from crcli.pipeline.check import CheckReport
     from crcli.pipeline.stages import DumpReport, RestoreReport
 
 _OUTCOMES = {"killed": "and killed", "running": "and left running", "stopped": "and left stopped"}
@@ -48,6 +49,24 @@ def show_restore(report: RestoreReport, as_json: bool) -> None:
     _say(f"{report.image}: {count(report.processes, 'process')} running, pid {report.host_pid}{inside}")
     _say(f"  ready    {duration(report.ready_ms)} (of {duration(report.total_ms)} in all)")
     _say(f"  phases   {phases(report.phases)}")
+
+
+_PLAIN = {"blocker": "in the way", "change": "will change", "note": "note"}
+
+
+def show_check(report: CheckReport, as_json: bool) -> None:
+    """Show what was found, the gravest first, each with what crcli does and what the user can do."""
+    if as_json:
+        show_json(report.as_json())
+        return
+    for finding in report.findings:
+        _say(f"{_PLAIN[finding.severity.value]}: {finding.message} [{finding.name}]")
+        if finding.action:
+            _say(f"    crcli {finding.action}")
+        if finding.remedy:
+            _say(f"    you can: {finding.remedy}")
+    verb = "cannot go as it is" if report.is_refused else "can go"
+    _say(f"{report.target}: {verb}, {count(len(report.findings), 'finding')}; nothing was touched")
 
 
 def phases(times: Mapping[str, float]) -> str:

@@ -1,0 +1,39 @@
+"""`crcli check`: what a dump of a process, or a restore of an image here, would meet."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption
+from crcli.config import choose_store
+from crcli.errors import GuardRefused, PreflightRefused
+
+
+def check(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="PID|IMAGE", help="A process to dump, or an image to restore here.", show_default=False
+        ),
+    ],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+    endpoint_url: EndpointOption = None,
+) -> int:
+    """Say what stands in the way, what will be different afterwards, and what you can do about it.
+
+    Nothing is touched. Exit 10 when the process cannot be dumped as it is, 20 when the image cannot be
+    restored here.
+    """
+    from crcli.pipeline.check import check_image, check_process
+    from crcli.ui.reports import show_check
+
+    if target.isdecimal():
+        report, refused = check_process(int(target)), PreflightRefused.exit_code
+    else:
+        chosen = choose_store(store, endpoint_url)
+        report, refused = check_image(target, chosen.url, chosen.endpoint_url), GuardRefused.exit_code
+    show_check(report, as_json)
+    return refused if report.is_refused else 0

@@ -1,0 +1,60 @@
+"""What would happen: a tree before its dump, an image before its restore, looked at and not touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from crcli.findings import Severity
+from crcli.guard.host import examine
+from crcli.image.manifest import load
+from crcli.image.names import parse_image
+from crcli.process.gather import gather
+from crcli.process.preflight import preflight
+from crcli.process.tree import refuse_bad_target, scan_tree
+from crcli.store.open import open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from crcli.findings import Finding
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `crcli check --json` says. `target` is a pid, or an image as NAME@ID."""
+
+    target: str
+    findings: Sequence[Finding] = ()
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether a dump, or a restore here, would be refused as things stand."""
+        return any(finding.severity == Severity.BLOCKER for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """The promised JSON object."""
+        return {"target": self.target, "findings": [finding.as_json() for finding in self.findings]}
+
+
+def check_process(pid: int) -> CheckReport:
+    """Say what stands in the way of a dump of this process's tree, and what will be different after it.
+
+    Raises PreflightRefused for a pid that can never be dumped.
+    """
+    evidence = gather(scan_tree(refuse_bad_target(pid)))
+    return CheckReport(str(pid), preflight(evidence))
+
+
+def check_image(image: str, store: str, endpoint_url: str | None = None) -> CheckReport:
+    """Say what stands in the way of a restore of this image here, and what will be different after it.
+
+    Raises NotFound, ImageDamaged, StoreError.
+    """
+    url, ref = parse_image(image)
+    found = open_store(url or store, endpoint_url=endpoint_url)
+    try:
+        manifest = load(found, ref)
+    finally:
+        found.close()
+    return CheckReport(f"{manifest.name}@{manifest.id}", examine(manifest))
