@@ -1,7 +1,8 @@
 """Settings that come from outside the command line: the environment and a YAML file.
 
 The first file that exists counts: `$CRCLI_CONFIG`, `~/.config/crcli/config.yaml`, `/etc/crcli/config.yaml`.
-Its keys are `store` (a URL) and `endpoint_url`. YAML is imported only when there is a file.
+Its keys are `store` (a URL), `endpoint_url`, and `weights` (folders in which a restore looks for files of
+weights that are not where they were). YAML is imported only when there is a file.
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ def choose_store(store: str | None, endpoint_url: str | None = None) -> StoreCho
     return StoreChoice(address.url, endpoint, source)
 
 
+def weights_folders() -> tuple[str, ...]:
+    """Return the folders in which files of weights are looked for; one or a list in the file."""
+    named = _load().get("weights", ())
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
 def _path() -> str | None:
     """The configuration file that counts, if there is one."""
     if named := os.environ.get("CRCLI_CONFIG"):
@@ -53,7 +60,10 @@ def _path() -> str | None:
     return next((place for place in places if os.path.isfile(place)), None)
 
 
-def _load() -> dict[str, str]:
+_KEYS = ("store", "endpoint_url", "weights")
+
+
+def _load() -> dict[str, Any]:
     path = _path()
     if path is None:
         return {}
@@ -66,11 +76,15 @@ def _load() -> dict[str, str]:
         raise UsageError(f"cannot read the configuration file {path}: {error}") from error
     if settings is None:
         return {}
-    if not isinstance(settings, dict) or not all(isinstance(value, str) for value in settings.values()):
+    if not isinstance(settings, dict):
         raise UsageError(f"{path} must hold lines like `store: s3://bucket/prefix`")
-    if unknown := sorted(set(settings) - {"store", "endpoint_url"}):
+    if unknown := sorted(set(map(str, settings)) - set(_KEYS)):
         raise UsageError(
-            f"{path} has settings that crcli does not know: {', '.join(map(str, unknown))}",
-            hint="it knows `store` and `endpoint_url`",
+            f"{path} has settings that crcli does not know: {', '.join(unknown)}",
+            hint=f"it knows {', '.join(_KEYS)}",
         )
+    for key, value in settings.items():
+        values = value if key == "weights" and isinstance(value, list) else [value]
+        if not all(isinstance(one, str) for one in values):
+            raise UsageError(f"{path} must hold lines like `store: s3://bucket/prefix`, not {key}: {value}")
     return settings

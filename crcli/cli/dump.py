@@ -25,6 +25,15 @@ def dump(
     leave_stopped: Annotated[
         bool, typer.Option("--leave-stopped", help="Leave the tree stopped (SIGSTOP) instead of killing it.")
     ] = False,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH|auto",
+            help="Files of model weights (or folders, patterns) whose bytes need not be stored; may be "
+            "repeated. auto: those that the tree has open or names.",
+            show_default=False,
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,6 +72,7 @@ def dump(
         trial=not no_trial,
         dry_run=dry_run,
         deadline_s=deadline,
+        weights=tuple(weights or ()),
         endpoint_url=chosen.endpoint_url,
     )
     from crcli.pipeline.dump import dump as run

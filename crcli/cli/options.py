@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from crcli.errors import UsageError
+
 StoreOption = Annotated[
     str | None,
     typer.Option(
@@ -32,3 +34,11 @@ ImageArgument = Annotated[
         show_default=False,
     ),
 ]
+
+
+def parse_pair(text: str, option: str) -> tuple[str, str]:
+    """Split `OLD=NEW` at its first `=`; raise UsageError when it is not of that form."""
+    old, equals, new = text.partition("=")
+    if not (old and equals and new):
+        raise UsageError(f"{option} takes OLD=NEW, not {text!r}")
+    return old, new

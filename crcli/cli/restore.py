@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from crcli.cli.options import EndpointOption, ImageArgument, JsonOption, StoreOption
-from crcli.config import choose_store
+from crcli.cli.options import EndpointOption, ImageArgument, JsonOption, StoreOption, parse_pair
+from crcli.config import choose_store, weights_folders
 from crcli.errors import UsageError
 from crcli.image.names import parse_image
 from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreOptions, Stdio, TcpPolicy
@@ -40,6 +40,14 @@ def restore(
             help="Files of the image that differ here: refuse, take the image's, or keep the host's."
         ),
     ] = ChangedFiles.REFUSE,
+    weights_map: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OLD=NEW",
+            help="Where a file or folder of weights is here; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Stay, pass signals on, and end with the tree's exit code.")
     ] = False,
@@ -65,6 +73,8 @@ def restore(
         tcp=tcp,
         stdio=stdio,
         changed_files=files,
+        weights_map=tuple(parse_pair(one, "--weights-map") for one in weights_map or ()),
+        weights_folders=weights_folders(),
         endpoint_url=chosen.endpoint_url,
     )
     from crcli.pipeline import restore as story

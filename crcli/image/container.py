@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from crcli.store.base import Buffer
 
 MAGIC = b"crcli\x00\x1a\n"
-VERSION = 1
+VERSION = 2
+"""The newest version that this crcli reads. It writes the oldest that has what an object needs."""
+
 _HEADER = struct.Struct("<8sHHI")
 _ENTRY = struct.Struct("<4sIQQQ32s")
 _SEAL = 32
@@ -41,9 +43,10 @@ class ContainerKind(IntEnum):
 
     MANIFEST = 1
     INDEX = 2
+    WEIGHTS = 3
 
 
-def pack_container(kind: ContainerKind, sections: Mapping[str, Buffer]) -> bytes:
+def pack_container(kind: ContainerKind, sections: Mapping[str, Buffer], version: int = 1) -> bytes:
     """Return the container that holds `sections` (tag of four ASCII letters -> bytes)."""
     bodies: list[Buffer] = []
     entries: list[bytes] = []
@@ -55,7 +58,7 @@ def pack_container(kind: ContainerKind, sections: Mapping[str, Buffer]) -> bytes
         )
         bodies.append(stored)
         offset += len(stored)
-    body = b"".join([_HEADER.pack(MAGIC, VERSION, kind, len(sections)), *entries, *bodies])
+    body = b"".join([_HEADER.pack(MAGIC, version, kind, len(sections)), *entries, *bodies])
     return body + blake3(body).digest()
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.container import ContainerKind, unpack_container
-from crcli.image.names import IMAGES, INDEXES, PACKS, SESSIONS, pack_key
+from crcli.image.names import IMAGES, INDEXES, PACKS, SESSIONS, WEIGHTS, pack_key
 from crcli.image.session import Announcement, announced
 from crcli.image.tables import read_chunks, read_packs
 
@@ -151,7 +151,7 @@ class _Collection:
     def look(self, now: float) -> None:
         """Steps 2 and 3: find out what is doomed, and whether anybody may have seen it."""
         self._read_manifests()
-        self._report.images = len(self._manifests)
+        self._report.images = sum(key.startswith(IMAGES) for key in self._manifests)
         self._packs = {info.key: info for info in self._store.list(PACKS)}
         self._doomed = {
             key
@@ -162,8 +162,9 @@ class _Collection:
         self._count()
 
     def _read_manifests(self) -> None:
-        """Note what the manifests that were not read yet refer to."""
-        new = [info.key for info in self._store.list(IMAGES) if info.key not in self._manifests]
+        """Note what the manifests, and files of weights, that were not read yet refer to."""
+        listed = [info.key for prefix in (IMAGES, WEIGHTS) for info in self._store.list(prefix)]
+        new = [key for key in listed if key not in self._manifests]
         with ThreadPoolExecutor(_THREADS, "gc") as threads:
             for packs in threads.map(self._packs_of, new):
                 self._referenced.update(packs)
@@ -171,7 +172,8 @@ class _Collection:
 
     def _packs_of(self, manifest: str) -> list[str]:
         try:
-            sections = unpack_container(self._store.get(manifest), ContainerKind.MANIFEST, manifest)
+            kind = ContainerKind.WEIGHTS if manifest.startswith(WEIGHTS) else ContainerKind.MANIFEST
+            sections = unpack_container(self._store.get(manifest), kind, manifest)
             return [pack_key(pack) for pack in read_packs(sections["PACK"], manifest)]
         except NotFound:
             return []  # removed since it was listed

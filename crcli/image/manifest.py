@@ -18,16 +18,19 @@ from crcli.image.tables import (
     Chunk,
     read_chunks,
     read_packs,
+    read_references,
     read_spaces,
     write_chunks,
     write_packs,
+    write_references,
     write_spaces,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from crcli.memory.extents import Extent, SpaceKey
+    from crcli.memory.weights.references import Reference
     from crcli.store.base import ObjectInfo, Store
 
 
@@ -74,6 +77,24 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """A file of weights that an image refers to: where it was, and what proves that another is the same.
+
+    `digest` is the BLAKE3 of the whole file, in hexadecimal; a reference has a digest of its own.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    digest: str
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Weights:
+        """Read one back; fields of later versions are ignored."""
+        return cls(str(data["path"]), int(data["size"]), int(data["mtime_ns"]), str(data["digest"]))
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One image, described."""
 
@@ -87,6 +108,9 @@ class Manifest:
     files: list[StoredFile]
     """Files of the tree that travel along."""
     meta: dict[str, Any] = field(default_factory=dict)
+    weights: Sequence[Weights] = ()
+    references: Sequence[Reference] = ()
+    """Pages that are found in the files of `weights`."""
 
     def encode(self) -> bytes:
         """Return the manifest object."""
@@ -97,6 +121,10 @@ class Manifest:
             "files": [file.as_json() for file in self.files],
             **self.meta,
         }
+        sections: dict[str, bytes] = {}
+        if self.references:
+            head["weights"] = [dict(file.__dict__) for file in self.weights]
+            sections["WREF"], sections["WPCE"] = write_references(self.references)
         table, extents = write_spaces(self.spaces)
         return pack_container(
             ContainerKind.MANIFEST,
@@ -106,7 +134,9 @@ class Manifest:
                 "CHNK": write_chunks(self.chunks),
                 "SPCE": table,
                 "EXTN": extents,
+                **sections,
             },
+            version=2 if self.references else 1,
         )
 
     @classmethod
@@ -117,10 +147,25 @@ class Manifest:
             head = json.loads(sections["META"])
             packs = read_packs(sections["PACK"], name)
             chunks = read_chunks(sections["CHNK"], len(packs), name)
-            spaces = read_spaces(sections["SPCE"], sections["EXTN"], chunks, name)
+            weights = [Weights.from_json(file) for file in head.pop("weights", ())]
+            references = read_references(
+                sections.get("WREF", b""), sections.get("WPCE", b""), len(weights), name
+            )
+            spaces = read_spaces(sections["SPCE"], sections["EXTN"], chunks, references, name)
             skeleton = [StoredFile.from_json(file) for file in head.pop("skeleton")]
             files = [StoredFile.from_json(file) for file in head.pop("files")]
-            manifest = cls(head.pop("name"), head.pop("id"), packs, chunks, spaces, skeleton, files, head)
+            manifest = cls(
+                head.pop("name"),
+                head.pop("id"),
+                packs,
+                chunks,
+                spaces,
+                skeleton,
+                files,
+                head,
+                weights,
+                references,
+            )
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ImageDamaged(f"{name} lacks a part that every image has: {error!r}") from error
         if any(number >= len(chunks) for file in skeleton + files for number in file.chunks):

@@ -14,6 +14,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}\Z")
 _ID = re.compile(r"\d{8}T\d{6}\d{3}-[0-9a-f]{6}\Z")
 
 IMAGES, INDEXES, PACKS, SESSIONS = "images/", "indexes/", "packs/", "sessions/"
+WEIGHTS = "weights/"
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,8 @@ def pack_key(pack: bytes) -> str:
     """Where a pack is."""
     text = pack.hex()
     return f"{PACKS}{text[:2]}/{text}"
+
+
+def weights_key(digest: str) -> str:
+    """Where it stands which chunks a file of weights consists of, by the BLAKE3 of the file (hexadecimal)."""
+    return f"{WEIGHTS}{digest}"

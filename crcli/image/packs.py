@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from crcli.image.index import KnownChunks
+    from crcli.memory.weights.references import Reference
     from crcli.store.base import Buffer, ObjectWriter, Store
 
 PACK_BYTES = 64 << 20
@@ -63,6 +64,8 @@ class PackWriter:
         self._chunks: list[Chunk] = []
         self._new: list[int] = []
         self._groups: list[Group] = []
+        self._references: list[Reference] = []
+        self._reference_numbers: dict[Reference, int] = {}
         self._adopted: dict[int, int] = {}
         self._foreign_packs: dict[bytes, int] = {}
         self._pack: ObjectWriter | None = None
@@ -84,6 +87,19 @@ class PackWriter:
     def chunks(self) -> list[Chunk]:
         """The chunk table of the image."""
         return self._chunks
+
+    @property
+    def references(self) -> list[Reference]:
+        """The references into files of weights."""
+        return self._references
+
+    def refer(self, reference: Reference) -> int:
+        """Give a reference its number, the same to equal ones; see memory.classify.ChunkSink."""
+        with self._lock:
+            number = self._reference_numbers.setdefault(reference, len(self._references))
+            if number == len(self._references):
+                self._references.append(reference)
+            return number
 
     def foreign_pack_keys(self) -> list[str]:
         """The keys of the packs of earlier images that this one refers to."""

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from crcli.errors import ImageDamaged
 from crcli.image.codec import Codec
 from crcli.memory.extents import Extent, Source, SpaceKey, SpaceKind
+from crcli.memory.weights.references import Piece, Reference
+from crcli.memory.weights.views import View
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 PACK_ID = 16
 
@@ -21,6 +23,8 @@ _CHUNK = struct.Struct("<IIQIHH32s")
 _SPACE = struct.Struct("<IQI")
 _EXTENT = struct.Struct("<QIIHBB")
 _GROUP = struct.Struct("<IHH32s")
+_REFERENCE = struct.Struct("<II32s")
+_PIECE = struct.Struct("<IHHQI")
 _FLAG_LAZY = 1
 
 
@@ -109,8 +113,44 @@ def write_spaces(spaces: Mapping[SpaceKey, list[Extent]]) -> tuple[bytes, bytes]
     return table, rows
 
 
-def read_spaces(table: bytes, rows: bytes, chunks: list[Chunk], name: str) -> dict[SpaceKey, list[Extent]]:
-    """Decode the memory map; raise ImageDamaged when an extent lies outside of its chunk or overlaps."""
+def write_references(references: Iterable[Reference]) -> tuple[bytes, bytes]:
+    """Encode the references into files of weights: their table, and the pieces of all in that order."""
+    table, pieces = bytearray(), bytearray()
+    for reference in references:
+        table += _REFERENCE.pack(len(reference.pieces), reference.raw, reference.digest)
+        for piece in reference.pieces:
+            pieces += _PIECE.pack(piece.file, piece.view, 0, piece.offset, piece.length)
+    return bytes(table), bytes(pieces)
+
+
+def read_references(table: bytes, rows: bytes, files: int, name: str) -> list[Reference]:
+    """Decode the references; raise ImageDamaged when their pieces do not make whole pages of known files."""
+    _check_size(table, _REFERENCE, name)
+    _check_size(rows, _PIECE, name)
+    unpacked = _PIECE.iter_unpack(rows)
+    references: list[Reference] = []
+    try:
+        for count, raw, digest in _REFERENCE.iter_unpack(table):
+            pieces = tuple(
+                Piece(file, View(view), offset, length)
+                for file, view, _, offset, length in (next(unpacked) for _ in range(count))
+            )
+            if not raw or raw % 4096 or sum(piece.length for piece in pieces) != raw:
+                raise ImageDamaged(f"{name}: the pieces of a reference do not make whole pages")
+            if any(piece.file >= files for piece in pieces):
+                raise ImageDamaged(f"{name} refers to a file of weights that it does not list")
+            references.append(Reference(pieces, raw, digest))
+    except (ValueError, RuntimeError) as error:
+        raise ImageDamaged(f"{name}: the references are not whole: {error}") from error
+    if next(unpacked, None) is not None:
+        raise ImageDamaged(f"{name} has pieces of no reference")
+    return references
+
+
+def read_spaces(
+    table: bytes, rows: bytes, chunks: list[Chunk], references: list[Reference], name: str
+) -> dict[SpaceKey, list[Extent]]:
+    """Decode the memory map; raise ImageDamaged when an extent lies outside of its source or overlaps."""
     _check_size(table, _SPACE, name)
     _check_size(rows, _EXTENT, name)
     unpacked = _EXTENT.iter_unpack(rows)
@@ -121,7 +161,7 @@ def read_spaces(table: bytes, rows: bytes, chunks: list[Chunk], name: str) -> di
                 Extent(start, pages, Source(source), chunk, offset, bool(flags & _FLAG_LAZY))
                 for start, pages, chunk, offset, source, flags in (next(unpacked) for _ in range(count))
             ]
-            _check_extents(extents, chunks, name)
+            _check_extents(extents, {Source.CHUNK: chunks, Source.WEIGHTS: references}, name)
             spaces[SpaceKey(SpaceKind(kind), number)] = extents
     except (ValueError, RuntimeError) as error:  # RuntimeError: fewer extents than the table says
         raise ImageDamaged(f"{name}: the memory map is not whole: {error}") from error
@@ -130,16 +170,19 @@ def read_spaces(table: bytes, rows: bytes, chunks: list[Chunk], name: str) -> di
     return spaces
 
 
-def _check_extents(extents: list[Extent], chunks: list[Chunk], name: str) -> None:
+def _check_extents(
+    extents: list[Extent], tables: Mapping[Source, Sequence[Chunk | Reference]], name: str
+) -> None:
     at = 0
     for extent in extents:
         if extent.start < at or not extent.pages:
             raise ImageDamaged(f"{name}: extents overlap at page {extent.start:#x}")
         at = extent.end
-        if extent.source == Source.CHUNK and (
-            extent.chunk >= len(chunks) or (extent.offset + extent.pages) * 4096 > chunks[extent.chunk].raw
+        table = tables.get(extent.source)
+        if table is not None and (
+            extent.chunk >= len(table) or (extent.offset + extent.pages) * 4096 > table[extent.chunk].raw
         ):
-            raise ImageDamaged(f"{name}: an extent at page {extent.start:#x} lies outside of its chunk")
+            raise ImageDamaged(f"{name}: an extent at page {extent.start:#x} lies outside of its source")
 
 
 def _check_size(data: bytes, record: struct.Struct, name: str) -> None:

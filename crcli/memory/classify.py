@@ -1,4 +1,4 @@
-"""Pages told apart: those that are zero, those that the store has, and those that are new.
+"""Pages told apart: zero, found in files of weights, in the store already, or new.
 
 A page is known by its BLAKE3 digest. Sixteen pages that lie together at a border of 64 KiB, a group, are
 looked for first, by one digest of them all: that takes a quarter of the time, and in most of a tree that was
@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from blake3 import blake3
 
 from crcli.memory.extents import PAGE, ZERO_PAGE, Extent, Source, SpaceKey
+from crcli.memory.weights.references import Reference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
+    from crcli.memory.weights.match import Matcher
     from crcli.store.base import Buffer
 
 GROUP_PAGES = 16
@@ -35,8 +37,10 @@ _TWIN_LIMIT = 1 << 18
 
 _ZERO = -1
 _CHUNK_SHIFT = 17
-"""A place is one number, `chunk << _CHUNK_SHIFT | page`. An extent's offset has 16 bits, so that the last
-page of one chunk and the first of the next are never neighbours."""
+_WEIGHTS = 1 << 60
+"""A place is one number, `chunk << _CHUNK_SHIFT | page`, or the same of a reference with this bit set. An
+extent's offset has 16 bits, so that the last page of one chunk and the first of the next are never
+neighbours."""
 
 
 class Location(NamedTuple):
@@ -86,20 +90,37 @@ class ChunkSink(Protocol):
         """
         ...
 
+    def refer(self, reference: Reference) -> int:
+        """Give a reference into files of weights its number in the table of those."""
+        ...
+
 
 @dataclass(frozen=True)
 class MemoryCounts:
-    """What arrived, in bytes: all of it, the zero pages, those that the store had, and the new ones."""
+    """What arrived, in bytes: all, zero pages, those in files of weights, those in the store, new ones."""
 
     total: int = 0
     zero: int = 0
+    weights: int = 0
     reused: int = 0
     new: int = 0
 
     def __add__(self, other: MemoryCounts) -> MemoryCounts:
         return MemoryCounts(
-            self.total + other.total, self.zero + other.zero, self.reused + other.reused, self.new + other.new
+            self.total + other.total,
+            self.zero + other.zero,
+            self.weights + other.weights,
+            self.reused + other.reused,
+            self.new + other.new,
         )
+
+
+class Classified(NamedTuple):
+    """What became of a block: its extents, the counts, and the files of weights that were found in it."""
+
+    extents: list[tuple[SpaceKey, Extent]]
+    counts: MemoryCounts
+    files: frozenset[int]
 
 
 class Run(NamedTuple):
@@ -123,19 +144,24 @@ class _Chunk(NamedTuple):
 class Classifier:
     """Turns blocks of pages into extents and new chunks. Safe to call from several threads."""
 
-    def __init__(self, known: KnownPages | None, sink: ChunkSink) -> None:
+    def __init__(self, known: KnownPages | None, sink: ChunkSink, matcher: Matcher | None = None) -> None:
         self._known = known
         self._sink = sink
+        self._matcher = matcher
         self._twins: dict[bytes, int] = {}
         self._claims = threading.Lock()
 
     def classify(
-        self, memory: bytearray, runs: Sequence[Run], *, hurry: bool = False
-    ) -> tuple[list[tuple[SpaceKey, Extent]], MemoryCounts]:
-        """Store what is new of the pages that `runs` describe in `memory`; return all their extents."""
+        self, memory: bytearray, runs: Sequence[Run], *, hurry: bool = False, weights: bool = True
+    ) -> Classified:
+        """Store what is new of the pages that `runs` describe in `memory`; return all their extents.
+
+        Without `weights` nothing is looked for in files.
+        """
         view = memoryview(memory)
-        heads, pages = _divide(runs)
         places: dict[int, int] = {}
+        files = self._place_weights(memory, runs, places) if weights and self._matcher is not None else set()
+        heads, pages = _divide(runs, places)
         groups = self._place_groups(memory, heads, places)
         pages += [page for head in groups for page in range(head, head + GROUP_PAGES)]
         unknown = self._place_pages(memory, pages, places)
@@ -149,7 +175,21 @@ class Classifier:
                 hurry=hurry,
             )
         extents = [(run.space, extent) for run in runs for extent in _extents(run, places)]
-        return extents, _count(places.values(), sum(len(chunk.pages) for chunk in chunks))
+        counts = _count(places.values(), sum(len(chunk.pages) for chunk in chunks))
+        return Classified(extents, counts, frozenset(files))
+
+    def _place_weights(self, memory: bytearray, runs: Sequence[Run], places: dict[int, int]) -> set[int]:
+        """Place the pages that are found in files of weights; return the numbers of those files."""
+        assert self._matcher is not None
+        view = memoryview(memory)
+        files: set[int] = set()
+        for stretch in self._matcher.stretches(memory, runs):
+            raw = view[stretch.at * PAGE : (stretch.at + stretch.pages) * PAGE]
+            number = self._sink.refer(Reference(stretch.pieces, len(raw), blake3(raw).digest()))
+            pages = range(stretch.at, stretch.at + stretch.pages)
+            places.update(_neighbours(pages, _WEIGHTS | number << _CHUNK_SHIFT))
+            files.update(piece.file for piece in stretch.pieces)
+        return files
 
     def _place_groups(self, memory: bytearray, heads: list[int], places: dict[int, int]) -> dict[int, bytes]:
         """Place the groups that are zero or known; return the digests of the others, by first page."""
@@ -223,8 +263,8 @@ class Classifier:
         ]
 
 
-def _divide(runs: Sequence[Run]) -> tuple[list[int], list[int]]:
-    """The first pages of the whole groups in a block, and the pages that are in none."""
+def _divide(runs: Sequence[Run], placed: Container[int]) -> tuple[list[int], list[int]]:
+    """The first pages of the whole groups in a block, and the pages in none; without those already placed."""
     heads: list[int] = []
     loose: list[int] = []
     for run in runs:
@@ -234,6 +274,11 @@ def _divide(runs: Sequence[Run]) -> tuple[list[int], list[int]]:
         heads += range(first, last, GROUP_PAGES)
         loose += range(run.at, first)
         loose += range(last, end)
+    if placed:
+        broken = [head for head in heads if any(page in placed for page in range(head, head + GROUP_PAGES))]
+        loose += (page for head in broken for page in range(head, head + GROUP_PAGES))
+        heads = sorted(set(heads).difference(broken))
+        loose = [page for page in loose if page not in placed]
     return heads, loose
 
 
@@ -273,11 +318,14 @@ def _extent(run: Run, begin: int, end: int, place: int) -> Extent:
     start = run.start + begin - run.at
     if place == _ZERO:
         return Extent(start, end - begin, Source.ZERO, 0, 0, run.lazy)
-    chunk, page = divmod(place, 1 << _CHUNK_SHIFT)
-    return Extent(start, end - begin, Source.CHUNK, chunk, page, run.lazy)
+    source = Source.WEIGHTS if place & _WEIGHTS else Source.CHUNK
+    number, page = divmod(place & ~_WEIGHTS, 1 << _CHUNK_SHIFT)
+    return Extent(start, end - begin, source, number, page, run.lazy)
 
 
 def _count(places: Iterable[int], new: int) -> MemoryCounts:
-    kinds = [place == _ZERO for place in places]
-    zero = kinds.count(True)
-    return MemoryCounts(len(kinds) * PAGE, zero * PAGE, (len(kinds) - zero - new) * PAGE, new * PAGE)
+    pages = list(places)
+    zero = pages.count(_ZERO)
+    weights = sum(place >= _WEIGHTS for place in pages)
+    reused = len(pages) - zero - weights - new
+    return MemoryCounts(*(count * PAGE for count in (len(pages), zero, weights, reused, new)))

@@ -32,13 +32,15 @@ class Source(IntEnum):
 
     ZERO = 0
     CHUNK = 1
+    WEIGHTS = 2
 
 
 class Extent(NamedTuple):
     """A run of `pages` pages at page number `start`, all from one source.
 
     For Source.CHUNK, page i of the run is page `offset + i` of chunk `chunk` (an index into the image's
-    chunk table). `lazy` is CRIU's word that the pages may be filled in after the skeleton was restored
+    chunk table); for Source.WEIGHTS the same of a reference into files (an index into the image's table of
+    those). `lazy` is CRIU's word that the pages may be filled in after the skeleton was restored
     (private anonymous memory); the others are needed earlier.
     """
 
@@ -53,6 +55,13 @@ class Extent(NamedTuple):
     def end(self) -> int:
         """The first page number after the run."""
         return self.start + self.pages
+
+
+class Origin(NamedTuple):
+    """Where the bytes of an extent are kept: a chunk or a reference, by its number."""
+
+    source: Source
+    number: int
 
 
 def coalesce(extents: list[Extent]) -> list[Extent]:

@@ -18,8 +18,9 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from crcli.errors import DumpFailed, TreeState
 from crcli.kernel import punch_hole
-from crcli.memory.classify import GROUP_PAGES, Classifier, MemoryCounts, Run
+from crcli.memory.classify import GROUP_PAGES, Classified, Classifier, MemoryCounts, Run
 from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, coalesce
 from crcli.memory.replay import AMOUNT_EVERY_S
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from crcli.memory.classify import ChunkSink, KnownPages
+    from crcli.memory.weights.match import Matcher
 
 BLOCK_PAGES = 256
 BLOCK_COUNT = 64
@@ -87,9 +89,17 @@ class Intake:
     """Turns runs of pages into extents and chunks. `receive` and `flush` belong to one receiving thread."""
 
     def __init__(
-        self, known: KnownPages | None, sink: ChunkSink, overflow: Overflow | None = None, workers: int = 2
+        self,
+        known: KnownPages | None,
+        sink: ChunkSink,
+        overflow: Overflow | None = None,
+        matcher: Matcher | None = None,
+        workers: int = 2,
     ) -> None:
-        self._classifier = Classifier(known, sink)
+        self._classifier = Classifier(known, sink, matcher)
+        self._matcher = matcher
+        self._doubtful: list[tuple[_Spilled, Classified]] = []
+        self._believed: set[int] = set()
         self._overflow = overflow
         self._gate = threading.Event()
         self._blocks = threading.Semaphore(BLOCK_COUNT)
@@ -162,9 +172,30 @@ class Intake:
             while worker.is_alive():
                 worker.join(AMOUNT_EVERY_S)
                 amount(self._counts.total, self._received * PAGE)
-        self.close()
         self._raise_failure()
+        self._believe_or_store()
+        self.close()
         return {space: coalesce(extents) for space, extents in self._spaces.items()}, self._counts
+
+    def _believe_or_store(self) -> None:
+        """Take what was found in files that are still as they were; store what was found in others."""
+        changed = self._matcher.changed() if self._matcher is not None else set()
+        if lost := changed & self._believed:
+            assert self._matcher is not None
+            path = self._matcher.files[min(lost)].path
+            raise DumpFailed(
+                f"{path} changed while the dump read it",
+                hint="run it again, or without that file",
+                state=TreeState.RUNNING,
+            )
+        own = _Block()
+        for item, found in self._doubtful:
+            if found.files & changed:
+                block = self._fetch(item, own)
+                found = self._classifier.classify(block.memory, block.runs, weights=False)
+            self._accept(found)
+            self._give_back(item)
+        self._doubtful.clear()
 
     def abandon(self) -> None:
         """End without finishing: what is still queued is dropped."""
@@ -254,7 +285,10 @@ class Intake:
         while (item := self._full.get()) is not None:
             if self._failure is None:
                 try:
-                    self._classify(item if isinstance(item, _Block) else self._fetch(item, own))
+                    if isinstance(item, _Block):
+                        self._take(item)
+                    else:
+                        self._take_spilled(item, own)
                 except BaseException as error:  # raised again in the receiving thread, or by finish
                     self._failure = error
             if isinstance(item, _Block):
@@ -263,21 +297,43 @@ class Intake:
                 self._spare.append(item)
                 self._blocks.release()
 
+    def _take(self, block: _Block) -> None:
+        found = self._classify(block)
+        self._accept(found)
+        with self._lock:
+            self._believed |= found.files
+
+    def _take_spilled(self, item: _Spilled, own: _Block) -> None:
+        """The pages stay in the overflow for as long as a file that they were found in may change."""
+        found = self._classify(self._fetch(item, own))
+        if found.files:
+            with self._lock:
+                self._doubtful.append((item, found))
+        else:
+            self._accept(found)
+            self._give_back(item)
+
     def _fetch(self, spilled: _Spilled, block: _Block) -> _Block:
-        """Read spilled pages into a worker's own block, and give their memory back."""
+        """Read spilled pages into a worker's own block."""
         assert self._overflow is not None
         view = memoryview(block.memory)[: spilled.used * PAGE]
         if os.preadv(self._overflow.fd, [view], spilled.offset) != len(view):
             raise OSError("the overflow area lost pages")
-        punch_hole(self._overflow.fd, spilled.offset, len(view))
         block.runs, block.used = spilled.runs, spilled.used
         return block
 
-    def _classify(self, block: _Block) -> None:
-        extents, counts = self._classifier.classify(block.memory, block.runs, hurry=self._under_pressure())
+    def _give_back(self, spilled: _Spilled) -> None:
+        """Free the memory of pages that are stored, or need not be."""
+        assert self._overflow is not None
+        punch_hole(self._overflow.fd, spilled.offset, spilled.used * PAGE)
+
+    def _classify(self, block: _Block) -> Classified:
+        return self._classifier.classify(block.memory, block.runs, hurry=self._under_pressure())
+
+    def _accept(self, found: Classified) -> None:
         with self._lock:
-            self._counts += counts
-            for space, extent in extents:
+            self._counts += found.counts
+            for space, extent in found.extents:
                 self._spaces.setdefault(space, []).append(extent)
 
 

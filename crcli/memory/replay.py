@@ -13,11 +13,13 @@ import queue
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
-from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
+from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey, SpaceKind
+from crcli.memory.weights.views import source_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from crcli.memory.weights.references import Reference
     from crcli.store.base import Buffer
 
 AMOUNT_EVERY_S = 0.25
@@ -35,7 +37,7 @@ class Run(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Where a part of a chunk goes: `pages` pages, page `offset` of the chunk to page `start` of a space."""
+    """Where a part of a source goes: `pages` pages from its page `offset` on, to page `start` of a space."""
 
     space: SpaceKey
     start: int
@@ -54,11 +56,12 @@ def split(
     spaces: Mapping[SpaceKey, list[Extent]],
     parents: Iterable[tuple[int, int]],
     kernel_pages: Mapping[int, Iterable[int]],
+    references: Sequence[Reference] = (),
 ) -> Split:
     """Divide the memory map.
 
     `parents` are (child, parent) pids of the tree, `kernel_pages` the page numbers, by pid, that the kernel
-    writes to during the restore.
+    writes to during the restore, `references` the image's, into files of weights.
     """
     early_runs: dict[SpaceKey, list[Run]] = {
         SpaceKey(SpaceKind.PROCESS, pid): [Run(page, 1) for page in pages]
@@ -66,7 +69,7 @@ def split(
     }
     for child, parent in parents:
         mine, theirs = (SpaceKey(SpaceKind.PROCESS, pid) for pid in (child, parent))
-        shared = list(_common(spaces.get(mine, []), spaces.get(theirs, [])))
+        shared = list(_common(spaces.get(mine, []), spaces.get(theirs, []), references))
         early_runs.setdefault(mine, []).extend(shared)
         early_runs.setdefault(theirs, []).extend(shared)
     early: dict[SpaceKey, list[Extent]] = {}
@@ -79,25 +82,35 @@ def split(
     return Split(early, late)
 
 
-def _common(ours: Sequence[Extent], theirs: Sequence[Extent]) -> Iterator[Run]:
-    """The runs that hold the same pages of the same chunks at the same addresses."""
+def _common(
+    ours: Sequence[Extent], theirs: Sequence[Extent], references: Sequence[Reference]
+) -> Iterator[Run]:
+    """The runs that hold the same pages of the same chunks or files at the same addresses."""
     at = 0
     for extent in ours:
-        if extent.source != Source.CHUNK:
+        if extent.source == Source.ZERO:
             continue
         while at < len(theirs) and theirs[at].end <= extent.start:
             at += 1
         other = at
         while other < len(theirs) and theirs[other].start < extent.end:
             found = theirs[other]
-            if (found.source, found.chunk, found.offset - found.start) == (
-                extent.source,
-                extent.chunk,
-                extent.offset - extent.start,
-            ):
+            if found.source == extent.source and _line(found, references) == _line(extent, references):
                 start = max(extent.start, found.start)
                 yield Run(start, min(extent.end, found.end) - start)
             other += 1
+
+
+def _line(extent: Extent, references: Sequence[Reference]) -> tuple[int, ...]:
+    """What is equal for two extents exactly if they have the same page of the same source at each address.
+
+    How two processes' memory was divided into references does not matter, for those that are one piece.
+    """
+    if extent.source == Source.WEIGHTS and len(references[extent.chunk].pieces) == 1:
+        piece = references[extent.chunk].pieces[0]
+        origin = source_bytes(piece.view, (extent.start - extent.offset) * PAGE)
+        return (-1 - piece.file, piece.view, piece.offset - origin)
+    return (extent.chunk, extent.offset - extent.start)
 
 
 def _joined(runs: list[Run]) -> list[Run]:
@@ -139,30 +152,30 @@ def part(extent: Extent, start: int, end: int) -> Extent:
     return extent._replace(start=start, pages=end - start, offset=extent.offset + start - extent.start)
 
 
-def targets(spaces: Mapping[SpaceKey, Iterable[Extent]]) -> dict[int, list[Target]]:
-    """For each chunk, where its pages go."""
-    found: dict[int, list[Target]] = {}
+def targets(spaces: Mapping[SpaceKey, Iterable[Extent]]) -> dict[Origin, list[Target]]:
+    """For each chunk and reference, where its pages go."""
+    found: dict[Origin, list[Target]] = {}
     for space, extents in spaces.items():
         for extent in extents:
-            if extent.source == Source.CHUNK:
+            if extent.source != Source.ZERO:
                 target = Target(space, extent.start, extent.offset, extent.pages)
-                found.setdefault(extent.chunk, []).append(target)
+                found.setdefault(Origin(extent.source, extent.chunk), []).append(target)
     return found
 
 
 class Replay:
-    """Fetches the chunks of `wanted` at once, and writes them where they go as soon as that is known."""
+    """Fetches what is `wanted` at once, and writes it where it goes as soon as that is known."""
 
     def __init__(
         self,
-        wanted: Mapping[int, list[Target]],
-        plan: Sequence[Sequence[int]],
-        read: Callable[[Sequence[int]], Iterable[tuple[int, Buffer]]],
+        wanted: Mapping[Origin, list[Target]],
+        plan: Sequence[Sequence[Origin]],
+        read: Callable[[Sequence[Origin]], Iterable[tuple[Origin, Buffer]]],
         threads: int,
     ) -> None:
         self._wanted = wanted
         self._read = read
-        self._groups: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
+        self._groups: queue.SimpleQueue[Sequence[Origin]] = queue.SimpleQueue()
         for group in plan:
             self._groups.put(group)
         self._ready = threading.Event()
@@ -207,22 +220,22 @@ class Replay:
 
     def _work(self) -> None:
         try:
-            held: list[tuple[int, Buffer]] = []
+            held: list[tuple[Origin, Buffer]] = []
             while not self._stop.is_set() and (group := self._next()) is not None:
-                for number, raw in self._read(group):
+                for origin, raw in self._read(group):
                     if not self._ready.is_set() and self._hold(len(raw)):
-                        held.append((number, raw))
+                        held.append((origin, raw))
                     else:
                         self._ready.wait()
-                        self._write(number, raw)
+                        self._write(origin, raw)
             self._ready.wait()
-            for number, raw in held:
-                self._write(number, raw)
+            for origin, raw in held:
+                self._write(origin, raw)
         except BaseException as error:  # raised again by write_to
             self._failure = self._failure or error
             self._stop.set()
 
-    def _next(self) -> Sequence[int] | None:
+    def _next(self) -> Sequence[Origin] | None:
         try:
             return self._groups.get_nowait()
         except queue.Empty:
@@ -235,11 +248,11 @@ class Replay:
             self._held += size
             return True
 
-    def _write(self, number: int, raw: Buffer) -> None:
+    def _write(self, origin: Origin, raw: Buffer) -> None:
         if self._stop.is_set():
             return
         view = memoryview(raw)
-        for target in self._wanted[number]:
+        for target in self._wanted[origin]:
             piece = view[target.offset * PAGE : (target.offset + target.pages) * PAGE]
             write_all(self._memories[target.space], piece, target.start * PAGE)
             with self._lock:

@@ -45,6 +45,7 @@ from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.trial import try_skeleton
 from crcli.pipeline.watch import kill_all, trapped, tree_state, wait_until_dead
+from crcli.pipeline.weights import WeightsInUse, chosen_files, weights_report
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import DumpTarget, failure_of
 from crcli.process.gather import gather
@@ -75,6 +76,7 @@ class Target:
     findings: tuple[Finding, ...]
     links: tuple[OutsideLink, ...]
     plan: DumpPlan
+    weights: tuple[str, ...]
     name: str
     image_id: str
 
@@ -141,7 +143,8 @@ def look(options: DumpOptions) -> Target:
     links = outside_links(evidence)
     plan = make_plan(evidence, links, options.outcome)
     name = options.name or suggested_name(evidence.root.comm)
-    return Target(evidence, findings, links, plan, name, new_image_id())
+    weights = tuple(chosen_files(options.weights, evidence)) if options.weights else ()
+    return Target(evidence, findings, links, plan, weights, name, new_image_id())
 
 
 def _begin_report(options: DumpOptions, target: Target) -> DumpReport:
@@ -213,6 +216,8 @@ class _Dump:
             overflow = OverflowFile(self.workspace)
             held.callback(overflow.close)
             overflow.populate(self.target.evidence.expected_bytes)
+            self.weights = WeightsInUse(self.target.weights, self.progress.amount)
+            held.callback(self.weights.close)
             store = open_store(self.options.store, endpoint_url=self.options.endpoint_url)
             held.callback(store.close)
             self.store = store
@@ -221,7 +226,7 @@ class _Dump:
             self.writer = PackWriter(store, self.target.image_id, known)
             held.callback(self.writer.close)
             pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
-            self.intake = Intake(pages, self.writer, overflow)
+            self.intake = Intake(pages, self.writer, overflow, self.weights.matcher)
             held.callback(self.intake.abandon)
             overflow.wait(None if self.options.deadline_s is None else self.options.deadline_s / 10)
 
@@ -325,7 +330,10 @@ class _Dump:
             skeleton=self.skeleton,
             files=self.files,
             meta=self._meta(counts),
+            weights=self.weights.described(),
+            references=self.writer.references,
         )
+        self.report.weights = weights_report(manifest.weights, manifest.references)
         self.interrupts.past_return()
         self.report.stored_bytes = self.writer.stored_bytes + publish(self.store, manifest)
         self._withdraw_if_lapsed(self.store)
@@ -350,6 +358,7 @@ class _Dump:
     def _count(self, counts: MemoryCounts) -> None:
         self.report.memory_bytes = counts.total
         self.report.zero_bytes = counts.zero
+        self.report.weights_bytes = counts.weights
         self.report.reused_bytes = counts.reused
 
     def _meta(self, counts: MemoryCounts) -> dict[str, Any]:

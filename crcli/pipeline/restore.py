@@ -32,12 +32,13 @@ from crcli.criu.skeleton import (
     mend_connections,
 )
 from crcli.criu.workspace import Workspace
-from crcli.errors import CrcliError, RestoreFailed, TreeState
+from crcli.errors import CrcliError, GuardRefused, RestoreFailed, TreeState
 from crcli.findings import Finding, Severity
 from crcli.guard.host import guard
-from crcli.image.manifest import Manifest, load
+from crcli.image.manifest import Manifest, Weights, load
 from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
+from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, SpaceKey
 from crcli.memory.replay import Replay, Split, split, targets, write_all
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
@@ -204,6 +205,7 @@ class _Restore:
             self._load()
         with self.watch.phase("guard"):
             self.findings = guard(self.manifest)
+            self._look_for_weights()
             self.described = RestoreTarget(
                 f"{self.manifest.name}@{self.manifest.id}", self.options.store, self.manifest.meta
             )
@@ -225,6 +227,19 @@ class _Restore:
         self.held.callback(self.store.close)
         self.manifest: Manifest = load(self.store, ref)
         self.reader = ChunkReader(self.store, self.manifest.packs, self.manifest.chunks)
+        self.memory = MemoryReader(
+            self.store, self.manifest, self.reader, self.options.weights_map, self.options.weights_folders
+        )
+        self.held.callback(self.memory.close)
+
+    def _look_for_weights(self) -> None:
+        if missing := self.memory.missing():
+            raise GuardRefused(
+                f"{missing[0].path}, from which weights are to be read, is neither here nor in the store",
+                hint="say with --weights-map OLD=NEW where it is, or put it into the store with "
+                "`crcli weights push` where it still exists",
+                findings=[weights_missing(file) for file in missing],
+            )
 
     # CRIU's images stand in the workspace, edited for this place; files stand where they were.
 
@@ -281,15 +296,15 @@ class _Restore:
         alive = {member.pid for member in self.members if member.alive}
         parents = [(m.pid, m.ppid) for m in self.members if m.pid in alive and m.ppid in alive]
         kernel_pages = {member.pid: member.rseq_pages for member in self.members}
-        return split(self.manifest.spaces, parents, kernel_pages)
+        return split(self.manifest.spaces, parents, kernel_pages, self.manifest.references)
 
     def _fill_early(self, divided: Split) -> None:
         wanted = targets(divided.early)
 
         def fill(places: Mapping[SpaceKey, tuple[int, dict[int, int]]]) -> None:
-            for group in self.reader.plan(wanted):
-                for number, raw in self.reader.read(group):
-                    for target in wanted[number]:
+            for group in self.memory.plan(wanted):
+                for origin, raw in self.memory.read(group):
+                    for target in wanted[origin]:
                         fd, offsets = places[target.space]
                         begin = target.offset * PAGE
                         piece = memoryview(raw)[begin : begin + target.pages * PAGE]
@@ -301,7 +316,7 @@ class _Restore:
         wanted = targets(divided.late)
         self.late_spaces = [space for space, extents in divided.late.items() if extents]
         threads = 8 if self.store.url.startswith("s3:") else 2
-        self.replay = Replay(wanted, self.reader.plan(wanted), self.reader.read, threads)
+        self.replay = Replay(wanted, self.memory.plan(wanted), self.memory.read, threads)
 
     # CRIU restores; at its post-restore hold the memory is written; then the tree runs.
 
@@ -473,6 +488,18 @@ class _Restore:
         if self.residence is not None:
             self.residence.close()
         kill_descendants()
+
+
+def weights_missing(file: Weights) -> Finding:
+    """The finding about a file of weights that cannot be found."""
+    return Finding(
+        "weights-missing",
+        Severity.BLOCKER,
+        f"{file.path} ({file.size >> 20} MiB), from which weights are to be read, is not here",
+        {"path": file.path, "bytes": file.size, "blake3": file.digest},
+        action="nothing was started",
+        remedy="--weights-map OLD=NEW, or `crcli weights push` where the file still exists",
+    )
 
 
 def _grown(path: str, then: int, now: int) -> Finding:

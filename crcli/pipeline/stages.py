@@ -56,7 +56,7 @@ class ChangedFiles(StrEnum):
 
 @dataclass(frozen=True)
 class DumpOptions:
-    """What a user asks of `crcli dump`. `store` is a URL."""
+    """What a user asks of `crcli dump`. `store` is a URL; `weights` are paths and patterns, or "auto"."""
 
     pid: int
     store: str
@@ -66,12 +66,17 @@ class DumpOptions:
     trial: bool = True
     dry_run: bool = False
     deadline_s: float | None = None
+    weights: tuple[str, ...] = ()
     endpoint_url: str | None = None
 
 
 @dataclass(frozen=True)
 class RestoreOptions:
-    """What a user asks of `crcli restore`. `image` is NAME, NAME@ID or a URL; `store` a URL."""
+    """What a user asks of `crcli restore`. `image` is NAME, NAME@ID or a URL; `store` a URL.
+
+    `weights_map` says where files of weights are here (old and new path, of files or folders);
+    `weights_folders` are searched for the others.
+    """
 
     image: str
     store: str
@@ -79,6 +84,8 @@ class RestoreOptions:
     tcp: TcpPolicy = TcpPolicy.AUTO
     stdio: Stdio = Stdio.LOG
     changed_files: ChangedFiles = ChangedFiles.REFUSE
+    weights_map: tuple[tuple[str, str], ...] = ()
+    weights_folders: tuple[str, ...] = ()
     endpoint_url: str | None = None
 
 
@@ -162,6 +169,9 @@ class DumpReport:
     total_ms: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     outcome: str = ""
+    weights: Sequence[dict[str, Any]] = ()
+    """For each file of weights: `path`, `bytes` (its size), `left_out_bytes` of memory that are found in it,
+    and `found_bytes` of the file that are found in memory."""
     findings: Sequence[Finding] = ()
 
     def as_json(self) -> dict[str, Any]:

@@ -13,13 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crcli.memory import replay
-from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind, coalesce
+from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey, SpaceKind, coalesce
 from crcli.memory.replay import Replay, split, targets
 from tests.support.memory import page, rebuilt
 
 PARENT, CHILD, OTHER = (SpaceKey(SpaceKind.PROCESS, pid) for pid in (1, 2, 3))
 SHARED = SpaceKey(SpaceKind.SHARED, 9)
-CHUNKS = {number: b"".join(page(number * 100 + at + 1) for at in range(64)) for number in range(4)}
+CHUNKS = {
+    Origin(Source.CHUNK, number): b"".join(page(number * 100 + at + 1) for at in range(64))
+    for number in range(4)
+}
+
+FIRST = Origin(Source.CHUNK, 0)
 
 Page = tuple[Source, int, int]
 """Where one page comes from: its source, and if that is a chunk, the chunk and the page in it."""
@@ -95,7 +100,7 @@ def test_targets_name_every_page_of_every_chunk(extents: tuple[list[Extent], ...
     """What is to be written, chunk by chunk, is what the extents say."""
     spaces = dict(zip((PARENT, OTHER), extents, strict=True))
     named = [
-        (target.space, target.start + index, chunk, target.offset + index)
+        (target.space, target.start + index, chunk.number, target.offset + index)
         for chunk, listed in targets(spaces).items()
         for target in listed
         for index in range(target.pages)
@@ -106,6 +111,11 @@ def test_targets_name_every_page_of_every_chunk(extents: tuple[list[Extent], ...
         for number, ((source, chunk, at), _) in pages_of(listed).items()
         if source == Source.CHUNK
     )
+
+
+def by_number(chunks: Mapping[Origin, bytes]) -> dict[int, bytes]:
+    """The chunks as extents name them."""
+    return {origin.number: raw for origin, raw in chunks.items()}
 
 
 @contextmanager
@@ -146,7 +156,7 @@ def test_all_is_written(extents: tuple[list[Extent], ...], ahead: int, threads: 
     with patch.object(replay, "AHEAD_BYTES", ahead), memories(spaces) as files:
         work = Replay(wanted, plan, lambda group: ((number, CHUNKS[number]) for number in group), threads)
         work.write_to(files, lambda done, total: amounts.append((done, total)))
-        assert read_back(files, spaces) == rebuilt(spaces, CHUNKS)
+        assert read_back(files, spaces) == rebuilt(spaces, by_number(CHUNKS))
     total = sum(target.pages for listed in wanted.values() for target in listed) * PAGE
     assert work.written_bytes == total
     assert all(done <= total == of for done, of in amounts)
@@ -155,17 +165,19 @@ def test_all_is_written(extents: tuple[list[Extent], ...], ahead: int, threads: 
 def test_no_more_is_fetched_ahead_than_allowed() -> None:
     """Until the tree is ready, no more is held than the limit, and one chunk in each thread's hand."""
     spaces = {OTHER: [Extent(at * 64, 64, Source.CHUNK, at % 4, 0) for at in range(40)]}
-    chunks = dict(enumerate(CHUNKS.values()))
-    wanted = {number: [replay.Target(OTHER, number * 64, 0, 64)] for number in range(40)}
+    chunks = CHUNKS
+    wanted = {
+        Origin(Source.CHUNK, number): [replay.Target(OTHER, number * 64, 0, 64)] for number in range(40)
+    }
     fetched = threading.Semaphore(0)
     count = 0
 
-    def read(group: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def read(group: Sequence[Origin]) -> Iterator[tuple[Origin, bytes]]:
         nonlocal count
-        for number in group:
+        for origin in group:
             count += 1
             fetched.release()
-            yield number, chunks[number % 4]
+            yield origin, chunks[origin._replace(number=origin.number % 4)]
 
     with patch.object(replay, "AHEAD_BYTES", 5 * 64 * PAGE), memories(spaces) as files:
         work = Replay(wanted, [[number] for number in wanted], read, 2)
@@ -174,18 +186,18 @@ def test_no_more_is_fetched_ahead_than_allowed() -> None:
         assert not fetched.acquire(timeout=0.1)
         assert count == 7
         work.write_to(files)
-        assert read_back(files, spaces) == rebuilt(spaces, chunks)
+        assert read_back(files, spaces) == rebuilt(spaces, by_number(chunks))
     assert count == 40
 
 
 def test_what_fails_while_fetching_is_raised() -> None:
     """An error in a thread is raised where the memory is written, and nothing waits for ever."""
 
-    def read(group: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def read(group: Sequence[Origin]) -> Iterator[tuple[Origin, bytes]]:
         raise ValueError("not what its hash says")
         yield
 
-    work = Replay({0: [replay.Target(OTHER, 0, 0, 1)]}, [[0]], read, 2)
+    work = Replay({FIRST: [replay.Target(OTHER, 0, 0, 1)]}, [[FIRST]], read, 2)
     with memories({OTHER: []}) as files, pytest.raises(ValueError, match="hash"):
         work.write_to(files)
 
@@ -194,6 +206,6 @@ def test_given_up_nothing_more_is_written() -> None:
     """Threads that wait for the tree end when the restore is given up, and touch nothing."""
     spaces = {OTHER: [Extent(0, 64, Source.CHUNK, 0, 0)]}
     with memories(spaces):
-        work = Replay(targets(spaces), [[0]], lambda group: ((n, CHUNKS[n]) for n in group), 2)
+        work = Replay(targets(spaces), [[FIRST]], lambda group: ((n, CHUNKS[n]) for n in group), 2)
         work.abandon()
         assert work.written_bytes == 0

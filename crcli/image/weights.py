@@ -1,0 +1,284 @@
+"""Files of weights as images see them: put into a store once, and read wherever they are found.
+
+A restore takes the bytes of a reference from whatever file claims to be the one of the dump, or from the
+store, and believes none of them: each reference's bytes are compared with their hash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
+from crcli.image.container import ContainerKind, pack_container, unpack_container
+from crcli.image.index import load_known
+from crcli.image.names import new_image_id, pack_key, weights_key
+from crcli.image.packs import BLOB_BYTES, ChunkReader, PackWriter
+from crcli.image.session import Session
+from crcli.image.tables import read_chunks, read_packs, write_chunks, write_packs
+from crcli.memory.extents import Origin, Source
+from crcli.memory.weights.files import WeightsFile
+from crcli.memory.weights.views import View, apply, source_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from crcli.image.manifest import Manifest, Weights
+    from crcli.memory.weights.references import Piece, Reference
+    from crcli.store.base import Buffer, Store
+
+READ_BYTES = 4 << 20
+"""References whose bytes lie near each other are read together up to this size (bytes)."""
+
+
+# --- in the store ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A file of weights in a store: its BLAKE3 (hexadecimal), size, and the bytes that had to be sent."""
+
+    path: str
+    digest: str
+    size: int
+    stored_bytes: int
+    was_there: bool
+
+
+def push(store: Store, path: str, on_bytes: Callable[[int, int], None] = lambda done, total: None) -> Pushed:
+    """Put a file into the store, so that images that refer to it can be restored without it; durable on
+    return.
+
+    Raises OSError when it cannot be read, StoreError when the store fails or the file changes meanwhile.
+    """
+    file = WeightsFile(path)
+    try:
+        digest = _digest(file, on_bytes)
+        key = weights_key(digest)
+        if _is_there(store, key):
+            return Pushed(file.path, digest, file.size, 0, was_there=True)
+        store.warm(for_writing=True)
+        name = new_image_id()
+        with Session(store, name) as session:
+            writer = PackWriter(store, name, load_known(store, "weights"))
+            try:
+                again, chunks = blake3(), list[int]()
+                for block in _blocks(file, on_bytes):
+                    again.update(block)
+                    chunks.append(writer.add_blob(block))
+                writer.seal()
+                for pack in writer.packs:
+                    store.stat(pack_key(pack))
+                table = pack_container(
+                    ContainerKind.WEIGHTS,
+                    {
+                        "META": json.dumps({"name": os.path.basename(path), "size": file.size}).encode(),
+                        "PACK": write_packs(writer.packs),
+                        "CHNK": write_chunks(writer.chunks[number] for number in chunks),
+                    },
+                )
+                if again.hexdigest() != digest:
+                    raise StoreError(f"{file.path} changed while it was read", hint="push it again")
+                if session.lapsed:
+                    raise StoreError("the store did not answer for too long", hint="push it again")
+                try:
+                    store.put(key, table, if_absent=True)
+                except ObjectExists:
+                    pass  # somebody else has pushed the same file
+                return Pushed(file.path, digest, file.size, writer.stored_bytes + len(table), was_there=False)
+            finally:
+                writer.close()
+    finally:
+        file.close()
+
+
+def _is_there(store: Store, key: str) -> bool:
+    try:
+        store.stat(key)
+    except NotFound:
+        return False
+    return True
+
+
+def _digest(file: WeightsFile, on_bytes: Callable[[int, int], None]) -> str:
+    digest = blake3()
+    for block in _blocks(file, on_bytes):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(file: WeightsFile, on_bytes: Callable[[int, int], None]) -> Iterator[bytes]:
+    for at in range(0, file.size, BLOB_BYTES):
+        block = file.read(at, min(BLOB_BYTES, file.size - at))
+        yield block
+        on_bytes(at + len(block), file.size)
+
+
+class _InStore:
+    """A file of weights that was pushed, read in ranges."""
+
+    def __init__(self, store: Store, digest: str) -> None:
+        """Raises NotFound when it was not pushed."""
+        key = weights_key(digest)
+        sections = unpack_container(store.get(key), ContainerKind.WEIGHTS, key)
+        packs = read_packs(sections["PACK"], key)
+        self._chunks = read_chunks(sections["CHNK"], len(packs), key)
+        self._reader = ChunkReader(store, packs, self._chunks)
+        self.name = f"{key} in {store.url}"
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read a range; every chunk of it is checked."""
+        first, last = offset // BLOB_BYTES, (offset + length - 1) // BLOB_BYTES
+        wanted = [number for number in range(first, last + 1) if number < len(self._chunks)]
+        whole = self._reader.blob(wanted)
+        begin = offset - first * BLOB_BYTES
+        return whole[begin : begin + length]
+
+
+# --- on restore --------------------------------------------------------------------------------------------
+
+
+def places_of(weights: Weights, mapped: Sequence[tuple[str, str]], folders: Sequence[str]) -> list[str]:
+    """Where a file may be on this host, the likeliest first; only files of its size.
+
+    `mapped` are pairs of a path (of a file or folder) at the dump and here; `folders` are searched for its
+    name.
+    """
+    found = [new + weights.path.removeprefix(old) for old, new in mapped if _is_below(weights.path, old)]
+    found.append(weights.path)
+    name = os.path.basename(weights.path)
+    for folder in folders:
+        for here, _, names in os.walk(folder, followlinks=True):
+            if name in names:
+                found.append(os.path.join(here, name))
+    return [path for path in dict.fromkeys(found) if _size_of(path) == weights.size]
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+class MemoryReader:
+    """Reads the memory of one image: chunks from its store, references from files of weights.
+
+    Every byte that it gives out has been checked against its hash. Called from several threads.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        chunks: ChunkReader,
+        mapped: Sequence[tuple[str, str]] = (),
+        folders: Sequence[str] = (),
+    ) -> None:
+        self._store = store
+        self._manifest = manifest
+        self._chunks = chunks
+        self._places = [places_of(file, mapped, folders) for file in manifest.weights]
+        self._open: dict[str, WeightsFile] = {}
+        self._pushed: dict[str, _InStore | None] = {}
+        self._lock = threading.Lock()
+
+    def missing(self) -> list[Weights]:
+        """The files that are neither on this host nor in the store."""
+        return [
+            file
+            for number, file in enumerate(self._manifest.weights)
+            if not self._places[number] and self._in_store(file) is None
+        ]
+
+    def plan(self, wanted: Iterable[Origin]) -> list[list[Origin]]:
+        """Group what is wanted into reads: see ChunkReader.plan."""
+        origins = set(wanted)
+        chunks = self._chunks.plan(origin.number for origin in origins if origin.source == Source.CHUNK)
+        groups = [[Origin(Source.CHUNK, number) for number in group] for group in chunks]
+        references = sorted(
+            (origin for origin in origins if origin.source == Source.WEIGHTS),
+            key=lambda origin: self._manifest.references[origin.number].pieces[0],
+        )
+        size = READ_BYTES
+        for origin in references:
+            if size >= READ_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(origin)
+            size += self._manifest.references[origin.number].raw
+        return groups
+
+    def read(self, group: Sequence[Origin]) -> Iterator[tuple[Origin, Buffer]]:
+        """Fetch one group of `plan` and give out (origin, raw bytes), each checked.
+
+        Raises ImageDamaged, naming the file and the offset, when no place has the bytes of the dump.
+        """
+        if group[0].source == Source.CHUNK:
+            for number, raw in self._chunks.read([origin.number for origin in group]):
+                yield Origin(Source.CHUNK, number), raw
+            return
+        for origin in group:
+            yield origin, self._resolved(self._manifest.references[origin.number])
+
+    def _resolved(self, reference: Reference) -> Buffer:
+        choices = max(len(self._places[piece.file]) for piece in reference.pieces)
+        for choice in range(choices + 1):  # the last one: the store, for all of them
+            raw = b"".join(self._read_piece(piece, choice) for piece in reference.pieces)
+            if blake3(raw).digest() == reference.digest:
+                return raw
+        spans = [
+            f"{self._manifest.weights[piece.file].path}, bytes {piece.offset} to {piece.end}"
+            for piece in reference.pieces
+        ]
+        raise ImageDamaged(
+            f"a file of weights is not what it was at the dump: {'; '.join(dict.fromkeys(spans))}",
+            hint="put the file of then back, or say with --weights-map OLD=NEW where it is; "
+            "`crcli weights push` keeps files in the store",
+        )
+
+    def _read_piece(self, piece: Piece, choice: int) -> bytes:
+        places = self._places[piece.file]
+        length = source_bytes(piece.view, piece.length)
+        source: WeightsFile | _InStore | None
+        if choice < len(places):
+            source = self._opened(places[choice])
+        else:
+            source = self._in_store(self._manifest.weights[piece.file])
+        raw = source.read(piece.offset, length) if source is not None else b""
+        if len(raw) < length:
+            return b""
+        return raw if piece.view == View.BYTES else bytes(apply(piece.view, raw).tobytes())
+
+    def _opened(self, path: str) -> WeightsFile | None:
+        with self._lock:
+            if path not in self._open:
+                try:
+                    self._open[path] = WeightsFile(path)
+                except OSError:
+                    return None
+            return self._open[path]
+
+    def _in_store(self, weights: Weights) -> _InStore | None:
+        with self._lock:
+            if weights.digest not in self._pushed:
+                try:
+                    self._pushed[weights.digest] = _InStore(self._store, weights.digest)
+                except NotFound:
+                    self._pushed[weights.digest] = None
+            return self._pushed[weights.digest]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()

@@ -1,0 +1,209 @@
+"""Places found by value: the same words are picked in a file and in memory, whatever lies between the two.
+
+A word of 8 bytes is a sample when the product of its value and a large odd number is small: one word in 256,
+the same ones wherever they stand, and of any distribution of values, zero apart. A sample's key is made of
+the word and its neighbour. An index holds the keys of a file, sorted, with the place of each.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from blake3 import blake3
+
+from crcli.memory.weights.layout import WORD, regions
+from crcli.memory.weights.views import CASTS_OF, View, apply, element_bytes, source_element
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from crcli.memory.weights.files import WeightsFile
+    from crcli.memory.weights.layout import Region
+
+RARITY_BITS = 8
+"""One word in 2**8 is a sample: one in 2 KiB."""
+
+_LARGE_BYTES = 8 << 30
+"""Of larger files only each second, fourth, … sample is kept: an index has 4 million at most (80 MB)."""
+
+_BLOCK = 1 << 20
+_MOST_PER_BLOCK = 4 * (_BLOCK // WORD >> RARITY_BITS)
+_MOST_PER_KEY = 4
+_FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+
+
+def samples(data: Any, rarity_bits: int = RARITY_BITS) -> tuple[Any, Any]:
+    """Return where in `data` (a numpy array of bytes) samples are, and their keys.
+
+    Places are multiples of 8 bytes. Of equal samples in a row only the first counts, and no more of all than
+    four times what is usual.
+    """
+    import numpy as np
+
+    words = data[: len(data) // WORD * WORD].view("<u8")
+    if len(words) < 2:
+        return np.empty(0, np.int64), np.empty(0, np.uint64)
+    products = words * np.uint64(_FIRST)
+    places = np.flatnonzero(products < np.uint64(1 << (64 - rarity_bits)))
+    places = places[(places < len(words) - 1) & (products[places] != 0)]
+    keys = products[places] ^ (words[places + 1] * np.uint64(_SECOND))
+    if len(places) > 1:
+        is_new = np.concatenate(([True], keys[1:] != keys[:-1]))
+        places, keys = places[is_new], keys[is_new]
+    most = max(16, _MOST_PER_BLOCK * len(data) // _BLOCK)
+    if len(places) > most:
+        _, firsts = np.unique(keys, return_index=True)
+        firsts = np.sort(firsts)[:most]
+        places, keys = places[firsts], keys[firsts]
+    return places * WORD, keys
+
+
+class Stream(NamedTuple):
+    """A run of a file as a view shows it: where it begins in the file, and its size in memory."""
+
+    file: int
+    view: View
+    start: int
+    length: int
+
+
+class Index:
+    """The samples of one file, or of several: sorted keys, and for each the stream and the place in it."""
+
+    def __init__(self, streams: Sequence[Stream], keys: Any, owners: Any, places: Any) -> None:
+        self.streams = list(streams)
+        self.keys = keys
+        self.owners = owners
+        self.places = places
+
+    @classmethod
+    def joined(cls, parts: Sequence[Index]) -> Index:
+        """One index of all files, which are numbered in the order of `parts`."""
+        import numpy as np
+
+        streams: list[Stream] = []
+        owners = []
+        for number, part in enumerate(parts):
+            owners.append(part.owners + np.uint32(len(streams)))
+            streams += (stream._replace(file=number) for stream in part.streams)
+        keys = np.concatenate([part.keys for part in parts])
+        order = np.argsort(keys, kind="stable")
+        places = np.concatenate([part.places for part in parts])[order]
+        return cls(streams, keys[order], np.concatenate(owners)[order], places)
+
+    def find(self, keys: Any) -> tuple[Any, Any]:
+        """For each key, the first row that has it, and how many have (0: none)."""
+        import numpy as np
+
+        first = np.searchsorted(self.keys, keys)
+        return first, np.searchsorted(self.keys, keys, side="right") - first
+
+
+def index_of(
+    file: WeightsFile, *, casts: bool = True, amount: Callable[[int], None] = lambda done: None
+) -> tuple[Index, bytes]:
+    """Read a file once; return its samples, and the BLAKE3 of all of its bytes as they were read.
+
+    `amount` is told now and then how many bytes are done.
+    """
+    found = _Sampling(RARITY_BITS + max(0, (file.size - 1) // _LARGE_BYTES).bit_length())
+    digest = blake3()
+    parts = regions(file)
+    at = 0
+    for region in parts:
+        at = _hash_to(file, digest, at, region.start)
+        streams = [found.stream(View.BYTES, region.start + phase, region.end) for phase in region.phases]
+        streams += [
+            found.stream(view, region.start, region.end)
+            for view in (CASTS_OF.get(region.dtype, ()) if casts else ())
+        ]
+        for begin, raw in _blocks(file, region):
+            if begin + len(raw) > at:
+                digest.update(memoryview(raw)[at - begin :])
+                at = begin + len(raw)
+            for stream in streams:
+                found.add(stream, begin, raw)
+            amount(at)
+    _hash_to(file, digest, at, file.size)
+    return found.index(), digest.digest()
+
+
+_OVERLAP = 4 * WORD
+"""Bytes of the next block that a block is read with: no sample or neighbour is lost at the border."""
+
+
+def _blocks(file: WeightsFile, region: Region) -> Iterator[tuple[int, bytes]]:
+    for begin in range(region.start, region.end, _BLOCK):
+        raw = file.read(begin, min(_BLOCK + _OVERLAP, region.end - begin))
+        if not raw:
+            return  # it was cut short meanwhile
+        yield begin, raw
+
+
+def _hash_to(file: WeightsFile, digest: blake3, at: int, end: int) -> int:
+    while at < end and (raw := file.read(at, min(_BLOCK, end - at))):
+        digest.update(raw)
+        at += len(raw)
+    return at
+
+
+class _Sampling:
+    """The samples of a file as they are gathered."""
+
+    def __init__(self, rarity_bits: int) -> None:
+        self.rarity_bits = rarity_bits
+        self.streams: list[Stream] = []
+        self.keys: list[Any] = []
+        self.owners: list[Any] = []
+        self.places: list[Any] = []
+
+    def stream(self, view: View, start: int, end: int) -> int:
+        """Begin a stream; return its number."""
+        count = max(0, end - start) // source_element(view)
+        self.streams.append(Stream(0, view, start, count * element_bytes(view)))
+        return len(self.streams) - 1
+
+    def add(self, number: int, begin: int, raw: bytes) -> None:
+        """Take the samples of a block that begins at `begin`; those of the overlap are the next one's."""
+        import numpy as np
+
+        stream = self.streams[number]
+        skip = max(0, stream.start - begin)
+        skip += (
+            -(begin + skip - stream.start) % max(WORD, source_element(stream.view))
+            if begin > stream.start
+            else 0
+        )
+        usable = (len(raw) - skip) // source_element(stream.view) * source_element(stream.view)
+        if usable <= 0:
+            return
+        data = apply(stream.view, memoryview(raw)[skip : skip + usable])
+        places, keys = samples(data, self.rarity_bits)
+        first = (begin + skip - stream.start) // source_element(stream.view) * element_bytes(stream.view)
+        limit = (begin + _BLOCK - stream.start) // source_element(stream.view) * element_bytes(stream.view)
+        places = places + first
+        if len(raw) > _BLOCK:
+            inside = places < limit
+            places, keys = places[inside], keys[inside]
+        self.keys.append(keys)
+        self.places.append(places.astype(np.uint64))
+        self.owners.append(np.full(len(keys), number, np.uint32))
+
+    def index(self) -> Index:
+        """All of it, sorted by key; of samples that are many times the same only the first few."""
+        import numpy as np
+
+        if not self.keys:
+            empty = np.empty(0, np.uint64)
+            return Index(self.streams, empty, np.empty(0, np.uint32), empty)
+        keys = np.concatenate(self.keys)
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        rank = np.arange(len(keys)) - np.searchsorted(keys, keys)
+        kept = order[rank < _MOST_PER_KEY]
+        return Index(
+            self.streams,
+            keys[rank < _MOST_PER_KEY],
+            np.concatenate(self.owners)[kept],
+            np.concatenate(self.places)[kept],
+        )

@@ -1,0 +1,181 @@
+"""The files of weights that a dump compares memory with, opened and indexed before anything is frozen."""
+
+from __future__ import annotations
+
+import glob
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from crcli.errors import UsageError
+from crcli.image.manifest import Weights
+from crcli.memory.weights.cache import indexed
+from crcli.memory.weights.files import WeightsFile
+from crcli.memory.weights.match import Matcher
+from crcli.memory.weights.references import found_bytes
+from crcli.memory.weights.samples import Index
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from crcli.memory.weights.cache import Indexed
+    from crcli.memory.weights.references import Reference
+    from crcli.process.evidence import Evidence
+
+AUTO = "auto"
+SMALLEST_BYTES = 64 << 10
+"""Smaller files are not worth a reference (bytes); nor are whole folders of them."""
+
+SUFFIXES = (
+    ".safetensors", ".gguf", ".ggml", ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".onnx", ".data",
+    ".h5", ".msgpack", ".tflite", ".pdparams", ".weights",
+)  # fmt: skip
+"""What files of weights are usually called."""
+
+_CACHES = (
+    "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "TORCH_HOME", "OLLAMA_MODELS",
+    "LLAMA_CACHE", "MODEL_DIR", "VLLM_CACHE_ROOT",
+)  # fmt: skip
+"""Variables in a process's environment that lead to folders of models."""
+
+_THREADS = 2
+
+
+def chosen_files(wanted: Sequence[str], evidence: Evidence) -> list[str]:
+    """Return the files that `wanted` names (paths of files and folders, patterns, or "auto"), each once.
+
+    Raises UsageError for a path or pattern that names nothing.
+    """
+    found: list[str] = []
+    for one in wanted:
+        if one == AUTO:
+            found += _found_by_ourselves(evidence)
+            continue
+        named = [one] if os.path.exists(one) else sorted(glob.glob(one, recursive=True))
+        if not named:
+            raise UsageError(f"there is nothing at {one}", hint="--weights takes files, folders and patterns")
+        for path in named:
+            found += _below(path) if os.path.isdir(path) else [path]
+    unique: dict[tuple[int, int], str] = {}
+    for path in map(os.path.abspath, found):
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        if os.path.isfile(path) and status.st_size >= SMALLEST_BYTES:
+            unique.setdefault((status.st_dev, status.st_ino), path)
+    return list(unique.values())
+
+
+def _below(folder: str) -> Iterator[str]:
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        yield from (os.path.join(here, name) for name in sorted(names))
+
+
+def _found_by_ourselves(evidence: Evidence) -> Iterator[str]:
+    """Files called as weights are that the tree has open or mapped, names, or finds through its environment.
+
+    Of folders of models only files that are no larger than the tree are worth a look.
+    """
+    for file in evidence.named:
+        if file.path.endswith(SUFFIXES):
+            yield file.path
+    folders: list[str] = []
+    for process in evidence.tree.living:
+        for word in process.argv:
+            path = os.path.join(process.cwd, word.rpartition("=")[2])
+            if path.endswith(SUFFIXES):
+                yield path
+            elif os.path.isdir(path) and len(word) > 1:
+                folders.append(path)
+        folders += _model_folders(process.pid)
+    most = evidence.expected_bytes
+    for folder in dict.fromkeys(folders):
+        for path in _likely_below(folder):
+            try:
+                if os.path.getsize(path) <= 4 * most:
+                    yield path
+            except OSError:
+                continue
+
+
+def _likely_below(folder: str) -> Iterator[str]:
+    """Files called as weights are in a folder, not looking into more than some thousand of entries."""
+    left = 10_000
+    for path in _below(folder):
+        left -= 1
+        if not left:
+            return
+        if path.endswith(SUFFIXES):
+            yield path
+
+
+def _model_folders(pid: int) -> Iterator[str]:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            words = dict(word.partition(b"=")[::2] for word in file.read().split(b"\0"))
+    except OSError:
+        return
+    for name in _CACHES:
+        if folder := os.fsdecode(words.get(name.encode(), b"")):
+            yield folder
+    home = os.fsdecode(words.get(b"HOME", b""))
+    cache = os.fsdecode(words.get(b"XDG_CACHE_HOME", b"")) or f"{home}/.cache"
+    for name in ("huggingface/hub", "torch/hub"):
+        if os.path.isdir(f"{cache}/{name}"):
+            yield f"{cache}/{name}"
+
+
+class WeightsInUse:
+    """The files that one dump compares with, their indexes, and what of them was found in the end."""
+
+    def __init__(self, paths: Sequence[str], amount: Callable[[int, int], None]) -> None:
+        """Open and index them. A file that cannot be read is left out: its bytes are stored."""
+        self.files: list[WeightsFile] = []
+        for path in paths:
+            try:
+                self.files.append(WeightsFile(path))
+            except OSError:
+                continue
+        self._done = [0] * len(self.files)
+        total = sum(file.size for file in self.files)
+
+        def take(number: int) -> Indexed:
+            def note(done: int) -> None:
+                self._done[number] = done
+                amount(sum(self._done), total)
+
+            return indexed(self.files[number], note)
+
+        with ThreadPoolExecutor(_THREADS, "weights") as threads:
+            self._indexed = list(threads.map(take, range(len(self.files))))
+        self.matcher: Matcher | None = None
+        if self.files:
+            self.matcher = Matcher(self.files, Index.joined([one.samples for one in self._indexed]))
+
+    def described(self) -> list[Weights]:
+        """The files as a manifest lists them."""
+        return [
+            Weights(file.path, file.size, file.identity.mtime_ns, one.digest)
+            for file, one in zip(self.files, self._indexed, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files:
+            file.close()
+
+
+def weights_report(files: Sequence[Weights], references: Iterable[Reference]) -> list[dict[str, Any]]:
+    """For each file what of it was found, and how much of memory that leaves out (bytes)."""
+    found = found_bytes(references)
+    return [
+        {
+            "path": file.path,
+            "bytes": file.size,
+            "left_out_bytes": found.get(number, (0, 0))[0],
+            "found_bytes": found.get(number, (0, 0))[1],
+        }
+        for number, file in enumerate(files)
+    ]
