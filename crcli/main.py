@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rm": ("crcli.cli.rm:rm", "Remove an image; `gc` frees its space."),
     "cp": ("crcli.cli.cp:cp", "Copy an image to another store."),
     "gc": ("crcli.cli.gc:gc", "Free what no image in the store refers to."),
+    "weights": ("crcli.cli.weights:app", "Prepare files of weights, and put them into a store."),
     "doctor": ("crcli.cli.doctor:doctor", "Say what this host lacks, and how to get it."),
     "plugins": ("crcli.cli.plugins:plugins", "List the plug-ins that are installed here."),
     "demo": ("crcli.cli.demo:demo", "Dump, kill and restore a small agent, to see that it works here."),
@@ -48,8 +49,13 @@ class LazyCommands(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module, _, function = COMMANDS[cmd_name][0].partition(":")
+        found = getattr(import_module(module), function)
+        if isinstance(found, typer.Typer):  # a command with commands of its own
+            group = typer.main.get_command(found)
+            group.name = cmd_name
+            return group
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command(cmd_name)(getattr(import_module(module), function))
+        app.command(cmd_name)(found)
         return typer.main.get_command(app)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -16,12 +16,21 @@ from typing import TYPE_CHECKING, Any
 from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image.gc import COLLECTIONS
 from crcli.image.manifest import Manifest, resolve
-from crcli.image.names import PACKS, ImageRef, index_key, manifest_key, pack_key, pages_key
+from crcli.image.names import (
+    PACKS,
+    ImageRef,
+    index_key,
+    manifest_key,
+    pack_key,
+    pages_key,
+    weights_key,
+)
 from crcli.image.packs import check_chunk
 from crcli.image.session import STALE_AFTER_S, Session, announced
+from crcli.image.weights import PushedFile, is_there
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from crcli.image.tables import Chunk
     from crcli.store.base import Store
@@ -73,7 +82,10 @@ def copy(
     else:
         with Session(target, f"{full.id}-copy-{os.urandom(4).hex()}") as session:
             _wait_for_collection(target, session)
-            _Copy(source, target, manifest, report, on_bytes or (lambda done, total: None)).packs()
+            on_bytes = on_bytes or (lambda done, total: None)
+            _Copy(source, target, manifest.packs, manifest.chunks, report, on_bytes).packs()
+            for file in manifest.weights:
+                _copy_weights(source, target, file.digest, report, on_bytes)
             report.copied_bytes += _copy_index(source, target, full.id)
             _publish(target, key, data, full, session)
             report.copied_bytes += len(data)
@@ -116,6 +128,20 @@ def _wait_for_collection(target: Store, session: Session) -> None:
         time.sleep(_LOOK_AGAIN_S)
 
 
+def _copy_weights(
+    source: Store, target: Store, digest: str, report: CopyReport, on_bytes: Callable[[int, int], None]
+) -> None:
+    """Copy a file of weights that the image refers to, if it was pushed into the source."""
+    try:
+        pushed = PushedFile(source, digest)
+    except NotFound:
+        return
+    if not is_there(target, weights_key(digest)):
+        _Copy(source, target, pushed.packs, pushed.chunks, report, on_bytes).packs()
+        target.put(weights_key(digest), pushed.table)
+        report.copied_bytes += len(pushed.table)
+
+
 def _copy_index(source: Store, target: Store, image_id: str) -> int:
     """Copy what tells later dumps of the image's chunks, if it is there; return its size."""
     copied = 0
@@ -143,19 +169,21 @@ def _publish(target: Store, key: str, data: bytes, full: ImageRef, session: Sess
 
 
 class _Copy:
-    """The packs of one image on their way."""
+    """Packs on their way, and what is known of the chunks in them."""
 
     def __init__(
         self,
         source: Store,
         target: Store,
-        manifest: Manifest,
+        packs: Sequence[bytes],
+        chunks: Sequence[Chunk],
         report: CopyReport,
         on_bytes: Callable[[int, int], None],
     ) -> None:
         self._source = source
         self._target = target
-        self._manifest = manifest
+        self._packs = packs
+        self._chunks = chunks
         self._report = report
         self._on_bytes = on_bytes
         self._total = 0
@@ -163,7 +191,7 @@ class _Copy:
     def packs(self) -> None:
         """Copy the packs that the target lacks."""
         there = {info.key: info.size for info in self._target.list(PACKS)}
-        keys = [pack_key(pack) for pack in self._manifest.packs]
+        keys = [pack_key(pack) for pack in self._packs]
         with ThreadPoolExecutor(_THREADS, "copy") as threads:
             sizes = list(threads.map(self._size, keys))
             missing = [n for n, key in enumerate(keys) if there.get(key) != sizes[n]]
@@ -183,7 +211,7 @@ class _Copy:
 
     def _copy_pack(self, number: int, key: str, size: int) -> int:
         """Copy one pack; what of it belongs to the image is compared with its hash on the way."""
-        chunks = {n: chunk for n, chunk in enumerate(self._manifest.chunks) if chunk.pack == number}
+        chunks = {n: chunk for n, chunk in enumerate(self._chunks) if chunk.pack == number}
         with self._target.writer(key) as writer:
             for begin, end, inside in _pieces(chunks, size, key):
                 data = self._source.get_range(key, begin, end - begin)

@@ -13,6 +13,7 @@ from crcli.findings import Finding, Severity
 from crcli.image.manifest import load
 from crcli.image.names import pack_key
 from crcli.image.packs import ChunkReader
+from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKind
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class VerifyReport:
     """As they lie in the packs."""
     memory_bytes: int = 0
     file_bytes: int = 0
+    weights_bytes: int = 0
+    """Memory that stands in files of weights, and was compared with them, here or in the store."""
+    weights_missing: list[str] = field(default_factory=list)
+    """Files of weights that are neither here nor in the store: what they hold could not be compared."""
     total_ms: float = 0.0
     damage: list[Finding] = field(default_factory=list)
 
@@ -88,6 +93,21 @@ class _Verification:
                 self._on_bytes(self._report.stored_bytes, total)
                 bad.update(damage)
         self._report_chunks(bad)
+        self._compare_weights()
+
+    def _compare_weights(self) -> None:
+        """Read what the image refers to in files of weights, where they can be found."""
+        memory = MemoryReader(self._store, self._manifest, self._reader)
+        try:
+            self._report.weights_missing = [file.path for file in memory.missing()]
+            for number, reference in enumerate(self._manifest.references):
+                try:
+                    self._report.weights_bytes += reference.raw if memory.check(number) else 0
+                except ImageDamaged as error:
+                    path = self._manifest.weights[reference.pieces[0].file].path
+                    self._report.damage.append(_damage("weights-changed", error.message, {"path": path}))
+        finally:
+            memory.close()
 
     def _compare_file_sizes(self) -> None:
         for file in (*self._manifest.skeleton, *self._manifest.files):

@@ -10,19 +10,20 @@ import json
 import os
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image.container import ContainerKind, pack_container, unpack_container
 from crcli.image.index import load_known
-from crcli.image.names import new_image_id, pack_key, weights_key
+from crcli.image.names import WEIGHTS, new_image_id, pack_key, weights_key
 from crcli.image.packs import BLOB_BYTES, ChunkReader, PackWriter
 from crcli.image.session import Session
 from crcli.image.tables import read_chunks, read_packs, write_chunks, write_packs
 from crcli.memory.extents import Origin, Source
 from crcli.memory.weights.files import WeightsFile
+from crcli.memory.weights.references import found_bytes
 from crcli.memory.weights.views import View, apply, source_bytes
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def push(store: Store, path: str, on_bytes: Callable[[int, int], None] = lambda 
     try:
         digest = _digest(file, on_bytes)
         key = weights_key(digest)
-        if _is_there(store, key):
+        if is_there(store, key):
             return Pushed(file.path, digest, file.size, 0, was_there=True)
         store.warm(for_writing=True)
         name = new_image_id()
@@ -97,7 +98,35 @@ def push(store: Store, path: str, on_bytes: Callable[[int, int], None] = lambda 
         file.close()
 
 
-def _is_there(store: Store, key: str) -> bool:
+def list_pushed(store: Store) -> list[dict[str, Any]]:
+    """The files of weights that a store holds: `name` (without folders), `bytes`, `blake3`."""
+    found: list[dict[str, Any]] = []
+    for info in store.list(WEIGHTS):
+        sections = unpack_container(store.get(info.key), ContainerKind.WEIGHTS, info.key)
+        head = json.loads(sections["META"])
+        digest = info.key.removeprefix(WEIGHTS)
+        found.append({"name": str(head["name"]), "bytes": int(head["size"]), "blake3": digest})
+    return found
+
+
+def remove_pushed(store: Store, digest: str) -> dict[str, Any]:
+    """Remove a file of weights (by its BLAKE3, or the beginning of it); `gc` frees its space. Return which.
+
+    Raises NotFound when no file, or more than one, is meant.
+    """
+    found = [file for file in list_pushed(store) if file["blake3"].startswith(digest.lower())]
+    if len(found) != 1 or not digest:
+        what = f"{len(found)} files" if found else "no file"
+        raise NotFound(
+            f"the store {store.url} has {what} of weights with the BLAKE3 {digest}…",
+            hint="`crcli weights ls` lists them",
+        )
+    store.delete(weights_key(found[0]["blake3"]))
+    return found[0]
+
+
+def is_there(store: Store, key: str) -> bool:
+    """Whether a store has an object."""
     try:
         store.stat(key)
     except NotFound:
@@ -119,25 +148,39 @@ def _blocks(file: WeightsFile, on_bytes: Callable[[int, int], None]) -> Iterator
         on_bytes(at + len(block), file.size)
 
 
-class _InStore:
-    """A file of weights that was pushed, read in ranges."""
+class PushedFile:
+    """A file of weights in a store, read in ranges: its packs and chunks, and the table that names them."""
 
     def __init__(self, store: Store, digest: str) -> None:
         """Raises NotFound when it was not pushed."""
         key = weights_key(digest)
-        sections = unpack_container(store.get(key), ContainerKind.WEIGHTS, key)
-        packs = read_packs(sections["PACK"], key)
-        self._chunks = read_chunks(sections["CHNK"], len(packs), key)
-        self._reader = ChunkReader(store, packs, self._chunks)
-        self.name = f"{key} in {store.url}"
+        self.table = store.get(key)
+        sections = unpack_container(self.table, ContainerKind.WEIGHTS, key)
+        self.packs = read_packs(sections["PACK"], key)
+        self.chunks = read_chunks(sections["CHNK"], len(self.packs), key)
+        self._reader = ChunkReader(store, self.packs, self.chunks)
 
     def read(self, offset: int, length: int) -> bytes:
         """Read a range; every chunk of it is checked."""
         first, last = offset // BLOB_BYTES, (offset + length - 1) // BLOB_BYTES
-        wanted = [number for number in range(first, last + 1) if number < len(self._chunks)]
+        wanted = [number for number in range(first, last + 1) if number < len(self.chunks)]
         whole = self._reader.blob(wanted)
         begin = offset - first * BLOB_BYTES
         return whole[begin : begin + length]
+
+
+def weights_report(files: Sequence[Weights], references: Iterable[Reference]) -> list[dict[str, Any]]:
+    """For each file what of it was found, and how much of memory that leaves out (bytes)."""
+    found = found_bytes(references)
+    return [
+        {
+            "path": file.path,
+            "bytes": file.size,
+            "left_out_bytes": found.get(number, (0, 0))[0],
+            "found_bytes": found.get(number, (0, 0))[1],
+        }
+        for number, file in enumerate(files)
+    ]
 
 
 # --- on restore --------------------------------------------------------------------------------------------
@@ -189,7 +232,7 @@ class MemoryReader:
         self._chunks = chunks
         self._places = [places_of(file, mapped, folders) for file in manifest.weights]
         self._open: dict[str, WeightsFile] = {}
-        self._pushed: dict[str, _InStore | None] = {}
+        self._pushed: dict[str, PushedFile | None] = {}
         self._lock = threading.Lock()
 
     def missing(self) -> list[Weights]:
@@ -199,6 +242,15 @@ class MemoryReader:
             for number, file in enumerate(self._manifest.weights)
             if not self._places[number] and self._in_store(file) is None
         ]
+
+    def check(self, number: int) -> bool:
+        """Whether a reference's bytes are here or in the store, and what they were; ImageDamaged if not."""
+        reference = self._manifest.references[number]
+        files = {piece.file for piece in reference.pieces}
+        if any(not self._places[n] and self._in_store(self._manifest.weights[n]) is None for n in files):
+            return False
+        self._resolved(reference)
+        return True
 
     def plan(self, wanted: Iterable[Origin]) -> list[list[Origin]]:
         """Group what is wanted into reads: see ChunkReader.plan."""
@@ -249,7 +301,7 @@ class MemoryReader:
     def _read_piece(self, piece: Piece, choice: int) -> bytes:
         places = self._places[piece.file]
         length = source_bytes(piece.view, piece.length)
-        source: WeightsFile | _InStore | None
+        source: WeightsFile | PushedFile | None
         if choice < len(places):
             source = self._opened(places[choice])
         else:
@@ -268,11 +320,11 @@ class MemoryReader:
                     return None
             return self._open[path]
 
-    def _in_store(self, weights: Weights) -> _InStore | None:
+    def _in_store(self, weights: Weights) -> PushedFile | None:
         with self._lock:
             if weights.digest not in self._pushed:
                 try:
-                    self._pushed[weights.digest] = _InStore(self._store, weights.digest)
+                    self._pushed[weights.digest] = PushedFile(self._store, weights.digest)
                 except NotFound:
                     self._pushed[weights.digest] = None
             return self._pushed[weights.digest]

@@ -35,6 +35,7 @@ from crcli.image.names import ImageRef, check_name, new_image_id, pack_key, sugg
 from crcli.image.packs import PackWriter
 from crcli.image.remove import remove
 from crcli.image.session import Session
+from crcli.image.weights import weights_report
 from crcli.memory.classify import MemoryCounts
 from crcli.memory.intake import Intake
 from crcli.pipeline.capture import capture_files, store_skeleton
@@ -45,7 +46,7 @@ from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.trial import try_skeleton
 from crcli.pipeline.watch import kill_all, trapped, tree_state, wait_until_dead
-from crcli.pipeline.weights import WeightsInUse, chosen_files, weights_report
+from crcli.pipeline.weights import WeightsInUse, chosen_files
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import DumpTarget, failure_of
 from crcli.process.gather import gather

@@ -8,19 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import UsageError
-from crcli.image.manifest import Weights
-from crcli.memory.weights.cache import indexed
+from crcli.image.manifest import Weights, load
+from crcli.image.weights import push, weights_report
+from crcli.memory.weights.cache import indexed, kept
 from crcli.memory.weights.files import WeightsFile
 from crcli.memory.weights.match import Matcher
-from crcli.memory.weights.references import found_bytes
 from crcli.memory.weights.samples import Index
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from crcli.image.names import ImageRef
+    from crcli.image.weights import Pushed
     from crcli.memory.weights.cache import Indexed
-    from crcli.memory.weights.references import Reference
     from crcli.process.evidence import Evidence
+    from crcli.store.base import Store
 
 AUTO = "auto"
 SMALLEST_BYTES = 64 << 10
@@ -41,14 +43,14 @@ _CACHES = (
 _THREADS = 2
 
 
-def chosen_files(wanted: Sequence[str], evidence: Evidence) -> list[str]:
+def chosen_files(wanted: Sequence[str], evidence: Evidence | None = None) -> list[str]:
     """Return the files that `wanted` names (paths of files and folders, patterns, or "auto"), each once.
 
     Raises UsageError for a path or pattern that names nothing.
     """
     found: list[str] = []
     for one in wanted:
-        if one == AUTO:
+        if one == AUTO and evidence is not None:
             found += _found_by_ourselves(evidence)
             continue
         named = [one] if os.path.exists(one) else sorted(glob.glob(one, recursive=True))
@@ -154,6 +156,13 @@ class WeightsInUse:
         if self.files:
             self.matcher = Matcher(self.files, Index.joined([one.samples for one in self._indexed]))
 
+    def facts(self) -> list[dict[str, Any]]:
+        """Each file's path, size (bytes), BLAKE3, and how many samples its index has."""
+        return [
+            {"path": file.path, "bytes": file.size, "blake3": one.digest, "samples": len(one.samples.keys)}
+            for file, one in zip(self.files, self._indexed, strict=True)
+        ]
+
     def described(self) -> list[Weights]:
         """The files as a manifest lists them."""
         return [
@@ -167,15 +176,34 @@ class WeightsInUse:
             file.close()
 
 
-def weights_report(files: Sequence[Weights], references: Iterable[Reference]) -> list[dict[str, Any]]:
-    """For each file what of it was found, and how much of memory that leaves out (bytes)."""
-    found = found_bytes(references)
-    return [
-        {
-            "path": file.path,
-            "bytes": file.size,
-            "left_out_bytes": found.get(number, (0, 0))[0],
-            "found_bytes": found.get(number, (0, 0))[1],
-        }
-        for number, file in enumerate(files)
-    ]
+def index_files(paths: Sequence[str], amount: Callable[[int, int], None]) -> list[dict[str, Any]]:
+    """Index these files (see `chosen_files`), those that have an index already left as they are."""
+    in_use = WeightsInUse(chosen_files(paths), amount)
+    try:
+        return in_use.facts()
+    finally:
+        in_use.close()
+
+
+def files_known(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """What is known of files here: their sizes, and the BLAKE3 of those that have an index (else empty)."""
+    found: list[dict[str, Any]] = []
+    for path in chosen_files(paths):
+        file = WeightsFile(path)
+        try:
+            known = kept(file)
+            found.append({"path": path, "bytes": file.size, "blake3": known.digest if known else ""})
+        finally:
+            file.close()
+    return found
+
+
+def push_files(store: Store, paths: Sequence[str], amount: Callable[[int, int], None]) -> list[Pushed]:
+    """Put these files (see `chosen_files`) into a store. Raises what `push` does."""
+    return [push(store, path, amount) for path in chosen_files(paths)]
+
+
+def image_weights(store: Store, ref: ImageRef) -> tuple[str, list[dict[str, Any]]]:
+    """An image's full name, and what it has left out: see `weights_report`."""
+    manifest = load(store, ref)
+    return f"{manifest.name}@{manifest.id}", weights_report(manifest.weights, manifest.references)

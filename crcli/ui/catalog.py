@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from crcli.image.weights import weights_report
 from crcli.memory.extents import PAGE, Source
 from crcli.ui.reports import phases, show_json
 from crcli.ui.table import show_table
 from crcli.ui.text import count, duration, printable, size
+from crcli.ui.weights import weights_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +53,8 @@ def describe_image(manifest: Manifest, store_url: str) -> dict[str, Any]:
         "memory_bytes": sum(by_source.values()),
         "zero_bytes": by_source[Source.ZERO],
         "stored_bytes": sum(chunk.stored for chunk in manifest.chunks),
+        "weights_bytes": by_source[Source.WEIGHTS],
+        "weights": weights_report(manifest.weights, manifest.references),
         "packs": len(manifest.packs),
         "chunks": len(manifest.chunks),
         "files": [
@@ -84,6 +88,10 @@ def show_image(manifest: Manifest, store_url: str, as_json: bool) -> None:
         print(printable(f"{name:<8} {value}"))
     print()
     show_table(("PID", "USER", "THREADS", "COMMAND"), [_process_row(one) for one in facts.get("tree", ())])
+    if facts["weights"]:
+        print()
+        columns = ("WEIGHTS", "SIZE", "LEFT OUT", "NOT IN MEMORY")
+        show_table(columns, weights_rows(facts["weights"]), right=columns[1:])
     if facts["files"]:
         print()
         rows = [(file["path"], size(file["bytes"]), file["role"]) for file in facts["files"]]
@@ -107,6 +115,10 @@ def show_verified(report: VerifyReport, as_json: bool) -> None:
         return
     read = f"{count(report.chunks, 'chunk')} in {count(report.packs, 'pack')}, {size(report.stored_bytes)}"
     print(printable(f"{report.image} is whole: {read}, read in {duration(report.total_ms)}"))
+    if report.weights_bytes:
+        print(f"{size(report.weights_bytes)} of its memory were compared with files of weights")
+    for path in report.weights_missing:
+        print(printable(f"{path}, from which weights are to be read, is neither here nor in the store"))
 
 
 def show_copied(report: CopyReport, as_json: bool) -> None:

@@ -36,6 +36,10 @@ def show_dump(report: DumpReport, as_json: bool, *, dry_run: bool = False) -> No
     _say(f"  store    {report.store}")
     _say(f"  frozen   {duration(report.frozen_ms)} (of {duration(report.total_ms)} in all)")
     _say(f"  memory   {size(report.memory_bytes)}: {_memory(report)}")
+    for file in report.weights:
+        missed = file["bytes"] - file["found_bytes"]
+        rest = f", {size(missed)} of it not in memory" if missed else ""
+        _say(f"  weights  {size(file['left_out_bytes'])} left out: {file['path']}{rest}")
     _say(f"  stored   {size(report.stored_bytes)}")
     _say(f"  phases   {phases(report.phases)}")
 

@@ -220,7 +220,16 @@ def test_a_document_names_no_place_of_ours(name: str) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [container._HEADER, container._ENTRY, tables._CHUNK, tables._SPACE, tables._EXTENT, tables._GROUP],
+    [
+        container._HEADER,
+        container._ENTRY,
+        tables._CHUNK,
+        tables._SPACE,
+        tables._EXTENT,
+        tables._GROUP,
+        tables._REFERENCE,
+        tables._PIECE,
+    ],
     ids=lambda layout: layout.format,
 )
 def test_format_has_the_layout_of_every_record(layout: Any) -> None:
@@ -242,7 +251,7 @@ def test_format_has_the_constants() -> None:
     assert classify.GROUP_PAGES == 16 and "for each 16 pages" in FORMAT_FLAT
     assert (session.HEARTBEAT_S, session.LAPSED_AFTER_S, session.STALE_AFTER_S) == (60, 600, 900)
     assert "every 60 s" in FORMAT_FLAT and "for 600 s" in FORMAT_FLAT and "for 900 s" in FORMAT_FLAT
-    for prefix in (names.IMAGES, names.INDEXES, names.PACKS, names.SESSIONS, gc.COLLECTIONS):
+    for prefix in (names.IMAGES, names.INDEXES, names.PACKS, names.SESSIONS, names.WEIGHTS, gc.COLLECTIONS):
         assert f"`{prefix}" in FORMAT_FLAT
     for pattern in (names._NAME, names._ID):
         assert f"`{pattern.pattern.removesuffix(chr(92) + 'Z')}`" in FORMAT_FLAT

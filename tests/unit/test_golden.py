@@ -267,8 +267,8 @@ def test_page_digests_belong_to_the_chunks_of_their_index(number: int, count: in
 def test_a_newer_version_is_refused_by_its_number(golden: FileStore) -> None:
     """The version is looked at before anything else can be misread, the seal included."""
     data = bytearray(golden.get(manifest_key("golden", FIRST)))
-    struct.pack_into("<H", data, 8, 2)
-    with pytest.raises(ImageDamaged, match=re.escape("of format 2; this crcli reads up to 1")):
+    struct.pack_into("<H", data, 8, 3)
+    with pytest.raises(ImageDamaged, match=re.escape("of format 3; this crcli reads up to 2")):
         Manifest.decode(bytes(data), "golden")
 
 

@@ -45,18 +45,24 @@ def folder() -> str:
     return os.path.join(base, "weights") if base else FOLDER
 
 
-def indexed(
-    file: WeightsFile, amount: Callable[[int], None] = lambda done: None, *, fresh: bool = False
-) -> Indexed:
-    """Return a file's index, from the cache or (`fresh`, or where it has none) made and kept there."""
-    path = os.path.join(folder(), _name(file.identity))
-    if not fresh and (kept := _load(path)) is not None:
-        return kept
+def indexed(file: WeightsFile, amount: Callable[[int], None] = lambda done: None) -> Indexed:
+    """Return a file's index, from the cache or, where it has none, made and kept there."""
+    if (known := kept(file)) is not None:
+        return known
     index, digest = index_of(file, amount=amount)
     made = Indexed(index, digest.hex())
     if not file.has_changed():
-        _keep(path, made)
+        _keep(_path(file), made)
     return made
+
+
+def kept(file: WeightsFile) -> Indexed | None:
+    """Return a file's index if the cache has it."""
+    return _load(_path(file))
+
+
+def _path(file: WeightsFile) -> str:
+    return os.path.join(folder(), _name(file.identity))
 
 
 def _name(identity: Identity) -> str:
