@@ -27,7 +27,7 @@ class Region(NamedTuple):
     """A run of a file (bytes) in which one tensor lies, or several. `dtype` is empty where it is not known.
 
     `phases` are the distances from `start` (bytes, modulo 8) at which a row, and so a piece in memory, may
-    begin.
+    begin; and that at which the words of the file itself lie, for programs that read files whole.
     """
 
     start: int
@@ -53,8 +53,8 @@ def regions(file: WeightsFile) -> list[Region]:
 def _tensor(start: int, end: int, dtype: str, shape: tuple[int, ...]) -> Region:
     item = _ITEM.get(dtype, 1)
     row = item * (shape[-1] if len(shape) > 1 else 1 << 20)
-    step = math.gcd(row, WORD)
-    return Region(start, end, dtype if dtype in _ITEM else "", tuple(range(0, WORD, step)))
+    phases = {*range(0, WORD, math.gcd(row, WORD)), -start % WORD}
+    return Region(start, end, dtype if dtype in _ITEM else "", tuple(sorted(phases)))
 
 
 def _safetensors(file: WeightsFile) -> Iterator[Region]:
