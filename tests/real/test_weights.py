@@ -1,4 +1,4 @@
-"""Weights left out of images of real processes: nothing stored twice, no byte wrong, whatever becomes of files."""
+"""Weights left out of images of real processes: nothing stored twice, and no byte wrong, whatever happens."""
 
 from __future__ import annotations
 

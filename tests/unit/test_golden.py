@@ -1,4 +1,4 @@
-"""Images of format version 1 are read for ever, and by whoever has read FORMAT.md."""
+"""Images of each format version are read for ever, and by whoever has read FORMAT.md."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged
+from crcli.image import tables
 from crcli.image.catalog import list_entries
 from crcli.image.index import load_known
 from crcli.image.manifest import Manifest, list_images, load
 from crcli.image.names import ImageRef, check_name, manifest_key, parse_image
 from crcli.image.packs import ChunkReader
 from crcli.image.verify import verify
-from crcli.memory.extents import PAGE, Source
+from crcli.image.weights import MemoryReader
+from crcli.memory.extents import PAGE, Origin, Source
+from crcli.memory.weights.references import Piece, Reference
+from crcli.memory.weights.views import View
 from crcli.store.file import FileStore
 from tests.support.images import make_image, pages
-from tests.unit.golden.make import FIRST, SECOND, describe, random_page, text_page
+from tests.unit.golden.make import FIRST, SECOND, WEIGHTS, describe, random_page, text_page
 
 GOLDEN = Path(__file__).parent / "golden"
 DESCRIBED: list[dict[str, Any]] = json.loads((GOLDEN / "v1.json").read_text())
@@ -64,7 +69,7 @@ def restored(codec: int, stored: bytes, raw_size: int, digest: bytes) -> bytes:
 def take_apart(data: bytes) -> Sections:
     """Read a container by FORMAT.md."""
     magic, version, kind, count = struct.unpack_from("<8sHHI", data)
-    assert magic == b"crcli\x00\x1a\n" and version == 1
+    assert magic == b"crcli\x00\x1a\n" and version in (1, 2)
     assert blake3(data[:-32]).digest() == data[-32:]
     found = Sections(kind, {})
     for number in range(count):
@@ -97,6 +102,7 @@ def described(data: bytes) -> dict[str, Any]:
         for kind, number, extent_count in sections.records("SPCE", "<IQI")
     ]
     assert next(extents, None) is None
+    weights = described_weights(sections, head) if "weights" in head else {}
     return {
         "name": head.pop("name"),
         "id": head.pop("id"),
@@ -109,7 +115,41 @@ def described(data: bytes) -> dict[str, Any]:
         "skeleton": head.pop("skeleton"),
         "files": head.pop("files"),
         "meta": head,
+        **weights,
     }
+
+
+def described_weights(sections: Sections, head: dict[str, Any]) -> dict[str, Any]:
+    """The references of version 2."""
+    rows = sections.records("WPCE", "<IHHQI")
+    references = []
+    for count, raw, digest in sections.records("WREF", "<II32s"):
+        pieces = [next(rows) for _ in range(count)]
+        assert sum(length for *_, length in pieces) == raw
+        listed = [[file, view, offset, length] for file, view, _, offset, length in pieces]
+        references.append([listed, raw, digest.hex()])
+    assert next(rows, None) is None
+    return {"weights": head.pop("weights"), "references": references}
+
+
+ELEMENTS = {0: (1, 1), 1: (4, 2), 2: (4, 2), 3: (2, 4), 4: (2, 4), 5: (8, 4)}
+"""For each view the bytes of an element in the file and in memory."""
+
+
+def viewed(view: int, raw: bytes) -> bytes:
+    """What becomes of a file's bytes."""
+    if view == 1:
+        words = [word[0] for word in struct.iter_unpack("<I", raw)]
+        return b"".join(
+            struct.pack("<H", (word + 0x7FFF + (word >> 16 & 1)) >> 16 & 0xFFFF) for word in words
+        )
+    if view == 3:
+        return b"".join(b"\0\0" + word for (word,) in struct.iter_unpack("2s", raw))
+    kinds = {2: ("<f4", "<f2"), 4: ("<f2", "<f4"), 5: ("<f8", "<f4")}
+    if view in kinds:
+        with np.errstate(all="ignore"):
+            return bytes(np.frombuffer(raw, kinds[view][0]).astype(kinds[view][1]).tobytes())
+    return raw
 
 
 @dataclass
@@ -127,13 +167,27 @@ class Reader:
         assert whole.startswith(b"crclipk\x01")
         return restored(codec, whole[offset : offset + stored], raw, bytes.fromhex(digest))
 
-    def memory(self) -> Pages:
+    def reference(self, number: int, weights: dict[str, bytes]) -> bytes:
+        """The bytes of memory that a reference stands for; `weights` are the files by name."""
+        pieces, raw, digest = self.image["references"][number]
+        found = b""
+        for file, view, offset, length in pieces:
+            data = weights[Path(self.image["weights"][file]["path"]).name]
+            here, there = ELEMENTS[view]
+            found += viewed(view, data[offset : offset + length // there * here])
+        assert len(found) == raw and blake3(found).hexdigest() == digest
+        return found
+
+    def memory(self, weights: dict[str, bytes] | None = None) -> Pages:
         """Every page."""
         found: Pages = {}
         for space in self.image["spaces"]:
             for start, count, source, chunk, offset, _ in space["extents"]:
-                assert source in (0, 1)
-                raw = self.chunk(chunk)[offset * 4096 :] if source else bytes(count * 4096)
+                assert source in (0, 1, 2)
+                if source == 2:
+                    raw = self.reference(chunk, weights or {})[offset * 4096 :]
+                else:
+                    raw = self.chunk(chunk)[offset * 4096 :] if source else bytes(count * 4096)
                 for page in range(count):
                     key = (space["kind"], space["number"], start + page)
                     found[key] = raw[page * 4096 : (page + 1) * 4096]
@@ -165,15 +219,16 @@ class Reader:
 # The same, by crcli.
 
 
-def memory_of(store: FileStore, manifest: Manifest) -> Pages:
+def memory_of(store: FileStore, manifest: Manifest, mapped: tuple[tuple[str, str], ...] = ()) -> Pages:
     """Every page of an image as crcli reads it."""
-    reader = ChunkReader(store, manifest.packs, manifest.chunks)
+    reader = MemoryReader(store, manifest, ChunkReader(store, manifest.packs, manifest.chunks), mapped)
     found: Pages = {}
     for space, extents in manifest.spaces.items():
         for extent in extents:
             raw = bytes(extent.pages * PAGE)
-            if extent.source == Source.CHUNK:
-                raw = reader.blob([extent.chunk])[extent.offset * PAGE :]
+            if extent.source != Source.ZERO:
+                ((_, whole),) = reader.read([Origin(extent.source, extent.chunk)])
+                raw = bytes(whole)[extent.offset * PAGE :]
             for page in range(extent.pages):
                 key = (int(space.kind), space.number, extent.start + page)
                 found[key] = raw[page * PAGE : (page + 1) * PAGE]
@@ -262,6 +317,41 @@ def test_page_digests_belong_to_the_chunks_of_their_index(number: int, count: in
     for digest, (pack, offset, page) in digests.items():
         raw = reader.chunk(by_place[pack, offset])
         assert blake3(raw[page * 4096 : (page + 1) * 4096]).hexdigest() == digest
+
+
+SECOND_VERSION: dict[str, Any] = json.loads((GOLDEN / "v2.json").read_text())[0]
+
+
+def test_version_2_is_read_by_both(tmp_path: Path) -> None:
+    """Its references come from a file here and one in the store; both readers make the same pages of them."""
+    store = FileStore(str(GOLDEN / "v2"))
+    ref = ImageRef("golden", FIRST)
+    manifest = load(store, ref)
+    assert describe(manifest) == described(store.get(manifest_key("golden", FIRST))) == SECOND_VERSION
+    (tmp_path / "model.bin").write_bytes(WEIGHTS["model.bin"])
+    memory = memory_of(store, manifest, (("/models", str(tmp_path)),))
+    assert memory == Reader(GOLDEN / "v2", SECOND_VERSION).memory(WEIGHTS)
+    assert memory[1, 4711, 1] == WEIGHTS["model.bin"][3 + PAGE : 3 + 2 * PAGE]
+    report = verify(store, ref)
+    assert report.damage == [] and report.weights_missing == ["/models/model.bin"]
+
+
+def test_references_that_are_not_whole_are_refused() -> None:
+    """Tables that are cut short, pieces that do not add up, files and views that do not exist."""
+    pieces = (Piece(0, View.BYTES, 5, 2 * PAGE),)
+    table, rows = tables.write_references([Reference(pieces, 2 * PAGE, bytes(32))])
+    assert tables.read_references(table, rows, 1, "x")[0].pieces == pieces
+    for bad_table, bad_rows, files in (
+        (table[:-1], rows, 1),
+        (table, rows[:-1], 1),
+        (table, b"", 1),
+        (table, rows * 2, 1),
+        (table, rows, 0),
+        (table.replace(b"\x00\x20", b"\x00\x10", 1), rows, 1),
+        (table, rows[:4] + b"\x63\x00" + rows[6:], 1),
+    ):
+        with pytest.raises(ImageDamaged):
+            tables.read_references(bad_table, bad_rows, files, "x")
 
 
 def test_a_newer_version_is_refused_by_its_number(golden: FileStore) -> None:

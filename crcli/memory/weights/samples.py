@@ -106,15 +106,18 @@ def index_of(
 
     `amount` is told now and then how many bytes are done.
     """
-    found = _Sampling(RARITY_BITS + max(0, (file.size - 1) // _LARGE_BYTES).bit_length())
+    found = _Sampling(file.size)
     digest = blake3()
     parts = regions(file)
     at = 0
     for region in parts:
         at = _hash_to(file, digest, at, region.start)
-        streams = [found.stream(View.BYTES, region.start + phase, region.end) for phase in region.phases]
+        rarer = (len(region.phases) - 1).bit_length()
+        streams = [
+            found.stream(View.BYTES, region.start + phase, region.end, rarer) for phase in region.phases
+        ]
         streams += [
-            found.stream(view, region.start, region.end)
+            found.stream(view, region.start, region.end, 0)
             for view in (CASTS_OF.get(region.dtype, ()) if casts else ())
         ]
         for begin, raw in _blocks(file, region):
@@ -150,15 +153,21 @@ def _hash_to(file: WeightsFile, digest: blake3, at: int, end: int) -> int:
 class _Sampling:
     """The samples of a file as they are gathered."""
 
-    def __init__(self, rarity_bits: int) -> None:
-        self.rarity_bits = rarity_bits
+    def __init__(self, size: int) -> None:
+        self.rarity_bits = RARITY_BITS + max(0, (size - 1) // _LARGE_BYTES).bit_length()
+        self.rarities: list[int] = []
         self.streams: list[Stream] = []
         self.keys: list[Any] = []
         self.owners: list[Any] = []
         self.places: list[Any] = []
 
-    def stream(self, view: View, start: int, end: int) -> int:
-        """Begin a stream; return its number."""
+    def stream(self, view: View, start: int, end: int, rarer_bits: int) -> int:
+        """Begin a stream, of which one sample in 2**rarer_bits is kept; return its number.
+
+        Where a tensor may begin at any byte there are eight streams: all of them have as many as one
+        otherwise.
+        """
+        self.rarities.append(self.rarity_bits + rarer_bits)
         count = max(0, end - start) // source_element(view)
         self.streams.append(Stream(0, view, start, count * element_bytes(view)))
         return len(self.streams) - 1
@@ -178,7 +187,7 @@ class _Sampling:
         if usable <= 0:
             return
         data = apply(stream.view, memoryview(raw)[skip : skip + usable])
-        places, keys = samples(data, self.rarity_bits)
+        places, keys = samples(data, self.rarities[number])
         first = (begin + skip - stream.start) // source_element(stream.view) * element_bytes(stream.view)
         limit = (begin + _BLOCK - stream.start) // source_element(stream.view) * element_bytes(stream.view)
         places = places + first

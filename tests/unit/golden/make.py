@@ -1,14 +1,14 @@
-"""Wrote the golden images of format version 1: `python -m tests.unit.golden.make FOLDER`.
+"""Wrote the golden images of each format version: `python -m tests.unit.golden.make VERSION FOLDER`.
 
-What it wrote once is checked in (`v1/`, a directory store, and `v1.json`, what it describes) and stays as
-it is for ever: a later crcli must read it as the first one did. Run this into a new folder for a new
-version only.
+What it wrote once is checked in (`v1/`, a directory store, and `v1.json`, what it describes; `v2/` likewise)
+and stays as it is for ever: a later crcli must read it as the first one did. Run this for a new version only.
 
 The same crcli and the same zstd write the same bytes: ids come from a counter, pages from a seed. Between
 them, the two images have one of everything: a raw and a compressed chunk, zero pages, pages that are not
 lazy, a page of two processes, shared memory, a process without pages, a file of two chunks and an empty
 one, a chunk of the first image in the second, each kind of link, and text that is not ASCII, or not even
-UTF-8.
+UTF-8. The image of version 2 has references into two files of weights, one of which is in the store: whole
+pages of one piece, a page of two, and each view.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import random
 import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,12 @@ from unittest.mock import patch
 from blake3 import blake3
 
 from crcli.image.index import KnownPagesOf, load_known
-from crcli.image.manifest import Manifest, StoredFile, publish
+from crcli.image.manifest import Manifest, StoredFile, Weights, publish
 from crcli.image.packs import PackWriter
+from crcli.image.weights import push
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
+from crcli.memory.weights.references import Piece, Reference
+from crcli.memory.weights.views import View, apply
 from crcli.store.file import FileStore
 
 FIRST, SECOND = "20260131T235959123-00000a", "20260201T000000456-00000b"
@@ -164,7 +169,12 @@ class Image:
             return StoredFile(name, size, chunks)
         return StoredFile(name, size, chunks, 0o644, 1000, 100, mtime_ns, role)
 
-    def publish(self, spaces: dict[SpaceKey, list[Extent]], files: list[StoredFile]) -> None:
+    def publish(
+        self,
+        spaces: dict[SpaceKey, list[Extent]],
+        files: list[StoredFile],
+        weights: Sequence[Weights] = (),
+    ) -> None:
         """Finish: packs, page digests, index, manifest."""
         skeleton = [self.file("inventory.img", b"CRIU's inventory"), self.file("pstree.img", b"CRIU's tree")]
         self.writer.seal()
@@ -173,8 +183,13 @@ class Image:
         zero = sum(extent.pages for extent in pages if extent.source == Source.ZERO)
         counts = {"total": sum(extent.pages for extent in pages) * PAGE, "zero": zero * PAGE}
         meta = META | {"counts": META["counts"] | counts}
-        packs, chunks = self.writer.packs, self.writer.chunks
-        publish(self.store, Manifest("golden", self.image_id, packs, chunks, spaces, skeleton, files, meta))
+        packs, chunks, references = self.writer.packs, self.writer.chunks, self.writer.references
+        publish(
+            self.store,
+            Manifest(
+                "golden", self.image_id, packs, chunks, spaces, skeleton, files, meta, weights, references
+            ),
+        )
 
 
 def make_first(store: FileStore) -> None:
@@ -216,6 +231,59 @@ def make_second(store: FileStore) -> None:
     )
 
 
+WEIGHTS = {
+    "model.bin": random.Random(2).randbytes(5 * PAGE),
+    "adapter.bin": random.Random(3).randbytes(3 * PAGE),
+}
+"""The files of weights; the second one is in the store."""
+
+
+def make_third(store: FileStore) -> None:
+    """An image that refers to files of weights (version 2)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.bin"
+        path.write_bytes(WEIGHTS["adapter.bin"])
+        with patch("crcli.image.weights.new_image_id", lambda: SECOND):
+            push(store, str(path))
+    image = Image(store, FIRST)
+    model, adapter = 0, 1
+    references = [
+        [Piece(model, View.BYTES, 3, 2 * PAGE)],
+        [Piece(adapter, View.BYTES, PAGE, 100), Piece(model, View.BYTES, 9000, PAGE - 100)],
+        [Piece(model, View.F32_TO_BF16, 8, PAGE)],
+        [Piece(model, View.F32_TO_F16, 8, PAGE)],
+        [Piece(adapter, View.BF16_TO_F32, 2, PAGE)],
+        [Piece(adapter, View.F16_TO_F32, 2, PAGE)],
+        [Piece(model, View.F64_TO_F32, 16, PAGE)],
+    ]
+    numbers = []
+    for pieces in references:
+        raw = b"".join(made(piece) for piece in pieces)
+        numbers.append(image.writer.refer(Reference(tuple(pieces), len(raw), blake3(raw).digest())))
+    text = image.add([text_page(1)])
+    extents = [Extent(HEAP + 2 * at, 1, Source.WEIGHTS, number) for at, number in enumerate(numbers)]
+    image.publish(
+        {
+            PARENT: [
+                Extent(1, 1, Source.WEIGHTS, numbers[0], 1, lazy=False),
+                Extent(9, 1, Source.CHUNK, text),
+                *extents,
+            ]
+        },
+        [],
+        [
+            Weights(f"/models/{name}", len(data), 10**18, blake3(data).hexdigest())
+            for name, data in WEIGHTS.items()
+        ],
+    )
+
+
+def made(piece: Piece) -> bytes:
+    """The bytes of memory that a piece stands for."""
+    data = list(WEIGHTS.values())[piece.file][piece.offset : piece.end]
+    return bytes(apply(piece.view, data).tobytes())
+
+
 def describe(manifest: Manifest) -> dict[str, Any]:
     """All that a manifest says, as JSON has it."""
     return {
@@ -237,20 +305,35 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "skeleton": [file.as_json() for file in manifest.skeleton],
         "files": [file.as_json() for file in manifest.files],
         "meta": manifest.meta,
+        **_describe_weights(manifest),
     }
 
 
-def main(folder: Path) -> None:
+def _describe_weights(manifest: Manifest) -> dict[str, Any]:
+    """What version 2 adds; nothing for an image of version 1."""
+    if not manifest.references:
+        return {}
+    return {
+        "weights": [dict(file.__dict__) for file in manifest.weights],
+        "references": [
+            [[[p.file, int(p.view), p.offset, p.length] for p in one.pieces], one.raw, one.digest.hex()]
+            for one in manifest.references
+        ],
+    }
+
+
+def main(version: str, folder: Path) -> None:
     """Write the store and its description."""
-    store = FileStore(str(folder / "v1"))
+    store = FileStore(str(folder / version))
     store.warm(for_writing=True)
     with patch("crcli.image.packs.os.urandom", Counter()):
-        make_first(store)
-        make_second(store)
-    manifests = [Manifest.decode(store.get(f"images/golden/{one}"), one) for one in (FIRST, SECOND)]
+        for make in {"v1": (make_first, make_second), "v2": (make_third,)}[version]:
+            make(store)
+    found = sorted(info.key for info in store.list("images/golden/"))
+    manifests = [Manifest.decode(store.get(key), key) for key in found]
     text = json.dumps([describe(manifest) for manifest in manifests], indent=1)
-    (folder / "v1.json").write_text(text + "\n")
+    (folder / f"{version}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    main(sys.argv[1], Path(sys.argv[2]).absolute())
