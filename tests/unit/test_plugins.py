@@ -46,22 +46,18 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def test_without_plugins_nothing_is_paid() -> None:
-    """Without plug-ins neither pluggy nor importlib.metadata is imported, and 10 ms are enough."""
+    """Without plug-ins neither pluggy nor importlib.metadata is imported."""
     code = textwrap.dedent(
         """
-        import sys, time
+        import sys
         before = set(sys.modules)
         from crcli.plugins.loader import load_hooks
-        began = time.perf_counter()
         hooks = load_hooks()
-        spent = time.perf_counter() - began
         hooks.call("dump_frozen", target=None)
         assert "pluggy" not in sys.modules and "importlib.metadata" not in set(sys.modules) - before
-        print(spent)
         """
     )
-    best = min(float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)) for _ in range(5))
-    assert best < 0.010
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_plugin_is_found_and_called(install: Install, tmp_path: Path) -> None:
