@@ -85,6 +85,7 @@ class Subject:
 
     mebibytes: int
     folder: Path
+    weights: Path | None = None
     pid: int = 0
     reported: int = 0
     hash: str = ""
@@ -93,7 +94,8 @@ class Subject:
     @property
     def limit_s(self) -> float:
         """The time limit of a command that handles it."""
-        return LIMIT_S + LIMIT_S_PER_MIB * self.mebibytes
+        weights = self.weights.stat().st_size >> 20 if self.weights is not None else 0
+        return LIMIT_S + LIMIT_S_PER_MIB * (self.mebibytes + weights)
 
     @property
     def report_path(self) -> Path:
@@ -103,7 +105,7 @@ class Subject:
     def __enter__(self) -> Subject:
         self.folder.mkdir(parents=True)
         process = subprocess.Popen(
-            [sys.executable, _PROGRAM, str(self.mebibytes), self.report_path],
+            [sys.executable, _PROGRAM, str(self.mebibytes), self.report_path, *filter(None, [self.weights])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
