@@ -25,6 +25,11 @@ _MNT_DETACH = 2
 
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _SYS_PIDFD_GETFD = 438
+_O_PATH = 0o10000000
+_SYS_IOPRIO_GET, _SYS_IOPRIO_SET = (31, 30) if os.uname().machine == "aarch64" else (252, 251)
+_IOPRIO_WHO_PROCESS = 1
+_SYS_KCMP = 272 if os.uname().machine == "aarch64" else 312
+_KCMP_EPOLL_TFD = 7
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _CLOEXEC_MOUNT = 1
 
@@ -224,3 +229,26 @@ def go_on(pid: int, signal: int) -> None:
         _checked(_libc.ptrace(_PTRACE_CONT, pid, None, signal), "ptrace CONT")
     except ProcessLookupError:
         pass
+
+
+def io_priority(tid: int) -> int:
+    """Return a thread's input/output priority, class and level in one as ioprio_get(2) has it; 0: none."""
+    return _checked(_libc.syscall(_SYS_IOPRIO_GET, _IOPRIO_WHO_PROCESS, tid), "ioprio_get")
+
+
+def set_io_priority(tid: int, value: int) -> None:
+    """Give a thread an input/output priority, as `io_priority` returned it."""
+    _checked(_libc.syscall(_SYS_IOPRIO_SET, _IOPRIO_WHO_PROCESS, tid, value), "ioprio_set")
+
+
+def open_by_handle(mount_fd: int, kind: int, handle: bytes) -> int:
+    """Return a descriptor (O_PATH) of the file with this handle on the file system behind `mount_fd`."""
+    raw = ctypes.create_string_buffer(struct.pack("=Ii", len(handle), kind) + handle)
+    return _checked(_libc.open_by_handle_at(mount_fd, raw, _O_PATH | os.O_CLOEXEC), "open_by_handle_at")
+
+
+def is_epoll_target(pid: int, fd: int, epoll: int, target: int, index: int) -> bool:
+    """Say whether `fd` of a process is what its `epoll` has as number `target`, the `index`-th of those."""
+    slot = ctypes.create_string_buffer(struct.pack("=III", epoll, target, index))
+    result = _libc.syscall(_SYS_KCMP, pid, pid, _KCMP_EPOLL_TFD, fd, ctypes.c_void_p(ctypes.addressof(slot)))
+    return _checked(result, "kcmp") == 0

@@ -25,6 +25,8 @@ import threading
 from fcntl import ioctl
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from crcli.process.settings import read_limits
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -62,7 +64,6 @@ _SOCK_FILTER = struct.Struct("=HBBI")
 _SECCOMP_NOTIF = struct.Struct("=QII iIQ6Q")  # id, pid, flags; then struct seccomp_data
 _SECCOMP_NOTIF_RESP = struct.Struct("=QqiI")
 _RLIMIT64 = struct.Struct("=QQ")
-RLIM64_INFINITY = (1 << 64) - 1
 
 # Offsets in struct seccomp_data. Arguments are 64 bits wide, the low half first on both architectures.
 _NR, _ARCH, _PID, _NEW_LIMIT = 0, 4, 16, 32
@@ -201,18 +202,3 @@ def _write(listener: int, id_: int, asker: int, address: int, data: bytes) -> No
             raise OSError("a part of the answer lies outside the asker's memory")
     finally:
         os.close(memory)
-
-
-def read_limits(pid: int, root: str = "") -> list[tuple[int, int]]:
-    """Return a process's (soft, hard) limits from ROOT/proc/PID/limits, by number (RLIMIT_CPU is 0).
-
-    The kernel prints one line per limit in the order of their numbers: name in 26 columns, soft, hard, unit.
-    """
-    with open(f"{root}/proc/{pid}/limits", encoding="ascii") as file:
-        lines = file.read().splitlines()[1:]
-    pairs = (line[26:].split()[:2] for line in lines)
-    return [(_limit(soft), _limit(hard)) for soft, hard in pairs]
-
-
-def _limit(text: str) -> int:
-    return RLIM64_INFINITY if text == "unlimited" else int(text)

@@ -34,8 +34,9 @@ def _cpu_field(name: bytes) -> str:
 
 
 def describe_tree(evidence: Evidence) -> list[dict[str, Any]]:
-    """The tree's processes: their command lines and what they run, and the processors they are bound to."""
+    """The tree's processes: their command lines, what they run, and what CRIU does not save of them."""
     pinned = {process.pid for process in evidence.pinned}
+    settings = evidence.settings_to_keep
     return [
         {
             "pid": process.nspid[-1] if process.nspid else process.pid,
@@ -46,6 +47,7 @@ def describe_tree(evidence: Evidence) -> list[dict[str, Any]]:
             "uid": process.uids[0] if process.uids else 0,
             "threads": process.threads,
             "cpus": process.cpus if process.pid in pinned else "",
+            "settings": {str(one.inner_tid): kept for one, kept in settings.get(process.pid, ())},
         }
         for process in evidence.tree
     ]

@@ -72,7 +72,7 @@ def host_pids(init: int, members: Iterable[int]) -> dict[int, int]:
     """Map the tree's pids, as it sees them, to this host's; `init` is its namespace's first process, or 0."""
     if not init:
         return {pid: pid for pid in members}
-    depth = len(_nspid(init))
+    depth = namespace_depth(init)
     found: dict[int, int] = {}
     waiting = [init]
     while waiting:
@@ -82,6 +82,11 @@ def host_pids(init: int, members: Iterable[int]) -> dict[int, int]:
         if len(numbers) >= depth:
             found[numbers[depth - 1]] = pid
     return {pid: found[pid] for pid in members if pid in found}
+
+
+def namespace_depth(init: int) -> int:
+    """How many pid namespaces lie around what `init` is the first process of, ours included (0: in ours)."""
+    return len(_nspid(init)) if init else 1
 
 
 def _nspid(pid: int) -> tuple[int, ...]:
@@ -103,14 +108,11 @@ def kill_descendants() -> None:
                 continue
 
 
-def pin(pid: int, cpus: str) -> None:
-    """Bind all threads of a process to a list of processors such as "0-3,8"; those not here are left out."""
-    wanted: set[int] = set()
-    for span in cpus.split(","):
-        first, _, last = span.partition("-")
-        wanted.update(range(int(first), int(last or first) + 1))
-    try:
-        for tid in os.listdir(f"/proc/{pid}/task"):
-            os.sched_setaffinity(int(tid), wanted)
-    except OSError:
-        pass  # none of them is here: any processor is better than no process
+def host_threads(pid: int, depth: int) -> dict[int, int]:
+    """Map the thread ids of a process, as its pid namespace of this depth (1: ours) sees them, to ours."""
+    found = {}
+    for tid in map(int, os.listdir(f"/proc/{pid}/task")):
+        with open(f"/proc/{pid}/task/{tid}/status", encoding="utf-8", errors="replace") as file:
+            numbers = next((line.split()[1:] for line in file if line.startswith("NSpid:")), [str(tid)])
+        found[int(numbers[depth - 1])] = tid
+    return found

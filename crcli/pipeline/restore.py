@@ -43,7 +43,7 @@ from crcli.memory.extents import PAGE, SpaceKey
 from crcli.memory.replay import Replay, Split, split, targets, write_all
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import keep_log
-from crcli.pipeline.pids import host_pids, kill_descendants, namespace_for, pin
+from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, namespace_depth, namespace_for
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.stages import PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
@@ -52,6 +52,7 @@ from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import RestoreTarget, failure_of
 from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
+from crcli.process.settings import give_back
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:
@@ -195,6 +196,8 @@ class _Restore:
         self.stay = stay
         self.changes: list[dict[str, Any]] = []
         self.host: dict[int, int] = {}
+        self.init = 0
+        """The first process of the pid namespace that the tree was restored in, 0 where that is ours."""
         self.processes: list[ProcessId] = []
         self.locks: dict[int, list[FileLock]] = {}
         self.logs: Workspace | None = None
@@ -373,19 +376,23 @@ class _Restore:
         self.held.callback(self.logs.close)
         return self.logs.fd
 
-    def _on_notify(self, script: str, _: int) -> bool:
+    def _on_notify(self, script: str, root: int) -> bool:
         if script == "post-restore":
-            self._find_members()
+            self._find_members(root)
             self._fill_late()
-            self._pin()
+            self._give_back_settings()
         elif script == "pre-resume":
             for pid in self.locks:
                 os.kill(self.host[pid], signal.SIGSTOP)  # not an instruction before it has its locks again
         return True
 
-    def _find_members(self) -> None:
-        init = self.residence.init if self.residence is not None else 0
-        self.host = host_pids(init, [member.pid for member in self.members])
+    def _find_members(self, root: int) -> None:
+        """Learn the members' pids here; a tree that is a pid namespace itself is found below its root."""
+        if self.members[0].pid == 1:
+            self.init = root
+        elif self.residence is not None:
+            self.init = self.residence.init
+        self.host = host_pids(self.init, [member.pid for member in self.members])
         self.processes = [identify(self.host[member.pid]) for member in self.members if member.alive]
 
     def _fill_late(self) -> None:
@@ -402,12 +409,16 @@ class _Restore:
                 os.close(fd)
         self.watch.add("memory", time.monotonic() - began)
 
-    def _pin(self) -> None:
-        """Give processes that were bound to certain processors back to those (CRIU does not save that)."""
+    def _give_back_settings(self) -> None:
+        """Give threads back what CRIU does not save: processors, input/output priority, timer slack."""
+        depth = namespace_depth(self.init)
         for process in self.manifest.meta.get("tree", []):
             host_pid = self.host.get(process["pid"])
-            if process.get("cpus") and host_pid is not None:
-                pin(host_pid, process["cpus"])
+            saved = process.get("settings", {})
+            whole = {"cpus": process["cpus"]} if process.get("cpus") and not saved else {}  # older images
+            if host_pid is not None and (saved or whole):
+                for tid, host_tid in host_threads(host_pid, depth).items():
+                    give_back(host_tid, saved.get(str(tid), whole))
 
     # CRIU says that it runs: look for ourselves, at once and again a little later.
 

@@ -21,10 +21,11 @@ import pytest
 from pycriu.images.core_pb2 import core_entry
 
 from crcli.criu.images import ImageFile
-from crcli.criu.limits import RLIM64_INFINITY, read_limits, with_limits_answered
+from crcli.criu.limits import with_limits_answered
 from crcli.image.manifest import load
 from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
+from crcli.process.settings import RLIM64_INFINITY, read_limits
 from crcli.store.open import open_store
 from tests.support.programs import Program, spawn_python
 
