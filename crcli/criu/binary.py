@@ -42,3 +42,12 @@ def _from_prefix(prefix: str) -> list[str] | None:
     machine = os.uname().machine
     libraries = f"{prefix}/usr/lib/{machine}-linux-gnu"
     return [f"{libraries}/{_LOADERS.get(machine, 'ld.so')}", "--library-path", libraries, binary]
+
+
+def knows_bpf() -> bool:
+    """Whether this CRIU was built to save BPF maps: it then needs libbpf."""
+    try:
+        with open(criu_command()[-1], "rb") as file:
+            return b"libbpf.so" in file.read()
+    except (HostLacks, OSError):
+        return False

@@ -32,6 +32,8 @@ class DumpPlan:
     freeze_limit_s: int = 10
     enter: int = 0
     """A process whose pid and mount namespaces CRIU works in (0: ours); `pid` is then as seen there."""
+    watched: tuple[str, ...] = ()
+    """Paths of files that the tree watches, and that CRIU could not find by itself."""
     leave_running: bool = False
     leave_stopped: bool = False
 
@@ -70,6 +72,7 @@ def dump_options(plan: DumpPlan, images_fd: int, page_fd: int) -> Any:
     options.orphan_pts_master = plan.orphan_terminals
     options.unprivileged = plan.unprivileged
     options.timeout = plan.freeze_limit_s
+    options.irmap_scan_paths.extend(plan.watched)
     return options
 
 

@@ -9,8 +9,8 @@ from crcli.findings import Severity
 from crcli.guard.host import examine
 from crcli.image.manifest import load
 from crcli.image.names import parse_image
+from crcli.pipeline.preflight import preflight_here
 from crcli.process.gather import gather
-from crcli.process.preflight import preflight
 from crcli.process.tree import refuse_bad_target, scan_tree
 from crcli.store.open import open_store
 
@@ -43,7 +43,7 @@ def check_process(pid: int) -> CheckReport:
     Raises PreflightRefused for a pid that can never be dumped.
     """
     evidence = gather(scan_tree(refuse_bad_target(pid)))
-    return CheckReport(str(pid), preflight(evidence))
+    return CheckReport(str(pid), preflight_here(evidence))
 
 
 def check_image(image: str, store: str, endpoint_url: str | None = None) -> CheckReport:

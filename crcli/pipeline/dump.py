@@ -43,6 +43,7 @@ from crcli.pipeline.facts import describe_host, describe_tree
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import keep_log
 from crcli.pipeline.plan import make_plan, outside_links
+from crcli.pipeline.preflight import preflight_here
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.trial import try_skeleton
 from crcli.pipeline.watch import kill_all, trapped, tree_state, wait_until_dead
@@ -50,7 +51,6 @@ from crcli.pipeline.weights import WeightsInUse, chosen_files
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import DumpTarget, failure_of
 from crcli.process.gather import gather
-from crcli.process.preflight import preflight
 from crcli.process.tree import refuse_bad_target, scan_tree
 from crcli.store.open import open_store
 
@@ -133,7 +133,7 @@ def look(options: DumpOptions) -> Target:
         check_name(options.name)
     tree = scan_tree(refuse_bad_target(options.pid))
     evidence = gather(tree)
-    findings = tuple(preflight(evidence))
+    findings = preflight_here(evidence)
     blockers = [finding for finding in findings if finding.severity == Severity.BLOCKER]
     if blockers:
         raise PreflightRefused(

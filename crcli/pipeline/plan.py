@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.criu.options import DumpPlan
 from crcli.pipeline.stages import Outcome
+from crcli.process.watches import Fate
 
 if TYPE_CHECKING:
     from crcli.process.evidence import Evidence, HeldSocket
@@ -107,6 +108,7 @@ def make_plan(evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outco
         network_lock=network_lock(),
         external=tuple(link.key for link in links if link.external),
         ghost_bytes=evidence.ghost_bytes + (64 << 20),
+        watched=tuple(watch.path for watch in evidence.watches if watch.fate is Fate.SEARCHED),
         leave_running=outcome == Outcome.RUNNING,
         leave_stopped=outcome == Outcome.STOPPED,
     )

@@ -10,11 +10,30 @@ import os
 from collections.abc import Iterator
 
 from crcli.findings import Finding
+from crcli.process.capabilities import (
+    CAP_SETGID,
+    CAP_SETPCAP,
+    CAP_SETUID,
+    all_capabilities,
+    capability_names,
+)
 from crcli.process.evidence import Evidence
 from crcli.process.files import Kind, OpenFile
-from crcli.process.tree import tracer_label
-from crcli.process.wording import Check, Held, blocker, first_of, places, process_list, who
+from crcli.process.tree import Process, tracer_label
+from crcli.process.watches import Fate
+from crcli.process.wording import (
+    Check,
+    Held,
+    blocker,
+    first_of,
+    place,
+    places,
+    process_list,
+    who,
+)
 
+SCHED_DEADLINE = 6
+QUEUE_STATUS_SIZE = 80  # what reading a POSIX message queue gives: its state as text, always so long
 MEM_MAJOR = 1  # /dev/null, /dev/zero, /dev/urandom…: reopened by path
 TUN_DEVICE = os.makedev(10, 200)
 AUTOFS_DEVICE = os.makedev(10, 235)
@@ -27,7 +46,7 @@ DUMPABLE_ANON = frozenset(
 )
 """The anonymous inodes for which CRIU has code (files.c); bpf-map depends on how it was built."""
 
-NAMED_ANON = frozenset(("io_uring", "userfaultfd", "perf_event", "secretmem"))
+NAMED_ANON = frozenset(("io_uring", "userfaultfd", "perf_event", "secretmem", "landlock-ruleset"))
 """Those that have a finding of their own."""
 
 DUMPABLE_PROTOCOLS = frozenset(
@@ -51,8 +70,9 @@ def io_uring(evidence: Evidence) -> Iterator[Finding]:
             "io-uring",
             f"{who(evidence, held)} uses io_uring, whose queues live in the kernel and cannot be saved",
             places(evidence, held),
-            "start the program without it: UV_USE_IO_URING=0 for Node and libuv, or set the sysctl "
-            "kernel.io_uring_disabled=2 before it starts",
+            "start the program without it: UV_USE_IO_URING=0 for Node, uvloop and others that use libuv, or "
+            "set "
+            "the sysctl kernel.io_uring_disabled=2 before it starts",
         )
 
 
@@ -89,6 +109,19 @@ def memfd_secret(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def landlock(evidence: Evidence) -> Iterator[Finding]:
+    """A ruleset of Landlock, the one trace that such a sandbox leaves: CRIU brings nothing of it back."""
+    if held := evidence.anon("landlock-ruleset"):
+        yield blocker(
+            "landlock",
+            f"{who(evidence, held)} is a ruleset of Landlock; a sandbox that was made of it would be gone "
+            "after "
+            "a restore, without a word",
+            places(evidence, held),
+            "start the program without its Landlock sandbox, or let it close the ruleset if it laid none",
+        )
+
+
 def unsupported_files(evidence: Evidence) -> Iterator[Finding]:
     """Any other anonymous inode that CRIU's dump_unsupp_fd would refuse."""
     held = [
@@ -105,9 +138,275 @@ def unsupported_files(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def eventfd_semaphores(evidence: Evidence) -> Iterator[Finding]:
+    """An eventfd that counts down by one: CRIU restores one that a single read empties (eventfd.c)."""
+    if held := [one for one in evidence.anon("eventfd") if one.info_field("eventfd-semaphore") == "1"]:
+        yield blocker(
+            "eventfd-semaphore",
+            f"{who(evidence, held)} is an eventfd that serves as a semaphore (EFD_SEMAPHORE); CRIU would "
+            "bring "
+            "back an ordinary one, with which the program miscounts",
+            places(evidence, held),
+            "let the program close it before the dump, or use another kind of semaphore",
+        )
+
+
+def epoll_targets(evidence: Evidence) -> Iterator[Finding]:
+    """An epoll that waits for a file which its process has closed and another has open (eventpoll.c)."""
+    if held := evidence.epolls_astray:
+        yield blocker(
+            "epoll-closed",
+            f"{who(evidence, held)} is an epoll that waits for a file which this process has closed and "
+            "another "
+            "still has open",
+            places(evidence, held),
+            "let the program take a file out of the epoll (EPOLL_CTL_DEL) before it closes it",
+        )
+
+
+def paths_only(evidence: Evidence) -> Iterator[Finding]:
+    """A socket, FIFO or terminal that is only named (O_PATH): CRIU takes it for open, and asks it in vain."""
+    kinds = (Kind.SOCKET, Kind.FIFO, Kind.TTY)
+    if held := [file for file in evidence.files if file.path_only and file.kind in kinds]:
+        yield blocker(
+            "path-only",
+            f"{who(evidence, held)} names the {held[0].kind.value} {held[0].path} without opening it "
+            "(O_PATH)",
+            places(evidence, held),
+            "let the program close the descriptor before the dump",
+        )
+
+
+def message_queues(evidence: Evidence) -> Iterator[Finding]:
+    """A POSIX message queue: it lies on a mount of the kernel's own, which CRIU does not find."""
+    if held := [file for file in evidence.unreachable if _is_queue(file)]:
+        yield blocker(
+            "posix-mqueue",
+            f"{who(evidence, held)} is the POSIX message queue {held[0].path}, which cannot be saved",
+            places(evidence, held),
+            "let the program close the queue before the dump, or use pipes or sockets instead",
+        )
+
+
+def _is_queue(file: OpenFile) -> bool:
+    return file.kind is Kind.REGULAR and file.size == QUEUE_STATUS_SIZE and file.path.count("/") == 1
+
+
+def proc_of_outsiders(evidence: Evidence) -> Iterator[Finding]:
+    """A file about a process outside (/proc/4711/stat): after a restore there may be another, or none."""
+    held = [file for file in evidence.files if _is_about_outsider(evidence, file)]
+    if held:
+        yield blocker(
+            "proc-outside",
+            f"{who(evidence, held)} is {held[0].path}, about a process that is not in the tree",
+            places(evidence, held),
+            "let the program close the file before the dump, or dump a tree that holds both processes",
+        )
+
+
+def _is_about_outsider(evidence: Evidence, file: OpenFile) -> bool:
+    words = file.path.split("/")
+    if len(words) < 3 or words[1] != "proc" or not words[2].isdecimal():
+        return False
+    mount = evidence.mounts.get(file.dev)
+    pid = int(words[2])
+    inside = pid in evidence.tree or pid in {process.nspid[-1] for process in evidence.tree if process.nspid}
+    lives = os.path.exists(f"/proc/{pid}")
+    return mount is not None and mount.fstype == "proc" and pid != 1 and lives and not inside
+
+
+def watches_lost(evidence: Evidence) -> Iterator[Finding]:
+    """A watch on a file that CRIU will not find again (fsnotify.c: `Can't dump that handle`)."""
+    if held := [watch for watch in evidence.watches if watch.fate is Fate.LOST]:
+        first = held[0]
+        fstype = evidence.mounts[first.id.dev].fstype if first.id.dev in evidence.mounts else "unknown"
+        holders = [watch.holder for watch in held]
+        yield blocker(
+            "watch-lost",
+            f"{who(evidence, holders)} watches a file (inode {first.id.ino}, on {fstype}) whose path the "
+            "kernel "
+            "does not tell, so that it could not be watched again",
+            {
+                "where": [
+                    place(evidence, watch.holder) | {"inode": watch.id.ino, "device": watch.id.dev}
+                    for watch in held
+                ]
+            },
+            "let the program end its watches (inotify, fanotify) on /proc, /sys, and files that were deleted",
+        )
+
+
+def executables_in_memory(evidence: Evidence) -> Iterator[Finding]:
+    """A program that was started from a memfd: CRIU finds no file of it (`No entry for reg-file-ID`)."""
+    if held := [process for process in evidence.tree if process.exe.startswith("/memfd:")]:
+        yield blocker(
+            "executable-in-memory",
+            f"{first_of(held)} was started from memory ({held[0].exe}), not from a file",
+            process_list(held, "exe"),
+            "start the program from a file",
+        )
+
+
+def deadline_scheduling(evidence: Evidence) -> Iterator[Finding]:
+    """SCHED_DEADLINE: CRIU knows only priorities (`Inconsistent sched params received`)."""
+    held = [
+        process
+        for process in evidence.tree.living
+        if any(thread.policy & 0xFF == SCHED_DEADLINE for thread in process.thread_settings)
+    ]
+    if held:
+        yield blocker(
+            "sched-deadline",
+            f"{first_of(held)} is scheduled by deadline (SCHED_DEADLINE), which cannot be given back",
+            process_list(held),
+            f"give it another policy for the dump: `chrt --other --pid 0 {held[0].pid}`",
+        )
+
+
+def uprobes(evidence: Evidence) -> Iterator[Finding]:
+    """Probes in the code of a program (perf, bpftrace, an eBPF agent): CRIU refuses (`has uprobes vma`)."""
+    if held := [mapping for mapping in evidence.mappings if mapping.path == "[uprobes]"]:
+        yield blocker(
+            "uprobes",
+            f"{who(evidence, held)} has, or had, probes in its code (uprobes: perf, bpftrace, an eBPF "
+            "agent); a "
+            "copy without the prober would die of them",
+            places(evidence, held),
+            "start the program again while nothing probes it; ending the probe is not enough",
+        )
+
+
+def seccomp_of_others(evidence: Evidence) -> Iterator[Finding]:
+    """Another user's process, and seccomp: what helps CRIU with one forbids it the other (limits.py)."""
+    filtered = [process for process in evidence.tree if process.seccomp]
+    if filtered and evidence.prlimit_denied:
+        other = evidence.prlimit_denied[0]
+        yield blocker(
+            "seccomp-other-user",
+            f"{first_of(filtered)} has a seccomp filter, and {other.label} runs as another user (uid "
+            f"{other.uids[0]}); without CAP_SYS_RESOURCE CRIU can save one or the other, not both",
+            {
+                "filtered": process_list(filtered)["processes"],
+                "other_users": process_list(evidence.prlimit_denied, "uids")["processes"],
+            },
+            "run crcli with CAP_SYS_RESOURCE (docker run --cap-add SYS_RESOURCE), or start the program as "
+            "the "
+            "user who runs crcli or without its filter",
+        )
+
+
+def capabilities(evidence: Evidence) -> Iterator[Finding]:
+    """Capabilities that CRIU could not give back here (restorer.c: `Unable to restore capabilities`)."""
+    held = [process for process in evidence.tree.living if lacking_for(evidence, process)]
+    if held:
+        names = capability_names(lacking_for(evidence, held[0]))
+        yield blocker(
+            "capabilities",
+            f"to bring {first_of(held)} back CRIU needs capabilities that crcli lacks here: "
+            f"{', '.join(names)}",
+            {
+                "processes": [
+                    {
+                        "pid": process.pid,
+                        "command": process.comm,
+                        "lacking": capability_names(lacking_for(evidence, process)),
+                    }
+                    for process in held
+                ]
+            },
+            "run crcli with these capabilities, or start the program without them "
+            f"(`setpriv --bounding-set -{names[0].removeprefix('CAP_').lower()} COMMAND`)",
+        )
+
+
+def lacking_for(evidence: Evidence, process: Process) -> int:
+    """Return, as bits, which capabilities a restore of this process needs and crcli does not have."""
+    viewer, theirs = evidence.viewer, process.capabilities
+    if "user" in evidence.own_namespaces:
+        return 0
+    needed = theirs.permitted | theirs.inheritable | theirs.effective | theirs.ambient
+    if set(process.uids) != set(viewer.uids):
+        needed |= 1 << CAP_SETUID
+    if set(process.gids) != set(viewer.gids):
+        needed |= 1 << CAP_SETGID
+    if not process.no_new_privs and theirs.bounding != all_capabilities():
+        needed |= 1 << CAP_SETPCAP
+    return needed & ~viewer.capabilities.permitted
+
+
+def user_namespace(evidence: Evidence) -> Iterator[Finding]:
+    """A tree in a user namespace: CRIU needs all others with it, and crcli cannot set up its mounts."""
+    if "user" in evidence.own_namespaces:
+        yield blocker(
+            "user-namespace",
+            f"{evidence.root.label} lives in a user namespace of its own (rootless container, bubblewrap, "
+            "`unshare --user`), which cannot be set up again from outside",
+            process_list([evidence.root], "uids"),
+            "run the program, or its container, without a user namespace",
+        )
+
+
+def mount_namespace(evidence: Evidence) -> Iterator[Finding]:
+    """A tree with a root folder or an init of its own: CRIU needs to be told where to build it up again."""
+    own = evidence.own_namespaces
+    inner = "pid" in own and evidence.root.nspid[-1:] != (1,)  # for which there is another finding
+    if "mnt" in own and "user" not in own and not evidence.entered and not inner:
+        yield blocker(
+            "mount-namespace",
+            f"{evidence.root.label} lives in a mount namespace of its own (a container), which cannot be "
+            "built "
+            "up again from outside",
+            {"namespaces": own, "mounts": list(evidence.own_mounts)},
+            "run crcli inside the container, and dump the program there",
+        )
+
+
+def corked(evidence: Evidence) -> Iterator[Finding]:
+    """A UDP socket that holds back what was sent (sk-inet.c: `Can't dump corked dgram socket`)."""
+    if held := [file for one in evidence.corked for file in one.holders]:
+        yield blocker(
+            "udp-corked",
+            f"{who(evidence, held)} is a UDP socket that holds back what was sent (UDP_CORK, MSG_MORE)",
+            places(evidence, held),
+            "try again when the program has sent the datagram",
+        )
+
+
+def netlink_unread(evidence: Evidence) -> Iterator[Finding]:
+    """Messages of the kernel that nobody has read (sk-netlink.c: `The socket has data to read`)."""
+    holders = [
+        file
+        for one in evidence.sockets
+        if one.socket.inode in evidence.netlink_unread
+        for file in one.holders
+    ]
+    if holders:
+        yield blocker(
+            "netlink-unread",
+            f"{who(evidence, holders)} is a netlink socket with messages that were not read, which cannot be "
+            "saved",
+            places(evidence, holders),
+            "try again when the program has read them",
+        )
+
+
+def unix_unaccepted(evidence: Evidence) -> Iterator[Finding]:
+    """Connections that wait at a unix listener, closed again or with something to read (sk-unix.c)."""
+    if held := [one for one in evidence.unaccepted_unix if one.closed or one.unread]:
+        files = [file for one in held for file in one.listener.holders]
+        yield blocker(
+            "unix-unaccepted",
+            f"{who(evidence, files)} listens on {held[0].listener.socket.path}, where connections wait that "
+            "were "
+            "used before anybody accepted them",
+            places(evidence, files) | {"closed": held[0].closed, "unread": held[0].unread},
+            "try again when the program has accepted them",
+        )
+
+
 def unreachable_files(evidence: Evidence) -> Iterator[Finding]:
     """Files on a mount outside of the tree's mount namespaces (files-reg.c: `Can't lookup mount`)."""
-    if held := evidence.unreachable:
+    if held := [file for file in evidence.unreachable if not _is_queue(file)]:
         yield blocker(
             "file-unreachable",
             f"{who(evidence, held)} is {held[0].path} on a mount that the tree does not see any more (opened "
@@ -305,15 +604,32 @@ BLOCKERS: tuple[Check, ...] = (
     userfaultfd,
     perf_event,
     memfd_secret,
+    landlock,
     unsupported_files,
+    eventfd_semaphores,
+    epoll_targets,
+    paths_only,
+    message_queues,
+    proc_of_outsiders,
+    watches_lost,
     unreachable_files,
     devices,
     tun,
     pidfds,
     packet_pipes,
     socket_protocols,
+    corked,
+    netlink_unread,
+    unix_unaccepted,
     sysv_shm,
     traced,
+    uprobes,
+    executables_in_memory,
+    deadline_scheduling,
+    seccomp_of_others,
+    capabilities,
+    user_namespace,
+    mount_namespace,
     nested_namespaces,
     session_outside_pid_namespace,
     pid_namespace_without_init,

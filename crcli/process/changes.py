@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from crcli.findings import Finding
+from crcli.process.capabilities import CAP_SYS_NICE, capability_names
 from crcli.process.evidence import Evidence, HeldSocket
+from crcli.process.watches import Fate
 from crcli.process.wording import (
     Check,
     and_more,
@@ -19,6 +21,8 @@ from crcli.process.wording import (
     who,
 )
 
+HTTPS_PORT = 443
+
 
 def tcp_outside(evidence: Evidence) -> Iterator[Finding]:
     """Connections to outside: they cannot be moved, so they are closed unless asked otherwise."""
@@ -26,13 +30,20 @@ def tcp_outside(evidence: Evidence) -> Iterator[Finding]:
         first = held[0]
         yield change(
             "tcp-outside",
-            f"{who(evidence, first.holders)} is connected to {first.socket.remote}{and_more(held)}; after a "
-            "restore the program sees such connections as closed",
+            f"{who(evidence, first.holders)} is connected to {_remote(first)}{and_more(held)}; after a "
+            "restore "
+            "the program sees such connections as closed, and requests under way on them fail",
             connections(evidence, held),
             "saves the connections; the restore decides, and by default closes those to outside",
-            "nothing, if the program reconnects; `crcli restore --tcp keep` keeps them where the address is "
+            "nothing, if the program connects again and repeats its request, as most clients do; `crcli "
+            "restore --tcp keep` keeps them where the address is "
             "still ours and the gap is short",
         )
+
+
+def _remote(held: HeldSocket) -> str:
+    """The other end, with what is spoken there where the port tells."""
+    return str(held.socket.remote) + (" (HTTPS)" if held.socket.remote.port == HTTPS_PORT else "")
 
 
 def tcp_in_flight(evidence: Evidence) -> Iterator[Finding]:
@@ -129,15 +140,209 @@ def relatives(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def cpu_affinity(evidence: Evidence) -> Iterator[Finding]:
-    """Processor affinity: CRIU does not save it."""
-    if held := evidence.pinned:
+def unix_unaccepted(evidence: Evidence) -> Iterator[Finding]:
+    """Connections from outside that wait at a unix listener: CRIU skips them, as it does those of TCP."""
+    held = [one for one in evidence.unaccepted_unix if one.outside and not one.closed and not one.unread]
+    if held:
+        files = [file for one in held for file in one.listener.holders]
         yield change(
-            "cpu-affinity",
-            f"{first_of(held)} is bound to processors {held[0].cpus}; CRIU does not save that",
-            process_list(held, "cpus"),
-            "binds all threads of the restored process to the same list",
-            "where single threads had lists of their own: `taskset --cpu-list --pid LIST TID`",
+            "unix-in-flight",
+            f"{who(evidence, files)} listens on {held[0].listener.socket.path}, where connections from "
+            "outside "
+            "wait; they will be dropped",
+            places(evidence, files),
+            "skips connections that nobody has accepted yet",
+            "nothing, if the other side tries again",
+        )
+
+
+def udp_unread(evidence: Evidence) -> Iterator[Finding]:
+    """Datagrams that nobody has read: CRIU saves those of unix sockets, but not of UDP."""
+    if held := [one for one in evidence.sockets if one.socket.protocol == "udp" and one.socket.queued]:
+        files = [file for one in held for file in one.holders]
+        yield change(
+            "udp-unread",
+            f"{who(evidence, files)} has UDP datagrams that it has not read yet; they will be dropped",
+            places(evidence, files) | {"sockets": [str(one.socket.local) for one in held]},
+            "drops them, as a network may",
+            "nothing, if the protocol repeats what is lost",
+        )
+
+
+def multicast(evidence: Evidence) -> Iterator[Finding]:
+    """Multicast groups that a socket has joined: CRIU does not save that."""
+    if held := evidence.memberships:
+        files = [file for one in held for file in one.socket.holders]
+        yield change(
+            "multicast",
+            f"{who(evidence, files)} listens to the multicast group {held[0].groups[0]}{and_more(held)}; "
+            "after a "
+            "restore it hears nothing more of it",
+            places(evidence, files) | {"groups": sorted({group for one in held for group in one.groups})},
+            "restores the socket without its groups",
+            "let the program join again after a restore (services found by mDNS, clusters), or start it "
+            "again",
+        )
+
+
+def shared_memory(evidence: Evidence) -> Iterator[Finding]:
+    """Memory shared with processes outside: each side goes on with a copy of its own."""
+    if held := evidence.shared_memory:
+        first = held[0]
+        yield change(
+            "memory-shared-outside",
+            f"{who(evidence, first.holders)} shares the memory {first.path} with {first.outsiders[0].label}"
+            f"{and_more(first.outsiders)}, outside the tree; after a restore each has its own",
+            {
+                "memory": [
+                    {
+                        "path": one.path,
+                        "outsiders": outsider_list(one.outsiders),
+                        **places(evidence, one.holders),
+                    }
+                    for one in held
+                ]
+            },
+            "saves the memory with the tree",
+            f"dump a tree that holds {first.outsiders[0].label} too",
+        )
+
+
+def sysv_ipc(evidence: Evidence) -> Iterator[Finding]:
+    """System V semaphores and queues of the host: they stay, and on another host they are not there."""
+    if held := evidence.sysv_objects:
+        first = held[0]
+        yield change(
+            "sysv-ipc",
+            f"{evidence.label(first.pid)} uses System V {first.kind} of the host (id "
+            f"{first.id}){and_more(held)}, "
+            "which stay behind",
+            {"objects": [{"kind": one.kind, "key": one.key, "id": one.id, "pid": one.pid} for one in held]},
+            "leaves them as they are: a restore on this host finds them again",
+            "to take them along, start the program in an IPC namespace of its own: `unshare --ipc COMMAND`",
+        )
+
+
+def watches_nameless(evidence: Evidence) -> Iterator[Finding]:
+    """Watches on deleted files: CRIU puts the file back, watches it and deletes it, which ends the watch."""
+    if held := [watch.holder for watch in evidence.watches if watch.fate is Fate.NAMELESS]:
+        yield change(
+            "watch-deleted",
+            f"{who(evidence, held)} watches a file that was deleted; the watch will end",
+            places(evidence, held),
+            "tells the program of the file's deletion once more",
+            "nothing, if the program copes with watches that end",
+        )
+
+
+def events_unread(evidence: Evidence) -> Iterator[Finding]:
+    """Events of inotify that nobody has read: `inotify events will be dropped`."""
+    if held := evidence.events_unread:
+        yield change(
+            "events-unread",
+            f"{who(evidence, held)} has events of watched files that it has not read yet; they will be "
+            "dropped",
+            places(evidence, held),
+            "restores the watches without them",
+            "try again when the program has read them",
+        )
+
+
+def mounts_left_behind(evidence: Evidence) -> Iterator[Finding]:
+    """A tree that sees other mounts than we do, on top of our root: it comes back without them."""
+    if evidence.entered and "pid" not in evidence.own_namespaces:
+        own = evidence.own_mounts
+        yield change(
+            "mounts-left-behind",
+            f"{evidence.root.label} lives in a mount namespace of its own; it comes back in the one of the "
+            "host "
+            + (
+                f"and sees other files under {', '.join(own[:3])}{and_more(own[2:])}"
+                if own
+                else "(same mounts)"
+            ),
+            {"mounts": list(own)},
+            "works inside the namespace; the trial shows whether all files are found outside",
+            "mount the same at the same places before the restore (systemd: leave out PrivateTmp= and the "
+            "like)"
+            if own
+            else "",
+        )
+
+
+def limits(evidence: Evidence) -> Iterator[Finding]:
+    """Hard limits above ours: without CAP_SYS_RESOURCE CRIU cannot raise them, and lowers them silently."""
+    if held := evidence.limits_above:
+        yield change(
+            "limits",
+            f"{first_of(held)} has resource limits above those of crcli, which lacks CAP_SYS_RESOURCE; they "
+            "will "
+            "be lowered to crcli's",
+            process_list(held),
+            "restores what it may",
+            "raise the limits of crcli's own shell or service before the restore (`ulimit -Hn`, "
+            "LimitNOFILE=)",
+        )
+
+
+def priorities(evidence: Evidence) -> Iterator[Finding]:
+    """Priorities above the ordinary: without CAP_SYS_NICE they are lost."""
+    held = [
+        process
+        for process in evidence.tree.living
+        if any(thread.is_real_time or thread.nice < 0 for thread in process.thread_settings)
+    ]
+    if held and not evidence.viewer.may(CAP_SYS_NICE):
+        yield change(
+            "priority",
+            f"{first_of(held)} runs with a priority above the ordinary; crcli lacks CAP_SYS_NICE to give it "
+            "back",
+            process_list(held),
+            "restores it with the ordinary one",
+            "run crcli with CAP_SYS_NICE",
+        )
+
+
+def bounding_sets(evidence: Evidence) -> Iterator[Finding]:
+    """Capabilities that a later set-user-ID program could have had: a restore cannot go beyond its own."""
+    ours = evidence.viewer.capabilities.bounding
+    held = [process for process in evidence.tree.living if process.capabilities.bounding & ~ours]
+    if held and "user" not in evidence.own_namespaces:
+        lost = capability_names(held[0].capabilities.bounding & ~ours)
+        yield change(
+            "capability-bounds",
+            f"{first_of(held)} could gain capabilities that crcli cannot pass on: {', '.join(lost)}",
+            process_list(held),
+            "restores the others",
+            "run crcli with these capabilities, if programs that the tree starts need them (sudo, ping)",
+        )
+
+
+def new_privileges(evidence: Evidence) -> Iterator[Finding]:
+    """crcli under no_new_privs: what it restores is so too."""
+    held = [process for process in evidence.tree.living if not process.no_new_privs]
+    if held and evidence.viewer.no_new_privs:
+        yield change(
+            "no-new-privs",
+            "crcli runs under no_new_privs, and so will what it restores: sudo and other set-user-ID "
+            "programs "
+            f"stop working for {first_of(held)}",
+            process_list(held),
+            "",
+            "run crcli without no_new_privs (docker: leave out --security-opt no-new-privileges)",
+        )
+
+
+def personalities(evidence: Evidence) -> Iterator[Finding]:
+    """Personalities (setarch, gdb): CRIU does not save them."""
+    if held := [process for process in evidence.tree.living if process.personality]:
+        yield change(
+            "personality",
+            f"{first_of(held)} runs with a personality ({held[0].personality:#x}: setarch, no address "
+            "randomisation); programs that it starts after a restore do not inherit it",
+            process_list(held, "personality"),
+            "keeps the memory where it is",
+            "nothing, unless programs that it starts depend on it",
         )
 
 
@@ -148,5 +353,17 @@ CHANGES: tuple[Check, ...] = (
     pipes_outside,
     terminals_outside,
     relatives,
-    cpu_affinity,
+    unix_unaccepted,
+    udp_unread,
+    multicast,
+    shared_memory,
+    sysv_ipc,
+    watches_nameless,
+    events_unread,
+    mounts_left_behind,
+    limits,
+    priorities,
+    bounding_sets,
+    new_privileges,
+    personalities,
 )

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
+from crcli.process.capabilities import CAP_SYS_RESOURCE
 from crcli.process.files import FileId, Kind, Lock, Mapping, Mount, OpenFile
 from crcli.process.outside import Outsider
+from crcli.process.settings import ThreadSettings
 from crcli.process.sockets import Socket, State
-from crcli.process.tree import Process, Tree
+from crcli.process.sysv import SysvObject
+from crcli.process.tree import Capabilities, Process, Tree
+from crcli.process.watches import Watch
 
 MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs", "hugetlbfs"))
 PSEUDO_FILE_SYSTEMS = frozenset(
@@ -41,7 +46,27 @@ PSEUDO_FILE_SYSTEMS = frozenset(
 )
 """Where reading a file asks the kernel a question, or takes something away."""
 
-CAP_SYS_RESOURCE = 24
+REMOTE_FILE_SYSTEMS = frozenset(
+    (
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "fuse",
+        "fuseblk",
+        "gfs2",
+        "gpfs",
+        "lustre",
+        "nfs",
+        "nfs4",
+        "ocfs2",
+        "smb3",
+        "virtiofs",
+    )
+)
+"""Where the files are somebody else's: a server's on the network, or a program's (FUSE, also `fuse.NAME`)."""
+
 VIRTUAL_CONSOLES, LAST_VIRTUAL_CONSOLE = 4, 63  # a major number and its minors; above them ttyS*
 
 
@@ -65,10 +90,13 @@ class Terminal:
 
     @property
     def leads_outside(self) -> bool:
-        """Whether it must be put in place again: driven from outside, or a serial line (CRIU: no driver)."""
+        """Whether it must be put in place again: driven from outside, or one that CRIU has no driver for.
+
+        Those are serial lines, and /dev/tty0, which is whatever console is shown.
+        """
         if self.index is not None:
             return not self.master_inside
-        return os.major(self.rdev) == VIRTUAL_CONSOLES and os.minor(self.rdev) > LAST_VIRTUAL_CONSOLE
+        return os.major(self.rdev) == VIRTUAL_CONSOLES and not 0 < os.minor(self.rdev) <= LAST_VIRTUAL_CONSOLE
 
     @property
     def criu_key(self) -> str:
@@ -187,7 +215,11 @@ class ForeignNamespace:
 
 @dataclass(frozen=True, slots=True)
 class Relative:
-    """A process outside the tree that seems to belong to it: same `session`, or `group` and reparented."""
+    """A process outside the tree that began inside it.
+
+    `reason` is how it can be told: it is in a `session` or process `group` that began there, it was `forked`
+    there and never ran another program, or it is in a `cgroup` that the tree has for itself.
+    """
 
     pid: int
     comm: str
@@ -195,21 +227,62 @@ class Relative:
 
 
 @dataclass(frozen=True, slots=True)
-class Viewer:
-    """crcli itself and its host: namespaces, cgroups, capabilities.
+class SharedMemory:
+    """Memory of the tree that processes outside have mapped or open as well. `holders` are the tree's."""
 
-    `usual_cpus` are the lists of processors on which a process runs that nobody has bound to any.
+    path: str
+    holders: tuple[OpenFile | Mapping, ...]
+    outsiders: tuple[Outsider, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A UDP socket, and the multicast groups to which it listens."""
+
+    socket: HeldSocket
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unaccepted:
+    """A unix listener with connections that nobody has accepted.
+
+    `closed` of them have no other end any more, `unread` have something to read, `outside` were opened by
+    processes outside the tree.
+    """
+
+    listener: HeldSocket
+    closed: int
+    unread: int
+    outside: int
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """crcli itself and its host: namespaces, cgroups, capabilities, users, limits.
+
+    `hard_limits` are by number (RLIMIT_CPU is 0). `usual_cpus` are the lists of processors
+    on which a process runs that nobody has bound to any.
     """
 
     namespaces: dict[str, int]
     cgroups: str
     cap_eff: int
+    capabilities: Capabilities
+    no_new_privs: bool
+    uids: tuple[int, ...]
+    gids: tuple[int, ...]
+    hard_limits: tuple[int, ...]
     usual_cpus: frozenset[str]
 
     @property
     def lacks_sys_resource(self) -> bool:
         """Whether CAP_SYS_RESOURCE is missing, without which CRIU cannot read another user's limits."""
-        return not self.cap_eff >> CAP_SYS_RESOURCE & 1
+        return not self.may(CAP_SYS_RESOURCE)
+
+    def may(self, capability: int) -> bool:
+        """Whether crcli, and so CRIU, has this capability."""
+        return bool(self.cap_eff >> capability & 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +292,10 @@ class Evidence:
     `files` and `mappings` are everything; the rest is drawn from them. `mounts` are those of the root
     process, by device. `unreachable` are files on mounts that the tree has left, `prlimit_denied` the
     processes whose limits the kernel does not let us read, `stuck` those that wait in the kernel where no
-    signal reaches them.
+    signal reaches them. `netlink_unread` are inodes of sockets, `events_unread` the inotify descriptors with
+    events that nobody has read, `corked` the UDP sockets that hold back what was sent, `own_mounts` where the
+    tree sees another mount than we do, `limits_above` the processes with a hard limit above ours that we may
+    not raise, `timers` the number of POSIX timers by pid.
     """
 
     tree: Tree
@@ -240,6 +316,18 @@ class Evidence:
     relatives: tuple[Relative, ...]
     prlimit_denied: tuple[Process, ...]
     stuck: tuple[Process, ...]
+    watches: tuple[Watch, ...]
+    shared_memory: tuple[SharedMemory, ...]
+    sysv_objects: tuple[SysvObject, ...]
+    memberships: tuple[Membership, ...]
+    unaccepted_unix: tuple[Unaccepted, ...]
+    netlink_unread: frozenset[int]
+    events_unread: tuple[OpenFile, ...]
+    epolls_astray: tuple[OpenFile, ...]
+    corked: tuple[HeldSocket, ...]
+    own_mounts: tuple[str, ...]
+    limits_above: tuple[Process, ...]
+    timers: dict[int, int]
 
     @property
     def root(self) -> Process:
@@ -271,9 +359,13 @@ class Evidence:
         """Whether CRIU must work from inside the root's pid and mount namespaces.
 
         So it is for a program below the init of a pid namespace that has a /proc of its own, as after a
-        restore into a new one: seen from outside, CRIU would want to take the init as well.
+        restore into a new one: seen from outside, CRIU would want to take the init as well. And for one that
+        has mounts of its own on top of ours (`unshare --mount`, PrivateTmp of systemd): CRIU cannot build up
+        such a namespace again, but from inside it sees no other.
         """
-        return self.root.nspid[-1:] != (1,) and set(self.own_namespaces) - {"time"} == {"pid", "mnt"}
+        own = set(self.own_namespaces) - {"time"}
+        inner = own == {"pid", "mnt"} and self.root.nspid[-1:] != (1,)
+        return inner or (own == {"mnt"} and "/" not in self.own_mounts)
 
     @property
     def outside_terminals(self) -> tuple[Terminal, ...]:
@@ -352,7 +444,52 @@ class Evidence:
     @property
     def pinned(self) -> tuple[Process, ...]:
         """The processes that may not run on every processor of this host (taskset, OMP, numactl)."""
-        return tuple(p for p in self.tree.living if p.cpus not in self.viewer.usual_cpus)
+        return tuple(
+            process
+            for process in self.tree.living
+            if process.cpus not in self.viewer.usual_cpus
+            or any(thread.cpus not in self.viewer.usual_cpus for thread in process.thread_settings)
+        )
+
+    @property
+    def settings_to_keep(self) -> dict[int, tuple[tuple[ThreadSettings, dict[str, Any]], ...]]:
+        """By pid: the threads with settings of their own that CRIU does not save, and which settings."""
+        found = {}
+        for process in self.tree.living:
+            kept = tuple((one, own) for one in process.thread_settings if (own := self._own_settings(one)))
+            if kept:
+                found[process.pid] = kept
+        return found
+
+    def _own_settings(self, thread: ThreadSettings) -> dict[str, Any]:
+        own: dict[str, Any] = {}
+        if thread.cpus not in self.viewer.usual_cpus:
+            own["cpus"] = thread.cpus
+        if thread.io_priority:
+            own["io_priority"] = thread.io_priority
+        if not thread.has_usual_slack and not thread.is_real_time:
+            own["slack_ns"] = thread.slack_ns
+        return own
+
+    @property
+    def remote_files(self) -> tuple[NamedFile, ...]:
+        """The files that a server on the network or a program (FUSE) keeps."""
+        return tuple(file for file in self.named if self.is_remote(file.id.dev))
+
+    @property
+    def remote_folders(self) -> tuple[Process, ...]:
+        """The processes whose working folder lies on such a file system."""
+        points = [mount.point for mount in self.mounts.values() if self.is_remote(mount.dev)]
+        return tuple(
+            process
+            for process in self.tree.living
+            if any(f"{process.cwd}/".startswith(f"{point}/") for point in points)
+        )
+
+    def is_remote(self, dev: int) -> bool:
+        """Whether this device is a file system on the network or FUSE."""
+        fstype = self.mounts[dev].fstype if dev in self.mounts else ""
+        return fstype in REMOTE_FILE_SYSTEMS or fstype.startswith("fuse.")
 
     @property
     def resident_bytes(self) -> int:

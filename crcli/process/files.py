@@ -106,6 +106,11 @@ class OpenFile:
         return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR) and not self.flags & O_PATH
 
     @property
+    def path_only(self) -> bool:
+        """Whether it only names a file and does not open it (O_PATH)."""
+        return bool(self.flags & O_PATH)
+
+    @property
     def append(self) -> bool:
         """Whether every write goes to the end (O_APPEND)."""
         return bool(self.flags & os.O_APPEND)
@@ -186,10 +191,11 @@ class Mapping:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of mountinfo."""
+    """One line of mountinfo. `root` is what of the file system lies at the mount point."""
 
     mnt_id: int
     dev: int
+    root: str
     fstype: str
     point: str
     source: str
@@ -251,7 +257,7 @@ def mappings(pid: int) -> tuple[Mapping, ...]:
     pieces: dict[tuple[bytes, bytes, bytes], list[tuple[bytes, bytes]]] = {}
     for line in raw.splitlines():
         fields = line.split(None, 5)
-        if len(fields) == 6 and not fields[5].startswith(b"["):
+        if len(fields) == 6 and (not fields[5].startswith(b"[") or fields[5] == b"[uprobes]"):
             pieces.setdefault((fields[5], fields[3], fields[4]), []).append((fields[0], fields[1]))
     return tuple(_mapping(pid, *file, parts) for file, parts in pieces.items())
 
@@ -289,9 +295,16 @@ def is_tty(rdev: int) -> bool:
 def _mount(line: str) -> Mount:
     """Parse `27 1 254:0 / /home rw,… shared:1 - ext4 /dev/vda rw`."""
     left, _, right = line.partition(" - ")
-    mnt_id, _, device, _, point, *_ = left.split(" ")
+    mnt_id, _, device, root, point, *_ = left.split(" ")
     fstype, source, *_ = right.split(" ")
-    return Mount(int(mnt_id), _device(device, base=10), fstype, _unescape(point), _unescape(source))
+    return Mount(
+        int(mnt_id),
+        parse_device(device, base=10),
+        _unescape(root),
+        fstype,
+        _unescape(point),
+        _unescape(source),
+    )
 
 
 def _kind(target: str, status: os.stat_result) -> Kind:
@@ -332,7 +345,7 @@ def _mapping(pid: int, name: bytes, device: bytes, inode: bytes, parts: list[tup
     target = os.fsdecode(name.replace(rb"\012", b"\n"))
     address = parts[0][0].decode()
     deleted, nlink, size = target.endswith(DELETED), -1, -1
-    file = FileId(_device(device.decode(), base=16), int(inode))
+    file = FileId(parse_device(device.decode(), base=16), int(inode))
     if deleted and _is_at(pid, target, file):
         deleted = False
     elif deleted:
@@ -375,7 +388,8 @@ def _span(address: bytes) -> int:
     return int(end, 16) - int(start, 16)
 
 
-def _device(text: str, base: int) -> int:
+def parse_device(text: str, base: int) -> int:
+    """Return the device number of `254:0`, written in this base."""
     major, _, minor = text.partition(":")
     return os.makedev(int(major, base), int(minor, base))
 

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from crcli.errors import PreflightRefused
+from crcli.process.asking import joined_groups, multicast_groups, unread_bytes
+from crcli.process.epolls import epolls_astray
 from crcli.process.evidence import (
+    MEMORY_FILE_SYSTEMS,
     PSEUDO_FILE_SYSTEMS,
     Database,
     DeletedFile,
@@ -18,10 +21,12 @@ from crcli.process.evidence import (
     ForeignNamespace,
     HeldLock,
     HeldSocket,
+    Membership,
     NamedFile,
     Pipe,
-    Relative,
+    SharedMemory,
     Terminal,
+    Unaccepted,
     Viewer,
 )
 from crcli.process.files import (
@@ -38,13 +43,18 @@ from crcli.process.files import (
 )
 from crcli.process.identity import read_proc
 from crcli.process.outside import Outside, Outsider
-from crcli.process.sockets import Address, Socket, sockets_of, unlisted_socket
-from crcli.process.tree import PID_GONE, Process, Tree, every_stat, read_namespaces
+from crcli.process.relatives import relatives
+from crcli.process.settings import read_limits
+from crcli.process.sockets import Address, Socket, sockets_of, unlisted_socket, unread_netlink
+from crcli.process.sysv import SysvObject, sysv_objects
+from crcli.process.tree import PID_GONE, Process, Tree, read_process
+from crcli.process.watches import watches
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 SQLITE_SMALLEST_PAGE = 512
 SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
 STUCK_AFTER_SECONDS = 0.5
+CORKED_AFTER_SECONDS = 0.05
 CONTROLLING_TTY = os.makedev(5, 0)
 
 T = TypeVar("T")
@@ -69,10 +79,12 @@ def _gather(tree: Tree) -> Evidence:
     viewer = _viewer()
     files = tuple(file for process in tree.living for file in open_files(process.pid))
     maps = tuple(mapping for process in tree.living for mapping in mappings(process.pid))
-    mounts_by_device = {mount.dev: mount for mount in reversed(mounts(tree.root.pid))}
+    all_mounts = mounts(tree.root.pid)
+    mounts_by_device = {mount.dev: mount for mount in reversed(all_mounts)}
     table = _socket_table(tree, viewer, files)
     outside = Outside(tree)
     named = _named_files(files, maps, mounts_by_device)
+    sockets = _sockets(files, table, outside)
     return Evidence(
         tree=tree,
         viewer=viewer,
@@ -81,7 +93,7 @@ def _gather(tree: Tree) -> Evidence:
         mounts=mounts_by_device,
         terminals=_terminals(tree, files, outside),
         pipes=_pipes(files, outside),
-        sockets=_sockets(files, table, outside),
+        sockets=sockets,
         locks=_locks(files),
         deleted=_deleted(files, maps),
         named=named,
@@ -89,19 +101,37 @@ def _gather(tree: Tree) -> Evidence:
         device_mappings=_device_mappings(maps),
         unreachable=_unreachable(tree, viewer, files),
         foreign_namespaces=_foreign_namespaces(tree, viewer),
-        relatives=_relatives(tree),
+        relatives=relatives(tree),
         prlimit_denied=_prlimit_denied(tree),
         stuck=_stuck(tree),
+        watches=watches(files, tree.root.pid, all_mounts, _likely_paths(tree, files)),
+        shared_memory=_shared_memory(files, maps, mounts_by_device, outside),
+        sysv_objects=_sysv_objects(tree, viewer),
+        memberships=_memberships(tree, sockets),
+        unaccepted_unix=_unaccepted_unix(sockets, table),
+        netlink_unread=_netlink_unread(tree, sockets),
+        events_unread=tuple(file for file in files if file.anon_name == "inotify" and unread_bytes(file)),
+        epolls_astray=epolls_astray(files),
+        corked=_corked(tree, viewer, files, sockets),
+        own_mounts=_own_mounts(tree, viewer, all_mounts),
+        limits_above=_limits_above(tree, viewer),
+        timers=_timers(tree),
     )
 
 
 def _viewer() -> Viewer:
-    status = read_proc("/proc/self/status")
+    ourselves = read_process(os.getpid())
+    assert ourselves is not None
     return Viewer(
-        namespaces=read_namespaces(os.getpid()),
-        cgroups=os.fsdecode(read_proc("/proc/self/cgroup")),
-        cap_eff=int(_status_line(status, b"CapEff"), 16),
-        usual_cpus=frozenset((_status_line(status, b"Cpus_allowed_list"), _cpus_of_init())),
+        namespaces=ourselves.namespaces,
+        cgroups=ourselves.cgroups,
+        cap_eff=ourselves.cap_eff,
+        capabilities=ourselves.capabilities,
+        no_new_privs=ourselves.no_new_privs,
+        uids=ourselves.uids,
+        gids=ourselves.gids,
+        hard_limits=tuple(hard for _, hard in read_limits(os.getpid())),
+        usual_cpus=frozenset((ourselves.cpus, _cpus_of_init())),
     )
 
 
@@ -223,6 +253,45 @@ def _leads_inside(
     return None
 
 
+def _memberships(tree: Tree, sockets: tuple[HeldSocket, ...]) -> tuple[Membership, ...]:
+    """Return the UDP sockets that have joined multicast groups, of which CRIU knows nothing."""
+    udp = [held for held in sockets if held.socket.protocol == "udp"]
+    groups = multicast_groups(tree.root.pid) if udp else ()
+    found = (Membership(held, joined_groups(held.holders[0], groups)) for held in udp)
+    return tuple(membership for membership in found if membership.groups)
+
+
+def _unaccepted_unix(sockets: tuple[HeldSocket, ...], table: dict[int, Socket]) -> tuple[Unaccepted, ...]:
+    inside = {held.socket.inode for held in sockets}
+    return tuple(
+        Unaccepted(
+            listener=held,
+            closed=sum(client not in table for client in held.socket.waiting),
+            unread=sum(client in table and table[client].unsent > 0 for client in held.socket.waiting),
+            outside=sum(client in table and client not in inside for client in held.socket.waiting),
+        )
+        for held in sockets
+        if held.socket.waiting
+    )
+
+
+def _netlink_unread(tree: Tree, sockets: tuple[HeldSocket, ...]) -> frozenset[int]:
+    ours = {held.socket.inode for held in sockets if held.socket.protocol == "NETLINK"}
+    return unread_netlink(tree.root.pid) & ours if ours else frozenset()
+
+
+def _corked(
+    tree: Tree, viewer: Viewer, files: tuple[OpenFile, ...], sockets: tuple[HeldSocket, ...]
+) -> tuple[HeldSocket, ...]:
+    """Return the UDP sockets that hold back what was sent (UDP_CORK): not what is just on its way out."""
+    suspects = [held for held in sockets if held.socket.protocol == "udp" and held.socket.unsent]
+    if not suspects:
+        return ()
+    time.sleep(CORKED_AFTER_SECONDS)
+    later = _socket_table(tree, viewer, files)
+    return tuple(held for held in suspects if (now := later.get(held.socket.inode)) and now.unsent)
+
+
 # --- files -------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +347,49 @@ def _stat_inside(pid: int, path: str) -> os.stat_result | None:
         return os.stat(f"/proc/{pid}/root{path}")
     except OSError:
         return None
+
+
+def _shared_memory(
+    files: tuple[OpenFile, ...],
+    maps: tuple[Mapping, ...],
+    mounts_by_device: dict[int, Mount],
+    outside: Outside,
+) -> tuple[SharedMemory, ...]:
+    """Return the memory, with a name in it or without, that processes outside have mapped or open as well."""
+    in_memory = {dev for dev, mount in mounts_by_device.items() if mount.fstype in MEMORY_FILE_SYSTEMS}
+    held: dict[FileId, list[OpenFile | Mapping]] = {}
+    for file in files:
+        if file.kind is Kind.MEMFD or (file.kind is Kind.REGULAR and file.dev in in_memory):
+            held.setdefault(file.id, []).append(file)
+    for mapping in maps:
+        nameless = mapping.is_anonymous_shared or mapping.is_memfd
+        if mapping.shared and (nameless or mapping.dev in in_memory):
+            held.setdefault(mapping.id, []).append(mapping)
+    if not held:
+        return ()
+    targets = {one.target for ones in held.values() for one in ones if isinstance(one, OpenFile)}
+    targets |= {one.path for ones in held.values() for one in ones}
+    sharers = outside.sharers(held.keys(), targets)
+    return tuple(
+        SharedMemory(ones[0].path, tuple(ones), sharers[id_]) for id_, ones in held.items() if id_ in sharers
+    )
+
+
+def _likely_paths(tree: Tree, files: tuple[OpenFile, ...]) -> list[str]:
+    """Return the folders that the tree uses: what it watches for changes is seldom far."""
+    folders = [process.cwd for process in tree.living]
+    folders += [file.path for file in files if file.kind in (Kind.REGULAR, Kind.DIRECTORY)]
+    folders += [process.exe for process in tree.living]
+    return folders
+
+
+def _own_mounts(tree: Tree, viewer: Viewer, seen: tuple[Mount, ...]) -> tuple[str, ...]:
+    """Return where a tree in a mount namespace of its own sees another file system than we do."""
+    if tree.root.namespaces.get("mnt") == viewer.namespaces.get("mnt"):
+        return ()
+    ours = {mount.point: (mount.dev, mount.root) for mount in mounts(os.getpid())}
+    theirs = {mount.point: (mount.dev, mount.root) for mount in seen}
+    return tuple(point for point in {**theirs, **ours} if ours.get(point) != theirs.get(point))
 
 
 def _device_mappings(maps: tuple[Mapping, ...]) -> tuple[Mapping, ...]:
@@ -358,27 +470,36 @@ def _foreign_namespaces(tree: Tree, viewer: Viewer) -> tuple[ForeignNamespace, .
     )
 
 
-def _relatives(tree: Tree) -> tuple[Relative, ...]:
-    """Return the processes outside that share a session or process group which began inside the tree.
-
-    Those are daemonised children: forked from the tree, their parent gone. A process group alone also holds
-    the rest of a shell's pipeline, which has the same parent as the root; those are no relatives. Neither are
-    those that the tree has brought forth since it was looked at.
-    """
-    sessions = {process.sid for process in tree if process.sid in tree}
-    groups = {process.pgid for process in tree if process.pgid in tree}
-    if not groups:
+def _sysv_objects(tree: Tree, viewer: Viewer) -> tuple[SysvObject, ...]:
+    """Return the semaphores and queues of the host that the tree has used; its own it takes along."""
+    if tree.root.namespaces.get("ipc") != viewer.namespaces.get("ipc"):
         return ()
-    inside = set(tree.pids)
-    everybody = sorted(every_stat(), key=lambda stat: stat.start_time)
-    inside.update(stat.pid for stat in everybody if stat.ppid in inside)
-    return tuple(
-        Relative(other.pid, other.comm, "session" if other.sid in sessions else "group")
-        for other in everybody
-        if (other.sid in sessions or (other.pgid in groups and other.ppid != tree.root.ppid))
-        and other.pid not in inside
-        and not other.is_zombie
-    )
+    return sysv_objects(tree.pids)
+
+
+def _limits_above(tree: Tree, viewer: Viewer) -> tuple[Process, ...]:
+    """Return the processes with a hard limit above ours, which CRIU would lower without a word."""
+    if not viewer.lacks_sys_resource:
+        return ()
+    return tuple(process for process in tree.living if _has_limit_above(process.pid, viewer.hard_limits))
+
+
+def _has_limit_above(pid: int, ours: tuple[int, ...]) -> bool:
+    try:
+        return any(hard > limit for (_, hard), limit in zip(read_limits(pid), ours, strict=False))
+    except OSError:
+        return False
+
+
+def _timers(tree: Tree) -> dict[int, int]:
+    """Return how many POSIX timers each process has, by pid; those with none are left out."""
+    found = {}
+    for process in tree.living:
+        try:
+            found[process.pid] = read_proc(f"/proc/{process.pid}/timers").count(b"ClockID:")
+        except OSError:
+            continue
+    return {pid: number for pid, number in found.items() if number}
 
 
 def _prlimit_denied(tree: Tree) -> tuple[Process, ...]:

@@ -18,7 +18,10 @@ ENDED = ("Z", "X", "x")
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """The fields of one /proc/PID/stat that crcli uses, named as in proc_pid_stat(5)."""
+    """The fields of one /proc/PID/stat that crcli uses, named as in proc_pid_stat(5).
+
+    `layout` is where code, stack and heap begin: zeros for a zombie, and where the kernel does not tell us.
+    """
 
     pid: int
     comm: str
@@ -32,6 +35,7 @@ class Stat:
     threads: int
     start_time: int
     rss_pages: int
+    layout: tuple[int, int, int]
 
     @property
     def is_kernel_thread(self) -> bool:
@@ -64,6 +68,7 @@ def parse_stat(raw: bytes) -> Stat:
         threads=int(rest[17]),
         start_time=int(rest[19]),
         rss_pages=int(rest[21]),
+        layout=(int(rest[23]), int(rest[25]), int(rest[44])),
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from crcli.findings import Finding
 from crcli.process.evidence import Evidence
+from crcli.process.files import Kind, OpenFile
+from crcli.process.watches import Fate
 from crcli.process.wording import (
     Check,
     Held,
@@ -157,6 +159,133 @@ def other_users(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def cpu_affinity(evidence: Evidence) -> Iterator[Finding]:
+    """Processor affinity: CRIU does not save it, so we do, thread by thread."""
+    if held := evidence.pinned:
+        yield note(
+            "cpu-affinity",
+            f"{first_of(held)} is bound to processors {held[0].cpus}; CRIU does not save that",
+            process_list(held, "cpus"),
+            "binds each restored thread to the same processors, as far as they are there",
+        )
+
+
+def thread_settings(evidence: Evidence) -> Iterator[Finding]:
+    """Input/output priority and timer slack: CRIU does not save them, so we do."""
+    kept = evidence.settings_to_keep.items()
+    pids = [pid for pid, ones in kept if any(own.keys() - {"cpus"} for _, own in ones)]
+    if held := [evidence.tree.process(pid) for pid in pids]:
+        yield note(
+            "thread-settings",
+            f"{first_of(held)} has an input/output priority or a timer slack of its own, which CRIU does not "
+            "save",
+            process_list(held),
+            "gives each restored thread its own again",
+        )
+
+
+def zombies(evidence: Evidence) -> Iterator[Finding]:
+    """Children that have ended and were not waited for: their exit codes wait on."""
+    if held := [process for process in evidence.tree if process.is_zombie]:
+        yield note(
+            "zombie",
+            f"{first_of(held)} has ended, and its parent has not asked for its exit code yet",
+            process_list(held),
+            "keeps the exit code for the parent",
+        )
+
+
+def timers(evidence: Evidence) -> Iterator[Finding]:
+    """Timers: they go on from where they stood, and do not notice the time between."""
+    held = [file for file in evidence.anon("timerfd") if _is_armed(file)]
+    pids = sorted({file.pid for file in held} | set(evidence.timers))
+    if pids:
+        yield note(
+            "timers",
+            f"{first_of([evidence.tree.process(pid) for pid in pids])} has timers",
+            {"posix_timers": evidence.timers, **places(evidence, held)},
+            "lets them go on from where they stand; only those for a time of day notice the time between",
+        )
+
+
+def _is_armed(timer: OpenFile) -> bool:
+    """Whether a timerfd will expire, or has done so, as one that repeats and was not read since."""
+    return any(timer.info_field(name) != "(0, 0)" for name in ("it_value", "it_interval"))
+
+
+def seccomp(evidence: Evidence) -> Iterator[Finding]:
+    """Filters of system calls (sandboxes of browsers, containers, systemd)."""
+    if held := [process for process in evidence.tree.living if process.seccomp]:
+        yield note(
+            "seccomp",
+            f"{first_of(held)} runs under seccomp",
+            process_list(held, "seccomp"),
+            "saves the filters, and lays them again before the program goes on",
+        )
+
+
+def security_modules(evidence: Evidence) -> Iterator[Finding]:
+    """Profiles of AppArmor, labels of SELinux: the host of the restore must know them."""
+    if held := [process for process in evidence.tree.living if is_confined(process.lsm)]:
+        yield note(
+            "lsm-profile",
+            f"{first_of(held)} is confined by a security module ({held[0].lsm})",
+            process_list(held, "lsm"),
+            "saves the name of the profile, and puts the restored process under it",
+            "load the same profile where it is restored",
+        )
+
+
+def is_confined(label: str) -> bool:
+    """Whether a label means anything: neither AppArmor's `unconfined` nor SELinux's unconfined domains."""
+    return bool(label) and not label.startswith("unconfined") and ":unconfined_t:" not in f"{label}:"
+
+
+def huge_pages(evidence: Evidence) -> Iterator[Finding]:
+    """Memory in huge pages of its own: they must be free where it is restored, and for the trial here."""
+    if held := [process for process in evidence.tree.living if process.huge_bytes]:
+        yield note(
+            "huge-pages",
+            f"{first_of(held)} has {sum(process.huge_bytes for process in held)} bytes in huge pages",
+            process_list(held, "huge_bytes"),
+            "saves them like other memory",
+            "as many huge pages must be free where it is restored, and here for the trial: "
+            "/proc/sys/vm/nr_hugepages",
+        )
+
+
+def remote_files(evidence: Evidence) -> Iterator[Finding]:
+    """Files on the network or FUSE, open, mapped or as a working folder."""
+    files: list[Held] = []
+    for named in evidence.remote_files:
+        files += [*named.open, *named.mapped]
+    files += [file for file in evidence.files if file.kind is Kind.DIRECTORY and evidence.is_remote(file.dev)]
+    folders = evidence.remote_folders
+    if files or folders:
+        first = who(evidence, files) if files else first_of(folders)
+        path = files[0].path if files else folders[0].cwd
+        yield note(
+            "remote-files",
+            f"{first} uses {path}, which a server or a program outside keeps (network, FUSE)",
+            places(evidence, files) | process_list(folders, "cwd"),
+            "leaves the files where they are",
+            "mount the same at the same place where it is restored",
+        )
+
+
+def watches_searched(evidence: Evidence) -> Iterator[Finding]:
+    """Watches that CRIU could not find by itself, as on overlay file systems: we have looked for the path."""
+    if held := [watch for watch in evidence.watches if watch.fate is Fate.SEARCHED]:
+        yield note(
+            "watch-searched",
+            f"{who(evidence, [watch.holder for watch in held])} watches {held[0].path}, on a file system "
+            "that "
+            "does not tell the path",
+            {"paths": sorted({watch.path for watch in held})},
+            "has looked for the path, and tells CRIU",
+        )
+
+
 def stopped(evidence: Evidence) -> Iterator[Finding]:
     """Stopped processes come back stopped."""
     if held := evidence.stopped:
@@ -196,6 +325,15 @@ NOTES: tuple[Check, ...] = (
     sessions,
     own_namespaces,
     other_users,
+    cpu_affinity,
+    thread_settings,
+    zombies,
+    timers,
+    seccomp,
+    security_modules,
+    huge_pages,
+    remote_files,
+    watches_searched,
     stopped,
     gpus,
 )

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import NamedTuple
 
+from crcli.process.files import FileId, parse_device
 from crcli.process.identity import read_proc, read_stat
 from crcli.process.tree import Tree
+
+_SHARED = ord("s")
 
 
 class Outsider(NamedTuple):
@@ -43,6 +46,20 @@ class Outside:
         found = (_outsider(pid, fd) for pid, fd in self._holders.get(target, ()))
         return tuple(outsider for outsider in found if outsider is not None)
 
+    def sharers(self, wanted: Set[FileId], targets: Set[str]) -> dict[FileId, tuple[Outsider, ...]]:
+        """Return who outside has this memory mapped (then fd is -1), or open under one of these names."""
+        found: dict[FileId, dict[int, Outsider]] = defaultdict(dict)
+        for target in targets:
+            for outsider in self.holders(target):
+                file = _file_behind(outsider.pid, outsider.fd)
+                if file is not None and file in wanted:
+                    found[file][outsider.pid] = outsider
+        for pid in self._pids():
+            for file in wanted & _mapped_shared(pid):
+                if pid not in found[file] and (mapper := _mapper(pid)) is not None:
+                    found[file][pid] = mapper
+        return {file: tuple(by_pid.values()) for file, by_pid in found.items()}
+
     def master_of(self, index: int) -> Outsider | None:
         """Return who outside the tree drives the pseudo-terminal /dev/pts/N."""
         for target in ("/dev/ptmx", "/dev/pts/ptmx"):
@@ -53,12 +70,13 @@ class Outside:
 
     def _read(self) -> dict[str, list[tuple[int, int]]]:
         holders: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for name in os.listdir("/proc"):
-            if not name.isdecimal() or int(name) in self._tree:
-                continue
-            for fd, target in _links(int(name)):
-                holders[target].append((int(name), fd))
+        for pid in self._pids():
+            for fd, target in _links(pid):
+                holders[target].append((pid, fd))
         return holders
+
+    def _pids(self) -> Iterator[int]:
+        return (int(name) for name in os.listdir("/proc") if name.isdecimal() and int(name) not in self._tree)
 
 
 def _links(pid: int) -> Iterator[tuple[int, str]]:
@@ -71,6 +89,31 @@ def _links(pid: int) -> Iterator[tuple[int, str]]:
             yield int(fd), os.readlink(f"/proc/{pid}/fd/{fd}")
         except OSError:
             continue
+
+
+def _file_behind(pid: int, fd: int) -> FileId | None:
+    try:
+        status = os.stat(f"/proc/{pid}/fd/{fd}")
+    except OSError:
+        return None
+    return FileId(status.st_dev, status.st_ino)
+
+
+def _mapped_shared(pid: int) -> set[FileId]:
+    """Return what a process has mapped MAP_SHARED; nothing of one that we may not look into."""
+    try:
+        lines = read_proc(f"/proc/{pid}/maps").splitlines()
+    except OSError:
+        return set()
+    shared = (line.split(None, 5) for line in lines if line[line.index(b" ") + 4] == _SHARED)
+    return {FileId(parse_device(fields[3].decode(), 16), int(fields[4])) for fields in shared}
+
+
+def _mapper(pid: int) -> Outsider | None:
+    try:
+        return Outsider(pid, read_stat(pid).comm, -1, True, True)
+    except OSError:
+        return None
 
 
 def _outsider(pid: int, fd: int) -> Outsider | None:

@@ -21,8 +21,8 @@ NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_DUMP = 1, 0x300
-UDIAG_SHOW_NAME, UDIAG_SHOW_PEER, UDIAG_SHOW_RQLEN = 1, 4, 16
-UNIX_DIAG_NAME, UNIX_DIAG_PEER, UNIX_DIAG_RQLEN = 0, 2, 4
+UDIAG_SHOW_NAME, UDIAG_SHOW_PEER, UDIAG_SHOW_ICONS, UDIAG_SHOW_RQLEN = 1, 4, 8, 16
+UNIX_DIAG_NAME, UNIX_DIAG_PEER, UNIX_DIAG_ICONS, UNIX_DIAG_RQLEN = 0, 2, 3, 4
 CLONE_NEWNET = 0x40000000
 
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
@@ -85,8 +85,10 @@ class Socket:
 
     `protocol` is `tcp`, `udp`, `unix` or, for what the kernel lists nowhere, its own name for it (`NETLINK`,
     `MPTCP`…); `family` is `inet`, `inet6`, `unix`, or empty where `protocol` says it all. `queued` is what
-    waits to be read, in bytes; for a listener, the connections that nobody has accepted. `peer` is the inode
-    of a unix socket's other end (0: none), `path` a unix socket's name, with '@' for the abstract ones.
+    waits to be read, in bytes; for a listener, the connections that nobody has accepted; `unsent` is what the
+    other side has not taken. `peer` is the inode of a unix socket's other end (0: none), `path` a unix
+    socket's name, with '@' for the abstract ones, `waiting` the inodes of those that a unix listener has not
+    accepted yet (0: closed again).
     """
 
     inode: int
@@ -97,8 +99,10 @@ class Socket:
     local: Address = NOWHERE
     remote: Address = NOWHERE
     queued: int = 0
+    unsent: int = 0
     peer: int = 0
     path: str = ""
+    waiting: tuple[int, ...] = ()
 
     @property
     def connected(self) -> bool:
@@ -135,6 +139,12 @@ def unlisted_socket(inode: int, pid: int, fd: int) -> Socket:
         name = ""
     family, protocol, kind = _KNOWN_PROTOCOLS.get(name, ("", name, ""))
     return Socket(inode, family, protocol, kind, State.CLOSE)
+
+
+def unread_netlink(pid: int) -> frozenset[int]:
+    """Return the inodes of the netlink sockets of a process's network namespace with unread messages."""
+    fields = (line.split() for line in _lines(pid, "netlink"))
+    return frozenset(int(words[9]) for words in fields if words[4] != "0")
 
 
 def _diag_socket(pid: int, *, same_netns: bool) -> socket.socket:
@@ -178,7 +188,7 @@ def _ask(diag: socket.socket) -> Iterator[Socket]:
             request = _INET_REQUEST.pack(family, protocol, 0, 0xFFFFFFFF)
             for body in _dump(diag, request):
                 yield _inet(body, protocol)
-    show = UDIAG_SHOW_NAME | UDIAG_SHOW_PEER | UDIAG_SHOW_RQLEN
+    show = UDIAG_SHOW_NAME | UDIAG_SHOW_PEER | UDIAG_SHOW_ICONS | UDIAG_SHOW_RQLEN
     for body in _dump(diag, _UNIX_REQUEST.pack(socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, show)):
         yield _unix(body)
 
@@ -201,7 +211,8 @@ def _dump(diag: socket.socket, request: bytes) -> Iterator[bytes]:
 
 
 def _inet(body: bytes, protocol: int) -> Socket:
-    family, state, _, _, _, _, source, destination, _, _, queued, _, _, inode = _INET_ANSWER.unpack_from(body)
+    answer = _INET_ANSWER.unpack_from(body)
+    family, state, _, _, _, _, source, destination, _, _, queued, unsent, _, inode = answer
     local_port, remote_port = _PORTS.unpack_from(body, 4)
     tcp = protocol == socket.IPPROTO_TCP
     return Socket(
@@ -213,6 +224,7 @@ def _inet(body: bytes, protocol: int) -> Socket:
         local=_address(family, source, local_port),
         remote=_address(family, destination, remote_port),
         queued=queued,
+        unsent=unsent,
     )
 
 
@@ -226,14 +238,17 @@ def _address(family: int, raw: bytes, port: int) -> Address:
 
 def _unix(body: bytes) -> Socket:
     _, kind, state, _, inode = _UNIX_ANSWER.unpack_from(body)
-    peer, path, queued = 0, "", 0
+    peer, path, queued, unsent = 0, "", 0, 0
+    waiting: tuple[int, ...] = ()
     for attribute, value in _attributes(body[_UNIX_ANSWER.size :]):
         if attribute == UNIX_DIAG_NAME:
             path = _unix_path(value)
         elif attribute == UNIX_DIAG_PEER:
             (peer,) = struct.unpack("=I", value)
         elif attribute == UNIX_DIAG_RQLEN:
-            (queued,) = struct.unpack_from("=I", value)
+            queued, unsent = struct.unpack_from("=II", value)
+        elif attribute == UNIX_DIAG_ICONS:
+            waiting = struct.unpack(f"={len(value) // 4}I", value)
     return Socket(
         inode=inode,
         family="unix",
@@ -241,8 +256,10 @@ def _unix(body: bytes) -> Socket:
         type=_TYPES.get(kind, str(kind)),
         state=_STATES[state],
         queued=queued,
+        unsent=unsent,
         peer=peer,
         path=path,
+        waiting=waiting,
     )
 
 

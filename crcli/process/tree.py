@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 from crcli.errors import PreflightRefused
 from crcli.process.identity import ENDED, ProcessId, Stat, read_proc, read_stat
+from crcli.process.settings import ThreadSettings, read_settings
 
 NAMESPACES = (
     "cgroup",
@@ -29,6 +29,16 @@ PID_GONE = (FileNotFoundError, ProcessLookupError)
 """What the kernel answers once a process has ended: ENOENT on opening its files, ESRCH on reading them."""
 
 
+class Capabilities(NamedTuple):
+    """The sets of capabilities of a process, as bits."""
+
+    inheritable: int
+    permitted: int
+    effective: int
+    bounding: int
+    ambient: int
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
     """One process as /proc shows it, seen from crcli's own pid namespace.
@@ -36,10 +46,13 @@ class Process:
     `uids` and `gids` are real, effective, saved, file system. `namespaces` maps a name in /proc/PID/ns to
     its inode. `cgroups` is /proc/PID/cgroup as it stands. `tracer` is the pid of a debugger on any of its
     threads, 0 for none; `uninterruptible` are the threads that no signal reaches just now (state D).
-    `nspid` and `nssid` list its pid and session id from crcli's pid namespace inwards. `cpus` is the list
-    of processors that it may run on. `anonymous_bytes` (anonymous and swapped memory) is about what CRIU
-    would write for this process alone, `shared_bytes` is memory that it may share with others. A zombie has
-    no memory, files or namespaces, so those fields are empty.
+    `nspid` and `nssid` list its pid and session id from crcli's pid namespace inwards. `seccomp` is the
+    highest mode of any thread (0 none, 1 strict, 2 filters). `cpus` is the list of processors that it may
+    run on, `thread_settings` the same and more of each thread. `personality` is as
+    personality(2) has it, `lsm` the profile or label that a security module (AppArmor, SELinux) gives it.
+    `anonymous_bytes` (anonymous and swapped memory) is about what CRIU would write for this process alone,
+    `shared_bytes` is memory that it may share with others, `huge_bytes` lies in pages of hugetlbfs.
+    A zombie has no memory, files or namespaces, so those fields are empty.
     """
 
     pid: int
@@ -68,9 +81,14 @@ class Process:
     seccomp: int
     no_new_privs: bool
     cpus: str
+    capabilities: Capabilities
+    thread_settings: tuple[ThreadSettings, ...]
+    personality: int
+    lsm: str
     resident_bytes: int
     anonymous_bytes: int
     shared_bytes: int
+    huge_bytes: int
 
     @property
     def identity(self) -> ProcessId:
@@ -199,7 +217,7 @@ def read_process(pid: int) -> Process | None:
         argv = _argv(read_proc(f"{here}/cmdline"))
     except PID_GONE:
         return None
-    threads = _read_threads(pid) if stat.threads > 1 else [_Thread(pid, stat.state, int(status["TracerPid"]))]
+    threads = _read_threads(pid) if stat.threads > 1 else [_thread(pid, stat.state, status)]
     return Process(
         pid=pid,
         start=stat.start_time,
@@ -224,12 +242,21 @@ def read_process(pid: int) -> Process | None:
         nspid=_numbers(status.get("NSpid", str(pid))),
         nssid=_numbers(status.get("NSsid", str(stat.sid))),
         cap_eff=int(status["CapEff"], 16),
-        seccomp=int(status.get("Seccomp", "0")),
+        seccomp=max((thread.seccomp for thread in threads), default=int(status.get("Seccomp", "0"))),
         no_new_privs=status.get("NoNewPrivs", "0") == "1",
         cpus=status.get("Cpus_allowed_list", ""),
+        capabilities=Capabilities(*(int(status[name], 16) for name in _CAPABILITY_SETS)),
+        thread_settings=tuple(
+            setting
+            for thread in threads
+            if (setting := read_settings(thread.tid, thread.inner_tid, thread.cpus)) is not None
+        ),
+        personality=int(_text(f"{here}/personality") or "0", 16),
+        lsm=_text(f"{here}/attr/current"),
         resident_bytes=_kilobytes(status, "VmRSS"),
         anonymous_bytes=_kilobytes(status, "RssAnon") + _kilobytes(status, "VmSwap"),
         shared_bytes=_kilobytes(status, "RssShmem"),
+        huge_bytes=_kilobytes(status, "HugetlbPages"),
     )
 
 
@@ -243,26 +270,40 @@ def read_namespaces(pid: int) -> dict[str, int]:
     return inodes
 
 
+_CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+
+
 class _Thread(NamedTuple):
     tid: int
     state: str
     tracer: int
+    seccomp: int
+    inner_tid: int
+    cpus: str
+
+
+def _thread(tid: int, state: str, status: dict[str, str]) -> _Thread:
+    return _Thread(
+        tid=tid,
+        state=state,
+        tracer=int(status["TracerPid"]),
+        seccomp=int(status.get("Seccomp", "0")),
+        inner_tid=_numbers(status.get("NSpid", str(tid)))[-1],
+        cpus=status.get("Cpus_allowed_list", ""),
+    )
 
 
 def _read_threads(pid: int) -> list[_Thread]:
-    """Return state and tracer of each thread: a debugger can hold a single one, so can a slow disk."""
+    """Return what each thread has for itself: a debugger can hold a single one, so can a slow disk."""
     threads = []
     for tid in _tids(pid):
         try:
-            found = _STATE_AND_TRACER.search(read_proc(f"/proc/{pid}/task/{tid}/status"))
+            status = _status_fields(read_proc(f"/proc/{pid}/task/{tid}/status"))
         except PID_GONE:
             continue
-        if found:
-            threads.append(_Thread(int(tid), found[1].decode(), int(found[2])))
+        if "TracerPid" in status:
+            threads.append(_thread(int(tid), status["State"][0], status))
     return threads
-
-
-_STATE_AND_TRACER = re.compile(rb"^State:\t(.).*^TracerPid:\t(\d+)$", re.MULTILINE | re.DOTALL)
 
 
 def _tids(pid: int) -> list[str]:
@@ -290,6 +331,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _kilobytes(status: dict[str, str], key: str) -> int:
     return int(status.get(key, "0 kB").split()[0]) * 1024
+
+
+def _text(path: str) -> str:
+    """Return what a file in /proc says; empty where it says nothing or we may not read it."""
+    try:
+        return read_proc(path).decode(errors="surrogateescape").strip("\n\0 ")
+    except OSError:
+        return ""
 
 
 def _link(path: str) -> str:

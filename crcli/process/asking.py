@@ -1,0 +1,98 @@
+"""Asks the tree's own objects, through copies of its descriptors, what /proc does not say.
+
+A copy (pidfd_getfd(2)) is the very same open file; it is closed at once, and only questions are asked of it
+that change nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import socket
+import struct
+import termios
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from crcli import kernel
+from crcli.process.files import OpenFile
+
+MCAST_MSFILTER = 48
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def unread_bytes(file: OpenFile) -> int:
+    """Return how many bytes wait to be read from a descriptor (FIONREAD); 0 when it cannot be asked."""
+    try:
+        with _copy(file) as fd:
+            return int(struct.unpack("=i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))[0])
+    except OSError:
+        return 0
+
+
+def joined_groups(file: OpenFile, groups: Iterable[tuple[int, str]]) -> tuple[str, ...]:
+    """Return to which of these multicast groups a UDP socket listens; each is (interface, address)."""
+    try:
+        with _copy(file) as fd, socket.socket(fileno=os.dup(fd)) as copy:
+            return tuple(address for interface, address in groups if _listens(copy, interface, address))
+    except OSError:
+        return ()
+
+
+def multicast_groups(pid: int) -> tuple[tuple[int, str], ...]:
+    """Return the multicast groups that anybody in a process's network namespace has joined."""
+    return (*_groups_v4(pid), *_groups_v6(pid))
+
+
+@contextmanager
+def _copy(file: OpenFile) -> Iterator[int]:
+    pidfd = os.pidfd_open(file.pid)
+    try:
+        fd = kernel.pidfd_getfd(pidfd, file.fd)
+    finally:
+        os.close(pidfd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _listens(copy: socket.socket, interface: int, address: str) -> bool:
+    """Ask for the sources that it wants of this group: the kernel has no such list for one not joined."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    level = socket.IPPROTO_IPV6 if family == socket.AF_INET6 else socket.IPPROTO_IP
+    raw = socket.inet_pton(family, address)
+    start = struct.pack("=HH", family, 0) if family == socket.AF_INET else struct.pack("=HHI", family, 0, 0)
+    group = (start + raw).ljust(128, b"\0")  # struct sockaddr_storage
+    filter_ = struct.pack("=I4x", interface) + group + struct.pack("=II", 0, 0)  # struct group_filter
+    buffer = ctypes.create_string_buffer(filter_, len(filter_))
+    size = ctypes.c_uint(len(filter_))  # an argument goes in, which Python's getsockopt does not let us pass
+    result = _libc.getsockopt(copy.fileno(), level, MCAST_MSFILTER, buffer, ctypes.byref(size))
+    return bool(result == 0)
+
+
+def _groups_v4(pid: int) -> Iterator[tuple[int, str]]:
+    """Parse /proc/PID/net/igmp: a line per interface, and below it one per group, as a number in hex."""
+    interface = 0
+    for line in _lines(pid, "igmp"):
+        words = line.split()
+        if not line.startswith("\t"):
+            interface = int(words[0])
+        elif len(words[0]) == 8:
+            yield interface, socket.inet_ntop(socket.AF_INET, struct.pack("=I", int(words[0], 16)))
+
+
+def _groups_v6(pid: int) -> Iterator[tuple[int, str]]:
+    """Parse /proc/PID/net/igmp6: `2    eth0    ff02…0001     1 0000000C 0`."""
+    for line in _lines(pid, "igmp6", header=False):
+        words = line.split()
+        yield int(words[0]), socket.inet_ntop(socket.AF_INET6, bytes.fromhex(words[2]))
+
+
+def _lines(pid: int, name: str, header: bool = True) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/net/{name}", encoding="ascii") as file:
+            return file.readlines()[1 if header else 0 :]
+    except OSError:
+        return []
