@@ -10,9 +10,12 @@ import pytest
 
 from crcli.findings import Severity
 from crcli.process import preflight as preflight_module
+from crcli.process.capabilities import capability_names
 from crcli.process.gather import gather
 from crcli.process.identity import identify
+from crcli.process.notes import is_confined
 from crcli.process.preflight import CHECKS, preflight
+from crcli.process.settings import parse_cpus
 from crcli.process.tree import scan_tree
 from crcli.process.wording import Check, and_more, blocker, change, count, note
 
@@ -50,3 +53,33 @@ def test_more_than_one_is_counted(number: int, words: str) -> None:
 def test_nouns_follow_their_number() -> None:
     """One file, two files."""
     assert (count([1], "file"), count([1, 2], "file")) == ("1 file", "2 files")
+
+
+@pytest.mark.parametrize(
+    ("label", "confined"),
+    [
+        ("", False),
+        ("unconfined", False),
+        ("unconfined_u:unconfined_r:unconfined_t:s0-s0:c0.c1023", False),
+        ("docker-default (enforce)", True),
+        ("system_u:system_r:container_t:s0:c1,c2", True),
+    ],
+)
+def test_only_a_label_that_confines_is_told(label: str, confined: bool) -> None:
+    """AppArmor and SELinux label everything; only what restricts a program is worth a word."""
+    assert is_confined(label) == confined
+
+
+def test_capabilities_are_called_by_their_names() -> None:
+    """Those that came after this list are called by number."""
+    assert capability_names(1 | 1 << 24 | 1 << 40 | 1 << 63) == [
+        "CAP_CHOWN",
+        "CAP_SYS_RESOURCE",
+        "CAP_CHECKPOINT_RESTORE",
+        "CAP_63",
+    ]
+
+
+def test_processors_are_read_from_their_list() -> None:
+    """The kernel writes spans and single ones."""
+    assert parse_cpus("0-2,5") == {0, 1, 2, 5}

@@ -147,7 +147,7 @@ def test_mappings_come_one_per_file() -> None:
 def test_mounts_are_read_with_their_odd_names() -> None:
     """mountinfo writes blanks as octal, and has optional fields before the dash."""
     line = r"36 27 0:32 / /mnt/a\040b rw,noatime shared:7 master:1 - tmpfs my\134fs rw,size=4k"
-    assert _mount(line) == Mount(36, os.makedev(0, 32), "tmpfs", "/mnt/a b", "my\\fs")
+    assert _mount(line) == Mount(36, os.makedev(0, 32), "/", "tmpfs", "/mnt/a b", "my\\fs")
     assert os.stat("/proc").st_dev in {mount.dev for mount in mounts(os.getpid())}
 
 
