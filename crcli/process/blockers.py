@@ -205,14 +205,15 @@ def proc_of_outsiders(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _is_about_outsider(evidence: Evidence, file: OpenFile) -> bool:
+    """Whether it is in /proc/PID of a process that lives; of one that has ended CRIU makes a stand-in."""
     words = file.path.split("/")
     if len(words) < 3 or words[1] != "proc" or not words[2].isdecimal():
         return False
     mount = evidence.mounts.get(file.dev)
+    if mount is None or mount.fstype != "proc" or "pid" in evidence.own_namespaces:
+        return False
     pid = int(words[2])
-    inside = pid in evidence.tree or pid in {process.nspid[-1] for process in evidence.tree if process.nspid}
-    lives = os.path.exists(f"/proc/{pid}")
-    return mount is not None and mount.fstype == "proc" and pid != 1 and lives and not inside
+    return pid != 1 and pid not in evidence.tree and os.path.exists(f"/proc/{pid}")
 
 
 def watches_lost(evidence: Evidence) -> Iterator[Finding]:

@@ -191,7 +191,7 @@ def shared_memory(evidence: Evidence) -> Iterator[Finding]:
         first = held[0]
         yield change(
             "memory-shared-outside",
-            f"{who(evidence, first.holders)} shares the memory {first.path} with {first.outsiders[0].label}"
+            f"{who(evidence, first.holders)} shares memory ({first.label}) with {first.outsiders[0].label}"
             f"{and_more(first.outsiders)}, outside the tree; after a restore each has its own",
             {
                 "memory": [

@@ -234,6 +234,11 @@ class SharedMemory:
     holders: tuple[OpenFile | Mapping, ...]
     outsiders: tuple[Outsider, ...]
 
+    @property
+    def label(self) -> str:
+        """Its path, as it stands in a sentence; what was mapped before a fork has none."""
+        return "without a name" if self.path == "/dev/zero" else self.path
+
 
 @dataclass(frozen=True, slots=True)
 class Membership:
