@@ -9,7 +9,7 @@ import typer
 from crcli.cli.options import EndpointOption, JsonOption, StoreOption
 from crcli.config import choose_store
 from crcli.errors import UsageError
-from crcli.pipeline.stages import DumpOptions, Outcome
+from crcli.pipeline.stages import NOTIFY_WAIT_S, DumpOptions, Outcome
 
 
 def dump(
@@ -46,6 +46,14 @@ def dump(
             metavar="SECONDS", help="When this node goes away, from now.", min=0, show_default=False
         ),
     ] = None,
+    notify_wait: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long programs that use crcli.notify may get ready; 0: not told.",
+            min=0,
+        ),
+    ] = NOTIFY_WAIT_S,
     no_trial: Annotated[
         bool, typer.Option("--no-trial", help="Skip the trial restore that proves the image before the kill.")
     ] = False,
@@ -73,6 +81,7 @@ def dump(
         dry_run=dry_run,
         deadline_s=deadline,
         weights=tuple(weights or ()),
+        notify_wait_s=notify_wait,
         endpoint_url=chosen.endpoint_url,
     )
     from crcli.pipeline.dump import dump as run

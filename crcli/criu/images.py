@@ -18,6 +18,7 @@ from crcli.criu.messages import (
     fdinfo_entry,
     file_entry,
     inventory_entry,
+    memfd_inode_entry,
     mm_entry,
     pagemap_entry,
     pagemap_head,
@@ -155,6 +156,13 @@ def mapped_ids(images: Workspace, pid: int | None = None) -> set[int]:
             found.add(mm.exe_file_id)
             found.update(vma.shmid for vma in mm.vmas if vma.status & _MAPS_A_FILE)
     return found
+
+
+def memfd_names(images: Workspace) -> set[str]:
+    """The names that the tree's memfds were made with."""
+    if "memfd.img" not in images.names():
+        return set()
+    return {entry.name for entry in ImageFile.parse(images.read("memfd.img"), memfd_inode_entry).entries}
 
 
 def run_id(images: Workspace) -> str:

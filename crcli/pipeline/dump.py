@@ -50,6 +50,7 @@ from crcli.pipeline.watch import kill_all, trapped, tree_state, wait_until_dead
 from crcli.pipeline.weights import WeightsInUse, chosen_files
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import DumpTarget, failure_of
+from crcli.process import notify
 from crcli.process.gather import gather
 from crcli.process.tree import refuse_bad_target, scan_tree
 from crcli.store.open import open_store
@@ -67,6 +68,9 @@ if TYPE_CHECKING:
 
 CRIU_LIMIT_S = 600.0
 """How long CRIU itself may work on a dump (seconds), the time that it waits for us left out."""
+
+_NO_TIME_TO_TELL_S = 10.0
+"""With less time than this (seconds) before its deadline a dump announces itself to nobody."""
 
 
 @dataclass(frozen=True)
@@ -190,14 +194,17 @@ class _Dump:
         """The tree as last seen: before the freeze it may still have grown, once frozen it is exact."""
 
     def run(self) -> None:
-        """Prepare, freeze, take, prove, publish, let go, finish."""
+        """Prepare, announce, freeze, take, prove, publish, let go, finish."""
         with ExitStack() as held:
             try:
                 self._prepare(held)
+                boards = held.enter_context(notify.Boards(self._notifiable()))
+                self._announce(boards)
                 try:
                     self._freeze_and_take()
                 except BaseException as error:
                     self._after_failure(error)
+                boards.resumed()
                 self._finish()
             except BaseException:
                 self.interrupts.past_return()
@@ -236,6 +243,36 @@ class _Dump:
         return self.options.trial and not any(
             held.lock.kind == "LEASE" for held in self.target.evidence.locks
         )
+
+    # Programs that use crcli.notify get a moment to flush and close; they hear of the end whatever happens.
+
+    def _notifiable(self) -> list[tuple[int, int]]:
+        """The (pid, descriptor) of what may be boards of crcli.notify; who is stopped cannot answer."""
+        evidence = self.target.evidence
+        stopped = {process.pid for process in evidence.stopped}
+        return [
+            (file.pid, file.fd)
+            for file in evidence.files
+            if file.target == notify.LINK and file.pid not in stopped
+        ]
+
+    def _announce(self, boards: notify.Boards) -> None:
+        limit_s = self._notify_limit_s()
+        if limit_s <= 0 or not boards.want_word:
+            return
+        with self.watch.phase("notify"):
+            late = boards.checkpoint(limit_s)
+        findings = tuple(_late_finding(self.tree.process(one.pid).label, one.pid, limit_s) for one in late)
+        self.report.findings = (*self.report.findings, *findings)
+        for finding in findings:
+            self.progress.finding(finding)
+
+    def _notify_limit_s(self) -> float:
+        """How long callbacks may take: a tenth of the time that is left, and nothing when that is short."""
+        if self.options.deadline_s is None:
+            return self.options.notify_wait_s
+        left = self.options.deadline_s - self.watch.since_start_ms() / 1000
+        return min(self.options.notify_wait_s, left / 10) if left >= _NO_TIME_TO_TELL_S else 0.0
 
     # From here on CRIU holds the tree, and lets it go unless we say otherwise.
 
@@ -474,6 +511,17 @@ class _Dump:
             return DumpFailed(f"the dump failed: {error}", state=state)
         error.state = state  # type: ignore[attr-defined]  # a bug of ours: what became of the tree counts
         return error
+
+
+def _late_finding(label: str, pid: int, limit_s: float) -> Finding:
+    return Finding(
+        "notify-late",
+        Severity.NOTE,
+        f"{label} was told of the dump, and its callbacks were not done after {limit_s:g} s",
+        {"pid": pid, "seconds": limit_s},
+        action="went on without it; the callbacks go on after the dump, or the restore",
+        remedy="make them quicker, or give them longer with --notify-wait",
+    )
 
 
 class _CriuKilled(BaseException):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
 from crcli.criu import netlock
-from crcli.criu.images import read_tree
+from crcli.criu.images import memfd_names, read_tree
 from crcli.criu.interrupted import resume_interrupted_calls
 from crcli.criu.locks import FileLock, lost_locks, take_again
 from crcli.criu.log import PID_TAKEN, explain
@@ -50,6 +50,7 @@ from crcli.pipeline.stages import PidNamespace, RestoreReport, Silent, Stopwatch
 from crcli.pipeline.stdio import Replacements, raw_terminal, relay, replace_links
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import RestoreTarget, failure_of
+from crcli.process import notify
 from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
 from crcli.process.settings import give_back
@@ -381,6 +382,7 @@ class _Restore:
             self._find_members(root)
             self._fill_late()
             self._give_back_settings()
+            self._tell()
         elif script == "pre-resume":
             for pid in self.locks:
                 os.kill(self.host[pid], signal.SIGSTOP)  # not an instruction before it has its locks again
@@ -419,6 +421,13 @@ class _Restore:
             if host_pid is not None and (saved or whole):
                 for tid, host_tid in host_threads(host_pid, depth).items():
                     give_back(host_tid, saved.get(str(tid), whole))
+
+    def _tell(self) -> None:
+        """Let processes that use crcli.notify know, so that they find it when they run."""
+        if notify.NAME in memfd_names(self.images):
+            running = [self.host[member.pid] for member in self.members if member.alive]
+            with notify.Boards(notify.find(running)) as boards:
+                boards.restored()
 
     # CRIU says that it runs: look for ourselves, at once and again a little later.
 

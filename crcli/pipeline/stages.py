@@ -54,6 +54,10 @@ class ChangedFiles(StrEnum):
     HOST = "host"
 
 
+NOTIFY_WAIT_S = 2.0
+"""How long a dump waits for the on_checkpoint callbacks of `crcli.notify` (seconds), by default."""
+
+
 @dataclass(frozen=True)
 class DumpOptions:
     """What a user asks of `crcli dump`. `store` is a URL; `weights` are paths and patterns, or "auto"."""
@@ -67,6 +71,7 @@ class DumpOptions:
     dry_run: bool = False
     deadline_s: float | None = None
     weights: tuple[str, ...] = ()
+    notify_wait_s: float = NOTIFY_WAIT_S
     endpoint_url: str | None = None
 
 
