@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from typing import Annotated
 
 import typer
@@ -11,6 +13,41 @@ from crcli.config import choose_store, weights_folders
 from crcli.errors import UsageError
 from crcli.image.names import parse_image
 from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreOptions, Stdio, TcpPolicy
+
+_MAPPING = re.compile(r"(\d{1,5})=(\d{1,5})", re.ASCII)
+_UNHANDLED = (signal.SIGKILL, signal.SIGSTOP)
+
+
+def _ports(texts: list[str]) -> dict[int, int]:
+    """Parse every OLD=NEW of --port."""
+    ports: dict[int, int] = {}
+    for text in texts:
+        parsed = _MAPPING.fullmatch(text)
+        old, new = (int(parsed[1]), int(parsed[2])) if parsed else (0, 0)
+        if not 0 < old < 1 << 16 or not 0 < new < 1 << 16:
+            raise UsageError(
+                f"--port {text} is not OLD=NEW", hint="two ports from 1 to 65535, as in 8080=9090"
+            )
+        if old == new:
+            raise UsageError(f"--port {text} changes nothing")
+        if old in ports or new in ports.values():
+            raise UsageError(f"--port {text}: one of its ports was given before")
+        ports[old] = new
+    return ports
+
+
+def _signal(text: str) -> int:
+    """Parse the name or number of a signal that a program can handle."""
+    name = text.upper() if text.upper().startswith("SIG") else f"SIG{text.upper()}"
+    known = signal.Signals.__members__.get(name)
+    number = int(text) if text.isascii() and text.isdecimal() else int(known or 0)
+    if not 0 < number < signal.NSIG:
+        raise UsageError(
+            f"--signal {text}: there is no such signal", hint="a name or number, as in USR1 or 10"
+        )
+    if number in _UNHANDLED:
+        raise UsageError(f"--signal {text}: no program can take that for a message", hint="USR1, for example")
+    return number
 
 
 def restore(
@@ -48,6 +85,23 @@ def restore(
             show_default=False,
         ),
     ] = None,
+    port: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OLD=NEW",
+            help="Listen on port NEW instead of OLD, TCP and UDP; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    send: Annotated[
+        str | None,
+        typer.Option(
+            "--signal",
+            metavar="NAME|NUMBER",
+            help="A signal for the tree's root, sent once it has run for a second.",
+            show_default=False,
+        ),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Stay, pass signals on, and end with the tree's exit code.")
     ] = False,
@@ -75,6 +129,8 @@ def restore(
         changed_files=files,
         weights_map=tuple(parse_pair(one, "--weights-map") for one in weights_map or ()),
         weights_folders=weights_folders(),
+        ports=_ports(port or []),
+        signal=0 if send is None else _signal(send),
         endpoint_url=chosen.endpoint_url,
     )
     from crcli.pipeline import restore as story

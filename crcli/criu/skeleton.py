@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crcli.criu.images import (
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
     from crcli.criu.workspace import Workspace
 
-_TCP, _TCP_CLOSE, _TCP_LISTEN = 6, 7, 10
+_TCP, _UDP = 6, 17
+_PROTOCOLS = {_TCP: "tcp", _UDP: "udp"}
+_TCP_CLOSE, _TCP_LISTEN = 7, 10
 _EXTERNAL_TERMINAL = 5
 _OUTSIDE_SOCKET = 1
 _NO_NETWORK_LOCK = 2
@@ -61,8 +64,9 @@ def close_outside_connections(images: Workspace, here: Collection[tuple[str, str
     """Turn established TCP connections whose other end is lost into closed sockets.
 
     Connections inside the tree stay as they are, and so do those whose other end is a socket of this host
-    that still waits: `here` are the (local, remote) ends of all its connections, as "address:port". Returns
-    the ends of the closed ones. The program sees ECONNRESET or EOF on its next use, and reconnects.
+    that still waits, and does not talk to the original: `here` are the (local, remote) ends of all its
+    connections, as "address:port". Returns the ends of the closed ones. The program sees ECONNRESET or EOF
+    on its next use, and reconnects.
     """
     files = read_files(images)
     sockets = [entry.isk for entry in files.entries if entry.type == FD.INETSK and entry.isk.proto == _TCP]
@@ -72,14 +76,92 @@ def close_outside_connections(images: Workspace, here: Collection[tuple[str, str
         if sock.state not in _ESTABLISHED_STATES:
             continue
         local, remote = _address(sock.src_addr, sock.src_port), _address(sock.dst_addr, sock.dst_port)
-        if (remote, local) in ends or (_text(remote), _text(local)) in here:
+        mine, theirs = (_text(local), _text(remote)), (_text(remote), _text(local))
+        if (remote, local) in ends or (theirs in here and mine not in here):
             continue
         sock.src_port = sock.dst_port = 0
         sock.state = _TCP_CLOSE
-        closed.append((_text(local), _text(remote)))
+        closed.append(mine)
     if closed:
         images.write("files.img", files.encode())
     return closed
+
+
+@dataclass(frozen=True)
+class BoundSocket:
+    """A TCP or UDP socket of the image with a port and no other end: it listens, or could.
+
+    `protocol` is tcp or udp, `host` an address as text. `only_v6`: an IPv6 socket that takes no IPv4.
+    """
+
+    protocol: str
+    host: str
+    port: int
+    only_v6: bool
+
+    @property
+    def is_open_to_all(self) -> bool:
+        """Whether it listens on every address."""
+        return self.host in ("0.0.0.0", "::")
+
+
+def bound_sockets(images: Workspace) -> list[BoundSocket]:
+    """The sockets of the image that wait at a port, each as often as there are sockets."""
+    return [_bound(sock) for sock in _inet_sockets(read_files(images)) if _waits_at_a_port(sock)]
+
+
+def move_ports(images: Workspace, ports: Mapping[int, int]) -> None:
+    """Have sockets that wait at a port of `ports` wait at its new one, and what is connected to them inside.
+
+    Connections whose other end is in the tree too get the new port at both ends, so that they stay unique
+    where another tree has the same. Those to outside keep theirs: the other side knows no other.
+    """
+    files = read_files(images)
+    sockets = _inet_sockets(files)
+    moved = [_bound(sock) for sock in sockets if _waits_at_a_port(sock) and sock.src_port in ports]
+    ends = {(sock.proto, *_ends(sock)) for sock in sockets}
+
+    def moves(protocol: int, host: bytes, port: int) -> bool:
+        where = _text((host, port)).rpartition(":")[0].strip("[]")
+        return any(
+            (one.protocol, one.port) == (_PROTOCOLS[protocol], port)
+            and (one.host == where or one.is_open_to_all)
+            for one in moved
+        )
+
+    for sock in sockets:
+        local, remote = _ends(sock)
+        alone, inside = _waits_at_a_port(sock), (sock.proto, remote, local) in ends
+        if (alone or inside or sock.proto == _UDP) and moves(sock.proto, *local):
+            sock.src_port = ports[local[1]]
+        to_itself = inside or (sock.proto == _UDP and _is_local(remote[0], ends))
+        if to_itself and moves(sock.proto, *remote):
+            sock.dst_port = ports[remote[1]]
+    images.write("files.img", files.encode())
+
+
+def _inet_sockets(files: ImageFile) -> list[Any]:
+    return [e.isk for e in files.entries if e.type == FD.INETSK and e.isk.proto in _PROTOCOLS]
+
+
+def _waits_at_a_port(sock: Any) -> bool:
+    """Whether it is bound and has no other end; a TCP socket may be about to listen, or does."""
+    is_free = sock.proto == _UDP or sock.state in (_TCP_LISTEN, _TCP_CLOSE)
+    return bool(is_free and sock.src_port and not sock.dst_port)
+
+
+def _bound(sock: Any) -> BoundSocket:
+    host, _, port = _text(_address(sock.src_addr, sock.src_port)).rpartition(":")
+    return BoundSocket(_PROTOCOLS[sock.proto], host.strip("[]"), int(port), bool(sock.v6only))
+
+
+def _is_local(host: bytes, ends: Iterable[tuple[int, tuple[bytes, int], tuple[bytes, int]]]) -> bool:
+    """Whether an address is of the host that the tree was on, as far as the image tells."""
+    return host[:1] == b"\x7f" or host == bytes(15) + b"\1" or any(host == local[0] for _, local, _ in ends)
+
+
+def _ends(sock: Any) -> tuple[tuple[bytes, int], tuple[bytes, int]]:
+    return _address(sock.src_addr, sock.src_port), _address(sock.dst_addr, sock.dst_port)
 
 
 def _address(words: Iterable[int], port: int) -> tuple[bytes, int]:

@@ -46,6 +46,7 @@ from crcli.pipeline.logs import keep_log
 from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, namespace_depth, namespace_for
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
+from crcli.pipeline.ports import remap_ports
 from crcli.pipeline.stages import PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
 from crcli.pipeline.stdio import Replacements, raw_terminal, relay, replace_links
 from crcli.plugins.loader import load_hooks
@@ -221,6 +222,8 @@ class _Restore:
         ready_ms = round(since_process_start_ms(), 2)
         with self.watch.phase("look again"):
             first = self._look()
+        if self.options.signal:
+            self._signal(first)
         return Restored(self._report(root, ready_ms), first, self.child, tuple(self.replacements.masters))
 
     # The manifest is whole, and this host can take the image.
@@ -252,6 +255,8 @@ class _Restore:
         self.images = self.logs = self.held.enter_context(self.workspace.folder("images"))
         self._write_skeleton()
         self.members = read_tree(self.images)
+        if self.options.ports:
+            remap_ports(self.images, self.options.ports)
         self.namespace = self._namespace()
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
         self.replacements: Replacements = replace_links(
@@ -383,6 +388,7 @@ class _Restore:
             self._fill_late()
             self._give_back_settings()
             self._tell()
+            self.hooks.call("restore_frozen", target=self.described)
         elif script == "pre-resume":
             for pid in self.locks:
                 os.kill(self.host[pid], signal.SIGSTOP)  # not an instruction before it has its locks again
@@ -396,6 +402,8 @@ class _Restore:
             self.init = self.residence.init
         self.host = host_pids(self.init, [member.pid for member in self.members])
         self.processes = [identify(self.host[member.pid]) for member in self.members if member.alive]
+        if self.described is not None:
+            self.described = replace(self.described, host_pids=dict(self.host))
 
     def _fill_late(self) -> None:
         """The tree is whole but for these pages, and stands still: write them."""
@@ -445,6 +453,19 @@ class _Restore:
             )
         self.findings += [_ended(process) for process in others if not process.alive()]
         return root
+
+    def _signal(self, root: ProcessId) -> None:
+        """Send the signal that was asked for, now that a program which dies of it is no failed restore."""
+        try:
+            pidfd = os.pidfd_open(root.pid)
+            try:
+                if not root.alive():
+                    raise ProcessLookupError
+                signal.pidfd_send_signal(pidfd, self.options.signal)
+            finally:
+                os.close(pidfd)
+        except ProcessLookupError:
+            self.findings.append(_not_signalled(root))
 
     def _bad_end(self, root: ProcessId) -> str:
         """How the root ended; empty when it ended well. Its end stays to be waited for."""
@@ -539,6 +560,16 @@ def _ended(process: ProcessId) -> Finding:
         f"process {process.pid} ended within a second of the restore",
         {"pid": process.pid},
         action="leaves it to its parent, as before",
+    )
+
+
+def _not_signalled(root: ProcessId) -> Finding:
+    return Finding(
+        "signal-not-sent",
+        Severity.NOTE,
+        f"process {root.pid} had ended before it could be sent the signal",
+        {"pid": root.pid},
+        action="sent it to nobody",
     )
 
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from crcli.findings import Finding
 
@@ -81,6 +81,8 @@ class RestoreOptions:
 
     `weights_map` says where files of weights are here (old and new path, of files or folders);
     `weights_folders` are searched for the others.
+    `ports` maps ports that the image listens on to those that it is to listen on here. `signal` is sent to
+    the tree's root once it runs (0: none).
     """
 
     image: str
@@ -91,6 +93,8 @@ class RestoreOptions:
     changed_files: ChangedFiles = ChangedFiles.REFUSE
     weights_map: tuple[tuple[str, str], ...] = ()
     weights_folders: tuple[str, ...] = ()
+    ports: Mapping[int, int] = field(default_factory=dict)
+    signal: int = 0
     endpoint_url: str | None = None
 
 

@@ -15,7 +15,7 @@ needs, by name. What is promised:
   report (`plugin-failed`), and the command goes on;
 - arguments only ever gain fields, and hooks only ever gain arguments;
 - hooks run in crcli's own process and in its main thread, one plug-in after another in the order of their
-  names. For as long as `crcli_dump_frozen` takes, the tree stands still.
+  names. For as long as `crcli_dump_frozen` or `crcli_restore_frozen` takes, the tree stands still.
 """
 
 from __future__ import annotations
@@ -42,11 +42,16 @@ class DumpTarget:
 
 @dataclass(frozen=True)
 class RestoreTarget:
-    """An image that is to be restored; `meta` holds the facts of its manifest (FORMAT.md, META)."""
+    """An image that is to be restored; `meta` holds the facts of its manifest (FORMAT.md, META).
+
+    `host_pids` maps the tree's pids, as it sees them itself, to those that they have here, the root first. It
+    is empty before there are any.
+    """
 
     image: str
     store: str
     meta: dict[str, Any] = field(default_factory=dict)
+    host_pids: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,10 @@ def crcli_dump_failed(target: DumpTarget, failure: Failure) -> None:
 
 def crcli_restore_before(target: RestoreTarget) -> None:
     """The manifest was checked and this host can take the image; nothing was started."""
+
+
+def crcli_restore_frozen(target: RestoreTarget) -> None:
+    """The tree is whole again, here, and runs as soon as this returns. It can still fail. Be quick."""
 
 
 def crcli_restore_finished(target: RestoreTarget, report: dict[str, Any]) -> None:
