@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from crcli import config, errors
+from crcli import config, errors, notify
 from crcli.image import catalog, container, gc, names, packs, session, tables
 from crcli.image.manifest import StoredFile
 from crcli.main import COMMANDS, build_app
 from crcli.memory import classify, intake, replay
 from crcli.memory.extents import PAGE
+from crcli.pipeline import stages
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.stages import DumpReport, RestoreReport
 from crcli.store.s3 import uploads
@@ -50,7 +51,7 @@ def calls(text: str) -> list[tuple[str, list[str]]]:
     """Every call of crcli that a document shows: the command, and its options."""
     found = []
     for line in code_of(text):
-        for call in re.finditer(r"(?<![\w/.-])(?:\S*/)?crcli ([a-z]+)([^#;)]*)", line):
+        for call in re.finditer(r"(?<![\w/.-])(?:\S*/)?crcli (?!import )([a-z]+)([^#;)]*)", line):
             found.append((call[1], re.findall(r"(?<!\S)\[?(--[a-z-]+)", call[2])))
     return found
 
@@ -197,6 +198,16 @@ def test_the_defaults_in_readme_are_those_of_the_code() -> None:
     assert f"`{config.DEFAULT_STORE}`" in README
     assert "younger than an hour" in README_FLAT and gc.GRACE_S == 3600
     assert all(f"`{option}`" in README for option in ("endpoint_url", "region", "profile", "sse"))
+
+
+def test_the_times_for_programs_are_those_of_the_code() -> None:
+    """How long a dump waits for callbacks, and when a program takes it for over."""
+    section = " ".join(README.partition("## For programs")[2].partition("\n## ")[0].split())
+    assert "up to 2 s" in section and stages.NOTIFY_WAIT_S == 2
+    assert "`on_resume` comes 10 s later" in section and notify.SILENCE_S == 10
+    source = (ROOT / "crcli" / "pipeline" / "dump.py").read_text()
+    assert "less than 10 s left" in section and "_NO_TIME_TO_TELL_S = 10.0\n" in source
+    assert all(f"notify.{name}(" in section for name in notify.__all__)
 
 
 def test_the_findings_in_readme_exist() -> None:
