@@ -90,6 +90,16 @@ def unmount(path: str) -> None:
     _checked(_libc.umount2(os.fsencode(path), _MNT_DETACH), f"umount {path}")
 
 
+def change_root(path: str) -> None:
+    """Make a mount point the root of this mount namespace, and take the old root out of it.
+
+    Processes of the namespace whose root or working folder was the old root get the new one.
+    """
+    os.chdir(path)
+    _checked(_libc.pivot_root(b".", b"."), f"pivot_root {path}")
+    unmount(".")
+
+
 def tmpfs_fd() -> int:
     """Return a descriptor of the root of a new, empty tmpfs that is mounted nowhere.
 

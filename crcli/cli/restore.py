@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from typing import Annotated
@@ -93,6 +94,14 @@ def restore(
             show_default=False,
         ),
     ] = None,
+    root: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Give the tree this folder as its root: all of its paths are looked for below it.",
+            show_default=False,
+        ),
+    ] = None,
     send: Annotated[
         str | None,
         typer.Option(
@@ -118,6 +127,10 @@ def restore(
         raise UsageError(
             "--stdio inherit needs --wait", hint="nobody would be here to pass input and output on"
         )
+    if root is not None and not os.path.isdir(root):
+        raise UsageError(f"--root {root}: there is no such folder")
+    if root is not None and pid_namespace is PidNamespace.HOST:
+        raise UsageError("--root needs a pid namespace", hint="leave out --pid-namespace host")
     url, _ = parse_image(image)
     chosen = choose_store(url or store, endpoint_url)
     options = RestoreOptions(
@@ -130,6 +143,7 @@ def restore(
         weights_map=tuple(parse_pair(one, "--weights-map") for one in weights_map or ()),
         weights_folders=weights_folders(),
         ports=_ports(port or []),
+        root=os.path.realpath(root).rstrip("/") if root is not None else "",
         signal=0 if send is None else _signal(send),
         endpoint_url=chosen.endpoint_url,
     )

@@ -41,6 +41,9 @@ class Residence:
     process of a new pid namespace (with a /proc of its own), and after `settle` stays as a small reaper for
     as long as anything lives inside; it then ends with the root's exit code. Without, the tree becomes our
     own child, or, if the warden is to `stay`, the warden ends when the root does, with its exit code.
+
+    With `new_root` CRIU and the tree have that folder as their root, in one more mount namespace, while the
+    warden stays with ours, where the noted changes are. It needs `taken_pids`.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Residence:
         keep_fds: Sequence[int],
         undo: Callable[[list[dict[str, Any]]], None],
         taken_pids: Sequence[int] | None = None,
+        new_root: str = "",
     ) -> None:
         """Fork it and start CRIU below it. Call before any thread is started. `undo` runs in the warden."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -57,7 +61,7 @@ class Residence:
         self.init = 0
         """The first process of the tree's namespace, as we see it; 0 where it lives in ours."""
         self._is_over = False
-        duty = _Duty(theirs, criu_end, tuple(keep_fds), undo)
+        duty = _Duty(theirs, criu_end, tuple(keep_fds), undo, new_root)
         child = kernel.quiet_fork()
         if child == 0:
             self._control.close()
@@ -75,7 +79,7 @@ class Residence:
         if answer != READY:
             self.close()
             raise HostLacks(
-                f"cannot make a pid namespace for the tree: {answer.decode() or 'its first process died'}",
+                f"cannot make namespaces for the tree: {answer.decode() or 'their first process died'}",
                 hint="run crcli as root; --pid-namespace host restores without one when the pids are free",
             )
 
@@ -124,6 +128,11 @@ class Residence:
 
 _CREDENTIALS = struct.Struct("3i")
 """`struct ucred`: pid, uid, gid."""
+
+_PID = struct.Struct("i")
+_START_LIMIT_S = 10.0
+_RECEIVING = {"x86_64": ("45", "47"), "aarch64": ("207", "212")}.get(os.uname().machine, ())
+"""The numbers of recvfrom(2) and recvmsg(2)."""
 
 _UNDO_LIMIT_S = 10.0
 _GRACE_S = 1.0
@@ -178,6 +187,35 @@ class _Duty:
     criu_end: socket.socket
     keep: tuple[int, ...]
     undo: Callable[[list[dict[str, Any]]], None]
+    new_root: str
+
+    def start_criu_below(self) -> int:
+        """Start CRIU as our child, with the new root as its own: CRIU itself is not to be found there.
+
+        So somebody starts it in a mount namespace for both, and exchanges the root under it. It becomes ours
+        when that somebody ends.
+        """
+        reader, writer = os.pipe()
+        helper = os.fork()
+        if helper == 0:
+            try:
+                kernel.unshare(kernel.CLONE_NEWNS)
+                os.chdir("/")
+                criu = self.start_criu()
+                _wait_until_listening(criu, self.criu_end.fileno())
+                _enter_root(self.new_root)
+                os.write(writer, _PID.pack(criu))
+            except BaseException as error:
+                say(self.control, str(error))
+            finally:
+                os._exit(0)
+        os.close(writer)
+        told = os.read(reader, _PID.size)
+        os.close(reader)
+        os.waitpid(helper, 0)
+        if not told:
+            os._exit(1)
+        return int(_PID.unpack(told)[0])
 
     def start_criu(self) -> int:
         """Start CRIU as our child."""
@@ -265,7 +303,7 @@ def _reside(duty: _Duty, taken: tuple[int, ...]) -> None:
         dodge_pids(taken)
         for fd in duty.keep:
             _reopen(fd)
-        criu = duty.start_criu()
+        criu = duty.start_criu_below() if duty.new_root else duty.start_criu()
         duty.control.send(READY)
         word, changes = duty.wait_for_word(criu)
         if word is None:
@@ -278,6 +316,28 @@ def _reside(duty: _Duty, taken: tuple[int, ...]) -> None:
         say(duty.control, str(error))
     finally:
         os._exit(1)
+
+
+def _wait_until_listening(criu: int, channel: int) -> None:
+    """Wait until CRIU waits for its request, with all that it needs loaded. Raises OSError."""
+    end = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < end:
+        with open(f"/proc/{criu}/syscall") as file:
+            words = file.read().split()
+        if words[0] in _RECEIVING and int(words[1], 16) == channel:
+            return
+        time.sleep(0.001)
+    raise OSError("CRIU did not start")
+
+
+def _enter_root(root: str) -> None:
+    """Make a folder the root of this mount namespace, with our devices and the kernel's own files in it."""
+    kernel.mount(root, root, "", kernel.MS_BIND | kernel.MS_REC)
+    for folder in ("/dev", "/sys"):
+        kernel.mount(folder, root + folder, "", kernel.MS_BIND | kernel.MS_REC)
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    kernel.mount("proc", f"{root}/proc", "proc", flags)
+    kernel.change_root(root)
 
 
 def _become_reaper(root: int, until: str) -> None:

@@ -264,11 +264,11 @@ def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> Non
     images.write("files.img", files.encode())
 
 
-def accept_growth(images: Workspace) -> list[tuple[str, int, int]]:
+def accept_growth(images: Workspace, here: Callable[[str], str] = str) -> list[tuple[str, int, int]]:
     """Let CRIU open files that have only grown since the dump, such as logs that the tree reads.
 
     Returns their paths, sizes then and sizes now. Files that are mapped, or that the tree writes to other
-    than at their end, are left out: they must be the same.
+    than at their end, are left out: they must be the same. `here` says where a path lies on this host.
     """
     files = read_files(images)
     remapped = remapped_ids(images)
@@ -276,7 +276,7 @@ def accept_growth(images: Workspace) -> list[tuple[str, int, int]]:
     grown: dict[str, tuple[str, int, int]] = {}
     for entry in regular:
         if entry.reg.HasField("size") and entry.id not in remapped and not entry.reg.ext:
-            now = _size_of(entry.reg.name)
+            now = _size_of(here(entry.reg.name))
             if now > entry.reg.size:
                 grown[entry.reg.name] = (entry.reg.name, entry.reg.size, now)
     if grown:

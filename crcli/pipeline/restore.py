@@ -47,6 +47,7 @@ from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, names
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.ports import remap_ports
+from crcli.pipeline.roots import below, check_root, link_below, manifest_below
 from crcli.pipeline.stages import PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
 from crcli.pipeline.stdio import Replacements, raw_terminal, relay, replace_links
 from crcli.plugins.loader import load_hooks
@@ -209,7 +210,10 @@ class _Restore:
         with self.watch.phase("manifest"):
             self._load()
         with self.watch.phase("guard"):
-            self.findings = guard(self.manifest)
+            if self.options.root:
+                check_root(self.options.root, self.manifest)
+            self.here = manifest_below(self.options.root, self.manifest)
+            self.findings = guard(self.here)
             self._look_for_weights()
             self.described = RestoreTarget(
                 f"{self.manifest.name}@{self.manifest.id}", self.options.store, self.manifest.meta
@@ -259,14 +263,15 @@ class _Restore:
             remap_ports(self.images, self.options.ports)
         self.namespace = self._namespace()
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
+        links = [link_below(self.options.root, link) for link in links]
         self.replacements: Replacements = replace_links(
             links, self.options.stdio, f"{self.manifest.name}@{self.manifest.id}"
         )
         self.held.callback(self.replacements.close)
         self._move_in()
-        place_files(self.manifest, self.reader, self.options.changed_files, self._note)
+        place_files(self.here, self.reader, self.options.changed_files, self._note)
         forget_sizes(self.images, {file.name for file in self.manifest.files})
-        self.findings += [_grown(*file) for file in accept_growth(self.images)]
+        self.findings += [_grown(*file) for file in accept_growth(self.images, self._host_path)]
         mend_connections(self.images)
         resume_interrupted_calls(self.images)
         self.locks = lost_locks(self.images)
@@ -283,8 +288,12 @@ class _Restore:
         """From here on whatever is started or changed is cleared away by the warden, should we die."""
         pids = [pid for member in self.members for pid in (member.pid, *member.threads)]
         keep = [self.images.fd, *self.replacements.inherit.values()]
-        self.residence = Residence(keep, undo, pids if self.namespace == PidNamespace.NEW else None)
+        taken = pids if self.namespace == PidNamespace.NEW else None
+        self.residence = Residence(keep, undo, taken, self.options.root)
         self.held.callback(self.residence.close)
+
+    def _host_path(self, path: str) -> str:
+        return below(self.options.root, path)
 
     def _note(self, change: Change) -> None:
         self.changes.append(change.__dict__)
@@ -299,7 +308,8 @@ class _Restore:
 
     def _namespace(self) -> PidNamespace:
         numbers = {pid for member in self.members for pid in (member.pid, *member.threads)}
-        return namespace_for(self.options.pid_namespace, self.members[0].pid, numbers)
+        asked = PidNamespace.NEW if self.options.root else self.options.pid_namespace
+        return namespace_for(asked, self.members[0].pid, numbers)
 
     def _split(self) -> Split:
         alive = {member.pid for member in self.members if member.alive}

@@ -80,9 +80,9 @@ class RestoreOptions:
     """What a user asks of `crcli restore`. `image` is NAME, NAME@ID or a URL; `store` a URL.
 
     `weights_map` says where files of weights are here (old and new path, of files or folders);
-    `weights_folders` are searched for the others.
-    `ports` maps ports that the image listens on to those that it is to listen on here. `signal` is sent to
-    the tree's root once it runs (0: none).
+    `weights_folders` are searched for the others. `ports` maps ports that the image listens on to those that
+    it is to listen on here. `root` is the folder that the tree gets as its root, a path without links
+    (empty: ours). `signal` is sent to the tree's first process once it runs (0: none).
     """
 
     image: str
@@ -94,6 +94,7 @@ class RestoreOptions:
     weights_map: tuple[tuple[str, str], ...] = ()
     weights_folders: tuple[str, ...] = ()
     ports: Mapping[int, int] = field(default_factory=dict)
+    root: str = ""
     signal: int = 0
     endpoint_url: str | None = None
 

@@ -577,6 +577,18 @@ def pid_namespace_without_init(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def root_elsewhere(evidence: Evidence) -> Iterator[Finding]:
+    """A tree that CRIU must enter, and whose root folder has no CRIU in it, nor what a trial needs."""
+    if evidence.entered and not evidence.is_rooted_here:
+        yield blocker(
+            "root-elsewhere",
+            f"{evidence.root.label} has another root folder than this host, in namespaces that it is not the "
+            "first process of",
+            process_list([evidence.root]),
+            "a tree that was restored with --root cannot be dumped: restore its image without, and dump that",
+        )
+
+
 def stuck(evidence: Evidence) -> Iterator[Finding]:
     """Tasks in uninterruptible sleep: CRIU waits for them and gives up (vfork parents are such)."""
     if held := evidence.stuck:
@@ -634,6 +646,7 @@ BLOCKERS: tuple[Check, ...] = (
     nested_namespaces,
     session_outside_pid_namespace,
     pid_namespace_without_init,
+    root_elsewhere,
     stuck,
     leader_exited,
 )

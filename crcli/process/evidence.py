@@ -300,7 +300,8 @@ class Evidence:
     signal reaches them. `netlink_unread` are inodes of sockets, `events_unread` the inotify descriptors with
     events that nobody has read, `corked` the UDP sockets that hold back what was sent, `own_mounts` where the
     tree sees another mount than we do, `limits_above` the processes with a hard limit above ours that we may
-    not raise, `timers` the number of POSIX timers by pid.
+    not raise, `timers` the number of POSIX timers by pid. `is_rooted_here`: the root process has our root
+    folder as its own.
     """
 
     tree: Tree
@@ -333,6 +334,7 @@ class Evidence:
     own_mounts: tuple[str, ...]
     limits_above: tuple[Process, ...]
     timers: dict[int, int]
+    is_rooted_here: bool
 
     @property
     def root(self) -> Process:

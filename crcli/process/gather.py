@@ -116,7 +116,17 @@ def _gather(tree: Tree) -> Evidence:
         own_mounts=_own_mounts(tree, viewer, all_mounts),
         limits_above=_limits_above(tree, viewer),
         timers=_timers(tree),
+        is_rooted_here=_is_rooted_here(tree),
     )
+
+
+def _is_rooted_here(tree: Tree) -> bool:
+    """Whether the root process has our root folder as its own; what cannot be looked at counts as ours."""
+    try:
+        theirs, ours = os.stat(f"/proc/{tree.root.pid}/root/"), os.stat("/")
+    except OSError:
+        return True
+    return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
 
 
 def _viewer() -> Viewer:
