@@ -12,7 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import crcli
@@ -262,10 +262,22 @@ class _Dump:
             return
         with self.watch.phase("notify"):
             late = boards.checkpoint(limit_s)
-        findings = tuple(_late_finding(self.tree.process(one.pid).label, one.pid, limit_s) for one in late)
+            labels = {process.pid: process.label for process in self.tree}
+            self._look_again()
+        findings = tuple(_late_finding(labels[one.pid], one.pid, limit_s) for one in late)
         self.report.findings = (*self.report.findings, *findings)
         for finding in findings:
             self.progress.finding(finding)
+
+    def _look_again(self) -> None:
+        """Callbacks have run: connections and files that the plan was made for may be closed by now."""
+        fresh = look(self.options)
+        if fresh.evidence.root.identity != self.target.evidence.root.identity:
+            raise PreflightRefused(f"process {self.options.pid} ended before it could be frozen")
+        self.target = replace(fresh, name=self.target.name, image_id=self.target.image_id)
+        self.tree = fresh.evidence.tree
+        self.report.processes = len(self.tree)
+        self.report.findings = fresh.findings
 
     def _notify_limit_s(self) -> float:
         """How long callbacks may take: a tenth of the time that is left, and nothing when that is short."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,43 @@ def test_with_no_time_nobody_is_told(crcli: Crcli, options: tuple[str, ...]) -> 
     with spawn_python(agent()) as program:
         crcli.restore(crcli.dump(program.pid, *options)["image"])
         heard(program, "restore", "waited")
+
+
+def test_what_an_agent_closes_is_not_looked_for(crcli: Crcli, tmp_path: Path) -> None:
+    """Connections that a callback closes are in neither plan nor image; the agent makes new ones itself."""
+    path = str(tmp_path / "service")
+    code = """
+        import socket, time
+        peers = []
+        def connect():
+            unix = socket.socket(socket.AF_UNIX)
+            unix.connect({path!r})
+            peers[:] = [unix, socket.create_connection(("127.0.0.1", {port}))]
+            for peer in peers:
+                peer.sendall(b"hello\\n")
+        def disconnect():
+            for peer in peers:
+                peer.close()
+        connect()
+        notify.on_checkpoint(disconnect)
+        notify.on_restore(connect)
+        """
+    with socket.socket(socket.AF_UNIX) as unix, socket.create_server(("127.0.0.1", 0)) as tcp:
+        unix.bind(path)
+        unix.listen()
+        code = textwrap.dedent(code).format(path=path, port=tcp.getsockname()[1])
+        with spawn_python(agent(code + textwrap.dedent(WAITER))) as program:
+            for service in (unix, tcp):
+                service.settimeout(10)
+                with service.accept()[0] as peer:
+                    assert peer.recv(100) == b"hello\n"
+            report = crcli.dump(program.pid)
+            assert not [finding for finding in report["findings"] if "outside" in finding["name"]]
+            crcli.restore(report["image"])
+            for service in (unix, tcp):
+                with service.accept()[0] as peer:
+                    assert peer.recv(100) == b"hello\n"
+            heard(program, "checkpoint", "restore", "waited")
 
 
 def test_every_process_of_a_tree_hears(crcli: Crcli) -> None:

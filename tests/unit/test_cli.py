@@ -412,3 +412,28 @@ def test_findings_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     lines.finding(Finding("x", Severity.CHANGE, "a thing is lost", action="goes on"))
     lines.finding(Finding("y", Severity.NOTE, "nothing much"))
     assert capsys.readouterr().err == "change: a thing is lost [crcli goes on]\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--port", "80"),
+        ("--port", "80=0"),
+        ("--port", "80=65536"),
+        ("--port", "80=-1"),
+        ("--port", "80=80"),
+        ("--port", "80=81", "--port", "80=82"),
+        ("--port", "80=82", "--port", "81=82"),
+        ("--signal", "KILL"),
+        ("--signal", "19"),
+        ("--signal", "0"),
+        ("--signal", ""),
+        ("--signal", "SIGNOTHING"),
+        ("--root", "/dev/null"),
+        ("--root", "/", "--pid-namespace", "host"),
+    ],
+)
+def test_nonsense_for_a_restore_is_wrong_usage(options: tuple[str, ...], capsys: Any) -> None:
+    """Options that no restore could follow are named, before any store is looked at."""
+    assert main(["restore", "nobody", "--store", "file:///nowhere", *options]) == 2
+    assert options[-2] in capsys.readouterr().err
