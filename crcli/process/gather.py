@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from crcli.errors import PreflightRefused
+from crcli.process import notify
 from crcli.process.asking import joined_groups, multicast_groups, unread_bytes
 from crcli.process.epolls import epolls_astray
 from crcli.process.evidence import (
@@ -55,6 +56,7 @@ SQLITE_SMALLEST_PAGE = 512
 SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
 STUCK_AFTER_SECONDS = 0.5
 CORKED_AFTER_SECONDS = 0.05
+_BOARD = f"/memfd:{notify.NAME}"
 CONTROLLING_TTY = os.makedev(5, 0)
 
 T = TypeVar("T")
@@ -369,11 +371,13 @@ def _shared_memory(
     in_memory = {dev for dev, mount in mounts_by_device.items() if mount.fstype in MEMORY_FILE_SYSTEMS}
     held: dict[FileId, list[OpenFile | Mapping]] = {}
     for file in files:
+        if file.path == _BOARD:
+            continue  # shared with us, while a dump is announced
         if file.kind is Kind.MEMFD or (file.kind is Kind.REGULAR and file.dev in in_memory):
             held.setdefault(file.id, []).append(file)
     for mapping in maps:
         nameless = mapping.is_anonymous_shared or mapping.is_memfd
-        if mapping.shared and (nameless or mapping.dev in in_memory):
+        if mapping.shared and (nameless or mapping.dev in in_memory) and mapping.path != _BOARD:
             held.setdefault(mapping.id, []).append(mapping)
     if not held:
         return ()

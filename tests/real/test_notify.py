@@ -18,21 +18,21 @@ from tests.support.programs import Program, spawn_python, then_wait
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
 AGENT = f"""
-    import sys
+    import os, sys
     sys.path.insert(0, {str(ROOT)!r})
     from crcli import notify
 
     def say(word):
-        return lambda: print(word)
+        return lambda: os.write(1, (word + "\\n").encode())  # at once: others write there, too
 
     notify.on_checkpoint(say("checkpoint"))
     notify.on_resume(say("resume"))
     notify.on_restore(say("restore"))
     """
 WAITER = """
-    print("ready")
+    os.write(1, b"ready\\n")
     while notify.wait_restored():
-        print("waited")
+        os.write(1, b"waited\\n")
     """
 
 
