@@ -6,6 +6,7 @@ table that stands in README; a test compares the two.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,6 +23,24 @@ class TreeState(StrEnum):
     RUNNING = "running"
     STOPPED = "stopped"
     DEAD = "dead"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why CRIU failed, read from its log.
+
+    `name` is stable (scripts match on it) and empty where the cause is not a known one; `said` is CRIU's own
+    line, `meaning` what it means, `remedy` what the user can do (may be empty). `retry` says whether trying
+    again with nothing changed can help; None where that is not known. `log` is the path of the whole log
+    (empty where it could not be kept).
+    """
+
+    name: str
+    said: str
+    meaning: str
+    remedy: str
+    retry: bool | None
+    log: str = ""
 
 
 EXIT_CODES: dict[int, tuple[str, str]] = {
@@ -51,7 +70,7 @@ class CrcliError(Exception):
     """Base of every error that crcli reports on purpose.
 
     `message` says what happened in one sentence, `hint` what the user can do next (may be empty), `state`
-    what became of the tree, `findings` the evidence.
+    what became of the tree, `findings` the evidence, `cause` why CRIU failed, where it is CRIU that did.
     """
 
     exit_code: ClassVar[int] = 1
@@ -64,12 +83,14 @@ class CrcliError(Exception):
         hint: str = "",
         state: TreeState = TreeState.UNTOUCHED,
         findings: Sequence[Finding] = (),
+        cause: Cause | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.state = state
         self.findings = tuple(findings)
+        self.cause = cause
 
 
 class UsageError(CrcliError):

@@ -1,87 +1,116 @@
-"""CRIU's log, read for us: the one line that matters, and what it means."""
+"""CRIU's log, read for us: the line that is the cause, what it means, and what helps.
+
+A log of level 4 holds lines of several processes. CRIU's own have no pid; a process that is being restored
+(or code that runs inside one) puts its own before what it says:
+
+    (00.046071)   5392: Error (criu/files-reg.c:2353): Can't open file tmp/f on restore: No such file …
+    (00.040588) pie: 8324: Error (criu/pie/restorer.c:1907): Can't read pages data (-9)
+    (00.046095) Error (criu/cr-restore.c:2331): Restoring FAILED.
+
+The process that failed first is the one that matters: the others are killed because of it, and say so. Of its
+errors the first is the nearest to the cause; those after it say what could not be done without. Some errors
+stand in the log of every run that works; they are left out.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from crcli.errors import Cause
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_LINE = re.compile(
+    r"^(?:\(\d+\.\d+\))?\s*(?:pie: )?\s*(?:(?P<pid>\d+):\s*)?"
+    r"(?P<level>Error|Warn)\s*\([^)]*:\d+\): (?P<text>.*)$"
+)
+_BARE = re.compile(r"^\(\d+\.\d+\)\s*(?P<text>Effective capability \d+ missing.*)$")
+_WARNINGS_THAT_COUNT = re.compile(r"Unable to interrupt task")
+"""A process that cannot be stopped is a warning at first, for it may be a zombie; then CRIU just gives up."""
+
+_HARMLESS = re.compile(
+    r"rlimit: Can't setup RLIMIT_NOFILE for self"
+    r"|Can't keep kdat cache"
+    r"|-?\d+ reported by netlink"
+    r"|net: Unable to create a veth pair"
+    r"|net: Unexpected error: -?\d+\("
+    r"|RPC client reported script error"
+)
+"""Errors that stand in the logs of runs that worked, and one that only passes on what we said ourselves."""
+
+_CONSEQUENCES = re.compile(
+    r"(?:Restoring|Dumping) FAILED"
+    r"|\w[\w ]* \(pid: \d+\) failed with"
+    r"|Unable to open fd=\d+ id="
+    r"|`- Can't open vma"
+    r"|\d+ exited, status="
+    r"|Unable to detach from"
+    r"|Restorer fail|BUG at criu/pie/restorer"
+    r"|Killing processes because of failure"
+    r"|Aborting restore due to|(?:Pre|Post)-resume script"
+    r"|Can't unfreeze"
+)
+"""What CRIU says on its way out, after the cause."""
 
 
-class Cause(NamedTuple):
-    """What made CRIU give up, as it said it, and what the user can do (may be empty)."""
-
+class _Line(NamedTuple):
+    pid: int
     text: str
-    hint: str
-
-
-_ERROR = re.compile(r"Error \([^)]*\): (.*)")
-
-_HARMLESS = (
-    "rlimit: Can't setup RLIMIT_NOFILE for self",
-    "Can't keep kdat cache",
-    "Aborting restore due to",
-    "Pre-resume script",
-    "Post-resume script",
-    "RPC client reported script error",
-)
-_CONSEQUENCES = (
-    "Restoring FAILED",
-    "Dumping FAILED",
-    "Dump ",
-    "Killing processes because of failure",
-    "Can't unfreeze",
-)
-
-PID_TAKEN = re.compile(r"Can't fork for (\d+): File exists")
-
-_KNOWN: tuple[tuple[str, str], ...] = (
-    (PID_TAKEN.pattern, "pid {0} is in use; try --pid-namespace new"),
-    (
-        r"File (\S+) has bad size",
-        "{0} changed since the dump; put the old version back, or use --files image",
-    ),
-    (r"File (\S+) has bad build-ID", "{0} was updated since the dump; restore needs the version of then"),
-    (r"Can't open file (\S+) on restore", "{0} is missing here; copy it from the host of the dump"),
-    (r"Can't open cwd", "the working folder of a process is missing here; create it"),
-    (
-        r"anon_inode:\[io_uring\]",
-        "a process uses io_uring, which CRIU cannot save; for Node set UV_USE_IO_URING=0",
-    ),
-    (r"Can't bind inet socket", "the address or port is taken or not ours here; see --tcp"),
-    (r"Can't get rlimit", "a process runs as another user and crcli lacks CAP_SYS_RESOURCE"),
-    (
-        r"Unable to interrupt task: (\d+)",
-        "process {0} is traced by a debugger, or ended meanwhile; try again",
-    ),
-    (
-        r"nested (\w+) namespace",
-        "a process of the tree lives in a {0} namespace of its own; wait until it ends",
-    ),
-    (
-        r"Can't restore sub-task in NS",
-        "a process of the tree lives in namespaces of its own; wait until it ends",
-    ),
-    (
-        r"capability requirements|Unable to restore capabilities",
-        "this host does not let CRIU give back a capability",
-    ),
-    (r"FPU feature required|CPU (\w+ )?capabilit", "this CPU lacks what the programs were started with"),
-    (
-        r"doesn't live in IPC ns",
-        "the tree uses SysV shared memory of the host; start it in its own IPC namespace",
-    ),
-)
+    is_error: bool
 
 
 def explain(log: str) -> Cause:
-    """Return the first error in a log of CRIU's that is a cause, not a consequence, with its remedy."""
-    errors = [match[1].strip() for line in log.splitlines() if (match := _ERROR.search(line))]
-    causes = [e for e in errors if not e.startswith(_HARMLESS)]
-    first = [e for e in causes if not e.startswith(_CONSEQUENCES)] or causes
-    for error in first:
-        for pattern, hint in _KNOWN:
-            if match := re.search(pattern, error):
-                return Cause(error, hint.format(*match.groups()))
-    if first:
-        return Cause(first[0], "")
+    """Return why CRIU gave up, as far as its log says.
+
+    A cause that is not known has no name, and its meaning is the line itself. Where there is no error at all,
+    that is the last line.
+    """
+    lines = [line for line in _parse(log) if not _HARMLESS.match(line.text)]
+    errors = [line for line in lines if line.is_error]
+    causes = [line for line in errors if not _CONSEQUENCES.match(line.text)]
+    warnings = [line for line in lines if _WARNINGS_THAT_COUNT.match(line.text)]
+    said = _of_the_first_to_fail(causes or warnings or errors)
+    return _known(said) or _unknown(said, log)
+
+
+def _parse(log: str) -> Iterable[_Line]:
+    for text in log.splitlines():
+        if found := _LINE.match(text):
+            yield _Line(int(found["pid"] or 0), found["text"].strip(), found["level"] == "Error")
+        elif bare := _BARE.match(text):
+            yield _Line(0, bare["text"], True)
+
+
+def _of_the_first_to_fail(lines: list[_Line]) -> list[str]:
+    """The lines, those of the process that spoke first before those of all others."""
+    first = [line.text for line in lines if line.pid == lines[0].pid]
+    return first + [line.text for line in lines if line.pid != lines[0].pid]
+
+
+def _known(said: list[str]) -> Cause | None:
+    """The known cause that is named first."""
+    from crcli.criu.causes import KNOWN
+
+    text = "\n".join(said)
+    found = [(known, match) for known in KNOWN if (match := known.pattern.search(text))]
+    if not found:
+        return None
+    known, match = min(found, key=lambda pair: text.count("\n", 0, pair[1].start()))
+    values = {name: value or "" for name, value in match.groupdict().items()}
+    if path := values.get("path"):
+        values["path"] = path if path.startswith("/") else f"/{path}"
+    return Cause(
+        name=known.name,
+        said=said[text.count("\n", 0, match.start())],
+        meaning=known.meaning.format_map(values),
+        remedy=known.remedy.format_map(values),
+        retry=known.retry,
+    )
+
+
+def _unknown(said: list[str], log: str) -> Cause:
     tail = [line for line in log.splitlines() if line.strip()]
-    return Cause(tail[-1] if tail else "CRIU wrote no log", "")
+    line = said[0] if said else tail[-1] if tail else "CRIU wrote no log"
+    return Cause(name="", said=line, meaning=line, remedy="", retry=None)

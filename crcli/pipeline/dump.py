@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import crcli
 from crcli.criu import netlock
 from crcli.criu.images import read_tree, run_id
-from crcli.criu.log import explain
 from crcli.criu.options import LOG_NAME, dump_options
 from crcli.criu.page_server import receive_pages, socket_pair
 from crcli.criu.rescue import free_sockets, remove_link_remaps, remove_tables
@@ -41,7 +40,7 @@ from crcli.memory.intake import Intake
 from crcli.pipeline.capture import capture_files, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
-from crcli.pipeline.logs import keep_log
+from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.preflight import preflight_here
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
@@ -579,9 +578,6 @@ def _must_answer_limits(evidence: Evidence) -> bool:
 
 
 def _explained(images: Workspace, what: str, state: TreeState) -> DumpFailed:
-    """The error for a CRIU that failed, with the line of its log that says why."""
-    log = images.read(LOG_NAME).decode(errors="replace") if LOG_NAME in images.names() else ""
-    cause = explain(log)
-    path = keep_log(log, "dump")
-    whole = f" (CRIU's whole log: {path})" if path else ""
-    return DumpFailed(f"{what}: {cause.text}{whole}", hint=cause.hint, state=state)
+    """The error for a CRIU that failed, with what its log says of the cause."""
+    cause = explain_failure(images, "dump")
+    return DumpFailed(f"{what}: {cause.meaning}", hint=cause.remedy, state=state, cause=cause)

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from crcli.criu.log import explain
+from crcli.criu.options import LOG_NAME
+
+if TYPE_CHECKING:
+    from crcli.criu.workspace import Workspace
+    from crcli.errors import Cause
 
 DEFAULT_FOLDER = "/var/log/crcli"
 
@@ -24,3 +33,13 @@ def keep_log(log: str, kind: str) -> str:
     except OSError:
         return ""
     return path
+
+
+def explain_failure(folder: Workspace, kind: str, said: str = "") -> Cause:
+    """Return why CRIU failed, from its log in `folder`, having kept that log where the user can read it.
+
+    `kind` (dump, trial, restore) becomes part of its file's name; `said` is what CRIU answered, for want of a
+    log.
+    """
+    log = folder.read(LOG_NAME).decode(errors="replace") if LOG_NAME in folder.names() else ""
+    return replace(explain(log or said), log=keep_log(log, kind))

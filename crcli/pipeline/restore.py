@@ -18,7 +18,6 @@ from crcli.criu import netlock
 from crcli.criu.images import memfd_names, read_tree
 from crcli.criu.interrupted import resume_interrupted_calls
 from crcli.criu.locks import FileLock, lost_locks, take_again
-from crcli.criu.log import PID_TAKEN, explain
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.residence import Residence
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
@@ -42,7 +41,7 @@ from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, SpaceKey
 from crcli.memory.replay import Replay, Split, split, targets, write_all
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
-from crcli.pipeline.logs import keep_log
+from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, namespace_depth, namespace_for
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import FrameType
 
+    from crcli.errors import Cause
     from crcli.pipeline.stages import Progress, RestoreOptions
     from crcli.plugins.loader import Hooks
     from crcli.store.base import Store
@@ -152,9 +152,13 @@ def _bring_back(options: RestoreOptions, progress: Progress, passed_on: _PassedO
     try:
         return _attempt(options, progress, passed_on)
     except RestoreFailed as error:
-        if options.pid_namespace != PidNamespace.AUTO or not PID_TAKEN.search(error.message):
+        if options.pid_namespace != PidNamespace.AUTO or not _lost_its_pids(error):
             raise
     return _attempt(replace(options, pid_namespace=PidNamespace.NEW), progress, passed_on)
+
+
+def _lost_its_pids(error: RestoreFailed) -> bool:
+    return error.cause is not None and error.cause.name == "pid-taken"
 
 
 def _attempt(options: RestoreOptions, progress: Progress, passed_on: _PassedOn | None) -> Restored:
@@ -511,13 +515,19 @@ class _Restore:
         self._kill_members()
         undo(self.changes)
         if isinstance(error, RestoreFailed) and cause is not None and error.state != TreeState.DEAD:
-            return RestoreFailed(f"{error.message}: {cause[0]}", hint=error.hint or cause[1])
+            hint = error.hint or cause.remedy
+            return RestoreFailed(f"{error.message}: {cause.meaning}", hint=hint, cause=cause)
         if isinstance(error, CriuDied):
-            return RestoreFailed(f"CRIU died: {cause[0] if cause else error}", hint=cause[1] if cause else "")
+            return RestoreFailed(
+                f"CRIU died: {cause.meaning if cause else error}",
+                hint=cause.remedy if cause else "",
+                cause=cause,
+            )
         if isinstance(error, CriuTimeout):
             return RestoreFailed(
                 f"CRIU did not finish within {CRIU_LIMIT_S:.0f} s",
                 hint="another process may hold a file lock that the tree needs: see /proc/locks",
+                cause=cause,
             )
         if isinstance(error, Interrupted):
             return RestoreFailed(f"the restore was {error}")
@@ -525,14 +535,11 @@ class _Restore:
             return RestoreFailed(f"the restore failed: {error}")
         return error
 
-    def _explained(self) -> tuple[str, str] | None:
+    def _explained(self) -> Cause | None:
         folder = self.logs
         if folder is None or folder.fd < 0 or LOG_NAME not in folder.names():
             return None
-        log = folder.read(LOG_NAME).decode(errors="replace")
-        path = keep_log(log, "restore")
-        cause = explain(log)
-        return cause.text + (f" (CRIU's whole log: {path})" if path else ""), cause.hint
+        return explain_failure(folder, "restore")
 
     def _kill_members(self) -> None:
         """CRIU kills what it has begun; this is for what is left when CRIU itself died."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from crcli.criu.images import join_threads_to_leaders, read_tree
-from crcli.criu.log import explain
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.sandbox import STAND_IN_FD, Order
@@ -21,6 +19,7 @@ from crcli.criu.skeleton import (
 from crcli.errors import DumpFailed, TreeState
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
 from crcli.memory.replay import write_all
+from crcli.pipeline.logs import explain_failure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,12 +111,10 @@ def _lay_out_kept(trial: Workspace, kept: Mapping[SpaceKey, list[tuple[int, byte
 
 
 def _refusal(what: str, trial: Workspace, said: str = "") -> DumpFailed:
-    log = trial.read(LOG_NAME).decode(errors="replace") if LOG_NAME in trial.names() else ""
-    cause = explain(log or said)
-    if os.environ.get("CRCLI_DEBUG"):
-        what += "\n" + log
+    cause = explain_failure(trial, "trial", said)
     return DumpFailed(
-        f"{what}, so this tree could not come back here: {cause.text}",
-        hint=cause.hint or "--no-trial dumps it all the same, at your own risk",
+        f"{what}, so this tree could not come back here: {cause.meaning}",
+        hint=cause.remedy or "--no-trial dumps it all the same, at your own risk",
         state=TreeState.RUNNING,
+        cause=cause,
     )

@@ -8,7 +8,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TreeState
+from crcli.errors import Cause, CrcliError, DumpFailed, PreflightRefused, TreeState
 from crcli.findings import Severity
 from crcli.ui.text import printable
 
@@ -28,7 +28,7 @@ _STATES = {
 def show(error: CrcliError, as_json: bool) -> int:
     """Show an error that crcli raised on purpose; return its exit code."""
     if as_json:
-        _emit(error.code, error.message, error.hint, error.state, error.findings)
+        _emit(error.code, error.message, error.hint, error.state, error.findings, error.cause)
         return error.exit_code
     lines = [f"crcli: {error.message}"]
     for finding in error.findings:
@@ -38,10 +38,24 @@ def show(error: CrcliError, as_json: bool) -> int:
         lines.append(_STATES[error.state])
     if error.hint:
         lines.append(f"Hint: {error.hint}")
+    if error.cause is not None:
+        lines += _cause(error.cause)
     _say("\n".join(lines))
     if os.environ.get("CRCLI_DEBUG"):
         traceback.print_exception(error)
     return error.exit_code
+
+
+def _cause(cause: Cause) -> list[str]:
+    """What to know of CRIU's part in it, beside the message and the hint, which come from its cause."""
+    lines = []
+    if cause.retry is not None:
+        lines.append("Trying again can help." if cause.retry else "Trying again as it is will not help.")
+    if cause.said != cause.meaning:
+        lines.append(f"CRIU said: {cause.said}")
+    if cause.log:
+        lines.append(f"CRIU's whole log: {cause.log}")
+    return lines
 
 
 def show_usage(error: Any, as_json: bool) -> int:
@@ -92,13 +106,24 @@ def _usage_hint(error: Any) -> str:
     return f"`{error.ctx.command_path if error.ctx is not None else 'crcli'} --help` says more"
 
 
-def _emit(code: str, message: str, hint: str, state: TreeState, findings: Sequence[Finding]) -> None:
+def _emit(
+    code: str,
+    message: str,
+    hint: str,
+    state: TreeState,
+    findings: Sequence[Finding],
+    cause: Cause | None = None,
+) -> None:
     body = {
         "code": code,
         "message": message,
         "hint": hint,
         "state": state.value,
         "findings": [finding.as_json() for finding in findings],
+        "cause": cause.name if cause is not None else "",
+        "criu": cause.said if cause is not None else "",
+        "retry": cause.retry if cause is not None else None,
+        "log": cause.log if cause is not None else "",
     }
     print(json.dumps({"error": body}), flush=True)
 

@@ -15,7 +15,16 @@ import pytest
 from crcli import errors
 from crcli.cli.options import JsonOption
 from crcli.config import DEFAULT_STORE, choose_store
-from crcli.errors import EXIT_CODES, CrcliError, DumpFailed, PreflightRefused, TreeState, UsageError
+from crcli.errors import (
+    EXIT_CODES,
+    Cause,
+    CrcliError,
+    DumpFailed,
+    PreflightRefused,
+    RestoreFailed,
+    TreeState,
+    UsageError,
+)
 from crcli.findings import Finding, Severity
 from crcli.main import COMMANDS, build_app, main
 from crcli.pipeline.interrupts import Interrupted
@@ -66,7 +75,17 @@ def one_error(text: str) -> dict[str, Any]:
     """The error that stdout consists of."""
     parsed = json.loads(text)
     assert list(parsed) == ["error"]
-    assert list(parsed["error"]) == ["code", "message", "hint", "state", "findings"]
+    assert list(parsed["error"]) == [
+        "code",
+        "message",
+        "hint",
+        "state",
+        "findings",
+        "cause",
+        "criu",
+        "retry",
+        "log",
+    ]
     found: dict[str, Any] = parsed["error"]
     return found
 
@@ -200,7 +219,35 @@ def test_errors_end_with_their_exit_codes(
         "hint": "mend it",
         "state": "untouched",
         "findings": [],
+        "cause": "",
+        "criu": "",
+        "retry": None,
+        "log": "",
     }
+
+
+@pytest.mark.parametrize(
+    ("retry", "said"),
+    [
+        (True, "Trying again can help."),
+        (False, "Trying again as it is will not help."),
+        (None, "CRIU said: what CRIU said"),
+    ],
+)
+def test_errors_say_why_criu_failed(
+    retry: bool | None, said: str, failing: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is known of CRIU's part comes with an error: its words, its log, whether to try again."""
+    cause = Cause("pid-taken", "what CRIU said", "it broke", "mend it", retry, "/var/log/whole.log")
+    error = RestoreFailed("it broke", hint="mend it", cause=cause)
+    failing(error)
+    text = capsys.readouterr().err
+    assert said in text and "CRIU said: what CRIU said" in text and "whole log: /var/log/whole.log" in text
+    assert ("Trying again" in text) == (retry is not None)
+    failing(error, "--json")
+    shown = one_error(capsys.readouterr().out)
+    assert (shown["cause"], shown["criu"]) == ("pid-taken", "what CRIU said")
+    assert (shown["retry"], shown["log"]) == (retry, "/var/log/whole.log")
 
 
 @pytest.mark.parametrize(
