@@ -1,4 +1,4 @@
-"""`crcli doctor`: what this host lacks."""
+"""`crcli doctor`: what this host is, and what it lacks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def doctor(
     as_json: JsonOption = False,
     endpoint_url: EndpointOption = None,
 ) -> int:
-    """Say what this host lacks, each with its remedy; exit with 40 when processes cannot be dumped here."""
-    from crcli.guard.doctor import Status, examine, release_locks
+    """Say what this host is and lacks, with remedies; exit with 40 when processes cannot be dumped here."""
+    from crcli.guard.doctor import Status, describe, examine, release_locks
     from crcli.ui.doctor import show_checks
 
     released = release_locks() if fix else []
-    checks = examine(choose_store(store, endpoint_url))
-    show_checks(checks, released, as_json)
+    families = examine(choose_store(store, endpoint_url))
+    checks = [check for family in families.values() for check in family]
+    show_checks(families, describe(checks), released, as_json)
     return 40 if any(check.status == Status.LACKS for check in checks) else 0

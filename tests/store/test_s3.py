@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from botocore import exceptions as boto
 
+from crcli.config import StoreChoice
 from crcli.errors import NotFound, ObjectExists, StoreError
+from crcli.guard.doctor import places
 from crcli.store import open_store
 from crcli.store.address import StoreAddress
 from crcli.store.s3 import bucket as bucket_module
@@ -402,3 +404,30 @@ def test_signed_payloads(s3: Choose, monkeypatch: pytest.MonkeyPatch, tmp_path: 
             writer.commit()
         assert store.get(key) == data
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("leg", "conditions"),
+    [("moto", "honoured"), ("moto-ignores", "ignored"), ("moto-refuses", "refused"), ("swift", "honoured")],
+)
+def test_doctor_asks_what_a_store_can_do(s3: Choose, leg: str, conditions: str) -> None:
+    """The doctor finds out what becomes of conditional writes, names the settings without any secret, and
+    leaves nothing behind."""
+    server = s3(leg)
+    (check,) = places._store(StoreChoice(server.url("doctor"), None, "--store"))
+    found = check.evidence
+    assert (check.status, found["conditional_writes"]) == ("ok", conditions)
+    assert found["round_trip_ms"] > 0 and found["endpoint"].startswith(("http://", "https://"))
+    assert found["credentials_from"] == "env" and found["region"]
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(found)
+    store = open_store(server.url("doctor"))
+    assert list(store.list()) == []
+    store.close()
+
+
+def test_doctor_says_why_a_store_cannot_be_used(s3: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that refuses is something that the host lacks, with the store's own hint as its remedy."""
+    server = s3("swift")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    (check,) = places._store(StoreChoice(server.url("doctor"), None, "--store"))
+    assert check.status == "lacks" and "credentials" in check.remedy

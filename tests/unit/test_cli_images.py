@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from crcli.criu import netlock
-from crcli.guard import doctor
+from crcli.guard.doctor import host, kernel, machine, rights
 from crcli.image.manifest import list_images
 from crcli.image.names import PACKS
 from crcli.main import main
@@ -154,18 +154,21 @@ def test_doctor_agrees_with_itself(cli: Cli) -> None:
     assert {"kernel", "capabilities", "criu", "pycriu", "namespaces", "network-locks", "store"} <= {
         check["name"] for check in found["checks"]
     }
-    assert all(list(c) == ["name", "status", "message", "evidence", "remedy"] for c in found["checks"])
+    fields = ["name", "status", "message", "evidence", "remedy", "family"]
+    assert all(list(check) == fields for check in found["checks"])
+    assert len({check["name"] for check in found["checks"]}) == len(found["checks"])
 
 
 @pytest.mark.parametrize(
     ("prepare", "name"),
     [
-        (lambda patch: patch.setattr(doctor, "_effective_capabilities", lambda: 0), "capabilities"),
+        (lambda patch: patch.setattr(rights, "effective", lambda: 0), "capabilities"),
+        (lambda patch: patch.setattr(kernel, "_can_trace", lambda: False), "tracing"),
         (lambda patch: patch.setenv("CRCLI_CRIU", "/nonexistent/criu"), "criu"),
         (lambda patch: patch.setenv("CRCLI_CRIU", "/bin/true"), "criu"),
-        (lambda patch: patch.setattr(doctor, "_works_in_child", lambda attempt: False), "namespaces"),
+        (lambda patch: patch.setattr(kernel, "works_in_child", lambda attempt: False), "namespaces"),
     ],
-    ids=["no capabilities", "no criu", "a criu that is none", "no namespaces"],
+    ids=["no capabilities", "no tracing", "no criu", "a criu that is none", "no namespaces"],
 )
 def test_doctor_names_what_is_lacking(
     prepare: Any, name: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
@@ -207,6 +210,50 @@ def test_doctor_lets_go_of_connections(cli: Cli, monkeypatch: pytest.MonkeyPatch
     assert checks["network-locks"]["evidence"] == {"tables": ["CRIU-abc"]}
     assert cli_json(cli, "doctor", "--fix")["released"] == ["CRIU-abc"]
     assert tables == set()
+
+
+def test_doctor_describes_the_host(cli: Cli) -> None:
+    """What a fleet compares has stable names; the CPU's flags are a list."""
+    found = cli_json(cli, "doctor")["host"]
+    assert list(found) == [
+        "hostname",
+        "kernel",
+        "machine",
+        "page_size",
+        "cpus",
+        "cpu_vendor",
+        "cpu_model",
+        "cpu_flags",
+        "memory_bytes",
+        "swap_bytes",
+        "container",
+        "crcli",
+        "criu",
+        "python",
+        "gpus",
+        "gpu_driver",
+    ]
+    words = Path("/proc/cpuinfo").read_text().split()
+    assert found["cpu_flags"] == sorted(found["cpu_flags"]) and set(found["cpu_flags"]) <= set(words)
+    assert found["cpu_flags"] and found["memory_bytes"] > 0
+
+
+def test_the_flags_are_those_of_every_processor() -> None:
+    """Where processors differ, a program can count on what all of them have only."""
+    text = "processor\t: 0\nflags\t\t: fpu sse avx\n\nprocessor\t: 1\nflags\t\t: sse fpu\n"
+    found = host.cpu(text)
+    assert (found["cpus"], found["cpu_flags"], found["cpu_model"]) == (2, ["fpu", "sse"], "")
+
+
+def test_doctor_names_gpus(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU and its driver are named, and that they are not supported yet."""
+    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep 23 10:11:16 UTC 2025\n"
+    monkeypatch.setattr(machine, "gpus", lambda: ["/dev/nvidia0"])
+    monkeypatch.setattr(machine, "read", lambda path: text)
+    assert machine.gpu_driver() == "580.95.05"
+    (check,) = machine._gpus()
+    assert check.status == "note" and "not supported yet" in check.message
+    assert check.evidence == {"devices": ["/dev/nvidia0"], "driver": "580.95.05"}
 
 
 def cli_json(cli: Cli, *arguments: str) -> dict[str, Any]:

@@ -30,6 +30,9 @@ class Connection:
 
     client: Any
     endpoint_url: str
+    region: str
+    credentials_from: str
+    """By which of botocore's ways the credentials were found (env, shared-credentials-file, iam-role, …)."""
     is_aws: bool
     checksums: bool
     """Whether requests carry CRC32s. Stores that choke on them are used with request_checksum_calculation =
@@ -58,6 +61,8 @@ def connect(settings: S3Settings) -> Connection:
     return Connection(
         client=client,
         endpoint_url=client.meta.endpoint_url,
+        region=client.meta.region_name,
+        credentials_from=getattr(session.get_credentials(), "method", ""),
         is_aws=_host(client).endswith((".amazonaws.com", ".amazonaws.com.cn")),
         checksums=client.meta.config.request_checksum_calculation == "when_supported",
         max_attempts=_configured_attempts(session),

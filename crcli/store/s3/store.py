@@ -10,6 +10,7 @@ from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key
 from crcli.store.s3.body import Body
 from crcli.store.s3.bucket import Bucket
 from crcli.store.s3.creating import put_whole
+from crcli.store.s3.survey import Survey, survey
 from crcli.store.s3.uploads import PART_SIZE, S3Writer, UploadThreads
 
 if TYPE_CHECKING:
@@ -110,6 +111,10 @@ class S3Store:
             where = {"Bucket": self._bucket.name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             self._bucket.request("abort_multipart_upload", where)
         return len(old)
+
+    def survey(self) -> Survey:
+        """Find out what the bucket can do; a small object is written and removed again."""
+        return survey(self._bucket)
 
     def give_up(self) -> None:
         """End all patience: what fails from now on is not tried again."""
