@@ -203,9 +203,21 @@ OF_DUMPS = (
     ),
     KnownCause(
         "mount-unsupported",
-        r"FS mnt (?P<mount>\S+) dev \S+ root \S+ unsupported",
-        "the tree has mounts of its own, and {mount} among them is of a kind that CRIU cannot save",
+        r"FS mnt \.?(?P<path>\S+) dev \S+ root \S+ unsupported",
+        "the tree has mounts of its own, and {path} among them is of a kind that CRIU cannot save",
         "dump from outside of the container, or start the program without namespaces of its own",
+    ),
+    KnownCause(
+        "mount-unsupported",
+        r"mnt: \d+:\.?(?P<path>\S+) doesn't have a proper root mount",
+        "the tree has mounts of its own, and {path} is part of one that it cannot see",
+        "dump from outside of the container, or start the program without namespaces of its own",
+    ),
+    KnownCause(
+        "session-outside",
+        r"A session leader of (?P<pid>\d+)\(\d+\) is outside of its pid namespace",
+        "process {pid} lives in a pid namespace, and its session began outside of it",
+        "have the first process of the namespace begin a session of its own (setsid)",
     ),
     KnownCause(
         "sysv-shm",
@@ -274,7 +286,7 @@ OF_RESTORES = (
     ),
     KnownCause(
         "process-limit",
-        r"Can't fork for \d+: Resource temporarily unavailable",
+        r"Can't fork for \d+: Resource temporarily unavailable|Unable to create a thread: -11",
         "no more processes may be started here: the limit of the cgroup (pids.max) or of the user is reached",
         "raise that limit, or end other processes",
         retry=True,
@@ -292,6 +304,31 @@ OF_RESTORES = (
         "copy it from the host of the dump, or dump with --include {path}",
     ),
     KnownCause(
+        "file-missing",
+        r"Can't open fake fifo \S+ \[(?P<path>.+)\]: No such file or directory",
+        "{path}, a pipe that the tree has open, is not here",
+        "create it: mkfifo {path}",
+    ),
+    KnownCause(
+        "file-missing",
+        r"fsnotify: Unable to open (?P<path>.+): No such file or directory",
+        "{path}, which the tree watches, is not here",
+        "create it, or copy it from the host of the dump",
+    ),
+    KnownCause(
+        "folder-missing",
+        r"Can't bind id \S+ ino \d+ addr (?P<path>.+): No such file or directory",
+        "the folder for the tree's unix socket {path} is not here",
+        "create it",
+    ),
+    KnownCause(
+        "socket-path-taken",
+        r"Can't bind id \S+ ino \d+ addr (?P<name>.+): Address already in use",
+        "{name}, the name of a unix socket of the tree, is in use here",
+        "end whoever has it, or remove the file",
+        retry=True,
+    ),
+    KnownCause(
         "file-denied",
         r"Can't open file (?P<path>.+) on restore: (?P<why>Permission denied|Operation not permitted)",
         "{path}, which the tree has open or mapped, may not be opened here",
@@ -305,9 +342,9 @@ OF_RESTORES = (
     ),
     KnownCause(
         "file-mode-changed",
-        r"File (?P<path>.+) has bad mode 0(?P<now>\d+) \(expect 0(?P<then>\d+)\)",
+        r"File (?P<path>.+) has bad mode 0\d+?(?P<now>\d{4}) \(expect 0\d+?(?P<then>\d{4})\)",
         "{path} has other permissions than at the dump (now {now}, then {then})",
-        "chmod it back to the last four digits of {then}",
+        "chmod {then} {path}",
     ),
     KnownCause(
         "file-updated",
@@ -329,6 +366,24 @@ OF_RESTORES = (
         "add the address, or restore on the host that has it; --tcp close gives up connections",
     ),
     KnownCause(
+        "port-denied",
+        r"Can't bind inet socket.*: Permission denied",
+        "the tree listens on a port below 1024, which needs CAP_NET_BIND_SERVICE here",
+        _NEEDS_ROOT,
+    ),
+    KnownCause(
+        "socket-denied",
+        r"Can't create inet socket: (?:Operation not permitted|Permission denied)",
+        "the tree has a raw or other special socket, which needs CAP_NET_RAW here",
+        _NEEDS_ROOT,
+    ),
+    KnownCause(
+        "network-denied",
+        r"Can't turn TCP repair mode ON: Operation not permitted|SO_RCVBUFFORCE: Operation not permitted",
+        "sockets cannot be looked into or set up: that needs CAP_NET_ADMIN here",
+        _NEEDS_ROOT,
+    ),
+    KnownCause(
         "terminal-missing",
         r"Don't have tty to inherit session from",
         "the tree wants a terminal, and there is none to give it",
@@ -342,9 +397,15 @@ OF_RESTORES = (
     ),
     KnownCause(
         "memory-short",
-        r"Cannot allocate memory",
+        r"Cannot allocate memory|Can't restore 0x\w+ mapping with 0xf{15}4",
         "there is not enough memory for the tree under the limits that hold here",
         "raise the limit (ulimit -v, the cgroup's), free memory, or restore on a larger host",
+    ),
+    KnownCause(
+        "locked-memory-limit",
+        r"Can't restore 0x\w+ mapping with 0xf{15}5",
+        "the tree has more memory locked (mlock) than may be locked here",
+        "raise the limit (ulimit -l), or grant CAP_IPC_LOCK",
     ),
     KnownCause(
         "killed-while-restored",
@@ -375,6 +436,12 @@ OF_RESTORES = (
         r"Can't change root: Operation not permitted",
         "a process cannot be given its root folder: that needs CAP_SYS_CHROOT here",
         _NEEDS_ROOT,
+    ),
+    KnownCause(
+        "user-denied",
+        r"Unable to set real, effective and saved (?P<what>user|group) ID: -1|Can't setgroups",
+        "a process of the tree runs as another {what}, and cannot be made one here",
+        "grant CAP_SETUID and CAP_SETGID (--cap-add), or run crcli as root",
     ),
     KnownCause(
         "capability-denied",

@@ -40,19 +40,22 @@ _HARMLESS = re.compile(
 )
 """Errors that stand in the logs of runs that worked, and one that only passes on what we said ourselves."""
 
+_THE_END = re.compile(
+    r"Error \([^)]*\): (?:(?:Restoring|Dumping) FAILED|Killing processes because of failure)"
+)
+"""From here on CRIU clears away: what is killed then is not a cause."""
+
 _CONSEQUENCES = re.compile(
-    r"(?:Restoring|Dumping) FAILED"
-    r"|\w[\w ]* \(pid: \d+\) failed with"
+    r"\w[\w ]* \(pid: \d+\) failed with"
     r"|Unable to open fd=\d+ id="
     r"|`- Can't open vma"
     r"|\d+ exited, status="
     r"|Unable to detach from"
     r"|Restorer fail|BUG at criu/pie/restorer"
-    r"|Killing processes because of failure"
     r"|Aborting restore due to|(?:Pre|Post)-resume script"
     r"|Can't unfreeze"
 )
-"""What CRIU says on its way out, after the cause."""
+"""What CRIU says on its way there, after the cause."""
 
 
 class _Line(NamedTuple):
@@ -64,8 +67,7 @@ class _Line(NamedTuple):
 def explain(log: str) -> Cause:
     """Return why CRIU gave up, as far as its log says.
 
-    A cause that is not known has no name, and its meaning is the line itself. Where there is no error at all,
-    that is the last line.
+    A cause that is not known has no name, and its meaning is the line itself.
     """
     lines = [line for line in _parse(log) if not _HARMLESS.match(line.text)]
     errors = [line for line in lines if line.is_error]
@@ -76,7 +78,8 @@ def explain(log: str) -> Cause:
 
 
 def _parse(log: str) -> Iterable[_Line]:
-    for text in log.splitlines():
+    end = _THE_END.search(log)
+    for text in log[: end.start() if end else None].splitlines():
         if found := _LINE.match(text):
             yield _Line(int(found["pid"] or 0), found["text"].strip(), found["level"] == "Error")
         elif bare := _BARE.match(text):
@@ -111,6 +114,8 @@ def _known(said: list[str]) -> Cause | None:
 
 
 def _unknown(said: list[str], log: str) -> Cause:
-    tail = [line for line in log.splitlines() if line.strip()]
-    line = said[0] if said else tail[-1] if tail else "CRIU wrote no log"
-    return Cause(name="", said=line, meaning=line, remedy="", retry=None)
+    if said:
+        return Cause(name="", said=said[0], meaning=said[0], remedy="", retry=None)
+    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")
+    meaning = f"CRIU's log ends without an error, with: {last}" if last else "CRIU wrote no log"
+    return Cause(name="", said=last, meaning=meaning, remedy="", retry=None)

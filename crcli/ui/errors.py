@@ -51,7 +51,7 @@ def _cause(cause: Cause) -> list[str]:
     lines = []
     if cause.retry is not None:
         lines.append("Trying again can help." if cause.retry else "Trying again as it is will not help.")
-    if cause.said != cause.meaning:
+    if cause.said and cause.said not in cause.meaning:
         lines.append(f"CRIU said: {cause.said}")
     if cause.log:
         lines.append(f"CRIU's whole log: {cause.log}")

@@ -107,6 +107,23 @@ def test_a_container() -> None:
     assert "a pid namespace of its own" in checks["container"]["evidence"]["signs"]
 
 
+@pytest.mark.skipif(not Path("/sys/fs/cgroup/pids/pids.max").parent.is_dir(), reason="needs cgroups v1")
+def test_limits_of_the_cgroup() -> None:
+    """The limit of a cgroup above crcli's own counts too."""
+    above = Path("/sys/fs/cgroup/pids/crcli-test-doctor")
+    own = above / "own"
+    own.mkdir(parents=True)
+    try:
+        (above / "pids.max").write_text("123")
+        checks = doctor("sh", "-c", f'echo $$ >{own}/cgroup.procs; exec "$@"', "sh")
+    finally:
+        own.rmdir()
+        above.rmdir()
+    assert (
+        checks["cgroup"]["evidence"]["pids_limit"] == 123 and "123 processes" in checks["cgroup"]["message"]
+    )
+
+
 def test_leftovers(tmp_path: Path) -> None:
     """A folder that a killed restore left is named, with what to do about it."""
     left = tmp_path / "crcli-cgroups-0123"

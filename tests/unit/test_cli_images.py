@@ -238,6 +238,17 @@ def test_doctor_describes_the_host(cli: Cli) -> None:
     assert found["cpu_flags"] and found["memory_bytes"] > 0
 
 
+def test_doctor_for_people(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks stand below the name of their family; remedies come after them, the gravest first."""
+    monkeypatch.setenv("CRCLI_CRIU", "/nonexistent/criu")
+    lines = cli.text("doctor", code=40).splitlines()
+    families = [line.split()[0] for line in lines[2 : lines.index("")] if not line.startswith(" ")]
+    assert families == ["kernel", "rights", "criu", "machine", "leftovers", "places"]
+    remedies = lines[lines.index("") + 1 :]
+    lacking = [check["name"] for check in cli.json("doctor", code=40)["checks"] if check["status"] == "lacks"]
+    assert [line.partition(":")[0] for line in remedies[: len(lacking)]] == lacking
+
+
 def test_the_flags_are_those_of_every_processor() -> None:
     """Where processors differ, a program can count on what all of them have only."""
     text = "processor\t: 0\nflags\t\t: fpu sse avx\n\nprocessor\t: 1\nflags\t\t: sse fpu\n"

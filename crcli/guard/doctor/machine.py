@@ -79,12 +79,14 @@ def _cgroup() -> Iterator[Check]:
 
 
 def _limit(version: int, controller: str, new: str, old: str) -> int | None:
-    """The limit of our own cgroup, None where there is none; those above it in the hierarchy are left out."""
+    """The least limit of our own cgroup and those above it that can be seen; None where there is none."""
     path = next((path for names, path in own_cgroups() if controller in names or version == 2), "/")
     folder = _CGROUPS if version == 2 else f"{_CGROUPS}/{controller}"
-    name = new if version == 2 else old
-    value = read(f"{folder}{path.rstrip('/')}/{name}") or read(f"{folder}/{name}")
-    return int(value) if value.isdecimal() and int(value) < _UNLIMITED else None
+    parts = [part for part in path.split("/") if part]
+    above = ["/".join([folder, *parts[:depth]]) for depth in range(len(parts) + 1)]
+    values = [read(f"{one}/{new if version == 2 else old}") for one in above]
+    limits = [int(value) for value in values if value.isdecimal() and int(value) < _UNLIMITED]
+    return min(limits, default=None)
 
 
 def own_cgroups() -> list[tuple[list[str], str]]:
