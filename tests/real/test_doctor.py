@@ -50,7 +50,8 @@ def test_a_host_that_works() -> None:
     assert {"tracing", "pidfd", "io-uring", "pid-max", "seccomp", "security-profile"} <= set(checks)
     assert {"memory", "swap", "huge-pages", "cgroup", "container", "clock", "gpu"} <= set(checks)
     assert {"bounding-set", "limits", "python", "killed-commands", "temporary-names", "logs"} <= set(checks)
-    assert checks["criu"]["evidence"]["version"] and checks["python"]["evidence"]["packages"]["numpy"]
+    assert checks["criu"]["evidence"]["version"] and checks["criu"]["evidence"]["from"]
+    assert checks["python"]["evidence"]["packages"]["numpy"]
 
 
 def test_missing_capabilities() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -48,12 +49,23 @@ def _criu() -> Iterator[Check]:
         yield lacks("criu", f"{command[-1]} does not start: {text}", _INSTALL, command=command)
         return
     version = f"{found[1]}.{found[2]}{found[3]}"
-    says, evidence = f"CRIU {version} ({command[-1]})", {"command": command, "version": version}
+    source = _source(command)
+    says = f"CRIU {version} ({command[-1]}, by {source})"
+    evidence = {"command": command, "version": version, "from": source}
     if (int(found[1]), int(found[2])) < _OLDEST:
         yield lacks("criu", says, f"crcli needs CRIU 4.1 or newer: {_INSTALL}", **evidence)
     else:
         yield passed("criu", says, **evidence)
     yield from _what_criu_says(command)
+
+
+def _source(command: list[str]) -> str:
+    """Who said where it is: the same order as in `criu_command`."""
+    if os.environ.get("CRCLI_CRIU"):
+        return "$CRCLI_CRIU"
+    if len(command) == 1:
+        return "$PATH"
+    return "$CRCLI_CRIU_PREFIX" if "CRCLI_CRIU_PREFIX" in os.environ else "the default folder"
 
 
 def _what_criu_says(command: list[str]) -> Iterator[Check]:
