@@ -50,7 +50,7 @@ def _criu() -> Iterator[Check]:
         return
     version = f"{found[1]}.{found[2]}{found[3]}"
     source = _source(command)
-    says = f"CRIU {version} ({command[-1]}, by {source})"
+    says = f"CRIU {version} ({command[-1]}, from {source})"
     evidence = {"command": command, "version": version, "from": source}
     if (int(found[1]), int(found[2])) < _OLDEST:
         yield lacks("criu", says, f"crcli needs CRIU 4.1 or newer: {_INSTALL}", **evidence)
