@@ -24,16 +24,18 @@ def check(
 ) -> int:
     """Say what stands in the way, what will be different afterwards, and what you can do about it.
 
-    Nothing is touched. Exit 10 when the process cannot be dumped as it is, 20 when the image cannot be
-    restored here.
+    Of a process also: for how long a dump would freeze it, how much the store would get, and how long all of
+    it would take. Nothing is touched. Exit 10 when the process cannot be dumped as it is, 20 when the image
+    cannot be restored here.
     """
     from crcli.pipeline.check import check_image, check_process
     from crcli.ui.reports import show_check
 
+    chosen = choose_store(store, endpoint_url)
     if target.isdecimal():
-        report, refused = check_process(int(target)), PreflightRefused.exit_code
+        report = check_process(int(target), chosen.url, chosen.endpoint_url)
+        refused = PreflightRefused.exit_code
     else:
-        chosen = choose_store(store, endpoint_url)
         report, refused = check_image(target, chosen.url, chosen.endpoint_url), GuardRefused.exit_code
     show_check(report, as_json)
     return refused if report.is_refused else 0

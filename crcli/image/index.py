@@ -156,10 +156,11 @@ class _Digests:
         return [row if here else None for row, here in zip(rows.tolist(), same.tolist(), strict=True)]
 
 
-def load_known(store: Store, name: str) -> KnownChunks:
+def load_known(store: Store, name: str, limit: int = PAGE_LIMIT) -> KnownChunks:
     """Read the indexes that are in the store, newest first, those of images called `name` before all.
 
-    An index whose pack is gone, or that cannot be read, is left out: it only costs chances to reuse.
+    It ends with the index that takes the number of pages to `limit`. An index whose pack is gone, or that
+    cannot be read, is left out: it only costs chances to reuse.
     """
     known = KnownChunks()
     ids = [info.key.removeprefix(INDEXES).removesuffix(".index")
@@ -169,7 +170,7 @@ def load_known(store: Store, name: str) -> KnownChunks:
     ids.sort(key=lambda image_id: (image_id in prefer, image_id), reverse=True)
     there = {info.key.rpartition("/")[2] for info in store.list(PACKS)} if ids else set()
     for image_id in ids:
-        if known.page_count >= PAGE_LIMIT:
+        if known.page_count >= limit:
             break
         try:
             _load_index(store, image_id, there, known)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from crcli.findings import Severity
 from crcli.guard.host import examine
 from crcli.image.manifest import load
-from crcli.image.names import parse_image
+from crcli.image.names import parse_image, suggested_name
+from crcli.pipeline.forecast import look_ahead
 from crcli.pipeline.preflight import preflight_here
+from crcli.pipeline.stages import DumpOptions
 from crcli.process.gather import gather
 from crcli.process.tree import refuse_bad_target, scan_tree
 from crcli.store.open import open_store
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from crcli.findings import Finding
+    from crcli.pipeline.stages import Forecast
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class CheckReport:
 
     target: str
     findings: Sequence[Finding] = ()
+    forecast: Forecast | None = None
+    """Of a process that can be dumped, and whose store answers."""
 
     @property
     def is_refused(self) -> bool:
@@ -34,16 +39,26 @@ class CheckReport:
 
     def as_json(self) -> dict[str, Any]:
         """The promised JSON object."""
-        return {"target": self.target, "findings": [finding.as_json() for finding in self.findings]}
+        return {
+            "target": self.target,
+            "findings": [finding.as_json() for finding in self.findings],
+            "forecast": self.forecast and self.forecast.as_json(),
+        }
 
 
-def check_process(pid: int) -> CheckReport:
-    """Say what stands in the way of a dump of this process's tree, and what will be different after it.
+def check_process(pid: int, store: str, endpoint_url: str | None = None) -> CheckReport:
+    """Say what stands in the way of a dump of this process's tree to this store, what will be different after
+    it, and what it will take.
 
     Raises PreflightRefused for a pid that can never be dumped.
     """
     evidence = gather(scan_tree(refuse_bad_target(pid)))
-    return CheckReport(str(pid), preflight_here(evidence))
+    report = CheckReport(str(pid), preflight_here(evidence))
+    if report.is_refused:
+        return report
+    options = DumpOptions(pid=pid, store=store, endpoint_url=endpoint_url)
+    forecast, findings = look_ahead(evidence, options, suggested_name(evidence.root.comm))
+    return CheckReport(report.target, [*report.findings, *findings], forecast)
 
 
 def check_image(image: str, store: str, endpoint_url: str | None = None) -> CheckReport:

@@ -37,12 +37,23 @@ from crcli.image.session import Session
 from crcli.image.weights import weights_report
 from crcli.memory.classify import MemoryCounts
 from crcli.memory.intake import Intake
+from crcli.memory.sample import Makeup
 from crcli.pipeline.capture import capture_files, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
+from crcli.pipeline.forecast import (
+    DUMP_LOOK_MOST_S,
+    DUMP_LOOK_S,
+    Load,
+    learn_from,
+    look_ahead,
+    measure,
+    predict,
+)
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.preflight import preflight_here
+from crcli.pipeline.rates import load_rates
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.trial import try_skeleton
 from crcli.pipeline.watch import kill_all, trapped, tree_state, wait_until_dead
@@ -58,6 +69,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from crcli.criu.options import DumpPlan
+    from crcli.image.index import KnownChunks
     from crcli.image.manifest import StoredFile
     from crcli.pipeline.plan import OutsideLink
     from crcli.pipeline.stages import DumpOptions, Progress
@@ -99,6 +111,8 @@ def dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
         progress.finding(finding)
     report = _begin_report(options, target)
     if options.dry_run:
+        report.forecast, findings = look_ahead(target.evidence, options, target.name)
+        report.findings = (*report.findings, *findings)
         report.total_ms = watch.since_start_ms()
         report.phases = watch.phases
         return report
@@ -115,6 +129,7 @@ def dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
             raise
     report.phases = watch.phases
     report.total_ms = watch.since_start_ms()
+    work.learn()
     hooks.call("dump_finished", target=described, report=report.as_json())
     report.findings = (*report.findings, *hooks.findings)
     return report
@@ -235,7 +250,33 @@ class _Dump:
             pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
             self.intake = Intake(pages, self.writer, overflow, self.weights.matcher)
             held.callback(self.intake.abandon)
+            load = self._measure(known)
             overflow.wait(None if self.options.deadline_s is None else self.options.deadline_s / 10)
+            self.room = overflow.limit
+            if load is not None:
+                spent = self.watch.since_start_ms()
+                self.report.forecast = predict(load, load_rates(), self.options.store, self.room, spent)
+
+    def _measure(self, known: KnownChunks) -> Load | None:
+        """What lies ahead, for the forecast: while memory is found for the pages, this costs nothing."""
+        try:
+            return measure(self.target.evidence, self.options, known, DUMP_LOOK_S, DUMP_LOOK_MOST_S)
+        except Exception:  # whatever is wrong with a forecast, the dump goes on
+            return None
+
+    def learn(self) -> None:
+        """Keep how long this dump took, for the forecasts of others."""
+        report = self.report
+        new = report.memory_bytes - report.zero_bytes - report.reused_bytes
+        load = Load(
+            processes=len(self.tree),
+            threads=max(0, sum(process.threads for process in self.tree) - len(self.tree)),
+            memory=Makeup(report.memory_bytes, report.zero_bytes, report.reused_bytes, new),
+            stored_bytes=report.stored_bytes,
+            file_bytes=sum(file.size for file in self.files),
+        )
+        fits = self.options.deadline_s is None and report.memory_bytes <= self.room
+        learn_from(self.report, load, fits)
 
     def _wants_trial(self) -> bool:
         """Whether a trial is asked for and harmless: opening a file again breaks a lease on it."""

@@ -155,13 +155,29 @@ class Stopwatch:
         return round((time.monotonic() - self.begun) * 1000, 2)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """How long a tree will stand still, the bytes that will go to the store, and how long the dump takes.
+
+    Each is what the report of the dump means by the same name.
+    """
+
+    frozen_ms: float
+    stored_bytes: int
+    total_ms: float
+
+    def as_json(self) -> dict[str, float]:
+        """The promised JSON object."""
+        return dict(self.__dict__)
+
+
 @dataclass
 class DumpReport:
     """What `crcli dump --json` says; sizes in bytes, times in milliseconds.
 
     `frozen_ms` runs from the freeze to the moment when all of the tree's state had left it and the trial was
     passed: what a tree that lives on stands still. A tree that is to be killed is held longer, until its
-    image is durable: `phases["hold"]`.
+    image is durable: `phases["hold"]`. `forecast` was made before the freeze; None where it could not be.
     """
 
     image: str
@@ -179,6 +195,7 @@ class DumpReport:
     total_ms: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     outcome: str = ""
+    forecast: Forecast | None = None
     weights: Sequence[dict[str, Any]] = ()
     """For each file of weights: `path`, `bytes` (its size), `left_out_bytes` of memory that are found in it,
     and `found_bytes` of the file that are found in memory."""
@@ -186,7 +203,11 @@ class DumpReport:
 
     def as_json(self) -> dict[str, Any]:
         """The promised JSON object."""
-        return {**self.__dict__, "findings": [finding.as_json() for finding in self.findings]}
+        return {
+            **self.__dict__,
+            "forecast": self.forecast and self.forecast.as_json(),
+            "findings": [finding.as_json() for finding in self.findings],
+        }
 
 
 @dataclass

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from crcli.pipeline.check import CheckReport
-    from crcli.pipeline.stages import DumpReport, RestoreReport
+    from crcli.pipeline.stages import DumpReport, Forecast, RestoreReport
 
 _OUTCOMES = {"killed": "and killed", "running": "and left running", "stopped": "and left stopped"}
 
@@ -29,6 +29,7 @@ def show_dump(report: DumpReport, as_json: bool, *, dry_run: bool = False) -> No
     processes = count(report.processes, "process")
     if dry_run:
         _say(f"{report.pid}: {processes} can be dumped, as {report.name}; nothing was touched")
+        _say_forecast(report.forecast)
         for finding in report.findings:
             _say(f"  {finding.severity.value}: {finding.message}")
         return
@@ -41,6 +42,13 @@ def show_dump(report: DumpReport, as_json: bool, *, dry_run: bool = False) -> No
         rest = f", {size(missed)} of it not in memory" if missed else ""
         _say(f"  weights  {size(file['left_out_bytes'])} left out: {file['path']}{rest}")
     _say(f"  stored   {size(report.stored_bytes)}")
+    if (forecast := report.forecast) is not None:
+        _say(
+            f"  forecast / fact   "
+            f"frozen {duration(forecast.frozen_ms)} / {duration(report.frozen_ms)}, "
+            f"stored {size(forecast.stored_bytes)} / {size(report.stored_bytes)}, "
+            f"in all {duration(forecast.total_ms)} / {duration(report.total_ms)}"
+        )
     _say(f"  phases   {phases(report.phases)}")
 
 
@@ -69,8 +77,17 @@ def show_check(report: CheckReport, as_json: bool) -> None:
             _say(f"    crcli {finding.action}")
         if finding.remedy:
             _say(f"    you can: {finding.remedy}")
+    _say_forecast(report.forecast)
     verb = "cannot go as it is" if report.is_refused else "can go"
     _say(f"{report.target}: {verb}, {count(len(report.findings), 'finding')}; nothing was touched")
+
+
+def _say_forecast(forecast: Forecast | None) -> None:
+    if forecast is not None:
+        _say(
+            f"forecast: frozen for {duration(forecast.frozen_ms)}, {size(forecast.stored_bytes)} stored, "
+            f"durable after {duration(forecast.total_ms)}"
+        )
 
 
 def phases(times: Mapping[str, float]) -> str:

@@ -1,0 +1,129 @@
+"""Which pages of a running process CRIU would send: read from /proc, with the process undisturbed.
+
+CRIU sends the pages of private mappings that are in memory or swapped out, those of a mapped file only where
+the process has changed them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+import struct
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from crcli.memory.extents import PAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_USER_END = 1 << 47 - 12
+"""The first page number that is the kernel's own (its vsyscall page lies there)."""
+
+_SENT = re.compile(rb"[\x40-\x43\x80-\x83]+")
+"""Runs of top bytes of pagemap entries: in memory (0x80) or swapped out (0x40), and not of a file (0x20),
+nor a guard (0x04). Bit 0 says that nobody else has mapped the page, bit 1 belongs to userfaultfd."""
+
+_SLICE_PAGES = 32 << 20 >> 12
+_ENTRY = 8
+_PRESENT, _EXCLUSIVE, _FRAME = 1 << 63, 1 << 56, (1 << 55) - 1
+
+
+class PageRun(NamedTuple):
+    """Pages `start` to `end` (page numbers) of one process, all of which CRIU would send."""
+
+    start: int
+    end: int
+
+
+class PageState(NamedTuple):
+    """One page as pagemap shows it. Who shares it sees the same `frame` (0: not for us to see)."""
+
+    in_memory: bool
+    exclusive: bool
+    frame: int
+
+
+class AddressSpace:
+    """The memory of one running process, to look into. Close it. Methods raise OSError when it has ended."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            os.close(self._pagemap)
+            raise
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._pagemap)
+        os.close(self._memory)
+
+    def slices(self) -> list[tuple[int, PageRun]]:
+        """Its private mappings, cut where they are large, with the size of each in pages.
+
+        Those that nothing can be read from are left out.
+        """
+        return [
+            (end - start, PageRun(at, min(end, at + _SLICE_PAGES)))
+            for start, end in self._private
+            for at in range(start, end, _SLICE_PAGES)
+        ]
+
+    def sent(self, part: PageRun) -> Iterator[PageRun]:
+        """The runs of pages in `part` that CRIU would send."""
+        tops = os.pread(self._pagemap, (part.end - part.start) * _ENTRY, part.start * _ENTRY)[7::_ENTRY]
+        for found in _SENT.finditer(tops):
+            yield PageRun(part.start + found.start(), part.start + found.end())
+
+    def states(self, run: PageRun) -> list[PageState]:
+        """What became of these pages by now."""
+        count = run.end - run.start
+        entries = os.pread(self._pagemap, count * _ENTRY, run.start * _ENTRY)
+        return [
+            PageState(bool(entry & _PRESENT), bool(entry & _EXCLUSIVE), entry & _FRAME)
+            for entry in struct.unpack(f"<{len(entries) // _ENTRY}Q", entries)
+        ]
+
+    def read(self, run: PageRun) -> bytes:
+        """The bytes of these pages. Ask only for pages that are in memory: others would be brought there."""
+        return os.pread(self._memory, (run.end - run.start) * PAGE, run.start * PAGE)
+
+    @cached_property
+    def _private(self) -> list[tuple[int, int]]:
+        found = []
+        with open(f"/proc/{self.pid}/maps", "rb") as maps:
+            for line in maps:
+                span, permissions, _, _, _, *name = line.split(None, 5)
+                start, end = _pages(span)
+                is_kernels = bool(name) and name[0].startswith((b"[v", b"[uprobes"))
+                is_readable = permissions[3:4] == b"p" and permissions[:3] != b"---"
+                if is_readable and not is_kernels and end <= _USER_END:
+                    found.append((start, end))
+        return found
+
+
+def _pages(span: bytes) -> tuple[int, int]:
+    start, _, end = span.partition(b"-")
+    return int(start, 16) // PAGE, int(end, 16) // PAGE
+
+
+@cache
+def zero_frame() -> int:
+    """The frame of the kernel's page of zeros, which it shows where something was read but never written.
+
+    0 when the kernel does not let us see frames (CAP_SYS_ADMIN).
+    """
+    page = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    first = ctypes.c_char.from_buffer(page)
+    assert first.value == b"\0"  # it is there now
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        pagemap.seek(ctypes.addressof(first) // PAGE * _ENTRY)
+        (entry,) = struct.unpack("<Q", pagemap.read(_ENTRY))
+    del first
+    page.close()
+    return int(entry & _FRAME)
