@@ -58,7 +58,7 @@ def dump(
         bool, typer.Option("--no-trial", help="Skip the trial restore that proves the image before the kill.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Look at the tree and say what would be done; touch nothing.")
+        bool, typer.Option("--dry-run", help="Say what would be done, and what it would take; touch nothing.")
     ] = False,
     as_json: JsonOption = False,
     endpoint_url: EndpointOption = None,

@@ -94,10 +94,14 @@ class Load:
 
 
 def image_bytes(processes: int, threads: int, memory: Makeup, file_stored: int) -> int:
-    """What will go to the store for such a tree: memory, files, and the image's own tables."""
-    tables = _IMAGE_BYTES + _PROCESS_BYTES * processes + _THREAD_BYTES * threads
-    tables += (_REFERRED_BYTES * memory.referred + _NEW_BYTES * memory.new) // _MIB
-    return memory.stored + file_stored + tables
+    """What will go to the store for such a tree: memory, files, and the image's own tables.
+
+    A process that has not run since the last dump has no new page, and what CRIU says of it is in the store.
+    """
+    ran = min(1.0, memory.new / PAGE / processes)
+    tables = _IMAGE_BYTES + ran * (_PROCESS_BYTES * processes + _THREAD_BYTES * threads)
+    tables += (_REFERRED_BYTES * memory.referred + _NEW_BYTES * memory.new) / _MIB
+    return memory.stored + file_stored + round(tables)
 
 
 def predict(load: Load, rates: Rates, store: str, room: int, spent_ms: float | None = None) -> Forecast:

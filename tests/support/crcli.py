@@ -75,7 +75,10 @@ class Crcli:
     @property
     def environment(self) -> dict[str, str]:
         """What the command finds in its environment."""
-        return os.environ | {"CRCLI_LOG_DIR": f"{self.folder}/logs"}
+        return os.environ | {
+            "CRCLI_LOG_DIR": f"{self.folder}/logs",
+            "CRCLI_RATES": f"{self.folder}/rates.json",
+        }
 
     @contextmanager
     def start(self, *arguments: str, **popen: Any) -> Iterator[subprocess.Popen[str]]:

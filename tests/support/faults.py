@@ -397,6 +397,7 @@ class Attempt:
         words = {
             "ATTEMPT_MARK": self.mark.partition("=")[2],
             "CRCLI_LOG_DIR": f"{self.folder}/logs",
+            "CRCLI_RATES": f"{self.folder}/rates.json",
             "TMPDIR": str(self.temporary),
         }
         self.began = time.monotonic()

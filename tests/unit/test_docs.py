@@ -20,6 +20,7 @@ from crcli.main import COMMANDS, build_app
 from crcli.memory import classify, intake, replay
 from crcli.memory.extents import PAGE
 from crcli.pipeline import stages
+from crcli.pipeline.check import CheckReport
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.stages import DumpReport, RestoreReport
 from crcli.store.s3 import uploads
@@ -160,7 +161,7 @@ def test_the_tree_in_readme_is_the_tree() -> None:
 
 def test_readme_names_the_fields_of_reports() -> None:
     """The fields of --json, in their order."""
-    for command, report in (("dump", DumpReport), ("restore", RestoreReport)):
+    for command, report in (("dump", DumpReport), ("restore", RestoreReport), ("check", CheckReport)):
         listed = re.search(rf"`{command} --json`: ((?:`\w+`\s*)+)\.", README)
         assert listed is not None
         assert re.findall(r"\w+", listed[1]) == [field.name for field in fields(report)]
