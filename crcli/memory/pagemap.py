@@ -80,6 +80,11 @@ class AddressSpace:
         for found in _SENT.finditer(tops):
             yield PageRun(part.start + found.start(), part.start + found.end())
 
+    def has_alone(self, run: PageRun) -> bool:
+        """Whether all these pages are in memory, and no other process has any of them."""
+        tops = os.pread(self._pagemap, (run.end - run.start) * _ENTRY, run.start * _ENTRY)[7::_ENTRY]
+        return len(tops) == run.end - run.start and not tops.strip(b"\x81\x83")
+
     def states(self, run: PageRun) -> list[PageState]:
         """What became of these pages by now."""
         count = run.end - run.start

@@ -31,11 +31,11 @@ _CLASSES = ((1 << 8, 0.2, 0.45), (1 << 12, 0.3, 0.65), (1 << 40, 0.4, 0.8))
 from one dump to the next, and would hardly ever be hit beside a large one. The other two are the shares of
 the time after which no more of them are searched for pages, and no more pieces drawn."""
 
-_MOST_PIECES, _FEWEST_PIECES = 4096, 64
+_MOST_PIECES, _FEWEST_PIECES = 4096, 48
 """Pieces that are drawn from each class: at most, and however slow the host is."""
 
-_BATCH = 32
-_MOST_CHUNKS, _FEWEST_CHUNKS = 32, 3
+_BATCH = 16
+_MOST_CHUNKS, _FEWEST_CHUNKS = 16, 3
 _MOST_SPACES = 32
 """Processes that are looked into; the others are taken to be like them."""
 
@@ -93,7 +93,7 @@ _Fresh = dict[bytes, tuple[int, int, bytes]]
 
 
 @dataclass
-class Kind:
+class Counted:
     """Pages of one kind that were looked at, new ones or known ones.
 
     `seen` says how often each was met. A page that n processes share since a fork is sent n times and stored
@@ -134,8 +134,8 @@ class Tally:
 
     zero: int = 0
     absent: int = 0
-    known: Kind = field(default_factory=Kind)
-    new: Kind = field(default_factory=Kind)
+    known: Counted = field(default_factory=Counted)
+    new: Counted = field(default_factory=Counted)
     alone: _Fresh = field(default_factory=dict)
     shared: _Fresh = field(default_factory=dict)
     """Some of the new pages, by digest, as whose, where and what they are: of one process, and of several."""
@@ -306,9 +306,9 @@ class Sampler:
         return make_up(tally, pages, min(1.0, tally.sent / pages), self._ratios(tally))
 
     def _spent(self) -> float:
-        """The share of the time that is used up: our own, or three times as much by the clock."""
+        """The share of the time that is used up: our own, or twice as much by the clock."""
         ours, passed = time.thread_time() - self._began[0], time.monotonic() - self._began[1]
-        return max(ours, passed / 3) / self._budget
+        return max(ours, passed / 2) / self._budget
 
     def _scan(self) -> list[_Pieces]:
         """The pieces in mappings of each class."""
@@ -373,10 +373,11 @@ class Sampler:
         """
         space, run = piece
         try:
+            if space.has_alone(run):
+                yield space.pid, run.start, space.read(run), 1.0
+                return
             states = space.states(run)
-            shares = [1.0] * len(states)
-            if any(state.in_memory and not state.exclusive for state in states):
-                shares = self._shares(space, run, states)
+            shares = self._shares(space, run, states)
             zero = zero_frame() or -1
             if all(state.in_memory and state.frame != zero for state in states):
                 yield space.pid, run.start, space.read(run), sum(shares) / len(shares)
@@ -425,7 +426,7 @@ class Sampler:
             kind = tally.new if there is None else tally.known
             kind.add(digest, 1, share)
             fresh = tally.alone if share == 1 else tally.shared
-            if there is None and len(fresh) < _MOST_CHUNKS * CHUNK_PAGES * 2:
+            if there is None and len(fresh) < _MOST_CHUNKS * CHUNK_PAGES:
                 fresh.setdefault(digest, (owner, number, page))
 
     def _without_known_groups(

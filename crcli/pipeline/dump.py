@@ -111,7 +111,8 @@ def dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
         progress.finding(finding)
     report = _begin_report(options, target)
     if options.dry_run:
-        report.forecast, findings = look_ahead(target.evidence, options, target.name)
+        with watch.phase("forecast"):
+            report.forecast, findings = look_ahead(target.evidence, options, target.name)
         report.findings = (*report.findings, *findings)
         report.total_ms = watch.since_start_ms()
         report.phases = watch.phases
@@ -204,6 +205,7 @@ class _Dump:
         self.skeleton: list[StoredFile] = []
         self.files: list[StoredFile] = []
         self.run_id = ""
+        self.room = 0
         self.tree = target.evidence.tree
         """The tree as last seen: before the freeze it may still have grown, once frozen it is exact."""
 
@@ -253,30 +255,48 @@ class _Dump:
             load = self._measure(known)
             overflow.wait(None if self.options.deadline_s is None else self.options.deadline_s / 10)
             self.room = overflow.limit
-            if load is not None:
-                spent = self.watch.since_start_ms()
-                self.report.forecast = predict(load, load_rates(), self.options.store, self.room, spent)
+            self._foresee(load)
+
+    # Whatever should be wrong with a forecast, the dump goes on.
 
     def _measure(self, known: KnownChunks) -> Load | None:
-        """What lies ahead, for the forecast: while memory is found for the pages, this costs nothing."""
+        """What lies ahead. Memory is found for the pages meanwhile, which takes longer."""
         try:
             return measure(self.target.evidence, self.options, known, DUMP_LOOK_S, DUMP_LOOK_MOST_S)
-        except Exception:  # whatever is wrong with a forecast, the dump goes on
+        except Exception:
             return None
+
+    def _foresee(self, load: Load | None) -> None:
+        """Make the forecast: all is ready for the freeze."""
+        if load is not None:
+            try:
+                spent = self.watch.since_start_ms()
+                self.report.forecast = predict(load, load_rates(), self.options.store, self.room, spent)
+            except Exception:
+                return
 
     def learn(self) -> None:
         """Keep how long this dump took, for the forecasts of others."""
+        try:
+            learn_from(self.report, self._load(), self._was_unhindered())
+        except Exception:
+            return
+
+    def _load(self) -> Load:
+        """What the dump turned out to do."""
         report = self.report
         new = report.memory_bytes - report.zero_bytes - report.reused_bytes
-        load = Load(
+        return Load(
             processes=len(self.tree),
             threads=max(0, sum(process.threads for process in self.tree) - len(self.tree)),
             memory=Makeup(report.memory_bytes, report.zero_bytes, report.reused_bytes, new),
             stored_bytes=report.stored_bytes,
             file_bytes=sum(file.size for file in self.files),
         )
-        fits = self.options.deadline_s is None and report.memory_bytes <= self.room
-        learn_from(self.report, load, fits)
+
+    def _was_unhindered(self) -> bool:
+        """Whether no deadline cut anything short, and all of the tree's pages found room outside of it."""
+        return self.options.deadline_s is None and self.report.memory_bytes <= self.room
 
     def _wants_trial(self) -> bool:
         """Whether a trial is asked for and harmless: opening a file again breaks a lease on it."""

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 LOOK_S, LOOK_MOST_S = 0.1, 0.2
 """How long memory is sampled when nothing else is to be done: at least, and at most (seconds)."""
 
-DUMP_LOOK_S, DUMP_LOOK_MOST_S = 0.02, 0.08
+DUMP_LOOK_S, DUMP_LOOK_MOST_S = 0.015, 0.04
 """The same within a dump, where room for the pages is being made meanwhile, which takes longer."""
 
-_LOOK_S_PER_GIB, _LOOK_S_PER_PROCESS = 0.1, 0.001
+_LOOK_S_PER_GIB, _LOOK_S_PER_PROCESS = 0.1, 0.0005
 
 STORE_PATIENCE_S = 2.0
 """How long a forecast waits for a store that does not answer (seconds)."""
@@ -148,7 +148,7 @@ def look_ahead(evidence: Evidence, options: DumpOptions, name: str) -> tuple[For
 def _silent(store: str, error: StoreError) -> Finding:
     return Finding(
         name="store-silent",
-        severity=Severity.CHANGE,
+        severity=Severity.NOTE,
         message=f"the store {store} cannot be used: {error.message}",
         evidence={"store": store},
         action="gives no forecast; a dump to this store would fail with the tree running on",

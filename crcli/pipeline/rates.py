@@ -51,6 +51,9 @@ _WEIGHT = 0.3
 _ODD = 1000.0
 """A rate that differs by this factor from the built-in one was not measured, but damaged."""
 
+_FILE_LIMIT = 1 << 20
+"""The file is read up to this size (bytes); ours are a tenth of that."""
+
 _LOCK_TRIES, _LOCK_PAUSE_S = 20, 0.005
 
 
@@ -127,7 +130,7 @@ def load_rates() -> Rates:
         return Rates()
     try:
         with open(path, "rb") as file:
-            return _parse(json.load(file))
+            return _parse(json.loads(file.read(_FILE_LIMIT)))
     except (OSError, ValueError, RecursionError):
         return Rates()
 
@@ -146,10 +149,10 @@ def learn(facts: Mapping[tuple[str, str], tuple[Amounts, float]]) -> bool:
         os.makedirs(folder, 0o700, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if not _locked(lock):
-                return False
+            if not _locked(lock) or (os.path.exists(path) and not os.path.isfile(path)):
+                return False  # /dev/null, say, is not to be replaced
             text = json.dumps(_as_json(load_rates().learned(facts, time.time())), indent=1)
-            with open(path + ".new", "w") as file:
+            with open(path + ".new", "w", opener=_open_new) as file:
                 file.write(text)
             os.replace(path + ".new", path)
             return True
@@ -157,6 +160,10 @@ def learn(facts: Mapping[tuple[str, str], tuple[Amounts, float]]) -> bool:
             os.close(lock)
     except OSError:
         return False
+
+
+def _open_new(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _path() -> str:

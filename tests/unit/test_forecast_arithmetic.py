@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from crcli.memory.extents import PAGE
-from crcli.memory.sample import Kind, Makeup, Tally, distinct_share, make_up
+from crcli.memory.sample import Counted, Makeup, Tally, distinct_share, make_up
+from crcli.pipeline import forecast
 from crcli.pipeline.forecast import Load, image_bytes, predict
 from crcli.pipeline.rates import Rates
 
@@ -53,7 +55,7 @@ def test_nothing_seen_has_no_twins() -> None:
 
 def test_a_page_that_processes_share_counts_once_for_all_of_them() -> None:
     """Ten processes that have a page in common since a fork store it once."""
-    kind = Kind()
+    kind = Counted()
     for number in range(20):
         kind.add(bytes([number]), 1, 0.1)
     assert kind.sent == 20 and kind.distinct(0.5) == pytest.approx(2)
@@ -133,3 +135,10 @@ def test_a_tree_without_memory_has_a_forecast() -> None:
     """Nothing divides by its size."""
     nothing = predict(Load(1, 0, Makeup(), 10_000), Rates(), FILE, room=0)
     assert nothing.frozen_ms > 0 and nothing.stored_bytes == 10_000
+
+
+def test_the_limits_on_files_are_those_of_the_capture() -> None:
+    """What is forecast to travel is what travels; read from the source, which needs CRIU's Python package."""
+    source = (Path(forecast.__file__).parent / "capture.py").read_text()
+    assert forecast._WRITTEN_LIMIT == 64 << 20 and "WRITTEN_LIMIT = 64 << 20\n" in source
+    assert forecast._MEMORY_LIMIT == 1 << 30 and "MEMORY_LIMIT = 1 << 30\n" in source

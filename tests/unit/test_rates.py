@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -137,9 +138,13 @@ def test_a_rate_that_makes_no_sense_is_not_used(path: Path, rate: object) -> Non
 
 
 def test_nowhere_to_write_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path below a file, a folder in its place, none at all: nothing is learned, nothing is raised."""
+    """A path below a file, a folder or a device in its place, none at all: nothing is learned or replaced."""
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    with os.fdopen(os.open(tmp_path / "fifo", os.O_RDWR)) as _:
+        monkeypatch.setenv("CRCLI_RATES", f"{tmp_path}/fifo")
+        assert not learn(ONE_TAKE)
     for path in (f"{tmp_path}/file/rates.json", f"{tmp_path}/folder", "off", ""):
         monkeypatch.setenv("CRCLI_RATES", path)
         assert not learn(ONE_TAKE)
