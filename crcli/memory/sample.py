@@ -26,7 +26,7 @@ from crcli.memory.pagemap import AddressSpace, PageRun, PageState, zero_frame
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-_CLASSES = ((1 << 8, 0.2, 0.45), (1 << 12, 0.3, 0.65), (1 << 40, 0.4, 0.8))
+_CLASSES = ((1 << 8, 0.25, 0.45), (1 << 12, 0.5, 0.8), (1 << 40, 0.55, 0.9))
 """Mappings of fewer pages than the first number are drawn from apart, since the small ones are what changes
 from one dump to the next, and would hardly ever be hit beside a large one. The other two are the shares of
 the time after which no more of them are searched for pages, and no more pieces drawn."""
@@ -37,9 +37,9 @@ _MOST_PIECES, _FEWEST_PIECES = 4096, 48
 _BATCH = 16
 _MOST_CHUNKS, _FEWEST_CHUNKS = 16, 3
 _MOST_SPACES = 32
-"""Processes that are looked into; the others are taken to be like them."""
+"""Processes that are looked into, the largest; the others are taken to be like them."""
 
-_TWINS_ASKED = 16
+_TWINS_ASKED = 6
 
 
 class Lookup(Protocol):
@@ -150,6 +150,11 @@ class Tally:
         """All pages that were read."""
         return self.sent + self.absent
 
+    @property
+    def sent_share(self) -> float:
+        """The part of all pages that CRIU would send."""
+        return self.sent / self.looked_at if self.looked_at else 1.0
+
 
 def distinct_share(seen: Iterable[int], part: float) -> float:
     """How much of some pages is left when those that come twice are counted once (0 to 1).
@@ -218,6 +223,11 @@ class _Pieces:
         self.stand_for = 0.0
         """For how many pages these are a sample."""
 
+    @property
+    def cut(self) -> bool:
+        """Whether there are more pages than these."""
+        return self.stand_for > self.pages
+
     def add(self, space: AddressSpace, runs: Iterable[PageRun]) -> None:
         for run in runs:
             self._runs.append((space, run))
@@ -251,8 +261,7 @@ class Sampler:
     ) -> None:
         """`ratio_of` compresses a chunk as the writer would: stored over raw size. `budget_s` bounds the
         work (seconds), down to the few pieces without which nothing could be said."""
-        more = random.Random(0).sample(subjects[1:], min(_MOST_SPACES, len(subjects)) - 1)
-        self._subjects = [subjects[0], *more]
+        self._subjects = sorted(subjects, key=lambda one: one.expected, reverse=True)[:_MOST_SPACES]
         self._others = len(subjects) - 1
         chosen = sum(subject.expected for subject in self._subjects)
         self._others_too = sum(subject.expected for subject in subjects) / chosen if chosen else 1.0
@@ -275,14 +284,24 @@ class Sampler:
         tallies = [
             self._look_at(pieces, until) for pieces, (_, _, until) in zip(classes, _CLASSES, strict=True)
         ]
+        self._settle(classes, tallies)
         found = Makeup()
         for pieces, tally in zip(classes, tallies, strict=True):
             if pieces.pages:
-                here = tally.sent / tally.looked_at if tally.looked_at else 1.0
                 stand_for = pieces.stand_for * self._others_too
                 part = min(1.0, tally.looked_at / stand_for)
-                found += make_up(tally, stand_for * here, part, self._ratios(tally))
+                found += make_up(tally, stand_for * tally.sent_share, part, self._ratios(tally))
         return found
+
+    def _settle(self, classes: list[_Pieces], tallies: list[Tally]) -> None:
+        """Where not all of a class was searched for pages: the kernel counts how many there are in all."""
+        both = list(zip(classes, tallies, strict=True))
+        seen = sum(pieces.pages * tally.sent_share for pieces, tally in both if not pieces.cut)
+        guessed = sum(pieces.stand_for * tally.sent_share for pieces, tally in both if pieces.cut)
+        rest = sum(subject.expected for subject in self._subjects) / PAGE - seen
+        for pieces in classes:
+            if pieces.cut and guessed:
+                pieces.stand_for = max(float(pieces.pages), pieces.stand_for * rest / guessed)
 
     def shared_makeup(self, path: str, size: int) -> Makeup:
         """What a shared object consists of, that `path` opens and that holds `size` bytes."""
@@ -306,37 +325,31 @@ class Sampler:
         return make_up(tally, pages, min(1.0, tally.sent / pages), self._ratios(tally))
 
     def _spent(self) -> float:
-        """The share of the time that is used up: our own, or twice as much by the clock."""
+        """The share of the time that is used up: our own, or three times as much by the clock."""
         ours, passed = time.thread_time() - self._began[0], time.monotonic() - self._began[1]
-        return max(ours, passed / 2) / self._budget
+        return max(ours, passed / 3) / self._budget
 
     def _scan(self) -> list[_Pieces]:
         """The pieces in mappings of each class."""
         slices = self._slices()
-        random.Random(len(slices)).shuffle(slices)
         found: list[_Pieces] = []
         before = 0
         for limit, until, _ in _CLASSES:
             found.append(self._pieces_of([one for one in slices if before <= one[0] < limit], until))
             before = limit
-        cut = [pieces for pieces in found if pieces.stand_for > pieces.pages]
-        if cut:  # not all was seen, but the kernel counts it
-            seen = sum(pieces.pages for pieces in found if pieces not in cut)
-            rest = sum(subject.expected for subject in self._subjects) / PAGE - seen
-            guessed = sum(pieces.stand_for for pieces in cut)
-            for pieces in cut:
-                pieces.stand_for = max(float(pieces.pages), pieces.stand_for * rest / guessed)
         return found
 
     def _slices(self) -> list[_Slice]:
+        """What can be searched for pages: one process after another, each in random order."""
         slices: list[_Slice] = []
         for subject in self._subjects:
             try:
                 space = AddressSpace(subject.pid)
                 self._spaces.append(space)
-                slices += (_Slice(size, space, part) for size, part in space.slices())
+                own = [_Slice(size, space, part) for size, part in space.slices()]
             except OSError:
                 continue
+            slices += random.Random(len(own)).sample(own, len(own))
         return slices
 
     def _pieces_of(self, slices: list[_Slice], until: float) -> _Pieces:
@@ -360,7 +373,8 @@ class Sampler:
         tally = Tally()
         order = pieces.draw(_MOST_PIECES)
         for at in range(0, len(order), _BATCH):
-            if at >= _FEWEST_PIECES and self._spent() > until:
+            enough = _FEWEST_PIECES if tally.new.sent > _FEWEST_PIECES else _FEWEST_PIECES * 4
+            if at >= enough and self._spent() > until:  # the less is new, the easier it is missed
                 break
             batch = [read for piece in order[at : at + _BATCH] for read in self._read(piece, tally)]
             self._tell_apart(batch, tally)

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 LOOK_S, LOOK_MOST_S = 0.1, 0.2
 """How long memory is sampled when nothing else is to be done: at least, and at most (seconds)."""
 
-DUMP_LOOK_S, DUMP_LOOK_MOST_S = 0.015, 0.04
+DUMP_LOOK_S, DUMP_LOOK_MOST_S = 0.015, 0.08
 """The same within a dump, where room for the pages is being made meanwhile, which takes longer."""
 
-_LOOK_S_PER_GIB, _LOOK_S_PER_PROCESS = 0.1, 0.0005
+_LOOK_S_PER_GIB, _LOOK_S_PER_PROCESS = 0.1, 0.001
 
 STORE_PATIENCE_S = 2.0
 """How long a forecast waits for a store that does not answer (seconds)."""
