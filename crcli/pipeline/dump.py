@@ -285,7 +285,7 @@ class _Dump:
     def _load(self) -> Load:
         """What the dump turned out to do."""
         report = self.report
-        new = report.memory_bytes - report.zero_bytes - report.reused_bytes
+        new = report.memory_bytes - report.zero_bytes - report.reused_bytes - report.weights_bytes
         return Load(
             processes=len(self.tree),
             threads=max(0, sum(process.threads for process in self.tree) - len(self.tree)),
@@ -295,8 +295,10 @@ class _Dump:
         )
 
     def _was_unhindered(self) -> bool:
-        """Whether no deadline cut anything short, and all of the tree's pages found room outside of it."""
-        return self.options.deadline_s is None and self.report.memory_bytes <= self.room
+        """Whether no deadline cut anything short, no weights were looked for, and all of the tree's pages
+        found room outside of it."""
+        is_plain = self.options.deadline_s is None and not self.target.weights
+        return is_plain and self.report.memory_bytes <= self.room
 
     def _wants_trial(self) -> bool:
         """Whether a trial is asked for and harmless: opening a file again breaks a lease on it."""
