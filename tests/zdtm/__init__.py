@@ -1,0 +1,1 @@
+"""CRIU's own static test programs, moved by crcli without any option: `python -m tests.zdtm`."""
