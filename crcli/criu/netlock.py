@@ -8,8 +8,12 @@ because neither `nft` nor a library for it can be counted on.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
+import threading
+
+from crcli import kernel
 
 PREFIX = "CRIU-"
 
@@ -64,6 +68,33 @@ def remove_for(run_id: str) -> None:
     """Remove the tables of the dump with this run id."""
     for name in tables_of(run_id):
         remove(name)
+
+
+def other_network(pid: int) -> int | None:
+    """A descriptor of the network that a process lives in; None where it is this thread's own."""
+    try:
+        network = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if os.fstat(network).st_ino != os.stat("/proc/thread-self/ns/net").st_ino:
+        return network
+    os.close(network)
+    return None
+
+
+def remove_in(network: int, run_id: str) -> None:
+    """As `remove_for`, in the network of this descriptor: by a thread, as a network is a thread's own."""
+
+    def enter_and_remove() -> None:
+        try:
+            kernel.setns(network, kernel.CLONE_NEWNET)
+        except OSError:
+            return
+        remove_for(run_id)
+
+    thread = threading.Thread(target=enter_and_remove, name="netlock")
+    thread.start()
+    thread.join()
 
 
 def _open() -> socket.socket:

@@ -117,22 +117,12 @@ def _peek_offset(sock: socket.socket) -> int:
         return _PEEK_OFF_NONE
 
 
-def remove_tables(log: bytes, pid: int) -> None:
-    """Remove the filter tables of the CRIU that wrote this log, here and where process `pid` has its network.
-
-    The calling thread is in that network afterwards. Never raises.
-    """
-    ids = {match.decode() for match in _RUN_ID.findall(log)}
-    for run_id in ids:
+def remove_tables(log: bytes, network: int | None) -> None:
+    """Remove the filter tables of the CRIU that wrote this log, here and in that network. Never raises."""
+    for run_id in {match.decode() for match in _RUN_ID.findall(log)}:
         netlock.remove_for(run_id)
-    try:
-        if os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/thread-self/ns/net"):
-            with open(f"/proc/{pid}/ns/net", "rb") as network:
-                kernel.setns(network.fileno(), kernel.CLONE_NEWNET)
-            for run_id in ids:
-                netlock.remove_for(run_id)
-    except OSError:
-        pass
+        if network is not None:
+            netlock.remove_in(network, run_id)
 
 
 def remove_link_remaps(pids: Iterable[int]) -> None:

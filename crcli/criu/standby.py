@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
+from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME
 from crcli.criu.rescue import SocketSettings, free_sockets, remember, remove_link_remaps, remove_tables
 from crcli.process.identity import ProcessId, identify, read_proc
@@ -145,6 +146,7 @@ class _Watch:
         self.root = root
         self.images_fd = images_fd
         self.before = before
+        self.network = other_network(root)  # opened now: a dead root has none, but others may live there
         self.outcome = ""
         self.members: list[ProcessId] = []
         self.keep_lock = True
@@ -204,13 +206,13 @@ class _Watch:
     def _unlock_if_alone(self) -> None:
         """Do for a killed tree what crcli would do, had it lived."""
         if self.is_alone and not self.keep_lock:
-            remove_tables(self._log(), self.root)
+            remove_tables(self._log(), self.network)
 
     def _free(self) -> None:
         pids = _tree_of(self.root)
         free_sockets(pids, self.before)
         remove_link_remaps(pids)
-        remove_tables(self._log(), self.root)
+        remove_tables(self._log(), self.network)
 
     def _signal_all(self, number: int) -> None:
         for member in self.members:

@@ -7,6 +7,7 @@ the kernel lets go of it. After the "yes" the image is durable, and the standby 
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import crcli
 from crcli.criu import netlock
 from crcli.criu.images import read_tree, run_id
+from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME, dump_options
 from crcli.criu.page_server import receive_pages, socket_pair
 from crcli.criu.rescue import free_sockets, remove_link_remaps, remove_tables
@@ -206,6 +208,8 @@ class _Dump:
         self.files: list[StoredFile] = []
         self.run_id = ""
         self.room = 0
+        self.network: int | None = None
+        """The network of a tree that does not share ours, for as long as the dump lasts."""
         self.tree = target.evidence.tree
         """The tree as last seen: before the freeze it may still have grown, once frozen it is exact."""
 
@@ -237,6 +241,9 @@ class _Dump:
             self.trial = held.enter_context(self.workspace.folder("trial"))
             self.sandbox = held.enter_context(Sandbox(self.trial.fd)) if self._wants_trial() else None
             self.standby = held.enter_context(Standby(self.target.evidence.root.pid, self.images.fd))
+            self.network = other_network(self.target.evidence.root.pid)
+            if self.network is not None:
+                held.callback(os.close, self.network)
             overflow = OverflowFile(self.workspace)
             held.callback(overflow.close)
             overflow.populate(self.target.evidence.expected_bytes)
@@ -519,11 +526,17 @@ class _Dump:
         `doctor` remove the lock.
         """
         wait_until_dead(self.tree.identities)
+        if self.network is not None:
+            netlock.remove_in(self.network, self.run_id)
         if not self._keeps_lock():
             netlock.remove_for(self.run_id)
 
     def _keeps_lock(self) -> bool:
-        return any(held.inside is not None for held in self.target.evidence.tcp)
+        """Whether a restore here may need the lock. One of a tree with its own network makes a new network.
+
+        There CRIU locks all of it, and who else lives in the old one is to have it back.
+        """
+        return self.network is None and any(held.inside is not None for held in self.target.evidence.tcp)
 
     def _after_failure(self, error: BaseException) -> None:
         """Decide what a failure means: raise, or go on where the image stands all the same."""
@@ -546,7 +559,7 @@ class _Dump:
         free_sockets(pids)
         remove_link_remaps(pids)
         if LOG_NAME in self.images.names():
-            remove_tables(self.images.read(LOG_NAME), pids[0])
+            remove_tables(self.images.read(LOG_NAME), self.network)
         return AfterDeath(finished=False, held=tuple(members))
 
     def _died_with_criu(self, held: Iterable[ProcessId]) -> str:

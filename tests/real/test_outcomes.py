@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
+from crcli import kernel
 from crcli.criu import netlock
 from tests.support.crcli import Crcli, assert_goes_on, counted, counter, end, reap, tree_of, wait_until
 from tests.support.programs import Program, spawn_python, then_wait
@@ -59,6 +61,17 @@ def assert_none_stays(tables: set[str]) -> None:
     wait_until(lambda: not tables & netlock.tables(), f"still there: {tables}")
 
 
+def tables_in(network: int) -> set[str]:
+    """CRIU's filter tables in the network of this descriptor."""
+
+    def look() -> set[str]:
+        kernel.setns(network, kernel.CLONE_NEWNET)
+        return netlock.tables()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(look).result()
+
+
 # --- what becomes of the tree ------------------------------------------------------------------------------
 
 
@@ -88,6 +101,19 @@ def test_leave_stopped_leaves_it_stopped(crcli: Crcli) -> None:
         os.kill(program.pid, signal.SIGCONT)
         assert_goes_on(program)
         assert_none_stays(netlock.tables() - tables)
+
+
+@pytest.mark.parametrize("outcome", [(), ("--leave-stopped",), ("--leave-running",)])
+def test_a_network_that_outlives_the_tree_works_afterwards(crcli: Crcli, outcome: tuple[str, ...]) -> None:
+    """CRIU locks all of a network that is the tree's own; who else lives there has it back after the dump."""
+    with spawn_python(counter(), before=("unshare", "--net")) as program:
+        network = netlock.other_network(program.pid)
+        assert network is not None
+        try:
+            crcli.dump(program.pid, *outcome)
+            assert tables_in(network) == set()
+        finally:
+            os.close(network)
 
 
 def test_a_dry_run_touches_nothing(crcli: Crcli, tmp_path: Path) -> None:
