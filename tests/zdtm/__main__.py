@@ -7,6 +7,7 @@ The source of CRIU is not part of this project: name a folder where it lies unpa
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -39,6 +40,8 @@ def main() -> int:
     if os.getuid() != 0:
         sys.exit("needs root")
     source = options.source.resolve()
+    if not _alone_in(source):
+        sys.exit(f"another run is at work in {source}")
     if options.build:
         build(source)
     kernel.become_subreaper()
@@ -55,6 +58,16 @@ def main() -> int:
     if options.out:
         options.out.write_text(json.dumps(outcomes, indent=1) + "\n")
     return int(any(outcome["status"] == "FAIL" for outcome in outcomes))
+
+
+def _alone_in(source: Path) -> bool:
+    """Whether no other run works in this source: each removes the files that it did not find there."""
+    folder = os.open(source, os.O_RDONLY | os.O_CLOEXEC)  # held, and the lock with it, until we end
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _parse() -> argparse.Namespace:
@@ -125,6 +138,8 @@ def _work(case: Case, source: Path, folder: Path, raw: bool) -> dict[str, Any]:
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
     """End a worker, and with it the namespace of all that it started."""
+    if worker.returncode is not None:
+        return
     below = tree_of(worker.pid)[1:]
     worker.kill()
     worker.wait()

@@ -71,19 +71,20 @@ class Program:
         images.mkdir(exist_ok=True)
         command = [f"{script.relative_to(self.case.tests)}", step]
         told = {"ZDTM_TEST_PID": str(self.pid), "ZDTM_IMG_DIR": str(images)}
-        with self._log.open("ab") as log:
-            done = subprocess.run(
-                command,
-                cwd=self.case.tests,
-                env=_outer_environment() | told,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                timeout=HOOK_LIMIT_S,
-                check=False,
-            )
-        if done.returncode:
-            raise Failed(f"hook {step}: {_tail(self._log)}")
+        try:
+            with self._log.open("ab") as log:
+                subprocess.run(
+                    command,
+                    cwd=self.case.tests,
+                    env=_outer_environment() | told,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    timeout=HOOK_LIMIT_S,
+                    check=True,
+                )
+        except subprocess.SubprocessError as error:
+            raise Failed(f"hook {step}: {error} ({_tail(self._log)})") from None
 
     def went(self, tree: list[psutil.Process]) -> None:
         """Assert that a dump has killed the tree; its pids are free then."""

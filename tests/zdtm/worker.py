@@ -21,6 +21,8 @@ from tests.zdtm.program import CannotStart, Failed, Program, end_all, reap_ended
 from tests.zdtm.suite import Case, cases
 from tests.zdtm.ways import Crcli, Raw, Way
 
+_NAMED_NETWORKS = "/run/netns"
+
 
 def main() -> int:
     """Run the case, print one JSON object."""
@@ -53,12 +55,14 @@ def _live_apart() -> None:
 
 
 def _look_apart() -> None:
-    """As process 1 of the new namespaces, see their processes, terminals and network."""
+    """As process 1 of the new namespaces, see their processes, terminals and networks."""
     kernel.die_with_parent(signal.SIGKILL)
     kernel.unmount("/proc")
     kernel.mount("proc", "/proc", "proc")
     kernel.mount("devpts", "/dev/pts", "devpts", data="newinstance,ptmxmode=0666")
     kernel.mount("/dev/pts/ptmx", "/dev/ptmx", "", kernel.MS_BIND)
+    os.makedirs(_NAMED_NETWORKS, exist_ok=True)
+    kernel.mount("tmpfs", _NAMED_NETWORKS, "tmpfs")
     kernel.loopback_up()
 
 
