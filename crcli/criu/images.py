@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from crcli.criu.messages import (
     MAGICS,
@@ -47,6 +47,18 @@ _COUNTS = tuple(
 
 _REMAP_LINKED, _REMAP_PROCFS = 0, 2
 _MAPS_A_FILE = 1 << 6 | 1 << 7  # VMA_FILE_PRIVATE, VMA_FILE_SHARED
+
+
+class ImageFolder(Protocol):
+    """Where CRIU's images can be read: a workspace, or the blobs of an image in a store."""
+
+    def names(self) -> list[str]:
+        """The names of the files in it, sorted."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Return one file whole."""
+        ...
 
 
 @dataclass
@@ -99,7 +111,7 @@ class TreeMember:
     """Pages that hold an rseq area: the kernel writes there while CRIU restores."""
 
 
-def read_tree(images: Workspace) -> list[TreeMember]:
+def read_tree(images: ImageFolder) -> list[TreeMember]:
     """The processes of the image, the root first."""
     members: list[TreeMember] = []
     there = set(images.names())
@@ -132,7 +144,7 @@ def join_threads_to_leaders(images: Workspace) -> None:
                 images.write(name, core.encode())
 
 
-def read_files(images: Workspace) -> ImageFile:
+def read_files(images: ImageFolder) -> ImageFile:
     """Every open and mapped file of the tree (`file_entry` messages)."""
     return ImageFile.parse(images.read("files.img"), file_entry)
 
@@ -147,7 +159,7 @@ def read_descriptors(images: Workspace) -> dict[int, list[tuple[str, int]]]:
     return users
 
 
-def mapped_ids(images: Workspace, pid: int | None = None) -> set[int]:
+def mapped_ids(images: ImageFolder, pid: int | None = None) -> set[int]:
     """Ids of the files that a process (None: any) has mapped or executes."""
     names = [name for name in images.names() if name.startswith("mm-")] if pid is None else [f"mm-{pid}.img"]
     found: set[int] = set()
@@ -158,31 +170,31 @@ def mapped_ids(images: Workspace, pid: int | None = None) -> set[int]:
     return found
 
 
-def memfd_names(images: Workspace) -> set[str]:
+def memfd_names(images: ImageFolder) -> set[str]:
     """The names that the tree's memfds were made with."""
     if "memfd.img" not in images.names():
         return set()
     return {entry.name for entry in ImageFile.parse(images.read("memfd.img"), memfd_inode_entry).entries}
 
 
-def run_id(images: Workspace) -> str:
+def run_id(images: ImageFolder) -> str:
     """The id under which CRIU locked the network at the dump (empty when it has none)."""
     entry = ImageFile.parse(images.read("inventory.img"), inventory_entry).entries[0]
     return str(getattr(entry, "dump_criu_run_id", ""))
 
 
-def link_remaps(images: Workspace) -> list[str]:
+def link_remaps(images: ImageFolder) -> list[str]:
     """Paths of the temporary hard links that CRIU made for files without a name of their own."""
     linked = {entry.remap_id for entry in _remaps(images) if entry.remap_type == _REMAP_LINKED}
     return [entry.reg.name for entry in read_files(images).entries if entry.id in linked]
 
 
-def remapped_ids(images: Workspace) -> set[int]:
+def remapped_ids(images: ImageFolder) -> set[int]:
     """Ids of the files that have no name of their own any more (those of ended processes in /proc aside)."""
     return {entry.orig_id for entry in _remaps(images) if entry.remap_type != _REMAP_PROCFS}
 
 
-def _remaps(images: Workspace) -> list[Any]:
+def _remaps(images: ImageFolder) -> list[Any]:
     if "remap-fpath.img" not in images.names():
         return []
     return ImageFile.parse(images.read("remap-fpath.img"), remap_file_path_entry).entries
@@ -213,4 +225,4 @@ def create_pages(images: Workspace, pages_id: int, pages: int) -> int:
     return fd
 
 
-__all__ = ["FD", "ImageFile", "TreeMember", "file_entry"]
+__all__ = ["FD", "ImageFile", "ImageFolder", "TreeMember", "file_entry"]

@@ -58,10 +58,19 @@ _CONSEQUENCES = re.compile(
 """What CRIU says on its way there, after the cause."""
 
 
+_VERSION = re.compile(r"^\([\d.]+\) Version: (\S+)", re.MULTILINE)
+
+
 class _Line(NamedTuple):
     pid: int
     text: str
     is_error: bool
+
+
+def version_in(log: bytes) -> str:
+    """The version of the CRIU that wrote a log, such as `4.2.1`; empty when it does not say."""
+    found = _VERSION.search(log[:4096].decode(errors="replace"))
+    return found[1] if found else ""
 
 
 def explain(log: str) -> Cause:

@@ -47,6 +47,7 @@ rpc = _module_at(f"{_folder}/rpc_pb2.py")
 MAGICS: dict[str, int] = _module_at(f"{_folder}/images/magic.py").by_name
 
 core_entry = _message("core_entry", "core")
+cpuinfo_entry = _message("cpuinfo_entry", "cpuinfo")
 fd_types = _message("fd_types", "fdinfo")
 fdinfo_entry = _message("fdinfo_entry", "fdinfo")
 file_entry = _message("file_entry", "fdinfo")

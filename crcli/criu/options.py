@@ -49,6 +49,8 @@ class RestorePlan:
     inherit: dict[str, int] = field(default_factory=dict)
     leave_stopped: bool = False
     sibling: bool = True
+    any_cpu: bool = False
+    """Whether CRIU is not to compare the CPU with that of the dump."""
     work_fd: int = -1
     """A folder of ours for CRIU to work in, where the images' folder does not do: CRIU mounts there."""
 
@@ -80,6 +82,8 @@ def restore_options(plan: RestorePlan, images: str) -> Any:
     """Return the request's options for a restore from the folder `images`, a path as CRIU sees it."""
     options = _common(plan.shell_job, plan.manage_cgroups, plan.external, images)
     options.notify_scripts = True
+    if plan.any_cpu:
+        options.cpu_cap = 0
     options.rst_sibling = plan.sibling
     options.leave_stopped = plan.leave_stopped
     options.tcp_established = not plan.tcp_close

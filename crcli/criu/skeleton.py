@@ -17,6 +17,7 @@ from crcli.criu.images import (
     remapped_ids,
     write_pagemap,
 )
+from crcli.criu.inspect import writes_anywhere
 from crcli.criu.messages import inventory_entry, tcp_stream_entry, tty_info_entry
 from crcli.memory.extents import PAGE, Extent, SpaceKey
 
@@ -264,6 +265,16 @@ def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> Non
     images.write("files.img", files.encode())
 
 
+def forget_files(images: Workspace, paths: Collection[str]) -> None:
+    """Let CRIU open these files whatever they are now: the user takes the blame."""
+    files = read_files(images)
+    for entry in files.entries:
+        if entry.type == FD.REG and entry.reg.name in paths:
+            for field in ("size", "mode", "build_id"):
+                entry.reg.ClearField(field)
+    images.write("files.img", files.encode())
+
+
 def accept_growth(images: Workspace, here: Callable[[str], str] = str) -> list[tuple[str, int, int]]:
     """Let CRIU open files that have only grown since the dump, such as logs that the tree reads.
 
@@ -282,17 +293,13 @@ def accept_growth(images: Workspace, here: Callable[[str], str] = str) -> list[t
     if grown:
         mapped = mapped_ids(images)
         for entry in regular:
-            if entry.id in mapped or _writes_anywhere(entry.reg.flags):
+            if entry.id in mapped or writes_anywhere(entry.reg.flags):
                 grown.pop(entry.reg.name, None)
         for entry in regular:
             if entry.reg.name in grown:
                 entry.reg.ClearField("size")
         images.write("files.img", files.encode())
     return list(grown.values())
-
-
-def _writes_anywhere(flags: int) -> bool:
-    return bool(flags & os.O_ACCMODE) and not flags & os.O_APPEND
 
 
 def _size_of(path: str) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import crcli
 from crcli.criu import netlock
 from crcli.criu.images import read_tree, run_id
+from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME, dump_options
 from crcli.criu.page_server import receive_pages, socket_pair
@@ -51,6 +52,7 @@ from crcli.pipeline.forecast import (
     measure,
     predict,
 )
+from crcli.pipeline.hashing import Hashing, describe_mounts
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.plan import make_plan, outside_links
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from crcli.image.manifest import StoredFile
     from crcli.pipeline.plan import OutsideLink
     from crcli.pipeline.stages import DumpOptions, Progress
+    from crcli.plugins.loader import PluginInfo
     from crcli.process.evidence import Evidence
     from crcli.process.identity import ProcessId
     from crcli.store.base import Store
@@ -124,6 +127,7 @@ def dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
     with interruptible(options.deadline_s) as interrupts:
         work = _Dump(options, target, watch, report, interrupts, progress)
         work.on_frozen = lambda: hooks.call("dump_frozen", target=described)
+        work.plugins = [one for one in hooks.plugins if not one.error]
         try:
             hooks.call("dump_before_freeze", target=described)
             work.run()
@@ -200,6 +204,7 @@ class _Dump:
         self.interrupts = interrupts
         self.progress = progress
         self.on_frozen: Callable[[], None] = lambda: None
+        self.plugins: list[PluginInfo] = []
         self.store: Store | None = None
         self.published = False
         self.is_holding = False
@@ -236,6 +241,9 @@ class _Dump:
 
     def _prepare(self, held: ExitStack) -> None:
         with self.watch.phase("prepare"):
+            limit_s = None if self.options.deadline_s is None else self.options.deadline_s / 10
+            self.hashing = Hashing(self.target.evidence, limit_s)
+            self.hashing.start()
             self.workspace = held.enter_context(Workspace.create())
             self.images = held.enter_context(self.workspace.folder("images"))
             self.trial = held.enter_context(self.workspace.folder("trial"))
@@ -260,7 +268,8 @@ class _Dump:
             self.intake = Intake(pages, self.writer, overflow, self.weights.matcher)
             held.callback(self.intake.abandon)
             load = self._measure(known)
-            overflow.wait(None if self.options.deadline_s is None else self.options.deadline_s / 10)
+            overflow.wait(limit_s)
+            self.hashing.finish()
             self.room = overflow.limit
             self._foresee(load)
 
@@ -485,7 +494,7 @@ class _Dump:
         return {
             "crcli": crcli.__version__,
             "created": time.time(),
-            "host": describe_host(),
+            "host": describe_host(version_in(self.images.read(LOG_NAME))),
             "tree": describe_tree(self.target.evidence),
             "members": [{"pid": m.pid, "ppid": m.ppid, "comm": m.comm, "alive": m.alive} for m in members],
             "plan": {
@@ -497,7 +506,12 @@ class _Dump:
             "counts": dict(counts.__dict__),
             "frozen_ms": self.report.frozen_ms,
             "phases": dict(self.watch.phases),
-            "opened": named_files(self.images),
+            "opened": self.hashing.add_to(named_files(self.images)),
+            "mounts": describe_mounts(self.target.evidence),
+            "cgroups": self.target.evidence.root.cgroups.splitlines(),
+            "plugins": [
+                {"name": one.name, "package": one.package, "version": one.version} for one in self.plugins
+            ],
         }
 
     # CRIU has answered, or is gone.

@@ -6,12 +6,14 @@ import os
 import platform
 from typing import TYPE_CHECKING, Any
 
+from crcli.guard.cpu import flags_here, read_cpuinfo
+
 if TYPE_CHECKING:
     from crcli.process.evidence import Evidence
 
 
-def describe_host() -> dict[str, Any]:
-    """This host, as far as a restore elsewhere may have to compare."""
+def describe_host(criu: str) -> dict[str, Any]:
+    """This host and the version of its CRIU, as far as a restore elsewhere may have to compare."""
     name = os.uname()
     return {
         "hostname": name.nodename,
@@ -19,18 +21,10 @@ def describe_host() -> dict[str, Any]:
         "machine": name.machine,
         "python": platform.python_version(),
         "page_size": os.sysconf("SC_PAGE_SIZE"),
-        "cpu_model": _cpu_field(b"model name"),
-        "cpu_flags": sorted(_cpu_field(b"flags").split()),
+        "cpu_model": read_cpuinfo(b"model name"),
+        "cpu_flags": sorted(flags_here()),
+        "criu": criu,
     }
-
-
-def _cpu_field(name: bytes) -> str:
-    with open("/proc/cpuinfo", "rb") as file:
-        for line in file:
-            key, _, value = line.partition(b":")
-            if key.strip() == name:
-                return value.strip().decode(errors="replace")
-    return ""
 
 
 def describe_tree(evidence: Evidence) -> list[dict[str, Any]]:

@@ -3,14 +3,101 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
+import time
+from typing import NamedTuple
 
-from crcli.process.sockets import sockets_of
+from crcli.process import sockets
+from crcli.process.identity import read_stat
+from crcli.process.sockets import Socket, sockets_of
+
+ZOMBIE_LIMIT_S = 2.0
+"""How long pids that only zombies hold are waited for (seconds): most parents reap within that."""
+
+_UDIAG_SHOW_VFS, _UNIX_DIAG_VFS = 2, 1
+_VFS = struct.Struct("=II")  # unix_diag_vfs: inode, device, each cut to 32 bits
+_MINOR_BITS = 20
+
+
+class UnixSocket(NamedTuple):
+    """A unix socket that is bound to a name. `file` is the (device, inode) of its path, if it has one.
+
+    As the kernel writes both: the device in its own way, each cut to 32 bits.
+    """
+
+    inode: int
+    file: tuple[int, int] | None
+
+
+def sockets_here() -> list[Socket]:
+    """The TCP, UDP and unix sockets of this network namespace that somebody has open."""
+    return list(sockets_of(os.getpid(), same_netns=True).values())
 
 
 def established_here() -> set[tuple[str, str]]:
     """The (local, remote) ends of all TCP connections of this network namespace, as "address:port"."""
     return {
         (str(found.local), str(found.remote))
-        for found in sockets_of(os.getpid(), same_netns=True).values()
+        for found in sockets_here()
         if found.protocol == "tcp" and found.connected
     }
+
+
+def unix_sockets_here() -> dict[str, list[UnixSocket]]:
+    """The unix sockets of this network namespace that are bound, by name; '@' begins abstract ones.
+
+    One path can stand for several: in mount namespaces of their own, or where a file was replaced. Empty when
+    the kernel does not say.
+    """
+    found: dict[str, list[UnixSocket]] = {}
+    show = sockets.UDIAG_SHOW_NAME | _UDIAG_SHOW_VFS
+    request = sockets._UNIX_REQUEST.pack(socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, show)
+    try:
+        with sockets._diag_socket_here() as diag:
+            answers = list(sockets._dump(diag, request))
+    except OSError:
+        return found
+    for body in answers:
+        *_, inode = sockets._UNIX_ANSWER.unpack_from(body)
+        attributes = dict(sockets._attributes(body[sockets._UNIX_ANSWER.size :]))
+        if name := attributes.get(sockets.UNIX_DIAG_NAME):
+            vfs = attributes.get(_UNIX_DIAG_VFS)
+            file = _VFS.unpack_from(vfs)[::-1] if vfs else None
+            found.setdefault(sockets._unix_path(name), []).append(UnixSocket(inode, file))
+    return found
+
+
+def kernel_file_id(status: os.stat_result) -> tuple[int, int]:
+    """The (device, inode) of a file in the words of `UnixSocket.file`."""
+    device = os.major(status.st_dev) << _MINOR_BITS | os.minor(status.st_dev)
+    return device & 0xFFFF_FFFF, status.st_ino & 0xFFFF_FFFF
+
+
+def holder_of(inode: int) -> str:
+    """A process that has this socket open, as `nginx (4711)`; empty when none can be found."""
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{fd}") == f"socket:[{inode}]":
+                    return f"{read_stat(int(pid)).comm} ({pid})"
+        except OSError:
+            continue
+    return ""
+
+
+def taken_pids(numbers: frozenset[int] | set[int]) -> list[int]:
+    """Which of these are in use; what only zombies hold is waited for."""
+    end = time.monotonic() + ZOMBIE_LIMIT_S
+    while True:
+        taken = sorted(number for number in numbers if os.path.exists(f"/proc/{number}"))
+        if not taken or time.monotonic() >= end or not all(map(_is_dying, taken)):
+            return taken
+        time.sleep(0.01)
+
+
+def _is_dying(pid: int) -> bool:
+    try:
+        return read_stat(pid).is_zombie
+    except ProcessLookupError:
+        return True

@@ -1,0 +1,148 @@
+"""What CRIU's images say that a restore will need of the host, as plain values that a guard can compare.
+
+Nothing here looks at the host.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from crcli.criu.images import FD, ImageFile, mapped_ids, read_files, remapped_ids
+from crcli.criu.messages import core_entry, cpuinfo_entry
+from crcli.criu.needs import InetSocket, OpenedFile, Rights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from crcli.criu.images import ImageFolder
+
+_NAMESPACES = {
+    "netns-": "net",
+    "mountpoints-": "mnt",
+    "ipcns-": "ipc",
+    "utsns-": "uts",
+    "userns-": "user",
+    "pidns-": "pid",
+    "timens-": "time",
+}
+"""The images that a namespace of the tree's own leaves, by the beginning of their names.
+
+CRIU gives every tree a time namespace, so that its clocks go on from where they were.
+"""
+
+_WITH_PORTS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
+_TCP_STATES = {7: "bound", 10: "listening"}
+_OUTSIDE_SOCKET = 1
+
+
+def opened_files(images: ImageFolder) -> list[OpenedFile]:
+    """Every file that CRIU opens by name, one record for each path: not deleted ones, not external ones."""
+    gone, mapped = remapped_ids(images), mapped_ids(images)
+    entries: dict[str, list[Any]] = {}
+    for entry in read_files(images).entries:
+        if entry.type == FD.REG and entry.id not in gone and not entry.reg.ext:
+            entries.setdefault(entry.reg.name, []).append(entry)
+    return [
+        _opened_file(path, same, mapped.isdisjoint(entry.id for entry in same))
+        for path, same in sorted(entries.items())
+    ]
+
+
+def _opened_file(path: str, entries: list[Any], only_open: bool) -> OpenedFile:
+    first = entries[0].reg
+    words = next((entry.reg.build_id for entry in entries if entry.reg.build_id), ())
+    return OpenedFile(
+        path=path,
+        size=first.size if first.HasField("size") else None,
+        mode=first.mode if first.HasField("mode") else None,
+        build_id=b"".join(word.to_bytes(4, "little") for word in words).hex(),
+        mapped=not only_open,
+        writes=any(writes_anywhere(entry.reg.flags) for entry in entries),
+        appends=only_open and all(_appends_only(entry.reg.flags) for entry in entries),
+    )
+
+
+def writes_anywhere(flags: int) -> bool:
+    """Whether a file that was opened with these flags can be written other than at its end."""
+    return bool(flags & os.O_ACCMODE) and not flags & os.O_APPEND
+
+
+def _appends_only(flags: int) -> bool:
+    return flags & os.O_ACCMODE == os.O_WRONLY and bool(flags & os.O_APPEND)
+
+
+def inet_sockets(images: ImageFolder) -> Iterator[InetSocket]:
+    """The tree's TCP and UDP sockets that have a local port."""
+    for entry in read_files(images).entries:
+        sock = entry.isk
+        if entry.type != FD.INETSK or not sock.src_port or sock.proto not in _WITH_PORTS:
+            continue
+        tcp = sock.proto == socket.IPPROTO_TCP
+        connected = sock.dst_port != 0
+        yield InetSocket(
+            protocol="tcp" if tcp else "udp",
+            family=sock.family,
+            host=_host(sock.src_addr),
+            port=sock.src_port,
+            remote=(_host(sock.dst_addr), sock.dst_port),
+            state=_TCP_STATES.get(sock.state, "connected") if tcp else "connected" if connected else "bound",
+            reuse_address=sock.opts.reuseaddr,
+            reuse_port=sock.opts.so_reuseport,
+            only_v6=sock.v6only,
+            free_bind=sock.ip_opts.freebind,
+            device=sock.ifname,
+        )
+
+
+def _host(words: Iterable[int]) -> str:
+    raw = b"".join(word.to_bytes(4, "little") for word in words)
+    if len(raw) == 4:
+        return socket.inet_ntop(socket.AF_INET, raw)
+    return socket.inet_ntop(socket.AF_INET6, raw) if len(raw) == 16 else ""
+
+
+def unix_names(images: ImageFolder) -> list[str]:
+    """The names that unix sockets of the tree are bound to: paths, and abstract names with an '@' before."""
+    found = set()
+    for entry in read_files(images).entries:
+        sock = entry.usk
+        if entry.type != FD.UNIXSK or sock.uflags & _OUTSIDE_SOCKET or sock.deleted:
+            continue
+        if sock.name[:1] == b"\0":
+            found.add("@" + os.fsdecode(sock.name[1:]))
+        elif sock.name:
+            found.add(os.path.join(sock.name_dir or "/", os.fsdecode(sock.name.rstrip(b"\0"))))
+    return sorted(found)
+
+
+def cpu_words(images: ImageFolder) -> tuple[int, ...]:
+    """The words in which CRIU describes the CPU of the dump (x86; empty elsewhere, or if it wrote none)."""
+    if "cpuinfo.img" not in images.names():
+        return ()
+    entry = ImageFile.parse(images.read("cpuinfo.img"), cpuinfo_entry).entries[0]
+    return tuple(entry.x86_entry[0].capability) if entry.x86_entry else ()
+
+
+def rights(images: ImageFolder) -> Rights:
+    """Users, groups and capabilities of all threads of the tree."""
+    users, groups, capabilities = set(), set(), 0
+    for name in images.names():
+        if name.startswith("core-"):
+            core = ImageFile.parse(images.read(name), core_entry).entries[0]
+            if core.HasField("thread_core") and core.thread_core.HasField("creds"):
+                creds = core.thread_core.creds
+                users |= {creds.uid, creds.euid, creds.suid}
+                groups |= {creds.gid, creds.egid, creds.sgid}
+                capabilities |= _bits(creds.cap_prm) | _bits(creds.cap_eff) | _bits(creds.cap_inh)
+    return Rights(frozenset(users), frozenset(groups), capabilities)
+
+
+def _bits(words: Iterable[int]) -> int:
+    return sum(word << 32 * place for place, word in enumerate(words))
+
+
+def own_namespaces(names: Iterable[str]) -> frozenset[str]:
+    """Which namespaces the tree brings along, from the names of its images."""
+    return frozenset(kind for name in names for start, kind in _NAMESPACES.items() if name.startswith(start))

@@ -1,0 +1,52 @@
+"""What an image needs of a host, as CRIU will look for it: the types that `inspect` reads from its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OpenedFile:
+    """A file or folder that CRIU opens by its path, with what CRIU compares: None where it has no record.
+
+    `size` in bytes, `mode` with the file type, `build_id` in hexadecimal (empty: it has none). `mapped`: some
+    process has it in its memory, or executes it. `writes`: the tree writes to it other than at its end.
+    `appends`: all that the tree can do is add to its end, so that its size does not matter to CRIU.
+    """
+
+    path: str
+    size: int | None
+    mode: int | None
+    build_id: str
+    mapped: bool = True
+    writes: bool = False
+    appends: bool = False
+
+
+@dataclass(frozen=True)
+class InetSocket:
+    """A TCP or UDP socket with a local port. `state` is `listening`, `bound` or `connected`.
+
+    `reuse_address` and `reuse_port` are what the program itself had asked for.
+    """
+
+    protocol: str
+    family: int
+    host: str
+    port: int
+    remote: tuple[str, int]
+    state: str
+    reuse_address: bool = False
+    reuse_port: bool = False
+    only_v6: bool = False
+    free_bind: bool = False
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Rights:
+    """Whom the tree's processes belong to, and which capabilities they hold or pass on (a bit for each)."""
+
+    users: frozenset[int]
+    groups: frozenset[int]
+    capabilities: int
