@@ -12,6 +12,7 @@ import typer
 from crcli.cli.options import EndpointOption, ImageArgument, JsonOption, StoreOption, parse_pair
 from crcli.config import choose_store, weights_folders
 from crcli.errors import UsageError
+from crcli.guard.names import BLOCKERS
 from crcli.image.names import parse_image
 from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreOptions, Stdio, TcpPolicy
 
@@ -111,6 +112,12 @@ def restore(
             show_default=False,
         ),
     ] = None,
+    force_guard: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FINDING", help="Go on in spite of this finding of `crcli check IMAGE`; repeatable."
+        ),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Stay, pass signals on, and end with the tree's exit code.")
     ] = False,
@@ -131,6 +138,12 @@ def restore(
         raise UsageError(f"--root {root}: there is no such folder")
     if root is not None and pid_namespace is PidNamespace.HOST:
         raise UsageError("--root needs a pid namespace", hint="leave out --pid-namespace host")
+    forced = tuple(force_guard or ())
+    if unknown := sorted(set(forced) - set(BLOCKERS)):
+        raise UsageError(
+            f"--force-guard: no finding called {', '.join(unknown)} can stop a restore",
+            hint=f"those that can are {', '.join(BLOCKERS)}",
+        )
     url, _ = parse_image(image)
     chosen = choose_store(url or store, endpoint_url)
     options = RestoreOptions(
@@ -145,6 +158,7 @@ def restore(
         ports=_ports(port or []),
         root=os.path.realpath(root).rstrip("/") if root is not None else "",
         signal=0 if send is None else _signal(send),
+        forced=forced,
         endpoint_url=chosen.endpoint_url,
     )
     from crcli.pipeline import restore as story

@@ -265,11 +265,14 @@ def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> Non
     images.write("files.img", files.encode())
 
 
-def forget_files(images: Workspace, paths: Collection[str]) -> None:
-    """Let CRIU open these files whatever they are now: the user takes the blame."""
+def forget_files(images: Workspace, paths: Collection[str], here: Callable[[str], str] = str) -> None:
+    """Let CRIU open these files whatever they are now: the user takes the blame.
+
+    `here` says where on this host a path of the tree lies; `paths` are such places.
+    """
     files = read_files(images)
     for entry in files.entries:
-        if entry.type == FD.REG and entry.reg.name in paths:
+        if entry.type == FD.REG and here(entry.reg.name) in paths:
             for field in ("size", "mode", "build_id"):
                 entry.reg.ClearField(field)
     images.write("files.img", files.encode())

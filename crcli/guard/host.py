@@ -1,93 +1,79 @@
-"""Whether this host can take an image: compared before anything is started."""
+"""Whether this host can take an image: compared before anything is started or written.
+
+Each family of findings is one small function in `machine`, `files`, `places` or `rights`, named in the tuple
+at that module's end; to add one, write it and name it there (and its blockers in `names`). It is given what
+the image needs (`needs`) and what this host has (`here`). GPUs and files of weights will be modules of their
+own, named in `CHECKS`.
+"""
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from crcli.errors import GuardRefused
 from crcli.findings import Finding, Severity
-from crcli.memory.extents import PAGE
+from crcli.guard.files import FILES
+from crcli.guard.machine import MACHINE
+from crcli.guard.places import PLACES
+from crcli.guard.rights import RIGHTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from crcli.guard.here import Here
+    from crcli.guard.needs import Needs
+    from crcli.guard.wording import Check
 
-    from crcli.image.manifest import Manifest
+CHECKS: tuple[Check, ...] = (*MACHINE, *FILES, *PLACES, *RIGHTS)
+
+_GRAVEST_FIRST = tuple(Severity)
 
 
-_MADE_BY_THE_KERNEL = ("/proc/", "/sys/", "/dev/pts/")
+def guard_machine(needs: Needs, here: Here) -> None:
+    """Raise GuardRefused, with all findings, when the machine itself forbids it: nobody can put that right.
+
+    Files, ports and pids are not looked at otherwise: a plug-in may still see to them.
+    """
+    found = [_force(finding, needs) for check in MACHINE for finding in check(needs, here)]
+    if any(finding.severity == Severity.BLOCKER for finding in found):
+        guard(needs, here)
 
 
-def guard(manifest: Manifest) -> list[Finding]:
+def guard(needs: Needs, here: Here) -> list[Finding]:
     """Return the findings about this host and this image; raise GuardRefused when one is a blocker."""
-    findings = examine(manifest)
+    findings = examine(needs, here)
     blockers = [finding for finding in findings if finding.severity == Severity.BLOCKER]
     if blockers:
+        more = f" (and {len(blockers) - 1} more)" if len(blockers) > 1 else ""
         raise GuardRefused(
-            f"this host cannot take {manifest.name}@{manifest.id}: {blockers[0].message}",
+            f"this host cannot take {needs.manifest.name}@{needs.manifest.id}: {blockers[0].message}{more}",
             hint=blockers[0].remedy,
             findings=findings,
         )
     return findings
 
 
-def examine(manifest: Manifest) -> list[Finding]:
-    """Compare this host with what the image needs; return every finding."""
-    return [finding for check in _CHECKS for finding in check(manifest)]
+def examine(needs: Needs, here: Here) -> list[Finding]:
+    """Compare this host with what the image needs; return every finding, the gravest first.
+
+    A blocker whose name was forced is a change. Nothing is touched.
+    """
+    found = [_force(finding, needs) for check in CHECKS for finding in check(needs, here)]
+    here.contents.save()
+    return sorted(found, key=lambda finding: _GRAVEST_FIRST.index(finding.severity))
 
 
-def _machine(manifest: Manifest) -> Iterator[Finding]:
-    then, now = manifest.meta.get("host", {}).get("machine"), os.uname().machine
-    if then and then != now:
-        yield Finding(
-            "architecture",
-            Severity.BLOCKER,
-            f"the image is of a {then} process, this host is {now}",
-            {"image": then, "here": now},
-            remedy=f"restore on a {then} host",
-        )
+def _force(finding: Finding, needs: Needs) -> Finding:
+    if finding.severity != Severity.BLOCKER or finding.name not in needs.asked.forced:
+        return finding
+    action = f"goes on all the same, as --force-guard {finding.name} was given"
+    return replace(finding, severity=Severity.CHANGE, action=action)
 
 
-def _page_size(manifest: Manifest) -> Iterator[Finding]:
-    then, now = manifest.meta.get("host", {}).get("page_size"), os.sysconf("SC_PAGE_SIZE")
-    if then and then != now:
-        yield Finding(
-            "page-size",
-            Severity.BLOCKER,
-            f"the image has pages of {then} bytes, this kernel uses {now}",
-            {"image": then, "here": now},
-            remedy="restore on a kernel with the same page size",
-        )
-
-
-def _memory(manifest: Manifest) -> Iterator[Finding]:
-    from crcli.criu.workspace import spare_memory
-
-    needed = sum(extent.pages for extents in manifest.spaces.values() for extent in extents) * PAGE
-    spare = spare_memory()
-    if needed > spare:
-        yield Finding(
-            "memory",
-            Severity.BLOCKER,
-            f"the tree needs {needed >> 20} MiB of memory and {spare >> 20} MiB are free",
-            {"needed": needed, "free": spare},
-            remedy="free memory, or restore on a larger host",
-        )
-
-
-def _files(manifest: Manifest) -> Iterator[Finding]:
-    carried = {file.name for file in manifest.files}
-    for path in (file["path"] for file in manifest.meta.get("opened", [])):
-        if path in carried or path.startswith(_MADE_BY_THE_KERNEL):
-            continue
-        if not os.path.lexists(path):
-            yield Finding(
-                "file-missing",
-                Severity.BLOCKER,
-                f"{path}, which the tree has open or mapped, is not here",
-                {"path": path},
-                remedy="install the same version of what it belongs to, or dump with --include",
-            )
-
-
-_CHECKS: tuple[Callable[[Manifest], Iterator[Finding]], ...] = (_machine, _page_size, _memory, _files)
+def forced_paths(findings: list[Finding]) -> list[str]:
+    """The files that are to be opened although they are not what they were."""
+    names = ("file-changed", "file-mode", "library-changed")
+    return [
+        str(finding.evidence["path"])
+        for finding in findings
+        if finding.name in names and "--force-guard" in finding.action
+    ]

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crcli.findings import Severity
+from crcli.guard.here import Here
 from crcli.guard.host import examine
+from crcli.guard.needs import Asked, StoredImages, needs_of
 from crcli.image.manifest import load
 from crcli.image.names import parse_image, suggested_name
+from crcli.image.packs import ChunkReader
 from crcli.pipeline.forecast import look_ahead
 from crcli.pipeline.preflight import preflight_here
 from crcli.pipeline.stages import DumpOptions
@@ -64,12 +67,15 @@ def check_process(pid: int, store: str, endpoint_url: str | None = None) -> Chec
 def check_image(image: str, store: str, endpoint_url: str | None = None) -> CheckReport:
     """Say what stands in the way of a restore of this image here, and what will be different after it.
 
-    Raises NotFound, ImageDamaged, StoreError.
+    Of the image only what tells of its needs is fetched, no memory. Raises NotFound, ImageDamaged,
+    StoreError.
     """
     url, ref = parse_image(image)
     found = open_store(url or store, endpoint_url=endpoint_url)
     try:
         manifest = load(found, ref)
+        images = StoredImages(manifest, ChunkReader(found, manifest.packs, manifest.chunks))
     finally:
         found.close()
-    return CheckReport(f"{manifest.name}@{manifest.id}", examine(manifest))
+    findings = examine(needs_of(manifest, images, Asked()), Here())
+    return CheckReport(f"{manifest.name}@{manifest.id}", findings)

@@ -4,68 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from typing import TYPE_CHECKING
 
-from crcli.errors import GuardRefused
-from crcli.findings import Finding, Severity
 from crcli.pipeline.stages import PidNamespace
-from crcli.process.identity import read_stat
+from crcli.process.here import taken_pids
 from crcli.process.tree import child_pids, read_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-ZOMBIE_LIMIT_S = 2.0
-"""How long pids that only zombies hold are waited for (seconds): most parents reap within that."""
-
 
 def namespace_for(asked: PidNamespace, root: int, numbers: set[int]) -> PidNamespace:
     """Decide where a tree with these pids and thread ids is restored.
 
-    A tree that is a pid namespace of its own (its root is pid 1) brings it along. Raises GuardRefused when
-    the host's namespace was asked for and a pid is taken.
+    A tree that is a pid namespace of its own (its root is pid 1) brings it along. Where the host's namespace
+    was asked for, the guard has seen that the pids are free.
     """
-    if root == 1:
+    if root == 1 or asked == PidNamespace.HOST:
         return PidNamespace.HOST
     if asked == PidNamespace.NEW:
         return asked
-    taken = _taken(numbers)
-    if not taken:
-        return PidNamespace.HOST
-    if asked == PidNamespace.AUTO:
-        return PidNamespace.NEW
-    raise GuardRefused(
-        f"pid {taken[0]} of the image is in use here",
-        hint="leave out --pid-namespace host: crcli then restores in a pid namespace of its own",
-        findings=[
-            Finding(
-                name="pid-taken",
-                severity=Severity.BLOCKER,
-                message=f"{len(taken)} of the tree's pids are in use on this host",
-                evidence={"pids": taken},
-                action="nothing was started",
-                remedy="--pid-namespace auto or new",
-            )
-        ],
-    )
-
-
-def _taken(numbers: set[int]) -> list[int]:
-    """Which of these are in use; what only zombies hold is waited for."""
-    end = time.monotonic() + ZOMBIE_LIMIT_S
-    while True:
-        taken = sorted(number for number in numbers if os.path.exists(f"/proc/{number}"))
-        if not taken or time.monotonic() >= end or not all(map(_is_dying, taken)):
-            return taken
-        time.sleep(0.01)
-
-
-def _is_dying(pid: int) -> bool:
-    try:
-        return read_stat(pid).is_zombie
-    except ProcessLookupError:
-        return True
+    return PidNamespace.NEW if taken_pids(numbers) else PidNamespace.HOST
 
 
 def host_pids(init: int, members: Iterable[int]) -> dict[int, int]:

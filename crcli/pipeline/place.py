@@ -5,29 +5,19 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
-from crcli.errors import GuardRefused
-from crcli.findings import Finding, Severity
+from crcli.guard.carried import Standing
 from crcli.memory.replay import write_all
 from crcli.pipeline.stages import ChangedFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from crcli.guard.here import Here
     from crcli.image.manifest import Manifest, StoredFile
     from crcli.image.packs import ChunkReader
-
-
-class Standing(StrEnum):
-    """How the file at a path compares with the one in the image."""
-
-    MISSING = "missing"
-    SAME = "same"
-    GROWN = "grown"
-    CHANGED = "changed"
 
 
 @dataclass(frozen=True)
@@ -101,22 +91,14 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def place_files(
-    manifest: Manifest, reader: ChunkReader, policy: ChangedFiles, note: Callable[[Change], None]
+    manifest: Manifest, reader: ChunkReader, policy: ChangedFiles, here: Here, note: Callable[[Change], None]
 ) -> None:
-    """Put the image's files in place; raise GuardRefused, with nothing changed, where others stand there.
+    """Put the image's files in place, as the guard has allowed it.
 
     A file that only grew since the dump (a log) stays as it is. With ChangedFiles.IMAGE others are replaced
     (and kept as PATH.before-<image id>), with ChangedFiles.HOST they stay. Each change is noted first.
     """
-    standings = [(file, _compare(file, reader)) for file in manifest.files]
-    changed = [file for file, standing in standings if standing == Standing.CHANGED]
-    if changed and policy == ChangedFiles.REFUSE:
-        raise GuardRefused(
-            f"{changed[0].name} was changed since the dump" + _others(len(changed) - 1),
-            hint="--files image puts the image's versions back (keeping today's aside), "
-            "--files host goes on with today's",
-            findings=[_changed_finding(file) for file in changed],
-        )
+    standings = [(file, here.standing(file, manifest.chunks)) for file in manifest.files]
     for file, standing in standings:
         if standing == Standing.MISSING:
             _place(file, reader, "", note)
@@ -131,28 +113,6 @@ def _free_name(path: str) -> str:
         number += 1
         free = f"{path}-{number}"
     return free
-
-
-def _compare(file: StoredFile, reader: ChunkReader) -> Standing:
-    """How the file at this path stands to the image's."""
-    try:
-        fd = os.open(file.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return Standing.MISSING
-    except OSError:
-        return Standing.CHANGED
-    try:
-        size = os.fstat(fd).st_size
-        if size < file.size:
-            return Standing.CHANGED
-        at = 0
-        for raw in _contents(file, reader):
-            if os.pread(fd, len(raw), at) != raw:
-                return Standing.CHANGED
-            at += len(raw)
-        return Standing.SAME if size == file.size else Standing.GROWN
-    finally:
-        os.close(fd)
 
 
 def _contents(file: StoredFile, reader: ChunkReader) -> Iterable[bytes]:
@@ -209,27 +169,3 @@ def _nameless_file(folder: str, note: Callable[[Change], None]) -> tuple[int, st
     status = os.fstat(fd)
     note(Change("file", path, "", status.st_dev, status.st_ino))
     return fd, path
-
-
-def _others(count: int) -> str:
-    return f" (and {count} more files were)" if count else ""
-
-
-def _changed_finding(file: StoredFile) -> Finding:
-    try:
-        now = os.stat(file.name)
-        today = {"bytes": now.st_size, "mtime": now.st_mtime}
-    except OSError:
-        today = {}
-    return Finding(
-        name="file-changed",
-        severity=Severity.BLOCKER,
-        message=f"{file.name} is not what it was at the dump, nor has it only grown",
-        evidence={
-            "path": file.name,
-            "image": {"bytes": file.size, "mtime": file.mtime_ns / 1e9},
-            "here": today,
-        },
-        action="nothing was changed",
-        remedy="--files image or --files host",
-    )

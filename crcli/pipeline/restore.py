@@ -24,6 +24,7 @@ from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.skeleton import (
     accept_growth,
     close_outside_connections,
+    forget_files,
     forget_foreign_sessions,
     forget_network_lock,
     forget_sizes,
@@ -33,7 +34,9 @@ from crcli.criu.skeleton import (
 from crcli.criu.workspace import Workspace
 from crcli.errors import CrcliError, GuardRefused, RestoreFailed, TreeState
 from crcli.findings import Finding, Severity
-from crcli.guard.host import guard
+from crcli.guard.here import Here
+from crcli.guard.host import forced_paths, guard, guard_machine
+from crcli.guard.needs import Asked, needs_of
 from crcli.image.manifest import Manifest, Weights, load
 from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
@@ -46,8 +49,8 @@ from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, names
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.ports import remap_ports
-from crcli.pipeline.roots import below, check_root, link_below, manifest_below
-from crcli.pipeline.stages import PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
+from crcli.pipeline.roots import below, check_root, link_below, manifest_below, needs_below
+from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
 from crcli.pipeline.stdio import Replacements, raw_terminal, relay, replace_links
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import RestoreTarget, failure_of
@@ -214,15 +217,7 @@ class _Restore:
         with self.watch.phase("manifest"):
             self._load()
         with self.watch.phase("guard"):
-            if self.options.root:
-                check_root(self.options.root, self.manifest)
-            self.here = manifest_below(self.options.root, self.manifest)
-            self.findings = guard(self.here)
-            self._look_for_weights()
-            self.described = RestoreTarget(
-                f"{self.manifest.name}@{self.manifest.id}", self.options.store, self.manifest.meta
-            )
-            self.hooks.call("restore_before", target=self.described)
+            self._guard()
         with self.watch.phase("lay out"):
             self._lay_out()
         with self.watch.phase("criu"):
@@ -256,15 +251,32 @@ class _Restore:
                 findings=[weights_missing(file) for file in missing],
             )
 
-    # CRIU's images stand in the workspace, edited for this place; files stand where they were.
-
-    def _lay_out(self) -> None:
+    def _guard(self) -> None:
         self.workspace = self.held.enter_context(Workspace.create())
         self.images = self.logs = self.held.enter_context(self.workspace.folder("images"))
         self._write_skeleton()
-        self.members = read_tree(self.images)
+        self.here = Here()
+        if self.options.root:
+            check_root(self.options.root, self.manifest)
         if self.options.ports:
             remap_ports(self.images, self.options.ports)
+        needs = needs_of(self.manifest, self.images, asked_of(self.options))
+        needs = needs_below(self.options.root, needs)
+        self.manifest_here = needs.manifest
+        guard_machine(needs, self.here)
+        self._look_for_weights()
+        self.described = RestoreTarget(
+            f"{self.manifest.name}@{self.manifest.id}", self.options.store, self.manifest.meta
+        )
+        self.hooks.call("restore_before", target=self.described)
+        self.findings = guard(needs, self.here)
+        self.members = read_tree(self.images)
+        for finding in self.findings:
+            self.watch.progress.finding(finding)
+
+    # CRIU's images stand in the workspace, edited for this place; files stand where they were.
+
+    def _lay_out(self) -> None:
         self.namespace = self._namespace()
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
         links = [link_below(self.options.root, link) for link in links]
@@ -273,9 +285,11 @@ class _Restore:
         )
         self.held.callback(self.replacements.close)
         self._move_in()
-        place_files(self.here, self.reader, self.options.changed_files, self._note)
+        place_files(self.manifest_here, self.reader, self._changed_files(), self.here, self._note)
         forget_sizes(self.images, {file.name for file in self.manifest.files})
-        self.findings += [_grown(*file) for file in accept_growth(self.images, self._host_path)]
+        accept_growth(self.images, self._host_path)
+        if paths := forced_paths(self.findings):
+            forget_files(self.images, paths, self._host_path)
         mend_connections(self.images)
         resume_interrupted_calls(self.images)
         self.locks = lost_locks(self.images)
@@ -309,6 +323,11 @@ class _Restore:
         blobs = {n: raw for group in self.reader.plan(wanted) for n, raw in self.reader.read(group)}
         for file in self.manifest.skeleton:
             self.images.write(file.name, b"".join(blobs[number] for number in file.chunks))
+
+    def _changed_files(self) -> ChangedFiles:
+        asked = self.options.changed_files
+        is_forced = asked == ChangedFiles.REFUSE and "file-changed" in self.options.forced
+        return ChangedFiles.HOST if is_forced else asked
 
     def _namespace(self) -> PidNamespace:
         numbers = {pid for member in self.members for pid in (member.pid, *member.threads)}
@@ -351,6 +370,7 @@ class _Restore:
             tcp_close=self.options.tcp == TcpPolicy.CLOSE,
             external=tuple(self.replacements.external),
             inherit=self.replacements.inherit,
+            any_cpu="cpu-features" in self.options.forced,
         )
         if plan.manage_cgroups:
             plan = replace(plan, work_fd=self._mountable_folder())
@@ -560,14 +580,9 @@ def weights_missing(file: Weights) -> Finding:
     )
 
 
-def _grown(path: str, then: int, now: int) -> Finding:
-    return Finding(
-        "file-grown",
-        Severity.CHANGE,
-        f"{path}, which the tree has open, has grown from {then} to {now} bytes since the dump",
-        {"path": path, "image": then, "here": now},
-        action="takes it that nothing but its end is new",
-    )
+def asked_of(options: RestoreOptions) -> Asked:
+    """What the guard must know of how a restore is asked for."""
+    return Asked(options.pid_namespace.value, options.tcp.value, options.changed_files.value, options.forced)
 
 
 def _ended(process: ProcessId) -> Finding:

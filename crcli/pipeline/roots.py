@@ -10,6 +10,7 @@ from crcli.errors import GuardRefused
 from crcli.findings import Finding, Severity
 
 if TYPE_CHECKING:
+    from crcli.guard.needs import Needs
     from crcli.image.manifest import Manifest
     from crcli.pipeline.plan import OutsideLink
 
@@ -85,6 +86,22 @@ def manifest_below(root: str, manifest: Manifest) -> Manifest:
         manifest,
         files=[replace(file, name=below(root, file.name)) for file in manifest.files],
         meta={**manifest.meta, "opened": opened},
+    )
+
+
+def needs_below(root: str, needs: Needs) -> Needs:
+    """What the image needs, with paths as they are on this host. The mounts of the dump do not matter there."""
+    if not root:
+        return needs
+    manifest = manifest_below(root, needs.manifest)
+    files = (
+        replace(one, opened=replace(one.opened, path=below(root, one.opened.path))) for one in needs.files
+    )
+    return replace(
+        needs,
+        manifest=replace(manifest, meta={**manifest.meta, "mounts": []}),
+        files=tuple(files),
+        unix_names=tuple(below(root, name) for name in needs.unix_names),
     )
 
 

@@ -83,6 +83,7 @@ class RestoreOptions:
     `weights_folders` are searched for the others. `ports` maps ports that the image listens on to those that
     it is to listen on here. `root` is the folder that the tree gets as its root, a path without links
     (empty: ours). `signal` is sent to the tree's first process once it runs (0: none).
+    `forced` names findings of the guard (guard/names.py) that are not to stop it.
     """
 
     image: str
@@ -96,6 +97,7 @@ class RestoreOptions:
     ports: Mapping[int, int] = field(default_factory=dict)
     root: str = ""
     signal: int = 0
+    forced: tuple[str, ...] = ()
     endpoint_url: str | None = None
 
 

@@ -89,7 +89,10 @@ def crcli_dump_failed(target: DumpTarget, failure: Failure) -> None:
 
 
 def crcli_restore_before(target: RestoreTarget) -> None:
-    """The manifest was checked and this host can take the image; nothing was started."""
+    """The manifest was checked and this machine can take the image; nothing was started.
+
+    Whether its files are here and its ports and pids are free is looked at next: the place to see to that.
+    """
 
 
 def crcli_restore_frozen(target: RestoreTarget) -> None:

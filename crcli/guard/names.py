@@ -1,0 +1,22 @@
+"""The names of the findings that forbid a restore, each of which `--force-guard` can override."""
+
+from __future__ import annotations
+
+BLOCKERS = (
+    "address-missing",
+    "architecture",
+    "capabilities",
+    "connection-taken",
+    "cpu-features",
+    "file-changed",
+    "file-missing",
+    "file-mode",
+    "kernel",
+    "library-changed",
+    "memory",
+    "namespaces",
+    "page-size",
+    "pid-taken",
+    "port-taken",
+    "socket-name-taken",
+)
