@@ -49,7 +49,7 @@ from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, names
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.ports import remap_ports
-from crcli.pipeline.roots import below, check_root, link_below, manifest_below, needs_below
+from crcli.pipeline.roots import below, check_root, link_below, needs_below
 from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
 from crcli.pipeline.stdio import Replacements, raw_terminal, relay, replace_links
 from crcli.plugins.loader import load_hooks

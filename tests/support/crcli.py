@@ -78,6 +78,7 @@ class Crcli:
         return os.environ | {
             "CRCLI_LOG_DIR": f"{self.folder}/logs",
             "CRCLI_RATES": f"{self.folder}/rates.json",
+            "CRCLI_STATE_DIR": f"{self.folder}/state",
         }
 
     @contextmanager

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from crcli.image.index import KnownPagesOf, load_known
-from crcli.image.manifest import Manifest, StoredFile, publish
+from crcli.image.manifest import Manifest, StoredFile, load, publish
 from crcli.image.names import ImageRef, new_image_id
 from crcli.image.packs import PackWriter
 from crcli.image.session import Session
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from crcli.store.base import Store
 
@@ -61,6 +62,41 @@ def make_image(store: Store, name: str, memory: Sequence[bytes], file: bytes = b
         finally:
             writer.close()
     return ImageRef(name, image_id)
+
+
+def forge(
+    store: Store, ref: ImageRef, meta: Mapping[str, Any], skeleton: Mapping[str, bytes] | None = None
+) -> ImageRef:
+    """Publish a copy of an image, whole and sealed, that claims something else.
+
+    `meta` replaces facts of the JSON head (dictionaries are merged), `skeleton` images of CRIU's.
+    """
+    manifest = load(store, ref)
+    image_id = new_image_id()
+    writer = PackWriter(store, image_id)
+    try:
+        blobs = {name: (len(data), writer.add_blob(data)) for name, data in (skeleton or {}).items()}
+        writer.seal()
+    finally:
+        writer.close()
+    chunks = [*manifest.chunks, *(one._replace(pack=one.pack + len(manifest.packs)) for one in writer.chunks)]
+    files = {file.name: file for file in manifest.skeleton}
+    for name, (size, number) in blobs.items():
+        files[name] = replace(files[name], size=size, chunks=(len(manifest.chunks) + number,))
+    forged = replace(
+        manifest,
+        id=image_id,
+        packs=[*manifest.packs, *writer.packs],
+        chunks=chunks,
+        skeleton=list(files.values()),
+        meta={**manifest.meta, **{key: _merged(manifest.meta.get(key), new) for key, new in meta.items()}},
+    )
+    publish(store, forged)
+    return ImageRef(ref.name, image_id)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    return {**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new
 
 
 def add_memory(writer: PackWriter, known: KnownPagesOf, memory: Sequence[bytes]) -> list[Extent]:

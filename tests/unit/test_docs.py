@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from crcli import config, errors, notify
+from crcli.guard.names import BLOCKERS
 from crcli.image import catalog, container, gc, names, packs, session, tables
 from crcli.image.manifest import StoredFile
 from crcli.main import COMMANDS, build_app
@@ -221,6 +222,26 @@ def test_the_findings_in_readme_exist() -> None:
         assert f'"{name}"' in source, name
 
 
+def test_the_findings_of_the_guard_are_in_readme() -> None:
+    """Each name that a guard can give a finding stands in the two tables, those of blockers in the first."""
+    source = "".join(path.read_text() for path in (ROOT / "crcli" / "guard").glob("*.py"))
+    named = set(re.findall(r'(?:blocker|change|note)\(\s*"([a-z-]+)"', source)) | {
+        "users-unknown",
+        "groups-unknown",
+    }
+    refused, _, said = README.partition("**Does it fit here?**")[2].partition("| Said, and restored")
+    tables = [set(re.findall(r"`([a-z]+(?:-[a-z]+)*)`", text)) for text in (refused, said.split("\n\n")[0])]
+    assert set(BLOCKERS) <= tables[0]
+    assert named - set(BLOCKERS) == tables[1]
+
+
+def test_the_budget_for_hashes_in_readme_is_that_of_the_code() -> None:
+    """How much is read for hashes, and how long."""
+    source = (ROOT / "crcli" / "pipeline" / "hashing.py").read_text()
+    assert "256 MiB of them and for a second" in README_FLAT
+    assert "BUDGET_BYTES = 256 << 20\n" in source and "BUDGET_S = 1.0\n" in source
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_document_names_no_place_of_ours(name: str) -> None:
     """No address but CRIU's and an example's, and no path of a machine that this was made on."""
@@ -276,6 +297,8 @@ def test_format_has_every_field_of_a_manifest() -> None:
     written |= keys_in("crcli/pipeline/facts.py", "describe_host")
     written |= keys_in("crcli/pipeline/facts.py", "describe_tree")
     written |= keys_in("crcli/criu/skeleton.py", "named_files")
+    written |= keys_in("crcli/pipeline/hashing.py", "_hash_of")
+    written |= keys_in("crcli/pipeline/hashing.py", "describe_mounts")
     written |= set(StoredFile("", 0, ()).as_json()) | {field.name for field in fields(OutsideLink)}
     written |= {"name", "id", "skeleton", "files", *classify.MemoryCounts.__dataclass_fields__}
     assert written <= in_words(FORMAT), written - in_words(FORMAT)
