@@ -41,7 +41,7 @@ def opened(needs: Needs, here: Here) -> Iterator[Finding]:
         elif status is not None:
             yield from _mode(file, status)
             yield from _content(file, status, here)
-        elif path not in made:
+        elif path not in made and not any(_is_below(path, point) for point in here.cgroup_mounts):
             yield _missing(file, next((point for point in mounts if _is_below(path, point)), ""))
 
 

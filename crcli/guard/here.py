@@ -13,6 +13,7 @@ from crcli.guard import cpu
 from crcli.guard.carried import compare
 from crcli.guard.contents import Contents
 from crcli.process import here
+from crcli.process.files import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,6 +88,11 @@ class Here:
         """The cgroups that crcli runs in, as /proc/self/cgroup has them."""
         with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
             return file.read().splitlines()
+
+    @cached_property
+    def cgroup_mounts(self) -> list[str]:
+        """Where cgroup hierarchies are mounted: CRIU makes the folders of the tree's cgroups anew there."""
+        return [mount.point for mount in mounts(os.getpid()) if mount.fstype in ("cgroup", "cgroup2")]
 
     @cached_property
     def criu_version(self) -> str:

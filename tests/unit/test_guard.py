@@ -237,6 +237,15 @@ def test_a_missing_mount_is_named(here: Here, tmp_path: Path) -> None:
     assert unmounted.name == "mount-missing" and "/dev/vdb" in unmounted.remedy
 
 
+def test_a_cgroup_that_is_gone_is_made_again(here: Here) -> None:
+    """CRIU makes the folders of cgroups in which a tree works: that they are gone is nothing to refuse."""
+    lost = NeededFile(OpenedFile("/mounted/cgroup/agent", None, 0o40755, ""))
+    here.cgroup_mounts = ["/mounted/cgroup"]
+    assert examine(needs(files=(lost,)), here) == []
+    here.cgroup_mounts = ["/mounted"[:5]]
+    assert blocked_by(needs(files=(lost,)), here) == {"file-missing"}
+
+
 def library() -> Path:
     """A shared library with a build-id."""
     for line in Path("/proc/self/maps").read_text().splitlines():
