@@ -142,9 +142,12 @@ def _lives_on(one: InetSocket, needs: Needs, here: Here) -> bool:
     """Whether a connection will be kept: see `criu.skeleton.close_outside_connections`."""
     if needs.asked.tcp != "auto":
         return needs.asked.tcp == "keep"
-    mirror = (_plain(*one.remote), _plain(one.host, one.port))
-    inside = any((_plain(o.host, o.port), _plain(*o.remote)) == mirror for o in needs.sockets)
-    return inside or any(found.endpoints == mirror and found.connected for found in here.sockets)
+    ends = (_plain(one.host, one.port), _plain(*one.remote))
+    mirror = ends[::-1]
+    if any((_plain(o.host, o.port), _plain(*o.remote)) == mirror for o in needs.sockets):
+        return True
+    there = {found.endpoints for found in here.sockets if found.connected}
+    return mirror in there and ends not in there  # else the other end talks to the original
 
 
 def _plain(host: str, port: int) -> Address:

@@ -90,7 +90,7 @@ def manifest_below(root: str, manifest: Manifest) -> Manifest:
 
 
 def needs_below(root: str, needs: Needs) -> Needs:
-    """What the image needs, with paths as they are on this host. The mounts of the dump do not matter there."""
+    """What the image needs, with paths as they are on this host; mounts of the dump do not matter there."""
     if not root:
         return needs
     manifest = manifest_below(root, needs.manifest)
