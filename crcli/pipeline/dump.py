@@ -242,13 +242,13 @@ class _Dump:
     def _prepare(self, held: ExitStack) -> None:
         with self.watch.phase("prepare"):
             limit_s = None if self.options.deadline_s is None else self.options.deadline_s / 10
-            self.hashing = Hashing(self.target.evidence, limit_s)
-            self.hashing.start()
             self.workspace = held.enter_context(Workspace.create())
             self.images = held.enter_context(self.workspace.folder("images"))
             self.trial = held.enter_context(self.workspace.folder("trial"))
             self.sandbox = held.enter_context(Sandbox(self.trial.fd)) if self._wants_trial() else None
             self.standby = held.enter_context(Standby(self.target.evidence.root.pid, self.images.fd))
+            self.hashing = Hashing(self.target.evidence, limit_s)
+            self.hashing.start()  # a thread: no more forks from here on
             self.network = other_network(self.target.evidence.root.pid)
             if self.network is not None:
                 held.callback(os.close, self.network)
