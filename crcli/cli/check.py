@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from crcli.cli.options import EndpointOption, JsonOption, StoreOption
-from crcli.config import choose_store
+from crcli.config import choose_store, weights_folders
 from crcli.errors import GuardRefused, PreflightRefused
 
 
@@ -36,6 +36,7 @@ def check(
         report = check_process(int(target), chosen.url, chosen.endpoint_url)
         refused = PreflightRefused.exit_code
     else:
-        report, refused = check_image(target, chosen.url, chosen.endpoint_url), GuardRefused.exit_code
+        report = check_image(target, chosen.url, chosen.endpoint_url, weights_folders())
+        refused = GuardRefused.exit_code
     show_check(report, as_json)
     return refused if report.is_refused else 0

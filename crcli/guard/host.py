@@ -1,9 +1,9 @@
 """Whether this host can take an image: compared before anything is started or written.
 
-Each family of findings is one small function in `machine`, `files`, `places` or `rights`, named in the tuple
-at that module's end; to add one, write it and name it there (and its blockers in `names`). It is given what
-the image needs (`needs`) and what this host has (`here`). GPUs and files of weights will be modules of their
-own, named in `CHECKS`.
+Each family of findings is one small function in `machine`, `files`, `weights`, `places` or `rights`, named in
+the tuple at that module's end; to add one, write it and name it there (and its blockers in `names`). It is
+given what the image needs (`needs`) and what this host has (`here`). GPUs will be a module of their own,
+named in `CHECKS`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from crcli.guard.files import FILES
 from crcli.guard.machine import MACHINE
 from crcli.guard.places import PLACES
 from crcli.guard.rights import RIGHTS
+from crcli.guard.weights import WEIGHTS
 
 if TYPE_CHECKING:
     from crcli.guard.here import Here
     from crcli.guard.needs import Needs
     from crcli.guard.wording import Check
 
-CHECKS: tuple[Check, ...] = (*MACHINE, *FILES, *PLACES, *RIGHTS)
+CHECKS: tuple[Check, ...] = (*MACHINE, *FILES, *WEIGHTS, *PLACES, *RIGHTS)
 
 _GRAVEST_FIRST = tuple(Severity)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from crcli.criu.images import ImageFolder
-    from crcli.image.manifest import Manifest
+    from crcli.image.manifest import Manifest, Weights
     from crcli.image.packs import ChunkReader
 
 _TELLING = ("core-", "cpuinfo.img", "files.img", "mm-", "pstree.img", "remap-fpath.img")
@@ -60,6 +60,8 @@ class Needs:
     root_pid: int = 0
     numbers: frozenset[int] = frozenset()
     """Pids and thread ids of the whole tree."""
+    missing_weights: tuple[Weights, ...] = ()
+    """Files of weights that were found neither here nor in the store."""
 
     @property
     def meta(self) -> dict[str, Any]:

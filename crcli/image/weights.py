@@ -189,16 +189,19 @@ def weights_report(files: Sequence[Weights], references: Iterable[Reference]) ->
 def places_of(weights: Weights, mapped: Sequence[tuple[str, str]], folders: Sequence[str]) -> list[str]:
     """Where a file may be on this host, the likeliest first; only files of its size.
 
-    `mapped` are pairs of a path (of a file or folder) at the dump and here; `folders` are searched for its
-    name.
+    `mapped` are pairs of a path (of a file or folder) at the dump and here; `folders` are searched for files
+    of its name and then for any others, which may have got another: only their bytes count.
     """
     found = [new + weights.path.removeprefix(old) for old, new in mapped if _is_below(weights.path, old)]
     found.append(weights.path)
     name = os.path.basename(weights.path)
-    for folder in folders:
-        for here, _, names in os.walk(folder, followlinks=True):
-            if name in names:
-                found.append(os.path.join(here, name))
+    there = [
+        os.path.join(here, one)
+        for folder in folders
+        for here, _, names in os.walk(folder, followlinks=True)
+        for one in names
+    ]
+    found += sorted(there, key=lambda path: os.path.basename(path) != name)
     return [path for path in dict.fromkeys(found) if _size_of(path) == weights.size]
 
 

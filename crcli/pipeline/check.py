@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from crcli.findings import Severity
@@ -12,6 +12,7 @@ from crcli.guard.needs import Asked, StoredImages, needs_of
 from crcli.image.manifest import load
 from crcli.image.names import parse_image, suggested_name
 from crcli.image.packs import ChunkReader
+from crcli.image.weights import MemoryReader
 from crcli.pipeline.forecast import look_ahead
 from crcli.pipeline.preflight import preflight_here
 from crcli.pipeline.stages import DumpOptions
@@ -64,18 +65,23 @@ def check_process(pid: int, store: str, endpoint_url: str | None = None) -> Chec
     return CheckReport(report.target, [*report.findings, *findings], forecast)
 
 
-def check_image(image: str, store: str, endpoint_url: str | None = None) -> CheckReport:
+def check_image(
+    image: str, store: str, endpoint_url: str | None = None, weights_folders: Sequence[str] = ()
+) -> CheckReport:
     """Say what stands in the way of a restore of this image here, and what will be different after it.
 
-    Of the image only what tells of its needs is fetched, no memory. Raises NotFound, ImageDamaged,
-    StoreError.
+    Of the image only what tells of its needs is fetched, no memory. Files of weights are looked for in
+    `weights_folders` too. Raises NotFound, ImageDamaged, StoreError.
     """
     url, ref = parse_image(image)
     found = open_store(url or store, endpoint_url=endpoint_url)
     try:
         manifest = load(found, ref)
-        images = StoredImages(manifest, ChunkReader(found, manifest.packs, manifest.chunks))
+        reader = ChunkReader(found, manifest.packs, manifest.chunks)
+        images = StoredImages(manifest, reader)
+        missing = MemoryReader(found, manifest, reader, folders=weights_folders).missing()
     finally:
         found.close()
-    findings = examine(needs_of(manifest, images, Asked()), Here())
+    needs = replace(needs_of(manifest, images, Asked()), missing_weights=tuple(missing))
+    findings = examine(needs, Here())
     return CheckReport(f"{manifest.name}@{manifest.id}", findings)

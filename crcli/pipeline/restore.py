@@ -32,12 +32,12 @@ from crcli.criu.skeleton import (
     mend_connections,
 )
 from crcli.criu.workspace import Workspace
-from crcli.errors import CrcliError, GuardRefused, RestoreFailed, TreeState
+from crcli.errors import CrcliError, RestoreFailed, TreeState
 from crcli.findings import Finding, Severity
 from crcli.guard.here import Here
 from crcli.guard.host import forced_paths, guard, guard_machine
 from crcli.guard.needs import Asked, needs_of
-from crcli.image.manifest import Manifest, Weights, load
+from crcli.image.manifest import Manifest, load
 from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
 from crcli.image.weights import MemoryReader
@@ -242,15 +242,6 @@ class _Restore:
         )
         self.held.callback(self.memory.close)
 
-    def _look_for_weights(self) -> None:
-        if missing := self.memory.missing():
-            raise GuardRefused(
-                f"{missing[0].path}, from which weights are to be read, is neither here nor in the store",
-                hint="say with --weights-map OLD=NEW where it is, or put it into the store with "
-                "`crcli weights push` where it still exists",
-                findings=[weights_missing(file) for file in missing],
-            )
-
     def _guard(self) -> None:
         self.workspace = self.held.enter_context(Workspace.create())
         self.images = self.logs = self.held.enter_context(self.workspace.folder("images"))
@@ -261,10 +252,9 @@ class _Restore:
         if self.options.ports:
             remap_ports(self.images, self.options.ports)
         needs = needs_of(self.manifest, self.images, asked_of(self.options))
-        needs = needs_below(self.options.root, needs)
+        needs = replace(needs_below(self.options.root, needs), missing_weights=tuple(self.memory.missing()))
         self.manifest_here = needs.manifest
         guard_machine(needs, self.here)
-        self._look_for_weights()
         self.described = RestoreTarget(
             f"{self.manifest.name}@{self.manifest.id}", self.options.store, self.manifest.meta
         )
@@ -566,18 +556,6 @@ class _Restore:
         if self.residence is not None:
             self.residence.close()
         kill_descendants()
-
-
-def weights_missing(file: Weights) -> Finding:
-    """The finding about a file of weights that cannot be found."""
-    return Finding(
-        "weights-missing",
-        Severity.BLOCKER,
-        f"{file.path} ({file.size >> 20} MiB), from which weights are to be read, is not here",
-        {"path": file.path, "bytes": file.size, "blake3": file.digest},
-        action="nothing was started",
-        remedy="--weights-map OLD=NEW, or `crcli weights push` where the file still exists",
-    )
 
 
 def asked_of(options: RestoreOptions) -> Asked:

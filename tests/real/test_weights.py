@@ -172,7 +172,7 @@ def test_a_file_that_is_not_what_it_was_is_refused(
 
 
 def test_files_are_found_elsewhere(crcli: Crcli, weights: Path, tmp_path: Path) -> None:
-    """Under another folder, by --weights-map or by the folders of the configuration."""
+    """Under another folder by --weights-map, under any name in the folders of the configuration."""
     with loaded(weights) as program:
         image = crcli.dump(program.pid, "--weights", str(weights))["image"]
         moved = tmp_path / "mnt" / "deep"
@@ -181,10 +181,14 @@ def test_files_are_found_elsewhere(crcli: Crcli, weights: Path, tmp_path: Path) 
         crcli.restore(image, code=20)
         assert_whole(program, crcli.restore(image, "--weights-map", f"{weights.parent}={moved}"))
         crcli.clean_up()
+        (moved / weights.name).rename(moved / "another-name")
         config = tmp_path / "config.yaml"
         config.write_text(f"weights: [{tmp_path}/mnt]\n")
+        found = crcli.run("check", image, "--store", crcli.store, "--json", code=20).json["findings"]
+        assert "weights-missing" in {finding["name"] for finding in found}
         os.environ["CRCLI_CONFIG"] = str(config)
         try:
+            crcli.run("check", image, "--store", crcli.store)
             assert_whole(program, crcli.restore(image))
         finally:
             del os.environ["CRCLI_CONFIG"]
