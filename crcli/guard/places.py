@@ -62,7 +62,7 @@ def ports(needs: Needs, here: Here) -> Iterator[Finding]:
         owners = [found for found in here.sockets if _is_in_the_way(found, one)]
         if not owners:
             continue  # the remains of a connection, which do not hinder CRIU
-        owner = holder_of(owners[0].inode)
+        owner = next(filter(None, (holder_of(found.inode) for found in owners)), "")
         address = str(Address(one.host, one.port))
         yield blocker(
             "port-taken",

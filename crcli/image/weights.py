@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
@@ -22,7 +24,7 @@ from crcli.image.packs import BLOB_BYTES, ChunkReader, PackWriter
 from crcli.image.session import Session
 from crcli.image.tables import read_chunks, read_packs, write_chunks, write_packs
 from crcli.memory.extents import Origin, Source
-from crcli.memory.weights.files import WeightsFile
+from crcli.memory.weights.files import WeightsFile, files_below
 from crcli.memory.weights.references import found_bytes
 from crcli.memory.weights.views import View, apply, source_bytes
 
@@ -36,6 +38,12 @@ if TYPE_CHECKING:
 READ_BYTES = 4 << 20
 """References whose bytes lie near each other are read together up to this size (bytes)."""
 
+
+_KEPT_CHUNKS = 32
+"""Chunks of a pushed file that are kept: its tensors may lie in memory in small pieces of many rows."""
+
+_MOST_CHOICES = 64
+_IN_STORE = ""
 
 # --- in the store ------------------------------------------------------------------------------------------
 
@@ -159,14 +167,42 @@ class PushedFile:
         self.packs = read_packs(sections["PACK"], key)
         self.chunks = read_chunks(sections["CHNK"], len(self.packs), key)
         self._reader = ChunkReader(store, self.packs, self.chunks)
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read a range; every chunk of it is checked."""
+        """Read a range; every chunk of it is checked. The last few chunks are kept."""
         first, last = offset // BLOB_BYTES, (offset + length - 1) // BLOB_BYTES
-        wanted = [number for number in range(first, last + 1) if number < len(self.chunks)]
-        whole = self._reader.blob(wanted)
+        whole = b"".join(self._chunk(number) for number in range(first, min(last + 1, len(self.chunks))))
         begin = offset - first * BLOB_BYTES
         return whole[begin : begin + length]
+
+    def _chunk(self, number: int) -> bytes:
+        with self._lock:
+            if number in self._kept:
+                self._kept.move_to_end(number)
+                return self._kept[number]
+        raw = self._reader.blob([number])
+        with self._lock:
+            self._kept[number] = raw
+            while len(self._kept) > _KEPT_CHUNKS:
+                self._kept.popitem(last=False)
+        return raw
+
+
+def only_used(
+    files: Sequence[Weights], references: Sequence[Reference]
+) -> tuple[list[Weights], list[Reference]]:
+    """The files that references name, and the references with their numbers: an image needs no others."""
+    used = sorted({piece.file for reference in references for piece in reference.pieces})
+    number = {old: new for new, old in enumerate(used)}
+    renumbered = [
+        reference._replace(
+            pieces=tuple(piece._replace(file=number[piece.file]) for piece in reference.pieces)
+        )
+        for reference in references
+    ]
+    return [files[old] for old in used], renumbered
 
 
 def weights_report(files: Sequence[Weights], references: Iterable[Reference]) -> list[dict[str, Any]]:
@@ -195,12 +231,7 @@ def places_of(weights: Weights, mapped: Sequence[tuple[str, str]], folders: Sequ
     found = [new + weights.path.removeprefix(old) for old, new in mapped if _is_below(weights.path, old)]
     found.append(weights.path)
     name = os.path.basename(weights.path)
-    there = [
-        os.path.join(here, one)
-        for folder in folders
-        for here, _, names in os.walk(folder, followlinks=True)
-        for one in names
-    ]
+    there = [path for folder in folders for path in files_below(folder)]
     found += sorted(there, key=lambda path: os.path.basename(path) != name)
     return [path for path in dict.fromkeys(found) if _size_of(path) == weights.size]
 
@@ -233,27 +264,38 @@ class MemoryReader:
         self._store = store
         self._manifest = manifest
         self._chunks = chunks
-        self._places = [places_of(file, mapped, folders) for file in manifest.weights]
+        self._mapped = mapped
+        self._folders = folders
+        self._found: dict[int, list[str]] = {}
+        self._right: dict[int, str] = {}
+        """For each file where its bytes were right last."""
         self._open: dict[str, WeightsFile] = {}
         self._pushed: dict[str, PushedFile | None] = {}
         self._lock = threading.Lock()
 
     def missing(self) -> list[Weights]:
-        """The files that are neither on this host nor in the store."""
+        """The files that are neither on this host nor in the store, nor travel in the image."""
+        carried = {file.name for file in self._manifest.files}
         return [
             file
             for number, file in enumerate(self._manifest.weights)
-            if not self._places[number] and self._in_store(file) is None
+            if file.path not in carried and not self._places(number) and self._in_store(file) is None
         ]
 
     def check(self, number: int) -> bool:
         """Whether a reference's bytes are here or in the store, and what they were; ImageDamaged if not."""
         reference = self._manifest.references[number]
         files = {piece.file for piece in reference.pieces}
-        if any(not self._places[n] and self._in_store(self._manifest.weights[n]) is None for n in files):
+        if any(not self._places(n) and self._in_store(self._manifest.weights[n]) is None for n in files):
             return False
         self._resolved(reference)
         return True
+
+    def _places(self, number: int) -> list[str]:
+        """Where a file may be on this host; one that travels in the image may be laid out only later."""
+        if not self._found.get(number):
+            self._found[number] = places_of(self._manifest.weights[number], self._mapped, self._folders)
+        return self._found[number]
 
     def plan(self, wanted: Iterable[Origin]) -> list[list[Origin]]:
         """Group what is wanted into reads: see ChunkReader.plan."""
@@ -286,10 +328,13 @@ class MemoryReader:
             yield origin, self._resolved(self._manifest.references[origin.number])
 
     def _resolved(self, reference: Reference) -> Buffer:
-        choices = max(len(self._places[piece.file]) for piece in reference.pieces)
-        for choice in range(choices + 1):  # the last one: the store, for all of them
-            raw = b"".join(self._read_piece(piece, choice) for piece in reference.pieces)
+        """The bytes of a reference, out of whatever files or store have them."""
+        files = sorted({piece.file for piece in reference.pieces})
+        for choice in islice(product(*map(self._choices, files)), _MOST_CHOICES):
+            sources = dict(zip(files, choice, strict=True))
+            raw = b"".join(self._read_piece(piece, sources[piece.file]) for piece in reference.pieces)
             if blake3(raw).digest() == reference.digest:
+                self._right.update(sources)
                 return raw
         spans = [
             f"{self._manifest.weights[piece.file].path}, bytes {piece.offset} to {piece.end}"
@@ -301,14 +346,16 @@ class MemoryReader:
             "`crcli weights push` keeps files in the store",
         )
 
-    def _read_piece(self, piece: Piece, choice: int) -> bytes:
-        places = self._places[piece.file]
-        length = source_bytes(piece.view, piece.length)
+    def _choices(self, number: int) -> list[str]:
+        """Where a file's bytes may be taken from, what was right last first; "" is the store."""
+        choices = [*self._places(number), _IN_STORE]
+        right = self._right.get(number)
+        return sorted(choices, key=lambda one: one != right)
+
+    def _read_piece(self, piece: Piece, place: str) -> bytes:
         source: WeightsFile | PushedFile | None
-        if choice < len(places):
-            source = self._opened(places[choice])
-        else:
-            source = self._in_store(self._manifest.weights[piece.file])
+        source = self._opened(place) if place else self._in_store(self._manifest.weights[piece.file])
+        length = source_bytes(piece.view, piece.length)
         raw = source.read(piece.offset, length) if source is not None else b""
         if len(raw) < length:
             return b""

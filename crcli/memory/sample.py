@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blake3 import blake3
 
-from crcli.memory.classify import CHUNK_PAGES, GROUP_PAGES
-from crcli.memory.extents import PAGE, ZERO_PAGE
+from crcli.memory.classify import CHUNK_PAGES, GROUP_PAGES, Run
+from crcli.memory.extents import PAGE, ZERO_PAGE, SpaceKey, SpaceKind
 from crcli.memory.pagemap import AddressSpace, PageRun, PageState, zero_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from crcli.memory.weights.match import Matcher
 
 _CLASSES = ((1 << 8, 0.25, 0.45), (1 << 12, 0.5, 0.8), (1 << 40, 0.55, 0.9))
 """Mappings of fewer pages than the first number are drawn from apart, since the small ones are what changes
@@ -58,9 +60,9 @@ class Lookup(Protocol):
 class Makeup:
     """What memory consists of, in bytes.
 
-    `total` is all that CRIU sends: `zero`, `reused` (the store has it, or it comes twice) and `new`. `stored`
-    is the size of what is new once it is compressed, `referred` is how much of the store's own memory the
-    image will refer to.
+    `total` is all that CRIU sends: `zero`, `weights` (found in files of weights), `reused` (the store has it,
+    or it comes twice) and `new`. `stored` is the size of what is new once it is compressed, `referred` is how
+    much of the store's own memory the image will refer to.
     """
 
     total: int = 0
@@ -69,6 +71,7 @@ class Makeup:
     new: int = 0
     stored: int = 0
     referred: int = 0
+    weights: int = 0
 
     def __add__(self, other: Makeup) -> Makeup:
         return Makeup(
@@ -78,6 +81,7 @@ class Makeup:
             self.new + other.new,
             self.stored + other.stored,
             self.referred + other.referred,
+            self.weights + other.weights,
         )
 
 
@@ -133,6 +137,7 @@ class Tally:
     """Pages that were looked at, counted. `absent` are pages that CRIU would not send after all."""
 
     zero: int = 0
+    weights: int = 0
     absent: int = 0
     known: Counted = field(default_factory=Counted)
     new: Counted = field(default_factory=Counted)
@@ -143,7 +148,7 @@ class Tally:
     @property
     def sent(self) -> float:
         """The pages that CRIU would send."""
-        return self.zero + self.known.sent + self.new.sent
+        return self.zero + self.weights + self.known.sent + self.new.sent
 
     @property
     def looked_at(self) -> float:
@@ -185,15 +190,16 @@ def make_up(tally: Tally, total_pages: float, part: float, ratios: tuple[float, 
         return Makeup(total, new=total, stored=total)
     scale = total_pages * PAGE / tally.sent
     alone, shared = tally.new.distinct_alone(part) * scale, tally.new.own * scale
-    zero = round(tally.zero * scale)
+    zero, weights = round(tally.zero * scale), round(tally.weights * scale)
     new = round(alone + shared)
     return Makeup(
         total=total,
         zero=zero,
-        reused=max(0, total - zero - new),
+        reused=max(0, total - zero - weights - new),
         new=new,
         stored=round(alone * ratios[0] + shared * ratios[1]),
         referred=round(tally.known.distinct(part) * scale),
+        weights=weights,
     )
 
 
@@ -258,14 +264,17 @@ class Sampler:
         known: Lookup | None,
         ratio_of: Callable[[bytes], float],
         budget_s: float,
+        matcher: Matcher | None = None,
     ) -> None:
         """`ratio_of` compresses a chunk as the writer would: stored over raw size. `budget_s` bounds the
-        work (seconds), down to the few pieces without which nothing could be said."""
+        work (seconds), down to the few pieces without which nothing could be said. With a `matcher` what
+        stands in files of weights is told apart too."""
         self._subjects = sorted(subjects, key=lambda one: one.expected, reverse=True)[:_MOST_SPACES]
         self._others = len(subjects) - 1
         chosen = sum(subject.expected for subject in self._subjects)
         self._others_too = sum(subject.expected for subject in subjects) / chosen if chosen else 1.0
         self._known = known
+        self._matcher = matcher
         self._ratio_of = ratio_of
         self._began = time.thread_time(), time.monotonic()
         self._budget = budget_s
@@ -423,7 +432,7 @@ class Sampler:
 
     def _tell_apart(self, batch: list[tuple[int, int, bytes, float]], tally: Tally) -> None:
         """Count the pages that were read as a dump would: groups are looked for first, then pages."""
-        rest = self._without_known_groups(batch, tally)
+        rest = self._without_known_groups(self._without_weights(batch, tally), tally)
         pages: list[tuple[bytes, int, int, bytes, float]] = []
         for owner, start, raw, share in rest:
             for offset in range(0, len(raw), PAGE):
@@ -442,6 +451,25 @@ class Sampler:
             fresh = tally.alone if share == 1 else tally.shared
             if there is None and len(fresh) < _MOST_CHUNKS * CHUNK_PAGES:
                 fresh.setdefault(digest, (owner, number, page))
+
+    def _without_weights(
+        self, batch: list[tuple[int, int, bytes, float]], tally: Tally
+    ) -> list[tuple[int, int, bytes, float]]:
+        """Count what is found in files of weights; return the rest."""
+        if self._matcher is None:
+            return batch
+        rest: list[tuple[int, int, bytes, float]] = []
+        for owner, start, raw, share in batch:
+            run = Run(SpaceKey(SpaceKind.PROCESS, owner), start, len(raw) // PAGE, True, 0)
+            at = 0
+            for stretch in self._matcher.stretches(raw, [run]):
+                tally.weights += stretch.pages
+                if stretch.at > at:
+                    rest.append((owner, start + at, raw[at * PAGE : stretch.at * PAGE], share))
+                at = stretch.at + stretch.pages
+            if at * PAGE < len(raw):
+                rest.append((owner, start + at, raw[at * PAGE :], share))
+        return rest
 
     def _without_known_groups(
         self, batch: list[tuple[int, int, bytes, float]], tally: Tally

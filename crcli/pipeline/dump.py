@@ -37,7 +37,7 @@ from crcli.image.names import ImageRef, check_name, new_image_id, pack_key, sugg
 from crcli.image.packs import PackWriter
 from crcli.image.remove import remove
 from crcli.image.session import Session
-from crcli.image.weights import weights_report
+from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
 from crcli.memory.intake import Intake
 from crcli.memory.sample import Makeup
@@ -255,8 +255,9 @@ class _Dump:
             overflow = OverflowFile(self.workspace)
             held.callback(overflow.close)
             overflow.populate(self.target.evidence.expected_bytes)
-            self.weights = WeightsInUse(self.target.weights, self.progress.amount)
-            held.callback(self.weights.close)
+            self.weights = held.enter_context(WeightsInUse(self.target.weights))
+            self.weights.index(self.progress.amount, limit_s)
+            self._find(self.weights.findings())
             store = open_store(self.options.store, endpoint_url=self.options.endpoint_url)
             held.callback(store.close)
             self.store = store
@@ -278,7 +279,8 @@ class _Dump:
     def _measure(self, known: KnownChunks) -> Load | None:
         """What lies ahead. Memory is found for the pages meanwhile, which takes longer."""
         try:
-            return measure(self.target.evidence, self.options, known, DUMP_LOOK_S, DUMP_LOOK_MOST_S)
+            matcher = self.weights.matcher
+            return measure(self.target.evidence, self.options, known, DUMP_LOOK_S, DUMP_LOOK_MOST_S, matcher)
         except Exception:
             return None
 
@@ -305,7 +307,13 @@ class _Dump:
         return Load(
             processes=len(self.tree),
             threads=max(0, sum(process.threads for process in self.tree) - len(self.tree)),
-            memory=Makeup(report.memory_bytes, report.zero_bytes, report.reused_bytes, new),
+            memory=Makeup(
+                report.memory_bytes,
+                report.zero_bytes,
+                report.reused_bytes,
+                new,
+                weights=report.weights_bytes,
+            ),
             stored_bytes=report.stored_bytes,
             file_bytes=sum(file.size for file in self.files),
         )
@@ -343,8 +351,12 @@ class _Dump:
             labels = {process.pid: process.label for process in self.tree}
             self._look_again()
         findings = tuple(_late_finding(labels[one.pid], one.pid, limit_s) for one in late)
-        self.report.findings = (*self.report.findings, *findings)
+        self._find(findings)
+
+    def _find(self, findings: Iterable[Finding]) -> None:
+        """Report what was found on the way."""
         for finding in findings:
+            self.report.findings = (*self.report.findings, finding)
             self.progress.finding(finding)
 
     def _look_again(self) -> None:
@@ -435,9 +447,7 @@ class _Dump:
         self.files, findings = capture_files(
             self.images, evidence.root.pid, evidence.mounts, self.options.include, self.writer
         )
-        self.report.findings = (*self.report.findings, *findings)
-        for finding in findings:
-            self.progress.finding(finding)
+        self._find(findings)
 
     def _publish(self) -> None:
         """Finish the memory, make everything durable, write the manifest: the image exists on return."""
@@ -449,6 +459,9 @@ class _Dump:
         self.writer.seal()
         self._check_packs(self.store)
         self._count(counts)
+        described = self.weights.described()
+        self.report.weights = weights_report(described, self.writer.references)
+        weights, references = only_used(described, self.writer.references)
         manifest = Manifest(
             name=self.target.name,
             id=self.target.image_id,
@@ -458,10 +471,9 @@ class _Dump:
             skeleton=self.skeleton,
             files=self.files,
             meta=self._meta(counts),
-            weights=self.weights.described(),
-            references=self.writer.references,
+            weights=weights,
+            references=references,
         )
-        self.report.weights = weights_report(manifest.weights, manifest.references)
         self.interrupts.past_return()
         self.report.stored_bytes = self.writer.stored_bytes + publish(self.store, manifest)
         self._withdraw_if_lapsed(self.store)

@@ -24,6 +24,7 @@ from crcli.memory.extents import PAGE
 from crcli.memory.sample import Makeup, Sampler, Subject
 from crcli.pipeline.rates import Rates, learn, load_rates
 from crcli.pipeline.stages import Forecast, Outcome
+from crcli.pipeline.weights import WeightsInUse, chosen_files
 from crcli.process.files import Kind, leased_inodes
 from crcli.store.open import open_store
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from crcli.image.index import KnownChunks
+    from crcli.memory.weights.match import Matcher
     from crcli.pipeline.rates import Amounts
     from crcli.pipeline.stages import DumpOptions, DumpReport
     from crcli.process.evidence import Evidence
@@ -83,7 +85,7 @@ class Load:
             "threads": self.threads,
             "mib": memory.total / _MIB,
             "zero": memory.zero / _MIB,
-            "reused": memory.reused / _MIB,
+            "reused": (memory.reused + memory.weights) / _MIB,  # compared and hashed, too
             "new": memory.new / _MIB,
             "stored": self.stored_bytes / _MIB,
         }
@@ -141,8 +143,11 @@ def look_ahead(evidence: Evidence, options: DumpOptions, name: str) -> tuple[For
         return None, [_silent(options.store, error)]
     finally:
         store.close()
-    load = measure(evidence, options, known, LOOK_S, LOOK_MOST_S)
-    return predict(load, load_rates(), options.store, spare_memory() // 2), []
+    with WeightsInUse(chosen_files(options.weights, evidence)) as weights:
+        weights.index(only_kept=True)
+        load = measure(evidence, options, known, LOOK_S, LOOK_MOST_S, weights.matcher)
+        findings = list(weights.findings())
+    return predict(load, load_rates(), options.store, spare_memory() // 2), findings
 
 
 def _silent(store: str, error: StoreError) -> Finding:
@@ -157,14 +162,22 @@ def _silent(store: str, error: StoreError) -> Finding:
 
 
 def measure(
-    evidence: Evidence, options: DumpOptions, known: KnownChunks | None, least_s: float, most_s: float
+    evidence: Evidence,
+    options: DumpOptions,
+    known: KnownChunks | None,
+    least_s: float,
+    most_s: float,
+    matcher: Matcher | None = None,
 ) -> Load:
-    """What a dump of this tree has to do, its memory sampled for about `least_s` to `most_s` seconds."""
+    """What a dump of this tree has to do, its memory sampled for about `least_s` to `most_s` seconds.
+
+    With a `matcher` what stands in files of weights is left out, as the dump will.
+    """
     began = time.monotonic()
     more_s = _LOOK_S_PER_GIB * evidence.expected_bytes / (1 << 30) + _LOOK_S_PER_PROCESS * len(evidence.tree)
     budget_s = min(most_s, least_s + more_s)
     subjects = [Subject(process.pid, process.anonymous_bytes) for process in evidence.tree.living]
-    with Sampler(subjects, known, _ratio, budget_s) as sampler:
+    with Sampler(subjects, known, _ratio, budget_s, matcher) as sampler:
         memory = sampler.makeup()
         for path, size in _shared_objects(evidence):
             memory += sampler.shared_makeup(path, size)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import glob
 import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import UsageError
+from crcli.findings import Finding, Severity
 from crcli.image.manifest import Weights, load
 from crcli.image.weights import push, weights_report
 from crcli.memory.weights.cache import indexed, kept
-from crcli.memory.weights.files import WeightsFile
+from crcli.memory.weights.files import WeightsFile, files_below
 from crcli.memory.weights.match import Matcher
 from crcli.memory.weights.samples import Index
 
@@ -40,7 +43,12 @@ _CACHES = (
 )  # fmt: skip
 """Variables in a process's environment that lead to folders of models."""
 
+MOST_FILES = 256
+"""Files that one dump compares with, the largest: each is open all the time."""
+
 _THREADS = 2
+_MOST_ENTRIES = 10_000
+_NAMED = 20
 
 
 def chosen_files(wanted: Sequence[str], evidence: Evidence | None = None) -> list[str]:
@@ -57,7 +65,7 @@ def chosen_files(wanted: Sequence[str], evidence: Evidence | None = None) -> lis
         if not named:
             raise UsageError(f"there is nothing at {one}", hint="--weights takes files, folders and patterns")
         for path in named:
-            found += _below(path) if os.path.isdir(path) else [path]
+            found += files_below(path) if os.path.isdir(path) else [path]
     unique: dict[tuple[int, int], str] = {}
     for path in map(os.path.abspath, found):
         try:
@@ -69,17 +77,18 @@ def chosen_files(wanted: Sequence[str], evidence: Evidence | None = None) -> lis
     return list(unique.values())
 
 
-def _below(folder: str) -> Iterator[str]:
-    for here, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        yield from (os.path.join(here, name) for name in sorted(names))
-
-
 def _found_by_ourselves(evidence: Evidence) -> Iterator[str]:
     """Files called as weights are that the tree has open or mapped, names, or finds through its environment.
 
     Of folders of models only files that are no larger than the tree are worth a look.
     """
+    own = {file.path for file in (*evidence.in_memory_files, *evidence.written_files)}
+    for path in _named_by(evidence):
+        if path not in own:  # what the tree writes is its state, and what is in memory goes with the host
+            yield path
+
+
+def _named_by(evidence: Evidence) -> Iterator[str]:
     for file in evidence.named:
         if file.path.endswith(SUFFIXES):
             yield file.path
@@ -103,14 +112,8 @@ def _found_by_ourselves(evidence: Evidence) -> Iterator[str]:
 
 
 def _likely_below(folder: str) -> Iterator[str]:
-    """Files called as weights are in a folder, not looking into more than some thousand of entries."""
-    left = 10_000
-    for path in _below(folder):
-        left -= 1
-        if not left:
-            return
-        if path.endswith(SUFFIXES):
-            yield path
+    """Files called as weights are in a folder, not looking into more than some thousand entries."""
+    return (path for path in files_below(folder, _MOST_ENTRIES) if path.endswith(SUFFIXES))
 
 
 def _model_folders(pid: int) -> Iterator[str]:
@@ -129,32 +132,101 @@ def _model_folders(pid: int) -> Iterator[str]:
             yield f"{cache}/{name}"
 
 
-class WeightsInUse:
-    """The files that one dump compares with, their indexes, and what of them was found in the end."""
+class _OutOfTime(Exception):
+    """An index is not to be finished."""
 
-    def __init__(self, paths: Sequence[str], amount: Callable[[int, int], None]) -> None:
-        """Open and index them. A file that cannot be read is left out: its bytes are stored."""
+
+class WeightsInUse:
+    """The files that one dump compares with, opened and indexed. A context manager that closes them.
+
+    What cannot be read, or is not indexed in time, is left out: its bytes are stored.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        """Open the files, the largest first, and no more than there may be."""
+        self._left_out: list[str] = []
+        self._late: list[str] = []
+        self._indexed: list[Indexed] = []
+        self.matcher: Matcher | None = None
         self.files: list[WeightsFile] = []
-        for path in paths:
+        for path in sorted(paths, key=_size_of, reverse=True):
+            if len(self.files) == MOST_FILES:
+                self._left_out.append(path)
+                continue
             try:
                 self.files.append(WeightsFile(path))
             except OSError:
-                continue
-        self._done = [0] * len(self.files)
+                self._left_out.append(path)
+
+    def index(
+        self,
+        amount: Callable[[int, int], None] = lambda done, total: None,
+        limit_s: float | None = None,
+        only_kept: bool = False,
+    ) -> None:
+        """Index the files; those without an index after `limit_s` seconds (or now: `only_kept`) are left out.
+
+        `amount` is told how many bytes are done, of how many. Files are read in threads; an exception in the
+        calling one ends them.
+        """
+        end = None if limit_s is None else time.monotonic() + limit_s
+        done, over = [0] * len(self.files), threading.Event()
         total = sum(file.size for file in self.files)
 
-        def take(number: int) -> Indexed:
-            def note(done: int) -> None:
-                self._done[number] = done
-                amount(sum(self._done), total)
+        def take(number: int) -> Indexed | None:
+            def note(count: int) -> None:
+                if over.is_set() or (end is not None and time.monotonic() > end):
+                    raise _OutOfTime
+                done[number] = count
+                amount(sum(done), total)
 
-            return indexed(self.files[number], note)
+            try:
+                return kept(self.files[number]) if only_kept else indexed(self.files[number], note)
+            except _OutOfTime:
+                return None
 
-        with ThreadPoolExecutor(_THREADS, "weights") as threads:
-            self._indexed = list(threads.map(take, range(len(self.files))))
-        self.matcher: Matcher | None = None
+        threads = ThreadPoolExecutor(_THREADS, "weights")
+        try:
+            found = list(threads.map(take, range(len(self.files))))
+        finally:
+            over.set()
+            threads.shutdown(wait=True, cancel_futures=True)
+        self._keep(found)
+
+    def _keep(self, found: list[Indexed | None]) -> None:
+        """Go on with the files that have an index."""
+        pairs = list(zip(self.files, found, strict=True))
+        for file in (file for file, one in pairs if one is None):
+            self._late.append(file.path)
+            file.close()
+        self.files = [file for file, one in pairs if one is not None]
+        self._indexed = [one for one in found if one is not None]
         if self.files:
             self.matcher = Matcher(self.files, Index.joined([one.samples for one in self._indexed]))
+
+    def findings(self) -> Iterator[Finding]:
+        """What was left out, and why."""
+        for paths, why, remedy in (
+            (self._left_out, "cannot be read, or are too many", "name fewer files, the ones that matter"),
+            (self._late, "are not indexed yet", "`crcli weights index PATH` prepares them beforehand"),
+        ):
+            if paths:
+                more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+                yield Finding(
+                    "weights-left-out",
+                    Severity.NOTE,
+                    f"files of weights that {why} are not compared with: {paths[0]}{more}",
+                    {"paths": paths[:_NAMED], "count": len(paths)},
+                    action="stores what the tree has of them",
+                    remedy=remedy,
+                )
+
+    def __enter__(self) -> WeightsInUse:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files:
+            file.close()
 
     def facts(self) -> list[dict[str, Any]]:
         """Each file's path, size (bytes), BLAKE3, and how many samples its index has."""
@@ -170,19 +242,22 @@ class WeightsInUse:
             for file, one in zip(self.files, self._indexed, strict=True)
         ]
 
-    def close(self) -> None:
-        """Close the files."""
-        for file in self.files:
-            file.close()
+
+def _size_of(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 def index_files(paths: Sequence[str], amount: Callable[[int, int], None]) -> list[dict[str, Any]]:
     """Index these files (see `chosen_files`), those that have an index already left as they are."""
-    in_use = WeightsInUse(chosen_files(paths), amount)
-    try:
-        return in_use.facts()
-    finally:
-        in_use.close()
+    done: list[dict[str, Any]] = []
+    for path in chosen_files(paths):
+        with WeightsInUse([path]) as in_use:
+            in_use.index(amount)
+            done += in_use.facts()
+    return done
 
 
 def files_known(paths: Sequence[str]) -> list[dict[str, Any]]:

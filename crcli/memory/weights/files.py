@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from crcli.memory.weights.views import View, apply, source_bytes, source_element
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 _TICK_NS, _COARSE_NS = 50_000_000, 3_000_000_000
@@ -84,4 +85,29 @@ class WeightsFile:
 def _is_fresh(identity: Identity) -> bool:
     changed = max(identity.mtime_ns, identity.ctime_ns)
     is_coarse = changed % 1_000_000_000 == 0
-    return time.time_ns() - changed < (_COARSE_NS if is_coarse else _TICK_NS)
+    age = time.time_ns() - changed  # negative where another clock wrote it: that says nothing
+    return 0 <= age < (_COARSE_NS if is_coarse else _TICK_NS)
+
+
+def files_below(folder: str, most: int | None = None) -> Iterator[str]:
+    """Every file in a folder and those below it, links followed, no folder twice.
+
+    After `most` entries the rest is left out.
+    """
+    seen: set[tuple[int, int]] = set()
+    count = 0
+    for here, folders, names in os.walk(folder, followlinks=True):
+        fresh = []
+        for name in sorted(folders):
+            try:
+                status = os.stat(os.path.join(here, name))
+            except OSError:
+                continue
+            if (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                fresh.append(name)
+        folders[:] = fresh
+        count += len(fresh) + len(names)
+        if most is not None and count > most:
+            return
+        yield from (os.path.join(here, name) for name in sorted(names))

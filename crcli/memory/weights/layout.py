@@ -43,11 +43,25 @@ def regions(file: WeightsFile) -> list[Region]:
         if magic in head:
             try:
                 found = sorted(parse(file))
-            except (ValueError, KeyError, TypeError, IndexError, struct.error, OverflowError, RecursionError):
+            except Exception:  # the file may be anything: what does not parse is a run of bytes
                 break
-            if found and all(0 <= region.start < region.end <= file.size for region in found):
+            if _is_sound(found, file.size):
                 return found
     return [Region(0, file.size, "", tuple(range(WORD)))]
+
+
+def _is_sound(found: list[Region], size: int) -> bool:
+    """Whether regions lie in the file, one after another: what overlapped would be read many times."""
+    at = 0
+    for region in found:
+        if (
+            type(region.start) is not int
+            or type(region.end) is not int
+            or not at <= region.start < region.end
+        ):
+            return False
+        at = region.end
+    return bool(found) and at <= size
 
 
 def _tensor(start: int, end: int, dtype: str, shape: tuple[int, ...]) -> Region:
@@ -59,7 +73,7 @@ def _tensor(start: int, end: int, dtype: str, shape: tuple[int, ...]) -> Region:
 
 def _safetensors(file: WeightsFile) -> Iterator[Region]:
     (size,) = struct.unpack("<Q", file.read(0, 8))
-    if size > _HEADER_LIMIT:
+    if size > min(_HEADER_LIMIT, file.size):
         raise ValueError("not a header of safetensors")
     header = json.loads(file.read(8, size))
     for name, tensor in header.items():
@@ -104,7 +118,8 @@ def _zip(file: WeightsFile) -> Iterator[Region]:
             return self.at
 
         def read(self, size: int = -1) -> bytes:
-            data = file.read(self.at, file.size - self.at if size < 0 else size)
+            left = max(0, file.size - self.at)
+            data = file.read(self.at, left if size < 0 else min(size, left))
             self.at += len(data)
             return data
 
@@ -136,7 +151,7 @@ def _storage_types(file: WeightsFile, entries: list[ZipInfo]) -> dict[str, str]:
         if not entry.filename.endswith("data.pkl"):
             continue
         kind, named, memo = "", "", dict[int, str]()
-        for code, argument, _ in pickletools.genops(file.read(_begin_of(file, entry), entry.file_size)):
+        for code, argument, _ in pickletools.genops(_pickle(file, entry)):
             if code.name == "GLOBAL":
                 kind = named = _STORAGES.get(str(argument).rpartition(" ")[2], "")
             elif code.name in ("BINPUT", "LONG_BINPUT") and named:
@@ -146,6 +161,10 @@ def _storage_types(file: WeightsFile, entries: list[ZipInfo]) -> dict[str, str]:
             elif code.name == "BINUNICODE" and str(argument).isdecimal() and kind:
                 found.setdefault(str(argument), kind)
     return found
+
+
+def _pickle(file: WeightsFile, entry: ZipInfo) -> bytes:
+    return file.read(_begin_of(file, entry), min(entry.file_size, _HEADER_LIMIT))
 
 
 def _begin_of(file: WeightsFile, entry: ZipInfo) -> int:
