@@ -125,10 +125,11 @@ class GuardRefused(CrcliError):
 
 
 class RestoreFailed(CrcliError):
-    """The restore was begun and undone; nothing of it is left running."""
+    """The restore was begun and undone; nothing of it is left running. `image` is NAME@ID, where known."""
 
     exit_code = 21
     code = "restore-failed"
+    image: str = ""
 
 
 class ImageDamaged(CrcliError):

@@ -39,7 +39,7 @@ _COMMON_MAGIC, _SERVICE_MAGIC = 0x54564319, 0x55105940
 _SHARED_MAGICS = tuple(struct.pack("<I", value) for value in (_COMMON_MAGIC, _SERVICE_MAGIC))
 _SIZE = struct.Struct("<I")
 _PRESENT = 4
-_TASK_ALIVE = 1
+_TASK_ALIVE, _TASK_STOPPED = 1, 3
 _COUNTS = tuple(
     name for name in ("nr_pages", "compat_nr_pages") if name in pagemap_entry.DESCRIPTOR.fields_by_name
 )
@@ -106,6 +106,8 @@ class TreeMember:
     sid: int
     threads: tuple[int, ...]
     alive: bool
+    stopped: bool
+    """Whether job control has stopped it; it is alive then."""
     comm: str
     rseq_pages: tuple[int, ...]
     """Pages that hold an rseq area: the kernel writes there while CRIU restores."""
@@ -116,18 +118,26 @@ def read_tree(images: ImageFolder) -> list[TreeMember]:
     members: list[TreeMember] = []
     there = set(images.names())
     for entry in ImageFile.parse(images.read("pstree.img"), pstree_entry).entries:
-        alive, comm, rseq = False, "", set()
+        state, comm, rseq = 0, "", set()
         for thread in entry.threads or [entry.pid]:
             if (name := f"core-{thread}.img") not in there:
                 continue
             core = ImageFile.parse(images.read(name), core_entry).entries[0]
             if thread == entry.pid:
-                alive, comm = core.tc.task_state == _TASK_ALIVE, core.tc.comm
+                state, comm = core.tc.task_state, core.tc.comm
             if core.thread_core.HasField("rseq_entry"):
                 rseq.add(core.thread_core.rseq_entry.rseq_abi_pointer // PAGE)
         members.append(
             TreeMember(
-                entry.pid, entry.ppid, entry.pgid, entry.sid, tuple(entry.threads), alive, comm, tuple(rseq)
+                entry.pid,
+                entry.ppid,
+                entry.pgid,
+                entry.sid,
+                tuple(entry.threads),
+                state in (_TASK_ALIVE, _TASK_STOPPED),
+                state == _TASK_STOPPED,
+                comm,
+                tuple(rseq),
             )
         )
     return members

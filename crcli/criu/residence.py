@@ -61,7 +61,8 @@ class Residence:
         self.init = 0
         """The first process of the tree's namespace, as we see it; 0 where it lives in ours."""
         self._is_over = False
-        duty = _Duty(theirs, criu_end, tuple(keep_fds), undo, new_root)
+        self._ending, ending = os.pipe()
+        duty = _Duty(theirs, criu_end, tuple(keep_fds), undo, new_root, ending)
         child = kernel.quiet_fork()
         if child == 0:
             self._control.close()
@@ -71,6 +72,7 @@ class Residence:
             _oversee(duty)
         theirs.close()
         criu_end.close()
+        os.close(ending)
         answer, self.warden = _first_word(self._control)
         self.warden = self.warden or child
         if taken_pids is not None:
@@ -99,6 +101,15 @@ class Residence:
         os.waitpid(self.warden, 0)
         return root
 
+    def root_end(self, limit_s: float) -> int | None:
+        """The exit code of the root (negative: the signal that ended it) as the warden that stays saw it.
+
+        Waits for it so many seconds; None when it has not come, or there is no such warden.
+        """
+        ready, _, _ = select.select([self._ending], [], [], limit_s)
+        word = os.read(self._ending, 64) if ready else b""
+        return int(word) if word else None
+
     def close(self) -> None:
         """Kill all that was restored, unless it was settled, and undo what was noted."""
         if not self._is_over and self.warden > 0:
@@ -110,6 +121,9 @@ class Residence:
             _reap_within(self.warden, _UNDO_LIMIT_S)
         self._control.close()
         self.criu.channel.close()
+        if self._ending >= 0:
+            os.close(self._ending)
+            self._ending = -1
 
     def _tell(self, message: dict[str, Any]) -> None:
         try:
@@ -148,6 +162,10 @@ while True:
         break
     if pid == root:
         code = os.waitstatus_to_exitcode(status)
+        try:
+            os.write(int(sys.argv[3]), b"%d" % code)
+        except OSError:
+            pass  # nobody asks any more
         if sys.argv[2] == "root":
             break
 sys.exit(code if code >= 0 else 128 - code)
@@ -188,6 +206,8 @@ class _Duty:
     keep: tuple[int, ...]
     undo: Callable[[list[dict[str, Any]]], None]
     new_root: str
+    ending: int
+    """A pipe for the word of the root's end."""
 
     def start_criu_below(self) -> int:
         """Start CRIU as our child, with the new root as its own: CRIU itself is not to be found there.
@@ -262,7 +282,7 @@ def _oversee(duty: _Duty) -> None:
             _kill_children()
             duty.undo(changes)
         elif word["stay"]:
-            _become_reaper(word["root"], "root")
+            _become_reaper(word["root"], "root", duty.ending)
     except BaseException as error:
         say(duty.control, str(error))
     finally:
@@ -311,7 +331,7 @@ def _reside(duty: _Duty, taken: tuple[int, ...]) -> None:
             reap_until_alone()
             duty.undo(changes)
         else:
-            _become_reaper(word["root"], "all")
+            _become_reaper(word["root"], "all", duty.ending)
     except BaseException as error:
         say(duty.control, str(error))
     finally:
@@ -340,12 +360,13 @@ def _enter_root(root: str) -> None:
     kernel.change_root(root)
 
 
-def _become_reaper(root: int, until: str) -> None:
+def _become_reaper(root: int, until: str, ending: int) -> None:
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.chdir("/")
-    os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", _REAPER, str(root), until])
+    os.set_inheritable(ending, True)
+    os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", _REAPER, str(root), until, str(ending)])
 
 
 def _reopen(fd: int) -> None:

@@ -61,6 +61,14 @@ def lay_out_memory(
             os.close(fd)
 
 
+def has_connections(images: Workspace) -> bool:
+    """Whether the tree has TCP connections: with somebody outside, or inside of it."""
+    return any(
+        entry.type == FD.INETSK and entry.isk.proto == _TCP and entry.isk.state in _ESTABLISHED_STATES
+        for entry in read_files(images).entries
+    )
+
+
 def close_outside_connections(images: Workspace, here: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
     """Turn established TCP connections whose other end is lost into closed sockets.
 

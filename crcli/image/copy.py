@@ -77,15 +77,16 @@ def copy(
     manifest = Manifest.decode(data, str(full))
     report = CopyReport(str(full), source.url, target.url, packs=len(manifest.packs))
     target.warm(for_writing=True)
-    if _holds(target, key, data, full):
-        report.was_there = True
-    else:
+    report.was_there = _holds(target, key, data, full)
+    if not report.was_there or manifest.weights:
         with Session(target, f"{full.id}-copy-{os.urandom(4).hex()}") as session:
             _wait_for_collection(target, session)
             on_bytes = on_bytes or (lambda done, total: None)
-            _Copy(source, target, manifest.packs, manifest.chunks, report, on_bytes).packs()
-            for file in manifest.weights:
+            for file in manifest.weights:  # which may have been pushed since
                 _copy_weights(source, target, file.digest, report, on_bytes)
+            if report.was_there:
+                return report
+            _Copy(source, target, manifest.packs, manifest.chunks, report, on_bytes).packs()
             report.copied_bytes += _copy_index(source, target, full.id)
             _publish(target, key, data, full, session)
             report.copied_bytes += len(data)

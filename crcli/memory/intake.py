@@ -199,8 +199,12 @@ class Intake:
 
     def abandon(self) -> None:
         """End without finishing: what is still queued is dropped."""
-        self._failure = self._failure or InterruptedError("the dump was given up")
+        self.give_up()
         self.close()
+
+    def give_up(self) -> None:
+        """Have nobody wait any more, for room or for pages; nothing is finished from now on."""
+        self._failure = self._failure or InterruptedError("the dump was given up")
 
     def close(self) -> None:
         """End the workers (after what is queued); safe to call again."""

@@ -26,7 +26,7 @@ from crcli.criu.page_server import receive_pages, socket_pair
 from crcli.criu.rescue import free_sockets, remove_link_remaps, remove_tables
 from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Sandbox
-from crcli.criu.skeleton import named_files
+from crcli.criu.skeleton import has_connections, named_files
 from crcli.criu.standby import AfterDeath, Standby
 from crcli.criu.workspace import OverflowFile, Workspace
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TreeState
@@ -212,6 +212,8 @@ class _Dump:
         self.skeleton: list[StoredFile] = []
         self.files: list[StoredFile] = []
         self.run_id = ""
+        self.keeps_lock = True
+        """Whether the lock on connections is to stay after the kill: as of the freeze."""
         self.room = 0
         self.network: int | None = None
         """The network of a tree that does not share ours, for as long as the dump lasts."""
@@ -397,9 +399,12 @@ class _Dump:
                     rpc.DUMP, options, lambda script, _: self._on_notify(script, receiver), CRIU_LIMIT_S
                 )
             except BaseException:
-                receiver.hang_up()
+                self.intake.give_up()
                 raise
+            finally:
+                receiver.end()
         if not answer.success:
+            receiver.raise_failure()  # CRIU fails when nobody takes its pages: it is not to blame
             raise _explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
 
     def _on_notify(self, script: str, receiver: _Receiver) -> bool:
@@ -438,12 +443,13 @@ class _Dump:
         if self.options.outcome != Outcome.RUNNING:
             with self.watch.phase("hold"):
                 self._publish()
-            self.standby.settle(self.options.outcome.value, self.tree.identities, self._keeps_lock())
+            self.standby.settle(self.options.outcome.value, self.tree.identities, self.keeps_lock)
 
     def _capture(self) -> None:
         evidence = self.target.evidence
         self.tree = scan_tree(evidence.root.identity)
         self.run_id = run_id(self.images)
+        self.keeps_lock = has_connections(self.images)
         self.files, findings = capture_files(
             self.images, evidence.root.pid, evidence.mounts, self.options.include, self.writer
         )
@@ -541,7 +547,14 @@ class _Dump:
                 self._clear_away()
         else:
             self.standby.wait()  # it gives the stopped tree back its sockets, which CRIU does not
+            self._free_stopped()
         self.report.outcome = outcome.value
+
+    def _free_stopped(self) -> None:
+        """Should the standby not have lived to do its work: nothing, where it has."""
+        pids = [process.pid for process in self.tree.living]
+        free_sockets(pids)
+        remove_tables(self.images.read(LOG_NAME), pids[0])
 
     def _clear_away(self) -> None:
         """CRIU has killed the tree: see it dead, and remove what nobody needs any more.
@@ -554,15 +567,8 @@ class _Dump:
         wait_until_dead(self.tree.identities)
         if self.network is not None:
             netlock.remove_in(self.network, self.run_id)
-        if not self._keeps_lock():
+        if not self.keeps_lock:
             netlock.remove_for(self.run_id)
-
-    def _keeps_lock(self) -> bool:
-        """Whether a restore here may need the lock. One of a tree with its own network makes a new network.
-
-        There CRIU locks all of it, and who else lives in the old one is to have it back.
-        """
-        return self.network is None and any(held.inside is not None for held in self.target.evidence.tcp)
 
     def _after_failure(self, error: BaseException) -> None:
         """Decide what a failure means: raise, or go on where the image stands all the same."""
@@ -667,9 +673,18 @@ class _Receiver(threading.Thread):
         except OSError:
             pass  # it has ended already
 
+    def end(self) -> None:
+        """Take no more, and let go of everything: whatever it writes into may be closed afterwards."""
+        self.hang_up()
+        super().join()
+
     def join(self, timeout: float | None = None) -> None:
         """Wait until the last page is here; raise what went wrong."""
         super().join(timeout)
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise what it has died of, if it has."""
         if self._failure is not None:
             raise self._failure
 

@@ -54,6 +54,7 @@ class Interrupts:
             raise self._instead or Interrupted(number)
 
 
+_FOR_PEOPLE = (signal.SIGINT, signal.SIGHUP)
 _JOB_CONTROL = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 _answers_first = False
@@ -83,7 +84,12 @@ def interruptible(
         yield interrupts
         return
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
-    before = {number: signal.signal(number, interrupts.handle) for number in numbers}
+    ignored_before = {
+        number for number in _FOR_PEOPLE if signal.getsignal(number) is signal.SIG_IGN
+    }  # by nohup, or a shell's &
+    before = {
+        number: signal.signal(number, interrupts.handle) for number in numbers if number not in ignored_before
+    }
     stops = {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_CONTROL}
     if deadline_s is not None:
         signal.setitimer(signal.ITIMER_REAL, max(deadline_s, 0.001))

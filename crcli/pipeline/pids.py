@@ -11,7 +11,7 @@ from crcli.process.here import taken_pids
 from crcli.process.tree import child_pids, read_process
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 
 def namespace_for(asked: PidNamespace, root: int, numbers: set[int]) -> PidNamespace:
@@ -53,10 +53,10 @@ def _nspid(pid: int) -> tuple[int, ...]:
     return process.nspid if process is not None else ()
 
 
-def kill_descendants() -> None:
-    """Kill and reap every descendant of this process (a subreaper, so none escapes)."""
+def kill_descendants(but: Collection[int] = ()) -> None:
+    """Kill and reap every descendant of this process (a subreaper, so none escapes) but these children."""
     for _ in range(1000):
-        children = child_pids(os.getpid())
+        children = [pid for pid in child_pids(os.getpid()) if pid not in but]
         if not children:
             return
         for pid in children:

@@ -58,6 +58,7 @@ from crcli.process import notify
 from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
 from crcli.process.settings import give_back
+from crcli.process.tree import child_pids
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:
@@ -78,6 +79,9 @@ It waits for ever for a file lock that another process holds.
 _PASSED_ON = tuple(
     signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "WINCH", "CONT")
 )
+
+_WARDEN_LIMIT_S = 1.0
+"""How long the word of a root's end may take that has ended (seconds)."""
 
 SECOND_LOOK_S = 1.0
 """A tree can die of its first instructions: its root is watched for this long (seconds)."""
@@ -152,12 +156,15 @@ def restore_and_wait(
 
 def _bring_back(options: RestoreOptions, progress: Progress, passed_on: _PassedOn | None = None) -> Restored:
     """Restore; once more, in a pid namespace of its own, when another process took a pid meanwhile."""
+    url, ref = parse_image(options.image)
+    options = replace(options, store=url or options.store, image=str(ref))
     try:
         return _attempt(options, progress, passed_on)
     except RestoreFailed as error:
         if options.pid_namespace != PidNamespace.AUTO or not _lost_its_pids(error):
             raise
-    return _attempt(replace(options, pid_namespace=PidNamespace.NEW), progress, passed_on)
+        again = replace(options, image=error.image or options.image, pid_namespace=PidNamespace.NEW)
+    return _attempt(again, progress, passed_on)
 
 
 def _lost_its_pids(error: RestoreFailed) -> bool:
@@ -211,6 +218,9 @@ class _Restore:
         self.processes: list[ProcessId] = []
         self.locks: dict[int, list[FileLock]] = {}
         self.logs: Workspace | None = None
+        self.store: Store | None = None
+        self.children_before: set[int] = set()
+        self.is_settled = False
 
     def run(self) -> Restored:
         """Resolve, check, lay out, restore, fill, look, report."""
@@ -232,13 +242,13 @@ class _Restore:
     # The manifest is whole, and this host can take the image.
 
     def _load(self) -> None:
-        url, ref = parse_image(self.options.image)
-        self.store: Store = open_store(url or self.options.store, endpoint_url=self.options.endpoint_url)
-        self.held.callback(self.store.close)
-        self.manifest: Manifest = load(self.store, ref)
-        self.reader = ChunkReader(self.store, self.manifest.packs, self.manifest.chunks)
+        _, ref = parse_image(self.options.image)
+        store = self.store = open_store(self.options.store, endpoint_url=self.options.endpoint_url)
+        self.held.callback(store.close)
+        self.manifest: Manifest = load(store, ref)
+        self.reader = ChunkReader(store, self.manifest.packs, self.manifest.chunks)
         self.memory = MemoryReader(
-            self.store, self.manifest, self.reader, self.options.weights_map, self.options.weights_folders
+            store, self.manifest, self.reader, self.options.weights_map, self.options.weights_folders
         )
         self.held.callback(self.memory.close)
 
@@ -294,6 +304,7 @@ class _Restore:
 
     def _move_in(self) -> None:
         """From here on whatever is started or changed is cleared away by the warden, should we die."""
+        self.children_before = set(child_pids(os.getpid()))
         pids = [pid for member in self.members for pid in (member.pid, *member.threads)]
         keep = [self.images.fd, *self.replacements.inherit.values()]
         taken = pids if self.namespace == PidNamespace.NEW else None
@@ -347,7 +358,7 @@ class _Restore:
     def _begin_replay(self, divided: Split) -> None:
         wanted = targets(divided.late)
         self.late_spaces = [space for space, extents in divided.late.items() if extents]
-        threads = 8 if self.store.url.startswith("s3:") else 2
+        threads = 8 if self.options.store.startswith("s3:") else 2
         self.replay = Replay(wanted, self.memory.plan(wanted), self.memory.read, threads)
 
     # CRIU restores; at its post-restore hold the memory is written; then the tree runs.
@@ -373,6 +384,7 @@ class _Restore:
         self._take_locks_again()
         self.interrupts.past_return()
         root = self.members[0].pid
+        self.is_settled = True
         self.child = self.residence.settle(
             root if self.namespace == PidNamespace.NEW else self.host[root], self.stay
         )
@@ -381,7 +393,7 @@ class _Restore:
 
     def _take_locks_again(self) -> None:
         """Have the owners of locks that CRIU lost take them, and go on."""
-        running = {member.pid for member in self.members if member.alive}
+        running = {member.pid for member in self.members if member.alive and not member.stopped}
         for pid, locks in self.locks.items():
             try:
                 take_again(self.host[pid], locks)
@@ -493,12 +505,14 @@ class _Restore:
 
     def _bad_end(self, root: ProcessId) -> str:
         """How the root ended; empty when it ended well. Its end stays to be waited for."""
+        assert self.residence is not None
+        if self.init or self.stay:  # its parent is the warden, which may outlive it
+            return _how_it_ended(self.residence.root_end(_WARDEN_LIMIT_S))
         ended = os.waitid(os.P_PID, self.child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is None:
-            return "ended"
-        if ended.si_code != os.CLD_EXITED:
-            return f"was killed by {signal.Signals(ended.si_status).name}"
-        return f"ended with exit code {ended.si_status}" if ended.si_status else ""
+            return _how_it_ended(None)
+        is_exit = ended.si_code == os.CLD_EXITED
+        return _how_it_ended(ended.si_status if is_exit else -ended.si_status)
 
     def _report(self, root: int, ready_ms: float) -> RestoreReport:
         return RestoreReport(
@@ -519,11 +533,21 @@ class _Restore:
     def failure(self, error: BaseException) -> BaseException:
         """Undo everything, and return the error to raise."""
         self.interrupts.past_return()
-        if self.replay is not None:
-            self.replay.abandon()
+        if self.store is not None:
+            self.store.give_up()  # nobody waits for it any more
         cause = self._explained()
         self._kill_members()
-        undo(self.changes)
+        if self.replay is not None:
+            self.replay.abandon()
+        # What a tree that ran has written is its own: only what nobody can use any more is undone then.
+        undo([change for change in self.changes if not self.is_settled or change["kind"] == "mounts"])
+        described = self._describe(error, cause)
+        if isinstance(described, RestoreFailed) and hasattr(self, "manifest"):
+            described.image = f"{self.manifest.name}@{self.manifest.id}"
+        return described
+
+    def _describe(self, error: BaseException, cause: Cause | None) -> BaseException:
+        """The error in the words of a restore."""
         if isinstance(error, RestoreFailed) and cause is not None and error.state != TreeState.DEAD:
             hint = error.hint or cause.remedy
             return RestoreFailed(f"{error.message}: {cause.meaning}", hint=hint, cause=cause)
@@ -555,7 +579,16 @@ class _Restore:
         """CRIU kills what it has begun; this is for what is left when CRIU itself died."""
         if self.residence is not None:
             self.residence.close()
-        kill_descendants()
+            kill_descendants(self.children_before)
+
+
+def _how_it_ended(code: int | None) -> str:
+    """A process's end in a sentence, from its exit code (negative: a signal); empty for a good one."""
+    if code is None:
+        return "ended"
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}" if code else ""
 
 
 def asked_of(options: RestoreOptions) -> Asked:

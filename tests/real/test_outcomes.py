@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,17 @@ import pytest
 
 from crcli import kernel
 from crcli.criu import netlock
-from tests.support.crcli import Crcli, assert_goes_on, counted, counter, end, reap, tree_of, wait_until
+from tests.support.crcli import (
+    Crcli,
+    assert_goes_on,
+    counted,
+    counter,
+    end,
+    launched,
+    reap,
+    tree_of,
+    wait_until,
+)
 from tests.support.programs import Program, spawn_python, then_wait
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
@@ -369,3 +381,62 @@ def test_wait_reports_a_killed_root(crcli: Crcli) -> None:
             assert waiting.stdout is not None
             os.kill(json.loads(waiting.stdout.readline())["host_pid"], signal.SIGKILL)
             assert waiting.wait(timeout=20) == 128 + signal.SIGKILL
+
+
+def test_a_stopped_tree_comes_back_stopped(crcli: Crcli) -> None:
+    """Stopped by job control before the dump, it is stopped after the restore, and goes on when told to."""
+    with spawn_python(counter()) as program:
+        wait_until(lambda: program.output.count("\n") > 5, "it does not count")
+        os.kill(program.pid, signal.SIGSTOP)
+        report = crcli.move(program.pid)
+        assert psutil.Process(report["host_pid"]).status() == psutil.STATUS_STOPPED
+        os.kill(report["host_pid"], signal.SIGCONT)
+        assert_goes_on(program)
+
+
+ENDS_AT_ONCE = """
+    import os, sys, time
+    went = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    child = os.fork()
+    if child == 0:
+        while True: time.sleep(60)
+    print("ready", flush=True)
+    before = os.stat("/proc/self/ns/pid").st_ino, os.getppid()
+    while (os.stat("/proc/self/ns/pid").st_ino, os.getppid()) == before:
+        time.sleep(0.002)
+    os.write(went, b"RESULT")
+    os._exit(CODE)
+    """
+
+
+@pytest.mark.parametrize("namespace", ["host", "new"])
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_root_that_ends_at_once_says_how(namespace: str, code: int, crcli: Crcli, tmp_path: Path) -> None:
+    """Ended well the restore has worked, and its child lives on; ended badly it has not. Its files stay."""
+    result = tmp_path / "result"
+    program_text = textwrap.dedent(ENDS_AT_ONCE).replace("CODE", str(code))
+    command = [sys.executable, "-u", "-c", program_text, str(result)]
+    with launched(command, tmp_path) as program:
+        program.wait_for("ready")
+        image = crcli.dump(program.pid)["image"]
+        result.unlink()
+        options = ("restore", image, "--store", crcli.store, "--pid-namespace", namespace, "--json")
+        done = crcli.run(*options, code=21 if code else 0)
+        assert result.read_bytes() == b"RESULT"
+        if code:
+            assert f"exit code {code}" in done.json["error"]["message"]
+
+
+def test_nohup_is_respected(crcli: Crcli) -> None:
+    """A dump whose hang-up is ignored goes on when the terminal goes away."""
+    with spawn_python(counter(kilobytes=200 << 10)) as program:
+        command = ("dump", str(program.pid), "--store", crcli.store, "--leave-running", "--json")
+        ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with crcli.start(*command) as process:
+                while process.poll() is None:
+                    process.send_signal(signal.SIGHUP)
+                    time.sleep(0.01)
+                assert process.returncode == 0, process.communicate()
+        finally:
+            signal.signal(signal.SIGHUP, ignored)

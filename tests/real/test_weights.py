@@ -237,6 +237,64 @@ def test_a_file_that_changes_during_the_dump_is_not_relied_on(crcli: Crcli, weig
             time.sleep(0.1)
 
 
+def test_shards_of_one_size_are_told_apart(crcli: Crcli, tmp_path: Path) -> None:
+    """Two files of the same size under other names: each piece of memory finds the one that it is of."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    data = np.random.default_rng(4).bytes(8 * MIB)
+    for number in (1, 2):
+        (folder / f"shard-{number}").write_bytes(data[(number - 1) * 4 * MIB + 8 : number * 4 * MIB + 8 - 16])
+    whole = tmp_path / "whole"
+    whole.write_bytes(b"".join((folder / f"shard-{number}").read_bytes() for number in (1, 2)))
+    time.sleep(0.1)
+    with loaded(whole) as program:
+        done = crcli.dump(program.pid, "--weights", str(folder))
+        assert done["weights_bytes"] > 7 * MIB
+        (folder / "shard-1").rename(folder / "a")
+        (folder / "shard-2").rename(folder / "shard-1")
+        config = tmp_path / "config.yaml"
+        config.write_text(f"weights: {folder}\n")
+        os.environ["CRCLI_CONFIG"] = str(config)
+        try:
+            assert_whole(program, crcli.restore(done["image"]))
+        finally:
+            del os.environ["CRCLI_CONFIG"]
+
+
+def test_only_what_is_used_is_asked_for(crcli: Crcli, weights: Path) -> None:
+    """Of a folder of models an image names those that it refers to; odd things in there do no harm."""
+    folder = weights.parent
+    (folder / "other.safetensors").write_bytes(os.urandom(MIB))
+    for number, head in enumerate(
+        (b"\x93NUMPY\1\0\x10\0{(bad", b"GGUF", b"PK\3\4", struct.pack("<Q", 9) + b'{"w": [1]}')
+    ):
+        (folder / f"odd-{number}").write_bytes(head + bytes(70_000))
+    os.mkfifo(folder / "fifo.bin")
+    (folder / "loop").symlink_to(folder)
+    (folder / "again").symlink_to(folder)
+    with loaded(weights) as program:
+        done = crcli.dump(program.pid, "--weights", str(folder))
+        assert len(done["weights"]) == 6
+        shown = crcli.run("show", done["image"], "--store", crcli.store, "--json").json
+        assert [file["path"] for file in shown["weights"]] == [str(weights)]
+        for path in (folder / "other.safetensors", folder / "odd-0"):
+            path.unlink()
+        assert_whole(program, crcli.restore(done["image"]))
+
+
+def test_an_index_that_takes_too_long_is_left_out(crcli: Crcli, weights: Path) -> None:
+    """With a deadline the dump goes on without files that are not indexed in time, and says so."""
+    sparse = weights.with_name("huge.bin")
+    with sparse.open("wb") as file:
+        file.truncate(64 << 30)
+    with loaded(weights) as program:
+        done = crcli.dump(program.pid, "--weights", str(sparse), "--deadline", "30")
+        assert done["weights_bytes"] == 0
+        (finding,) = [one for one in done["findings"] if one["name"] == "weights-left-out"]
+        assert finding["evidence"]["paths"] == [str(sparse)]
+        assert_whole(program, crcli.restore(done["image"]))
+
+
 TORCH = """
     import hashlib, os, signal, sys, time
     import torch
