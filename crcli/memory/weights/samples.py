@@ -7,6 +7,8 @@ the word and its neighbour. An index holds the keys of a file, sorted, with the 
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blake3 import blake3
@@ -102,52 +104,66 @@ class Index:
 def index_of(
     file: WeightsFile, *, casts: bool = True, amount: Callable[[int], None] = lambda done: None
 ) -> tuple[Index, bytes]:
-    """Read a file once; return its samples, and the BLAKE3 of all of its bytes as they were read.
+    """Read a file; return its samples, and the BLAKE3 of all of its bytes.
 
-    `amount` is told now and then how many bytes are done.
+    A few threads take samples while this one hashes. `amount` is told now and then how many bytes are done;
+    what it raises ends the work.
     """
     found = _Sampling(file.size)
+    blocks = _Shared(
+        (found, file, begin, region.end, streams)
+        for region, streams in [(region, found.streams_of(region, casts)) for region in regions(file)]
+        for begin in range(region.start, region.end, _BLOCK)
+    )
     digest = blake3()
-    parts = regions(file)
-    at = 0
-    for region in parts:
-        at = _hash_to(file, digest, at, region.start)
-        rarer = (len(region.phases) - 1).bit_length()
-        streams = [
-            found.stream(View.BYTES, region.start + phase, region.end, rarer) for phase in region.phases
-        ]
-        streams += [
-            found.stream(view, region.start, region.end, 0)
-            for view in (CASTS_OF.get(region.dtype, ()) if casts else ())
-        ]
-        for begin, raw in _blocks(file, region):
-            if begin + len(raw) > at:
-                digest.update(memoryview(raw)[at - begin :])
-                at = begin + len(raw)
-            for stream in streams:
-                found.add(stream, begin, raw)
+    threads = ThreadPoolExecutor(_THREADS, "samples")
+    workers = [threads.submit(_take_samples, blocks) for _ in range(_THREADS)]
+    try:
+        for at in range(0, file.size, _BLOCK):
+            digest.update(file.read(at, min(_BLOCK, file.size - at)))
             amount(at)
-    _hash_to(file, digest, at, file.size)
+        while not wait(workers, _LOOK_S).done:
+            amount(file.size)
+        for worker in workers:
+            worker.result()
+    finally:
+        blocks.end()
+        threads.shutdown(wait=True)
     return found.index(), digest.digest()
 
 
+_THREADS = 2
+_LOOK_S = 0.1
 _OVERLAP = 4 * WORD
 """Bytes of the next block that a block is read with: no sample or neighbour is lost at the border."""
 
-
-def _blocks(file: WeightsFile, region: Region) -> Iterator[tuple[int, bytes]]:
-    for begin in range(region.start, region.end, _BLOCK):
-        raw = file.read(begin, min(_BLOCK + _OVERLAP, region.end - begin))
-        if not raw:
-            return  # it was cut short meanwhile
-        yield begin, raw
+_Task = tuple["_Sampling", "WeightsFile", int, int, "list[int]"]
 
 
-def _hash_to(file: WeightsFile, digest: blake3, at: int, end: int) -> int:
-    while at < end and (raw := file.read(at, min(_BLOCK, end - at))):
-        digest.update(raw)
-        at += len(raw)
-    return at
+class _Shared:
+    """Tasks that several threads take from one iterator."""
+
+    def __init__(self, tasks: Iterator[_Task]) -> None:
+        self._tasks = tasks
+        self._lock = threading.Lock()
+
+    def next(self) -> _Task | None:
+        """The next one; None when there are no more."""
+        with self._lock:
+            return next(self._tasks, None)
+
+    def end(self) -> None:
+        """Let there be no more."""
+        with self._lock:
+            self._tasks = iter(())
+
+
+def _take_samples(blocks: _Shared) -> None:
+    while (task := blocks.next()) is not None:
+        found, file, begin, end, streams = task
+        if raw := file.read(begin, min(_BLOCK + _OVERLAP, end - begin)):  # else it was cut short meanwhile
+            for stream in streams:
+                found.add(stream, begin, raw)
 
 
 class _Sampling:
@@ -157,11 +173,17 @@ class _Sampling:
         self.rarity_bits = RARITY_BITS + max(0, (size - 1) // _LARGE_BYTES).bit_length()
         self.rarities: list[int] = []
         self.streams: list[Stream] = []
-        self.keys: list[Any] = []
-        self.owners: list[Any] = []
-        self.places: list[Any] = []
+        self.parts: list[tuple[Any, Any, Any]] = []
+        """Keys, owners and places, block by block, in any order."""
 
-    def stream(self, view: View, start: int, end: int, rarer_bits: int) -> int:
+    def streams_of(self, region: Region, casts: bool) -> list[int]:
+        """Begin the streams of a region; return their numbers."""
+        rarer = (len(region.phases) - 1).bit_length()
+        plain = [self._stream(View.BYTES, region.start + at, region.end, rarer) for at in region.phases]
+        views = CASTS_OF.get(region.dtype, ()) if casts else ()
+        return plain + [self._stream(view, region.start, region.end, 0) for view in views]
+
+    def _stream(self, view: View, start: int, end: int, rarer_bits: int) -> int:
         """Begin a stream, of which one sample in 2**rarer_bits is kept; return its number.
 
         Where a tensor may begin at any byte there are eight streams: all of them have as many as one
@@ -194,25 +216,18 @@ class _Sampling:
         if len(raw) > _BLOCK:
             inside = places < limit
             places, keys = places[inside], keys[inside]
-        self.keys.append(keys)
-        self.places.append(places.astype(np.uint64))
-        self.owners.append(np.full(len(keys), number, np.uint32))
+        self.parts.append((keys, np.full(len(keys), number, np.uint32), places.astype(np.uint64)))
 
     def index(self) -> Index:
         """All of it, sorted by key; of samples that are many times the same only the first few."""
         import numpy as np
 
-        if not self.keys:
+        if not self.parts:
             empty = np.empty(0, np.uint64)
             return Index(self.streams, empty, np.empty(0, np.uint32), empty)
-        keys = np.concatenate(self.keys)
-        order = np.argsort(keys, kind="stable")
+        keys, owners, places = (np.concatenate(column) for column in zip(*self.parts, strict=True))
+        order = np.lexsort((places, owners, keys))
         keys = keys[order]
         rank = np.arange(len(keys)) - np.searchsorted(keys, keys)
         kept = order[rank < _MOST_PER_KEY]
-        return Index(
-            self.streams,
-            keys[rank < _MOST_PER_KEY],
-            np.concatenate(self.owners)[kept],
-            np.concatenate(self.places)[kept],
-        )
+        return Index(self.streams, keys[rank < _MOST_PER_KEY], owners[kept], places[kept])
