@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from crcli.process import sockets
@@ -78,12 +79,19 @@ def holder_of(inode: int) -> str:
     """A process that has this socket open, as `nginx (4711)`; empty when none can be found."""
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{fd}") == f"socket:[{inode}]":
-                    return f"{read_stat(int(pid)).comm} ({pid})"
+            if any(target == f"socket:[{inode}]" for target in _targets(pid)):
+                return f"{read_stat(int(pid)).comm} ({pid})"
         except OSError:
             continue
     return ""
+
+
+def _targets(pid: str) -> Iterator[str]:
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            yield os.readlink(f"/proc/{pid}/fd/{fd}")
+        except OSError:
+            continue  # closed since: the one that we listed with, if it is ourselves
 
 
 def taken_pids(numbers: frozenset[int] | set[int]) -> list[int]:

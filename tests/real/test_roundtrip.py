@@ -185,7 +185,8 @@ def test_threads_keep_their_turns_and_locals(crcli: Crcli) -> None:
         crcli.move(program.pid)
         before = len(lines(program))
         wait_until(lambda: len(lines(program)) > before + 50, "the threads stand still after the restore")
-        assert lines(program) == [f"{n % 5}:{n // 5 + 1}" for n in range(len(lines(program)))]
+        printed = lines(program)
+        assert printed == [f"{n % 5}:{n // 5 + 1}" for n in range(len(printed))]
 
 
 def test_memory_shared_since_a_fork_stays_shared(crcli: Crcli) -> None:
