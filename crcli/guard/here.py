@@ -13,7 +13,6 @@ from crcli.guard import cpu
 from crcli.guard.carried import compare
 from crcli.guard.contents import Contents
 from crcli.process import here
-from crcli.process.files import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,6 +91,8 @@ class Here:
     @cached_property
     def cgroup_mounts(self) -> list[str]:
         """Where cgroup hierarchies are mounted: CRIU makes the folders of the tree's cgroups anew there."""
+        from crcli.process.files import mounts
+
         return [mount.point for mount in mounts(os.getpid()) if mount.fstype in ("cgroup", "cgroup2")]
 
     @cached_property

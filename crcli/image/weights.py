@@ -18,10 +18,8 @@ from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image.container import ContainerKind, pack_container, unpack_container
-from crcli.image.index import load_known
 from crcli.image.names import WEIGHTS, new_image_id, pack_key, weights_key
 from crcli.image.packs import BLOB_BYTES, ChunkReader, PackWriter
-from crcli.image.session import Session
 from crcli.image.tables import read_chunks, read_packs, write_chunks, write_packs
 from crcli.memory.extents import Origin, Source
 from crcli.memory.weights.files import WeightsFile, files_below
@@ -65,6 +63,9 @@ def push(store: Store, path: str, on_bytes: Callable[[int, int], None] = lambda 
 
     Raises OSError when it cannot be read, StoreError when the store fails or the file changes meanwhile.
     """
+    from crcli.image.index import load_known
+    from crcli.image.session import Session
+
     file = WeightsFile(path)
     try:
         digest = _digest(file, on_bytes)

@@ -256,7 +256,8 @@ class _Dump:
                 held.callback(os.close, self.network)
             overflow = OverflowFile(self.workspace)
             held.callback(overflow.close)
-            overflow.populate(self.target.evidence.expected_bytes)
+            if self.options.outcome == Outcome.RUNNING:  # else its standstill ends nothing that goes on
+                overflow.populate(self.target.evidence.expected_bytes)
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
             self._find(self.weights.findings())

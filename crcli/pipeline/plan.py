@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.criu.options import DumpPlan
 from crcli.pipeline.stages import Outcome
-from crcli.process.watches import Fate
 
 if TYPE_CHECKING:
     from crcli.process.evidence import Evidence, HeldSocket
@@ -99,6 +98,8 @@ def _unix_link(held: HeldSocket) -> OutsideLink:
 
 def make_plan(evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outcome) -> DumpPlan:
     """Decide how CRIU is to take this tree."""
+    from crcli.process.watches import Fate  # not for a restore, which has links as well
+
     ours = evidence.viewer.cgroups
     return DumpPlan(
         pid=evidence.root.nspid[-1] if evidence.entered else evidence.root.pid,

@@ -48,13 +48,10 @@ from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, namespace_depth, namespace_for
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
-from crcli.pipeline.ports import remap_ports
-from crcli.pipeline.roots import below, check_root, link_below, needs_below
 from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
 from crcli.pipeline.stdio import Replacements, raw_terminal, relay, replace_links
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import RestoreTarget, failure_of
-from crcli.process import notify
 from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
 from crcli.process.settings import give_back
@@ -79,6 +76,9 @@ It waits for ever for a file lock that another process holds.
 _PASSED_ON = tuple(
     signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "WINCH", "CONT")
 )
+
+_BOARD = "crcli-notify"
+"""The name of the memory through which crcli.notify is told (importing it costs a restore that needs it)."""
 
 _WARDEN_LIMIT_S = 1.0
 """How long the word of a root's end may take that has ended (seconds)."""
@@ -257,12 +257,17 @@ class _Restore:
         self.images = self.logs = self.held.enter_context(self.workspace.folder("images"))
         self._write_skeleton()
         self.here = Here()
-        if self.options.root:
-            check_root(self.options.root, self.manifest)
         if self.options.ports:
+            from crcli.pipeline.ports import remap_ports
+
             remap_ports(self.images, self.options.ports)
         needs = needs_of(self.manifest, self.images, asked_of(self.options))
-        needs = replace(needs_below(self.options.root, needs), missing_weights=tuple(self.memory.missing()))
+        needs = replace(needs, missing_weights=tuple(self.memory.missing()))
+        if self.options.root:
+            from crcli.pipeline.roots import check_root, needs_below
+
+            check_root(self.options.root, self.manifest)
+            needs = needs_below(self.options.root, needs)
         self.manifest_here = needs.manifest
         guard_machine(needs, self.here)
         self.described = RestoreTarget(
@@ -279,7 +284,9 @@ class _Restore:
     def _lay_out(self) -> None:
         self.namespace = self._namespace()
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
-        links = [link_below(self.options.root, link) for link in links]
+        links = [
+            replace(link, path=self._host_path(link.path)) if link.kind == "unix" else link for link in links
+        ]
         self.replacements: Replacements = replace_links(
             links, self.options.stdio, f"{self.manifest.name}@{self.manifest.id}"
         )
@@ -312,6 +319,10 @@ class _Restore:
         self.held.callback(self.residence.close)
 
     def _host_path(self, path: str) -> str:
+        if not self.options.root:
+            return path
+        from crcli.pipeline.roots import below
+
         return below(self.options.root, path)
 
     def _note(self, change: Change) -> None:
@@ -468,7 +479,9 @@ class _Restore:
 
     def _tell(self) -> None:
         """Let processes that use crcli.notify know, so that they find it when they run."""
-        if notify.NAME in memfd_names(self.images):
+        if _BOARD in memfd_names(self.images):
+            from crcli.process import notify
+
             running = [self.host[member.pid] for member in self.members if member.alive]
             with notify.Boards(notify.find(running)) as boards:
                 boards.restored()

@@ -12,7 +12,6 @@ from crcli.findings import Finding, Severity
 if TYPE_CHECKING:
     from crcli.guard.needs import Needs
     from crcli.image.manifest import Manifest
-    from crcli.pipeline.plan import OutsideLink
 
 MOUNTED = ("/dev", "/proc", "/sys")
 """Folders of the new root over which this host's are mounted."""
@@ -103,8 +102,3 @@ def needs_below(root: str, needs: Needs) -> Needs:
         files=tuple(files),
         unix_names=tuple(below(root, name) for name in needs.unix_names),
     )
-
-
-def link_below(root: str, link: OutsideLink) -> OutsideLink:
-    """A link to outside with its path as it is on this host."""
-    return replace(link, path=below(root, link.path)) if root and link.kind == "unix" else link
