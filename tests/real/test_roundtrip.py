@@ -114,7 +114,8 @@ WAITS = """
     }}
     def wait(name):
         result = calls[name]()
-        print(f"{{name}}={{result}} {{os.strerror(ctypes.get_errno()) if result == -1 else ''}}")
+        why = os.strerror(ctypes.get_errno()) if result == -1 else ""
+        os.write(1, f"{{name}}={{result}} {{why}}\\n".encode())  # in one piece: they end together
     for name in calls:
         threading.Thread(target=wait, args=(name,)).start()
     time.sleep(0.2)
