@@ -57,7 +57,9 @@ def restore(
     store: StoreOption = None,
     lazy: Annotated[
         bool,
-        typer.Option("--lazy", help="Fill memory in after the tree runs (not available yet).", hidden=True),
+        typer.Option(
+            "--lazy", help="Let the tree run at once, and fetch its memory meanwhile: what it touches first."
+        ),
     ] = False,
     eager: Annotated[
         bool, typer.Option("--eager", help="Fill all memory before the tree runs (the default).")
@@ -128,8 +130,8 @@ def restore(
 
     Nothing of an image is used before its hash was checked. When anything fails, nothing is left running.
     """
-    if lazy:
-        raise UsageError("--lazy is not available yet", hint="leave it out: restores are eager")
+    if lazy and eager:
+        raise UsageError("--lazy and --eager exclude each other")
     if stdio is Stdio.INHERIT and not wait:
         raise UsageError(
             "--stdio inherit needs --wait", hint="nobody would be here to pass input and output on"
@@ -159,6 +161,7 @@ def restore(
         root=os.path.realpath(root).rstrip("/") if root is not None else "",
         signal=0 if send is None else _signal(send),
         forced=forced,
+        lazy=lazy,
         endpoint_url=chosen.endpoint_url,
     )
     from crcli.pipeline import restore as story

@@ -49,6 +49,8 @@ class RestorePlan:
     inherit: dict[str, int] = field(default_factory=dict)
     leave_stopped: bool = False
     sibling: bool = True
+    lazy: bool = False
+    """Whether memory comes through userfaultfd: see crcli.criu.lazy_socket."""
     any_cpu: bool = False
     """Whether CRIU is not to compare the CPU with that of the dump."""
     work_fd: int = -1
@@ -86,6 +88,7 @@ def restore_options(plan: RestorePlan, images: str) -> Any:
         options.cpu_cap = 0
     options.rst_sibling = plan.sibling
     options.leave_stopped = plan.leave_stopped
+    options.lazy_pages = plan.lazy
     options.tcp_established = not plan.tcp_close
     options.tcp_close = plan.tcp_close
     for key, fd in plan.inherit.items():

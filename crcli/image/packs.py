@@ -287,6 +287,28 @@ class ChunkReader:
             at = chunk.offset - first.offset
             yield number, self._check(number, data[at : at + chunk.stored])
 
+    def make_sure(self, wanted: Iterable[int]) -> None:
+        """See that the packs of these chunks are there, as long as they must be; raise ImageDamaged if not."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        ends: dict[str, int] = {}
+        for number in wanted:
+            chunk = self._chunks[number]
+            key = pack_key(self._packs[chunk.pack])
+            ends[key] = max(ends.get(key, 0), chunk.offset + chunk.stored)
+
+        def look(key: str) -> None:
+            try:
+                size = self._store.stat(key).size
+            except NotFound as error:
+                raise ImageDamaged(f"{key} is missing from the store", hint="use another image") from error
+            if size < ends[key]:
+                raise ImageDamaged(f"{key} is cut short", hint="use another image")
+
+        with ThreadPoolExecutor(max(1, min(16, len(ends)))) as threads:
+            for _ in threads.map(look, ends):
+                pass
+
     def _is_cut_short(self, key: str, end: int) -> bool:
         try:
             return self._store.stat(key).size < end

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from crcli.errors import Cause
+    from crcli.pipeline.pager import Pager
     from crcli.pipeline.stages import Progress, RestoreOptions
     from crcli.plugins.loader import Hooks
     from crcli.store.base import Store
@@ -209,6 +210,8 @@ class _Restore:
         self.hooks = hooks
         self.described: RestoreTarget | None = None
         self.replay: Replay | None = None
+        self.pager: Pager | None = None
+        self.missing_bytes = 0
         self.residence: Residence | None = None
         self.stay = stay
         self.changes: list[dict[str, Any]] = []
@@ -282,6 +285,9 @@ class _Restore:
     # CRIU's images stand in the workspace, edited for this place; files stand where they were.
 
     def _lay_out(self) -> None:
+        self.divided = self._split()
+        if self.options.lazy:
+            self._begin_pager()
         self.namespace = self._namespace()
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
         links = [
@@ -305,9 +311,24 @@ class _Restore:
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
         if self.options.tcp == TcpPolicy.AUTO:
             close_outside_connections(self.images, established_here())
-        divided = self._split()
-        self._fill_early(divided)
-        self._begin_replay(divided)
+        self._fill_early(self.divided)
+        if self.pager is None:
+            self._begin_replay(self.divided)
+
+    def _begin_pager(self) -> None:
+        """In a process of its own, forked while we have nothing yet that it must not keep open."""
+        from crcli.pipeline.pager import Pager
+
+        self.memory.make_sure(targets(self.divided.late))
+        options, manifest = self.options, self.manifest
+
+        def open_source() -> tuple[Any, Any]:
+            store = open_store(options.store, endpoint_url=options.endpoint_url)
+            chunks = ChunkReader(store, manifest.packs, manifest.chunks)
+            memory = MemoryReader(store, manifest, chunks, options.weights_map, options.weights_folders)
+            return memory.plan(targets(self.divided.late)), memory.read
+
+        self.pager = Pager(self.divided.late, open_source, self._threads())
 
     def _move_in(self) -> None:
         """From here on whatever is started or changed is cleared away by the warden, should we die."""
@@ -369,8 +390,11 @@ class _Restore:
     def _begin_replay(self, divided: Split) -> None:
         wanted = targets(divided.late)
         self.late_spaces = [space for space, extents in divided.late.items() if extents]
-        threads = 8 if self.options.store.startswith("s3:") else 2
-        self.replay = Replay(wanted, self.memory.plan(wanted), self.memory.read, threads)
+        self.replay = Replay(wanted, self.memory.plan(wanted), self.memory.read, self._threads())
+
+    def _threads(self) -> int:
+        """How many fetch memory at once: a store far away answers many in the time of one."""
+        return 8 if self.options.store.startswith("s3:") else 2
 
     # CRIU restores; at its post-restore hold the memory is written; then the tree runs.
 
@@ -386,6 +410,10 @@ class _Restore:
         )
         if plan.manage_cgroups:
             plan = replace(plan, work_fd=self._mountable_folder())
+        if self.pager is not None:
+            plan = replace(plan, lazy=True)
+            living = sum(member.alive for member in self.members)
+            self.pager.listen_in(plan.work_fd if plan.work_fd >= 0 else self.images.fd, living)
         options = restore_options(plan, f"/proc/self/fd/{self.images.fd}")
         assert self.residence is not None
         with self.residence.criu as criu:
@@ -400,6 +428,8 @@ class _Restore:
             root if self.namespace == PidNamespace.NEW else self.host[root], self.stay
         )
         netlock.remove_for(str(self.manifest.meta.get("run_id", "")))
+        if self.pager is not None:
+            self.pager.leave()
         return self.members[0].pid
 
     def _take_locks_again(self) -> None:
@@ -432,7 +462,10 @@ class _Restore:
     def _on_notify(self, script: str, root: int) -> bool:
         if script == "post-restore":
             self._find_members(root)
-            self._fill_late()
+            if self.pager is not None:
+                self.missing_bytes = self.pager.go(self.init, self.processes)
+            else:
+                self._fill_late()
             self._give_back_settings()
             self._tell()
             self.hooks.call("restore_frozen", target=self.described)
@@ -537,6 +570,8 @@ class _Restore:
             pid_namespace=self.namespace.value,
             ready_ms=ready_ms,
             total_ms=round(since_process_start_ms(), 2),
+            missing_bytes=self.missing_bytes,
+            pager=self.pager.pid if self.pager is not None else 0,
             phases=self.watch.phases,
             findings=(*self.findings, *self.replacements.findings()),
         )
@@ -552,6 +587,8 @@ class _Restore:
         self._kill_members()
         if self.replay is not None:
             self.replay.abandon()
+        if self.pager is not None:
+            self.pager.close()
         # What a tree that ran has written is its own: only what nobody can use any more is undone then.
         undo([change for change in self.changes if not self.is_settled or change["kind"] == "mounts"])
         described = self._describe(error, cause)

@@ -83,7 +83,8 @@ class RestoreOptions:
     `weights_folders` are searched for the others. `ports` maps ports that the image listens on to those that
     it is to listen on here. `root` is the folder that the tree gets as its root, a path without links
     (empty: ours). `signal` is sent to the tree's first process once it runs (0: none).
-    `forced` names findings of the guard (guard/names.py) that are not to stop it.
+    `forced` names findings of the guard (guard/names.py) that are not to stop it. With `lazy` the tree runs
+    before its memory is here (see pipeline/pager.py).
     """
 
     image: str
@@ -98,6 +99,7 @@ class RestoreOptions:
     root: str = ""
     signal: int = 0
     forced: tuple[str, ...] = ()
+    lazy: bool = False
     endpoint_url: str | None = None
 
 
@@ -217,7 +219,8 @@ class RestoreReport:
     """What `crcli restore --json` says; times in milliseconds.
 
     `pid` is the root's pid as the tree sees it, `host_pid` as this host does. `ready_ms` runs from the
-    command's start until the tree runs.
+    command's start until the tree runs. After a lazy restore `missing_bytes` of its memory were still to come
+    then, and the process `pager` fetches them; both are 0 after an eager one.
     """
 
     image: str
@@ -228,6 +231,8 @@ class RestoreReport:
     pid_namespace: str
     ready_ms: float = 0.0
     total_ms: float = 0.0
+    missing_bytes: int = 0
+    pager: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
 

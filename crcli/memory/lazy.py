@@ -1,0 +1,307 @@
+"""Memory that comes while its processes run: what is touched comes first, all the rest in the background.
+
+The kernel stops whoever touches a missing page and tells us (see userfault.py). One thread listens; others
+fetch chunks and put their pages wherever they belong by now (see missing.py). What is fetched goes straight
+to where it is wanted, the tree's own memory, so that nothing is held twice.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from bisect import bisect_right
+from collections import deque
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey
+from crcli.memory.missing import Missing, Stretch
+from crcli.memory.replay import targets
+from crcli.memory.userfault import Event, EventKind, MemoryGone, MemoryMoves, Userfault
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from crcli.store.base import Buffer
+
+DEMAND_THREADS = 2
+"""Threads that fetch only what somebody waits for."""
+
+_MOVE_S = 0.0001
+"""How long a process may take to go on once we have read what it told (seconds), before we look again."""
+
+
+class _State(IntEnum):
+    WANTED = 0
+    COMING = 1
+    HERE = 2
+
+
+@dataclass(eq=False)
+class _Memory:
+    """The memory of one process: of one of the image, or of one that was forked meanwhile."""
+
+    fault: Userfault
+    missing: Missing
+
+
+@dataclass
+class _Space:
+    """An address space of the image, and all memories that descend from it."""
+
+    extents: list[Extent]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while pages are filled in or an event is read: no page goes where it does not belong any more."""
+    memories: list[_Memory] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.extents = sorted(extent for extent in self.extents if extent.source != Source.ZERO)
+
+    def source_of(self, page: int) -> Origin | None:
+        """Where the bytes of a page are kept."""
+        at = bisect_right(self.extents, page, key=lambda extent: extent.start) - 1
+        if at < 0 or page >= self.extents[at].end:
+            return None
+        return Origin(self.extents[at].source, self.extents[at].chunk)
+
+
+class LazyFill:
+    """Fills in what is missing of running processes. `add` each, then `go`, then `wait`."""
+
+    def __init__(
+        self,
+        spaces: Mapping[SpaceKey, list[Extent]],
+        plan: Sequence[Sequence[Origin]],
+        read: Callable[[Sequence[Origin]], Iterable[tuple[Origin, Buffer]]],
+        threads: int,
+        adopted: Callable[[int], None] = lambda fd: None,
+    ) -> None:
+        """`spaces` are the missing extents, `plan` the order in which groups of sources are fetched, `adopted`
+        is told the descriptor of each process that is forked before all is here."""
+        self._spaces = {key: _Space(extents) for key, extents in spaces.items()}
+        self._wanted = targets(spaces)
+        self._states = dict.fromkeys(self._wanted, _State.WANTED)
+        self._left = len(self._wanted)
+        self._plan = deque(plan)
+        self._demand: deque[Origin] = deque()
+        self._read = read
+        self._adopted = adopted
+        self._changed = threading.Condition()
+        self._may_fill = threading.Event()
+        self._over = threading.Event()
+        self._failure: BaseException | None = None
+        self._poll = select.epoll()
+        self._memory_of: dict[int, tuple[_Space, _Memory]] = {}
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work, *arguments), name=name, daemon=True)
+            for name, work, arguments in (
+                ("events", self._listen, ()),
+                *((f"demand-{number}", self._fetch, (True,)) for number in range(DEMAND_THREADS)),
+                *((f"fill-{number}", self._fetch, (False,)) for number in range(threads)),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much is still to come, over all processes of the image."""
+        return PAGE * sum(
+            target.pages
+            for origin, state in list(self._states.items())
+            if state != _State.HERE
+            for target in self._wanted[origin]
+        )
+
+    def add(self, key: SpaceKey, fd: int) -> None:
+        """Take over the descriptor of a process of the image, which stands still as yet."""
+        space = self._spaces.setdefault(key, _Space([]))
+        missing = Missing((extent.start, extent.pages) for extent in space.extents)
+        with space.lock:
+            self._take_in(space, Userfault(fd), missing)
+
+    def go(self) -> None:
+        """From now on pages may be filled in: all processes were added, and their memory is in its place."""
+        self._may_fill.set()
+
+    def wait(self) -> None:
+        """Return when nothing is missing any more, or nobody is left who misses it.
+
+        Raises what fetching or filling raised, upon which some pages will never come.
+        """
+        self._over.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def end(self) -> None:
+        """Stop filling in."""
+        self._over.set()
+        self._may_fill.set()
+        with self._changed:
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
+        try:
+            work(*arguments)
+        except BaseException as error:
+            self._failure = self._failure or error
+            self._over.set()
+
+    # One thread hears of faults, and of what moves memory.
+
+    def _listen(self) -> None:
+        while not self._over.is_set():
+            for fd, _ in self._poll.poll(0.1):
+                space, memory = self._memory_of[fd]
+                with space.lock:
+                    self._read_events(space, memory)
+
+    def _read_events(self, space: _Space, memory: _Memory) -> None:
+        """Read and heed all that the kernel has to tell of a memory; its space is locked."""
+        try:
+            faults = []
+            while (event := memory.fault.read()) is not None:
+                if event.kind == EventKind.PAGE_FAULT:
+                    faults.append(event.start)
+                else:
+                    self._heed(space, memory, event)
+            for page in faults:
+                self._heed_fault(space, memory, page)
+        except MemoryGone:
+            self._let_go(space, memory)
+
+    def _heed(self, space: _Space, memory: _Memory, event: Event) -> None:
+        if event.kind == EventKind.FORK:
+            self._take_in(space, Userfault(event.fd), memory.missing.copy())
+            self._adopted(event.fd)
+        elif event.kind == EventKind.REMAP:
+            memory.missing.move(event.start, event.pages, event.to)
+        else:
+            memory.missing.remove(event.start, event.pages)
+
+    def _heed_fault(self, space: _Space, memory: _Memory, page: int) -> None:
+        """Have a page fetched that somebody waits for; one that was never filled is zero."""
+        origin = memory.missing.origin_of(page)
+        if origin is not None:
+            source = space.source_of(origin)
+            assert source is not None
+            self._ask_for(source)
+            return
+        while True:
+            try:
+                memory.fault.zero(page)
+                return
+            except MemoryMoves:
+                time.sleep(_MOVE_S)
+                self._read_events(space, memory)
+
+    def _ask_for(self, source: Origin) -> None:
+        with self._changed:
+            if self._states[source] == _State.WANTED and source not in self._demand:
+                self._demand.append(source)
+                self._changed.notify_all()
+
+    def _take_in(self, space: _Space, fault: Userfault, missing: Missing) -> None:
+        memory = _Memory(fault, missing)
+        space.memories.append(memory)
+        self._memory_of[fault.fd] = (space, memory)
+        self._poll.register(fault.fd, select.EPOLLIN)
+
+    def _let_go(self, space: _Space, memory: _Memory) -> None:
+        """Forget the memory of a process that has ended."""
+        if memory in space.memories:
+            space.memories.remove(memory)
+            self._poll.unregister(memory.fault.fd)
+            if not any(other.memories for other in self._spaces.values()):
+                self._over.set()
+
+    # Others fetch: some only what is waited for, the rest also all that will be.
+
+    def _fetch(self, only_demand: bool) -> None:
+        while group := self._next(only_demand):
+            for origin, raw in self._read(group):
+                self._may_fill.wait()
+                if self._over.is_set():
+                    return
+                self._deliver(origin, raw)
+
+    def _next(self, only_demand: bool) -> list[Origin]:
+        """What to fetch next; nothing once it is over."""
+        with self._changed:
+            while not self._over.is_set() and self._left:
+                if group := self._choose(only_demand):
+                    self._states.update(dict.fromkeys(group, _State.COMING))
+                    return group
+                self._changed.wait(0.5)
+        return []
+
+    def _choose(self, only_demand: bool) -> list[Origin]:
+        while self._demand:
+            origin = self._demand.popleft()
+            if self._states[origin] == _State.WANTED:
+                return [origin]
+        while self._plan and not only_demand:
+            group = [one for one in self._plan.popleft() if self._states[one] == _State.WANTED]
+            if group:
+                return group
+        return []
+
+    def _deliver(self, origin: Origin, raw: Buffer) -> None:
+        """Put the pages of one source wherever they are missing."""
+        view = memoryview(raw)
+        for target in self._wanted[origin]:
+            space = self._spaces[target.space]
+            piece = view[target.offset * PAGE : (target.offset + target.pages) * PAGE]
+            with space.lock:
+                for memory in list(space.memories):
+                    self._fill(space, memory, target.start, piece)
+        with self._changed:
+            self._states[origin] = _State.HERE
+            self._left -= 1
+            if not self._left:
+                self._over.set()
+                self._changed.notify_all()
+
+    def _fill(self, space: _Space, memory: _Memory, page: int, data: memoryview) -> None:
+        """Fill in what a memory misses of these pages; its space is locked."""
+        try:
+            while found := memory.missing.within(page, len(data) // PAGE):
+                stretch = found[0]
+                begin = (stretch.origin - page) * PAGE
+                try:
+                    done = _copy(memory.fault, stretch, data[begin : begin + stretch.pages * PAGE])
+                except MemoryMoves as moves:
+                    memory.missing.drop(stretch.origin, moves.pages)
+                    self._read_events(space, memory)
+                    time.sleep(_MOVE_S)
+                else:
+                    memory.missing.drop(stretch.origin, done)
+        except MemoryGone:
+            self._let_go(space, memory)
+
+    def close(self) -> None:
+        """Let go of all memories: whatever is still missing in them becomes zeros."""
+        for _, memory in self._memory_of.values():
+            os.close(memory.fault.fd)
+        self._memory_of.clear()
+        self._poll.close()
+
+
+def _copy(fault: Userfault, stretch: Stretch, data: memoryview) -> int:
+    """Fill in the beginning of a stretch, as much as the kernel takes at once; return how many pages.
+
+    It takes nothing that reaches beyond one mapping, so less is tried then. A single page that it does not
+    take is there already, or has no place any more.
+    """
+    pages = stretch.pages
+    while pages:
+        if done := fault.copy(stretch.start, data[: pages * PAGE]):
+            return done
+        pages //= 2
+    fault.wake(stretch.start, 1)
+    return 1
