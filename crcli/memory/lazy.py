@@ -35,9 +35,12 @@ _MOVE_S = 0.0001
 
 
 class _State(IntEnum):
+    """How far a source is. One that is on its way in a long read is fetched once more for who waits for it."""
+
     WANTED = 0
     COMING = 1
-    HERE = 2
+    ASKED_FOR = 2
+    HERE = 3
 
 
 @dataclass(eq=False)
@@ -202,7 +205,8 @@ class LazyFill:
 
     def _ask_for(self, source: Origin) -> None:
         with self._changed:
-            if self._states[source] == _State.WANTED and source not in self._demand:
+            if self._states[source] < _State.ASKED_FOR:
+                self._states[source] = _State.ASKED_FOR
                 self._demand.append(source)
                 self._changed.notify_all()
 
@@ -235,19 +239,16 @@ class LazyFill:
         with self._changed:
             while not self._over.is_set() and self._left:
                 if group := self._choose(only_demand):
-                    self._states.update(dict.fromkeys(group, _State.COMING))
                     return group
                 self._changed.wait(0.5)
         return []
 
     def _choose(self, only_demand: bool) -> list[Origin]:
-        while self._demand:
-            origin = self._demand.popleft()
-            if self._states[origin] == _State.WANTED:
-                return [origin]
+        if self._demand:
+            return [self._demand.popleft()]
         while self._plan and not only_demand:
-            group = [one for one in self._plan.popleft() if self._states[one] == _State.WANTED]
-            if group:
+            if group := [one for one in self._plan.popleft() if self._states[one] == _State.WANTED]:
+                self._states.update(dict.fromkeys(group, _State.COMING))
                 return group
         return []
 
@@ -261,8 +262,8 @@ class LazyFill:
                 for memory in list(space.memories):
                     self._fill(space, memory, target.start, piece)
         with self._changed:
+            self._left -= self._states[origin] != _State.HERE
             self._states[origin] = _State.HERE
-            self._left -= 1
             if not self._left:
                 self._over.set()
                 self._changed.notify_all()

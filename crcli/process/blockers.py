@@ -601,6 +601,17 @@ def stuck(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def unfilled(evidence: Evidence) -> Iterator[Finding]:
+    """Memory that a lazy restore has not brought yet: CRIU would take the missing pages for zeros."""
+    if held := evidence.unfilled:
+        yield blocker(
+            "memory-missing",
+            f"the memory of {first_of(held)} is still being fetched, after `crcli restore --lazy`",
+            process_list(held),
+            "wait until the process called crcli-pager has ended; with the store away it cannot",
+        )
+
+
 def leader_exited(evidence: Evidence) -> Iterator[Finding]:
     """A process whose first thread has ended while others run: `Zombies with threads are not supported`."""
     if held := [process for process in evidence.tree if process.leader_exited]:
@@ -648,5 +659,6 @@ BLOCKERS: tuple[Check, ...] = (
     pid_namespace_without_init,
     root_elsewhere,
     stuck,
+    unfilled,
     leader_exited,
 )

@@ -322,6 +322,7 @@ class Evidence:
     relatives: tuple[Relative, ...]
     prlimit_denied: tuple[Process, ...]
     stuck: tuple[Process, ...]
+    unfilled: tuple[Process, ...]
     watches: tuple[Watch, ...]
     shared_memory: tuple[SharedMemory, ...]
     sysv_objects: tuple[SysvObject, ...]

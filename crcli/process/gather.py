@@ -57,6 +57,9 @@ SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
 STUCK_AFTER_SECONDS = 0.5
 CORKED_AFTER_SECONDS = 0.05
 _BOARD = f"/memfd:{notify.NAME}"
+PAGER_COMM = b"crcli-pager"
+"""The name of the processes that fill memory in after a lazy restore (pipeline.pager.COMM)."""
+
 CONTROLLING_TTY = os.makedev(5, 0)
 
 T = TypeVar("T")
@@ -106,6 +109,7 @@ def _gather(tree: Tree) -> Evidence:
         relatives=relatives(tree),
         prlimit_denied=_prlimit_denied(tree),
         stuck=_stuck(tree),
+        unfilled=_unfilled(tree),
         watches=watches(files, tree.root.pid, all_mounts, _likely_paths(tree, files)),
         shared_memory=_shared_memory(files, maps, mounts_by_device, outside),
         sysv_objects=_sysv_objects(tree, viewer),
@@ -539,6 +543,31 @@ def _stuck(tree: Tree) -> tuple[Process, ...]:
     time.sleep(STUCK_AFTER_SECONDS)
     stuck = {pid for pid, tid in suspects if before[pid, tid] == _standstill(pid, tid) != b""}
     return tuple(process for process in tree if process.pid in stuck)
+
+
+def _unfilled(tree: Tree) -> tuple[Process, ...]:
+    """The processes that a lazy restore has not given all of their memory yet.
+
+    Their mappings carry the flag `um`. Reading the flags takes a while, so it is done only where a pager is.
+    """
+    if not any(_comm(pid) == PAGER_COMM for pid in os.listdir("/proc") if pid.isdecimal()):
+        return ()
+    return tuple(process for process in tree.living if _has_missing_pages(process.pid))
+
+
+def _comm(pid: str) -> bytes:
+    try:
+        return read_proc(f"/proc/{pid}/comm").strip()
+    except PID_GONE:
+        return b""
+
+
+def _has_missing_pages(pid: int) -> bool:
+    try:
+        lines = read_proc(f"/proc/{pid}/smaps").splitlines()
+    except PID_GONE:
+        return False
+    return any(line.startswith(b"VmFlags:") and b"um" in line.split() for line in lines)
 
 
 def _standstill(pid: int, tid: int) -> bytes:
