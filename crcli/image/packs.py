@@ -101,6 +101,10 @@ class PackWriter:
                 self._references.append(reference)
             return number
 
+    def own_packs(self) -> list[int]:
+        """The numbers, in the pack table, of the packs that this image wrote itself."""
+        return sorted(set(range(len(self._packs))).difference(self._foreign_packs.values()))
+
     def foreign_pack_keys(self) -> list[str]:
         """The keys of the packs of earlier images that this one refers to."""
         return [pack_key(pack) for pack in self._foreign_packs]

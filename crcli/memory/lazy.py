@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 DEMAND_THREADS = 2
 """Threads that fetch only what somebody waits for."""
 
+_LOOK_EVERY_S = 1.0
+"""How often the pager looks whether the processes are still there (seconds)."""
+
 _MOVE_S = 0.0001
 """How long a process may take to go on once we have read what it told (seconds), before we look again."""
 
@@ -158,11 +161,22 @@ class LazyFill:
     # One thread hears of faults, and of what moves memory.
 
     def _listen(self) -> None:
+        looked_at = time.monotonic()
         while not self._over.is_set():
             for fd, _ in self._poll.poll(0.1):
                 space, memory = self._memory_of[fd]
                 with space.lock:
                     self._read_events(space, memory)
+            if time.monotonic() > looked_at + _LOOK_EVERY_S:
+                self._forget_the_dead()
+                looked_at = time.monotonic()
+
+    def _forget_the_dead(self) -> None:
+        """Let go of what has ended: the kernel does not tell, and while a store is away nobody would notice."""
+        for space in list(self._spaces.values()):
+            with space.lock:
+                for memory in [one for one in space.memories if one.fault.is_gone()]:
+                    self._let_go(space, memory)
 
     def _read_events(self, space: _Space, memory: _Memory) -> None:
         """Read and heed all that the kernel has to tell of a memory; its space is locked."""

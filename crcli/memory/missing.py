@@ -67,9 +67,7 @@ class Missing:
     def within(self, origin: int, pages: int) -> list[Stretch]:
         """What is missing of these pages."""
         end = origin + pages
-        return [
-            self._stretches[at].part(origin, end) for at in range(*self._touched(origin, end))
-        ]
+        return [self._stretches[at].part(origin, end) for at in range(*self._touched(origin, end))]
 
     def origin_of(self, page: int) -> int | None:
         """Which missing page belongs at `page` now; None when none does."""

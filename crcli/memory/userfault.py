@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import struct
+import sys
 from enum import IntEnum
 from fcntl import ioctl
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,6 +31,10 @@ _API, _API_VERSION = 0xC018AA3F, 0xAA
 _API_REQUEST = struct.Struct("QQQ")
 _EVENTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
 """UFFD_FEATURE_EVENT_FORK, _REMAP, _REMOVE and _UNMAP: without these memory is not followed when it moves."""
+
+
+_NEVER_MAPPED = (1 << 47) - 2 * PAGE
+"""An address that no kernel gives a mapping by itself: nothing can be filled in there, but the try tells."""
 
 
 def is_available() -> bool:
@@ -122,6 +127,16 @@ class Userfault:
         if not self._fill(_ZEROPAGE, bytearray(_ZEROING.pack(start * PAGE, PAGE, 0, 0)), PAGE):
             self.wake(start, 1)
 
+    def is_gone(self) -> bool:
+        """Whether the process has ended, or executes another program."""
+        try:
+            self._fill(_ZEROPAGE, bytearray(_ZEROING.pack(_NEVER_MAPPED, PAGE, 0, 0)), PAGE)
+        except MemoryGone:
+            return True
+        except (MemoryMoves, OSError):
+            pass
+        return False
+
     def wake(self, start: int, pages: int) -> None:
         """Have who waits for these pages look again."""
         ioctl(self.fd, _WAKE, _RANGE.pack(start * PAGE, pages * PAGE))
@@ -130,7 +145,7 @@ class Userfault:
         try:
             ioctl(self.fd, code, request, True)
         except OSError as error:
-            done = max(0, struct.unpack_from("q", request, len(request) - 8)[0]) // PAGE
+            done = max(0, int.from_bytes(request[-8:], sys.byteorder, signed=True)) // PAGE
             if error.errno == errno.EAGAIN:
                 raise MemoryMoves(done) from None
             if error.errno in (errno.ESRCH, errno.ENOSPC):  # ENOSPC: kernels before 4.15

@@ -522,6 +522,7 @@ class _Dump:
             },
             "links": [link.as_json() for link in self.target.links],
             "run_id": self.run_id,
+            "own_packs": self.writer.own_packs(),
             "counts": dict(counts.__dict__),
             "frozen_ms": self.report.frozen_ms,
             "phases": dict(self.watch.phases),

@@ -41,7 +41,7 @@ from crcli.image.manifest import Manifest, load
 from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
 from crcli.image.weights import MemoryReader
-from crcli.memory.extents import PAGE, SpaceKey
+from crcli.memory.extents import PAGE, Source, SpaceKey
 from crcli.memory.replay import Replay, Split, split, targets, write_all
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from crcli.errors import Cause
+    from crcli.memory.extents import Origin
     from crcli.pipeline.pager import Pager
     from crcli.pipeline.stages import Progress, RestoreOptions
     from crcli.plugins.loader import Hooks
@@ -326,7 +327,10 @@ class _Restore:
             store = open_store(options.store, endpoint_url=options.endpoint_url)
             chunks = ChunkReader(store, manifest.packs, manifest.chunks)
             memory = MemoryReader(store, manifest, chunks, options.weights_map, options.weights_folders)
-            return memory.plan(targets(self.divided.late)), memory.read
+            plan = memory.plan(targets(self.divided.late))
+            own = set(manifest.meta.get("own_packs", ()))
+            plan.sort(key=lambda group: not _is_in(own, group[0], manifest))
+            return plan, memory.read
 
         self.pager = Pager(self.divided.late, open_source, self._threads())
 
@@ -644,6 +648,11 @@ def _how_it_ended(code: int | None) -> str:
 def asked_of(options: RestoreOptions) -> Asked:
     """What the guard must know of how a restore is asked for."""
     return Asked(options.pid_namespace.value, options.tcp.value, options.changed_files.value, options.forced)
+
+
+def _is_in(packs: set[int], origin: Origin, manifest: Manifest) -> bool:
+    """Whether a source of memory is kept in one of these packs."""
+    return origin.source == Source.CHUNK and manifest.chunks[origin.number].pack in packs
 
 
 def _ended(process: ProcessId) -> Finding:

@@ -60,6 +60,8 @@ def show_restore(report: RestoreReport, as_json: bool) -> None:
     inside = "" if report.pid == report.host_pid else f" (pid {report.pid} in a namespace of its own)"
     _say(f"{report.image}: {count(report.processes, 'process')} running, pid {report.host_pid}{inside}")
     _say(f"  ready    {duration(report.ready_ms)} (of {duration(report.total_ms)} in all)")
+    if report.missing_bytes:
+        _say(f"  memory   {size(report.missing_bytes)} still to come: process {report.pager} fetches them")
     _say(f"  phases   {phases(report.phases)}")
 
 

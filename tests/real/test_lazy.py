@@ -10,7 +10,6 @@ import os
 import signal
 import textwrap
 import threading
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,7 +134,9 @@ class Far:
 
     def fault(self, exchange: Exchange) -> None:
         """What the proxy does with each read of a pack."""
-        begin, _, end = exchange.handler.headers.get("Range", "bytes=0-0").removeprefix("bytes=").partition("-")
+        begin, _, end = (
+            exchange.handler.headers.get("Range", "bytes=0-0").removeprefix("bytes=").partition("-")
+        )
         if int(end) - int(begin) >= MOST_ON_DEMAND:
             self.through.wait(60)
         if self.down.is_set():
@@ -190,7 +191,9 @@ def restless() -> Iterator[Program]:
 
 def pagers() -> list[psutil.Process]:
     """All pagers and keepers, ours reaped."""
-    found = [one for one in psutil.process_iter(["name"]) if one.info["name"] in ("crcli-pager", "crcli-keeper")]
+    found = [
+        one for one in psutil.process_iter(["name"]) if one.info["name"] in ("crcli-pager", "crcli-keeper")
+    ]
     for one in found:
         try:
             os.waitpid(one.pid, os.WNOHANG)
@@ -206,7 +209,7 @@ def tell(pid: int, number: int, program: Program, word: str) -> None:
 
 
 def test_a_tree_runs_before_its_memory_is_here(far: Far) -> None:
-    """With all background reads held it goes on, on what it touches; afterwards all is there, and nobody left."""
+    """With all background reads held it goes on, on what it touches; then all comes, and nobody is left."""
     with spawn_python(counter(kilobytes=MEGABYTES << 10)) as program:
         image = far.dump(program)
         report = far.restore(image)

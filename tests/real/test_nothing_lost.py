@@ -498,7 +498,10 @@ def test_a_restore_disturbed_at_any_moment_leaves_all_or_nothing(what: str, rest
     restores.assert_whole_or_nothing(whole)
     for number, moment in enumerate(moments(ROUNDS, took / 2)):
         restores.clear()
-        attempt = restores.begin("--pid-namespace", ("host", "new")[number % 2])
+        eagerly = (number // 2) % 2 == 0
+        attempt = restores.begin(
+            "--pid-namespace", ("host", "new")[number % 2], "--eager" if eagerly else "--lazy"
+        )
         time.sleep(took / 2 + moment)
         DISTURBANCES[what](attempt)
         restores.assert_whole_or_nothing(attempt)
