@@ -292,7 +292,7 @@ class ChunkReader:
             yield number, self._check(number, data[at : at + chunk.stored])
 
     def make_sure(self, wanted: Iterable[int]) -> None:
-        """See that the packs of these chunks are there, as long as they must be; raise ImageDamaged if not."""
+        """See that the packs of these chunks are there, as long as they must be; else raise ImageDamaged."""
         from concurrent.futures import ThreadPoolExecutor
 
         ends: dict[str, int] = {}

@@ -38,7 +38,7 @@ _MOVE_S = 0.0001
 
 
 class _State(IntEnum):
-    """How far a source is. One that is on its way in a long read is fetched once more for who waits for it."""
+    """How far a source is. What is on its way in a long read is fetched once more for who waits for it."""
 
     WANTED = 0
     COMING = 1
@@ -85,8 +85,10 @@ class LazyFill:
         threads: int,
         adopted: Callable[[int], None] = lambda fd: None,
     ) -> None:
-        """`spaces` are the missing extents, `plan` the order in which groups of sources are fetched, `adopted`
-        is told the descriptor of each process that is forked before all is here."""
+        """`spaces` are the missing extents, `plan` is the order in which groups of sources are fetched.
+
+        `adopted` is told the descriptor of each process that is forked before all is here.
+        """
         self._spaces = {key: _Space(extents) for key, extents in spaces.items()}
         self._wanted = targets(spaces)
         self._states = dict.fromkeys(self._wanted, _State.WANTED)
@@ -172,7 +174,7 @@ class LazyFill:
                 looked_at = time.monotonic()
 
     def _forget_the_dead(self) -> None:
-        """Let go of what has ended: the kernel does not tell, and while a store is away nobody would notice."""
+        """Let go of what has ended: the kernel does not tell, and with the store away nobody would notice."""
         for space in list(self._spaces.values()):
             with space.lock:
                 for memory in [one for one in space.memories if one.fault.is_gone()]:

@@ -60,8 +60,8 @@ class Pager:
     ) -> None:
         """Fork it; call before any thread is started.
 
-        `spaces` is what will be missing. `open_source` runs in the pager, and tells in which order the sources
-        of that are to be fetched, and how. Raises HostLacks.
+        `spaces` is what will be missing; `open_source`, which runs in the pager, tells in which order its
+        sources are to be fetched, and how. Raises HostLacks.
         """
         if not is_available():
             raise HostLacks(

@@ -165,7 +165,7 @@ def test_no_arguments_show_the_help() -> None:
         ["dump", "1", "--leave-running", "--leave-stopped"],
         ["dump", "1", "--deadline", "-1"],
         ["restore", "x", "--tcp", "sometimes"],
-        ["restore", "x", "--lazy"],
+        ["restore", "x", "--lazy", "--eager"],
         ["restore", "no/such name"],
         ["restore", "x@yesterday"],
         ["show", "x", "--store", "relative/path"],
