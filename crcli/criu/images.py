@@ -39,6 +39,7 @@ _COMMON_MAGIC, _SERVICE_MAGIC = 0x54564319, 0x55105940
 _SHARED_MAGICS = tuple(struct.pack("<I", value) for value in (_COMMON_MAGIC, _SERVICE_MAGIC))
 _SIZE = struct.Struct("<I")
 _PRESENT = 4
+_MADV_WIPEONFORK = 18
 _TASK_ALIVE, _TASK_STOPPED = 1, 3
 _COUNTS = tuple(
     name for name in ("nr_pages", "compat_nr_pages") if name in pagemap_entry.DESCRIPTOR.fields_by_name
@@ -141,6 +142,17 @@ def read_tree(images: ImageFolder) -> list[TreeMember]:
             )
         )
     return members
+
+
+def wiped_on_fork(images: ImageFolder, pid: int) -> list[int]:
+    """The pages of a process whose children do not get their contents (MADV_WIPEONFORK)."""
+    mm = ImageFile.parse(images.read(f"mm-{pid}.img"), mm_entry).entries[0]
+    return [
+        page
+        for vma in mm.vmas
+        if vma.madv & 1 << _MADV_WIPEONFORK
+        for page in range(vma.start // PAGE, vma.end // PAGE)
+    ]
 
 
 def join_threads_to_leaders(images: Workspace) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey
 from crcli.memory.missing import Missing, Stretch
 from crcli.memory.replay import targets
-from crcli.memory.userfault import Event, EventKind, MemoryGone, MemoryMoves, Userfault
+from crcli.memory.userfault import Event, EventKind, MemoryGone, MemoryMoves, NoPlace, Userfault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,6 +52,9 @@ class _Memory:
 
     fault: Userfault
     missing: Missing
+    is_forked: bool = False
+    """Whether it is of no process of the image: what its parent keeps to itself (MADV_DONTFORK) has no place
+    in it."""
 
 
 @dataclass
@@ -129,7 +132,7 @@ class LazyFill:
         space = self._spaces.setdefault(key, _Space([]))
         missing = Missing((extent.start, extent.pages) for extent in space.extents)
         with space.lock:
-            self._take_in(space, Userfault(fd), missing)
+            self._take_in(space, _Memory(Userfault(fd), missing))
 
     def go(self) -> None:
         """From now on pages may be filled in: all processes were added, and their memory is in its place."""
@@ -196,7 +199,7 @@ class LazyFill:
 
     def _heed(self, space: _Space, memory: _Memory, event: Event) -> None:
         if event.kind == EventKind.FORK:
-            self._take_in(space, Userfault(event.fd), memory.missing.copy())
+            self._take_in(space, _Memory(Userfault(event.fd), memory.missing.copy(), is_forked=True))
             self._adopted(event.fd)
         elif event.kind == EventKind.REMAP:
             memory.missing.move(event.start, event.pages, event.to)
@@ -218,6 +221,8 @@ class LazyFill:
             except MemoryMoves:
                 time.sleep(_MOVE_S)
                 self._read_events(space, memory)
+            except NoPlace:
+                return  # unmapped since: whoever waited was told so by the kernel
 
     def _ask_for(self, source: Origin) -> None:
         with self._changed:
@@ -226,11 +231,10 @@ class LazyFill:
                 self._demand.append(source)
                 self._changed.notify_all()
 
-    def _take_in(self, space: _Space, fault: Userfault, missing: Missing) -> None:
-        memory = _Memory(fault, missing)
+    def _take_in(self, space: _Space, memory: _Memory) -> None:
         space.memories.append(memory)
-        self._memory_of[fault.fd] = (space, memory)
-        self._poll.register(fault.fd, select.EPOLLIN)
+        self._memory_of[memory.fault.fd] = (space, memory)
+        self._poll.register(memory.fault.fd, select.EPOLLIN)
 
     def _let_go(self, space: _Space, memory: _Memory) -> None:
         """Forget the memory of a process that has ended."""
@@ -291,7 +295,7 @@ class LazyFill:
                 stretch = found[0]
                 begin = (stretch.origin - page) * PAGE
                 try:
-                    done = _copy(memory.fault, stretch, data[begin : begin + stretch.pages * PAGE])
+                    done = _copy(memory, stretch, data[begin : begin + stretch.pages * PAGE])
                 except MemoryMoves as moves:
                     memory.missing.drop(stretch.origin, moves.pages)
                     self._read_events(space, memory)
@@ -309,16 +313,22 @@ class LazyFill:
         self._poll.close()
 
 
-def _copy(fault: Userfault, stretch: Stretch, data: memoryview) -> int:
+def _copy(memory: _Memory, stretch: Stretch, data: memoryview) -> int:
     """Fill in the beginning of a stretch, as much as the kernel takes at once; return how many pages.
 
-    It takes nothing that reaches beyond one mapping, so less is tried then. A single page that it does not
-    take is there already, or has no place any more.
+    It takes nothing that reaches beyond one mapping, so less is tried then.
     """
     pages = stretch.pages
-    while pages:
-        if done := fault.copy(stretch.start, data[: pages * PAGE]):
-            return done
-        pages //= 2
-    fault.wake(stretch.start, 1)
-    return 1
+    while True:
+        try:
+            done = memory.fault.copy(stretch.start, data[: pages * PAGE])
+            break
+        except NoPlace:
+            if pages == 1 and not memory.is_forked:
+                raise
+            if pages == 1:
+                return 1
+            pages //= 2
+    if not done:
+        memory.fault.wake(stretch.start, 1)
+    return max(done, 1)

@@ -79,6 +79,10 @@ class MemoryGone(Exception):
     """The process whose memory this was has ended, or executes another program."""
 
 
+class NoPlace(Exception):
+    """Nothing that could be filled in is mapped at the first page."""
+
+
 class MemoryMoves(Exception):
     """Nothing can be filled in before an event that waits was read; `pages` pages had been before that."""
 
@@ -115,8 +119,8 @@ class Userfault:
     def copy(self, start: int, data: Buffer) -> int:
         """Fill pages in from page `start` on, and wake who waits for them; return how many it were.
 
-        It ends before a page that is there already, is not mapped any more, or lies in another mapping than
-        the first: 0 when the first is such a page. Raises MemoryGone, MemoryMoves.
+        It ends before a page that is there already: 0 when the first is such a page. Raises NoPlace when they
+        are not all in one mapping, MemoryGone, MemoryMoves.
         """
         with _Address(data) as address:
             request = bytearray(_COPYING.pack(start * PAGE, address, len(data), 0, 0))
@@ -133,7 +137,7 @@ class Userfault:
             self._fill(_ZEROPAGE, bytearray(_ZEROING.pack(_NEVER_MAPPED, PAGE, 0, 0)), PAGE)
         except MemoryGone:
             return True
-        except (MemoryMoves, OSError):
+        except (NoPlace, MemoryMoves, OSError):
             pass
         return False
 
@@ -150,6 +154,8 @@ class Userfault:
                 raise MemoryMoves(done) from None
             if error.errno in (errno.ESRCH, errno.ENOSPC):  # ENOSPC: kernels before 4.15
                 raise MemoryGone from None
+            if error.errno == errno.ENOENT and not done:
+                raise NoPlace from None
             if error.errno in (errno.EEXIST, errno.ENOENT):
                 return done
             raise

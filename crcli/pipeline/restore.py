@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
 from crcli.criu import netlock
-from crcli.criu.images import memfd_names, read_tree
+from crcli.criu.images import memfd_names, read_tree, wiped_on_fork
 from crcli.criu.interrupted import resume_interrupted_calls
 from crcli.criu.locks import FileLock, lost_locks, take_again
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
@@ -374,7 +374,10 @@ class _Restore:
     def _split(self) -> Split:
         alive = {member.pid for member in self.members if member.alive}
         parents = [(m.pid, m.ppid) for m in self.members if m.pid in alive and m.ppid in alive]
-        kernel_pages = {member.pid: member.rseq_pages for member in self.members}
+        kernel_pages = {member.pid: list(member.rseq_pages) for member in self.members}
+        if self.options.lazy:  # a child must find these pages empty, not missing
+            for pid in alive:
+                kernel_pages[pid] += wiped_on_fork(self.images, pid)
         return split(self.manifest.spaces, parents, kernel_pages, self.manifest.references)
 
     def _fill_early(self, divided: Split) -> None:

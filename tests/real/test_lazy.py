@@ -48,12 +48,17 @@ RESTLESS = """
     def look(address, size=MB): return ctypes.string_at(address, size)
     def done(result): assert result not in (-1, 2**64 - 1), os.strerror(ctypes.get_errno())
 
+    WIPED, KEPT = 22, 23
+    done(libc.madvise(p(at(WIPED)), n(4 * PAGE), 18))  # MADV_WIPEONFORK
+    done(libc.madvise(p(at(KEPT)), n(MB), 10))  # MADV_DONTFORK
+
     def forks():
         if os.fork() == 0:
             code = 1
             try:
                 ctypes.memset(at(0), 7, PAGE)
                 assert look(at(0)) == bytes([7]) * PAGE + content(0)[PAGE:]
+                assert look(at(WIPED), 5 * PAGE) == bytes(4 * PAGE) + content(WIPED)[4 * PAGE : 5 * PAGE]
                 if os.fork() == 0:
                     os._exit(0 if look(at(1)) == content(1) and look(at(0), 1) == bytes([7]) else 1)
                 code = os.waitstatus_to_exitcode(os.wait()[1])
