@@ -25,7 +25,8 @@ setup_venv() {
     flock 8   # two scripts at once in one checkout
     venv_works || new_venv
     [[ ! -e /dev/nvidiactl ]] || extras=${extras:+$extras,}gpu
-    installed_from "$root/pyproject.toml" -e "$root${extras:+[$extras]}"
+    # compat: a plain line in a .pth file; the finder that setuptools makes else costs every command 10 ms.
+    installed_from "$root/pyproject.toml" -e "$root${extras:+[$extras]}" --config-settings editable_mode=compat
     for file; do installed_from "$file" -r "$file"; done
     bytecode "$root/crcli"
     exec 8<&-
