@@ -38,24 +38,11 @@ _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SIOCSIFFLAGS, _SIOCGIFFLAGS, _IFF_UP = 0x8914, 0x8913, 1
 
-_PROT_READ_WRITE, _MAP_SHARED, _MAP_FAILED, _MADV_POPULATE_WRITE = 3, 1, ctypes.c_void_p(-1).value, 23
-
 _PTRACE_CONT, _PTRACE_SEIZE, _PTRACE_GETEVENTMSG, _PTRACE_LISTEN = 7, 0x4206, 0x4201, 0x4208
 _PTRACE_O_TRACEEXIT, _PTRACE_EVENT_EXIT, _PTRACE_EVENT_STOP = 0x40, 6, 128
 _WALL = 0x4000_0000
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
 
@@ -129,20 +116,6 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     """Give back the memory or blocks behind a range of a file; it reads as zeros from now on."""
     flags = _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE
     _checked(_libc.fallocate64(fd, flags, ctypes.c_long(offset), ctypes.c_long(length)), "fallocate")
-
-
-def populate(fd: int, offset: int, length: int) -> None:
-    """Give this range of a tmpfs file its memory now, so that writing there later is a copy and no more.
-
-    The file must be as long already. Other threads run meanwhile, and may populate other ranges. Raises
-    OSError (EINVAL) on kernels before 5.14.
-    """
-    address = _libc.mmap(None, length, _PROT_READ_WRITE, _MAP_SHARED, fd, offset)
-    _checked(-1 if address == _MAP_FAILED else 0, "mmap")
-    try:
-        _checked(_libc.madvise(address, length, _MADV_POPULATE_WRITE), "madvise POPULATE_WRITE")
-    finally:
-        _libc.munmap(address, length)
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:

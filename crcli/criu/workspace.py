@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-import queue
 import threading
-import time
 from typing import TYPE_CHECKING
 
 from crcli import kernel
@@ -23,10 +21,8 @@ if TYPE_CHECKING:
     from crcli.store.base import Buffer
 
 
-_SLICE = 32 << 20
-"""How much memory is asked for at once (bytes): a whole number of the largest pages that a tmpfs has."""
-
-_POPULATORS = 4
+_SLICE = 1 << 20
+"""How much memory is asked for at once (bytes)."""
 
 
 class OverflowFile:
@@ -40,59 +36,50 @@ class OverflowFile:
         self.fd = workspace.create_file("overflow")
         workspace.remove("overflow")
         self.limit = spare_memory() // 2
-        self._slices: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._populator: threading.Thread | None = None
+        self._stop = threading.Event()
         self.populated = 0
         """Bytes that have their memory already."""
 
     def populate(self, expected: int) -> None:
-        """Begin to give it memory for so many bytes, in threads, before they come.
+        """Begin to give it memory for so many bytes, in a thread, before they come.
 
-        What the kernel has to find, clear and map then is not done while a tree stands frozen. On a virtual
-        machine whose host takes free memory back, that is most of the time that a freeze would take.
+        What the kernel has to find then is not sought while a tree stands frozen: on a virtual machine whose
+        host takes free memory back, that is most of the time that a freeze would take. Zeros are written, and
+        not the pages faulted in: a tmpfs takes folios as large as the write where it finds them, whereas for
+        a fault it would compact memory to have them larger still (ten times the work where memory is
+        fragmented).
         """
-        size = min(expected, self.limit) // _SLICE * _SLICE
-        if size:
-            os.ftruncate(self.fd, size)
-        for offset in range(0, size, _SLICE):
-            self._slices.put((offset, _SLICE))
-        for number in range(min(_POPULATORS, size // _SLICE)):
-            thread = threading.Thread(target=self._populate, name=f"populate-{number}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self._populator = threading.Thread(
+            target=self._populate, args=(min(expected, self.limit),), name="populate", daemon=True
+        )
+        self._populator.start()
 
-    def _populate(self) -> None:
+    def _populate(self, size: int) -> None:
+        zeros = bytes(_SLICE)
         try:
-            while True:
-                offset, length = self._slices.get_nowait()
-                kernel.populate(self.fd, offset, length)
-                self.populated += length
-        except queue.Empty:
-            pass
+            while self.populated < size and not self._stop.is_set():
+                left = memoryview(zeros)[: size - self.populated]
+                self.populated += os.pwrite(self.fd, left, self.populated)
         except OSError:
-            self._skip()  # an older kernel, or no memory left: it is found when it is needed, or not
+            pass  # no memory left: it is found when it is needed, or not
 
     def wait(self, limit_s: float | None = None) -> None:
         """Return when it has the memory that was asked for, or after so many seconds as much as there was
         time for."""
-        end = None if limit_s is None else time.monotonic() + limit_s
-        for thread in self._threads:
-            thread.join(None if end is None else max(0.0, end - time.monotonic()))
-        self._skip()
+        if self._populator is not None:
+            self._populator.join(limit_s)
+        self.stop()
 
-    def _skip(self) -> None:
-        """Leave out what has not been begun."""
-        try:
-            while True:
-                self._slices.get_nowait()
-        except queue.Empty:
-            pass
+    def stop(self) -> None:
+        """Give it no more memory in advance."""
+        self._stop.set()
+        if self._populator is not None:
+            self._populator.join()
 
     def close(self) -> None:
         """Give the memory back."""
-        self._skip()
-        for thread in self._threads:
-            thread.join()
+        self.stop()
         os.close(self.fd)
 
 

@@ -138,7 +138,7 @@ class Intake:
         while pages:
             self._raise_failure()
             if self._open is None:
-                self._open = _Spilled(offset=self._spill_end) if self._spill_room() else self._free_block()
+                self._open = self._next_place()
             run = self._open.next_run(space, start, pages, lazy)
             if run.pages:
                 self._keep_early(run, self._receive_run(self._open, channel, run))
@@ -221,6 +221,12 @@ class Intake:
         self.open_gate()
         for _ in self._workers:
             self._full.put(None)
+
+    def _next_place(self) -> _Block | _Spilled:
+        """Where the next pages go: aside as long as nobody works on them, else where they are worked on."""
+        if self._gate.is_set() and self._blocks.acquire(blocking=False):
+            return self._spare.pop() if self._spare else _Block()
+        return _Spilled(offset=self._spill_end) if self._spill_room() else self._free_block()
 
     def _free_block(self) -> _Block:
         """A block that nobody uses; when there is none, the workers are let in, and one is waited for."""

@@ -85,6 +85,9 @@ if TYPE_CHECKING:
 CRIU_LIMIT_S = 600.0
 """How long CRIU itself may work on a dump (seconds), the time that it waits for us left out."""
 
+_FEW_NEW = 0.1
+"""With at most this share of new pages, taking them in is hardly slower than putting them aside."""
+
 _NO_TIME_TO_TELL_S = 10.0
 """With less time than this (seconds) before its deadline a dump announces itself to nobody."""
 
@@ -273,6 +276,8 @@ class _Dump:
             held.callback(self.intake.abandon)
             load = self._measure(known)
             overflow.wait(limit_s)
+            if self._can_stream(load):
+                self.intake.open_gate()
             self.hashing.finish()
             self.room = overflow.limit
             self._foresee(load)
@@ -286,6 +291,16 @@ class _Dump:
             return measure(self.target.evidence, self.options, known, DUMP_LOOK_S, DUMP_LOOK_MOST_S, matcher)
         except Exception:
             return None
+
+    def _can_stream(self, load: Load | None) -> bool:
+        """Whether pages are to be worked on as they come.
+
+        So a tree that is to die, and of which the store has most, is stored soonest. Else pages are put aside
+        first, so that the tree stands still for little more than one copy of its memory.
+        """
+        if load is None or self.options.outcome == Outcome.RUNNING or self.target.weights:
+            return False
+        return load.memory.new <= _FEW_NEW * load.memory.total
 
     def _foresee(self, load: Load | None) -> None:
         """Make the forecast: all is ready for the freeze."""

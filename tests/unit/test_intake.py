@@ -86,10 +86,13 @@ def take_in(
     sink: KeepingSink,
     known: KnownPages | None = None,
     overflow: MemoryFile | None = None,
+    at_once: bool = False,
 ) -> tuple[dict[SpaceKey, list[Extent]], MemoryCounts]:
-    """Send the runs through an intake; return what it made of them."""
+    """Send the runs through an intake, that works on them at once or later; return what it made of them."""
     taking = Intake(known, sink, overflow)
     try:
+        if at_once:
+            taking.open_gate()
         with channel_with(runs) as channel:
             for run in runs:
                 taking.begin_space(run.space)
@@ -108,12 +111,12 @@ def assert_taken(runs: Sequence[Sent], spaces: dict[SpaceKey, list[Extent]], cou
 
 
 @slowly
-@given(sent_runs(), st.sampled_from([None, 0, 5 * PAGE, 40 * PAGE, 1 << 30]), st.booleans())
-def test_memory_is_what_it_was(runs: list[Sent], limit: int | None, tiny: bool) -> None:
+@given(sent_runs(), st.sampled_from([None, 0, 5 * PAGE, 40 * PAGE, 1 << 30]), st.booleans(), st.booleans())
+def test_memory_is_what_it_was(runs: list[Sent], limit: int | None, tiny: bool, at_once: bool) -> None:
     """With any overflow and any blocks, the extents describe every page, and each new page is stored once."""
     sink = KeepingSink()
     with patch.multiple(intake, **TINY_BLOCKS if tiny else USUAL_BLOCKS), MemoryFile(limit or 0) as overflow:
-        spaces, counts = take_in(runs, sink, overflow=overflow if limit is not None else None)
+        spaces, counts = take_in(runs, sink, None, overflow if limit is not None else None, at_once)
     assert rebuilt(spaces, sink.chunks) == expected(runs)
     assert_taken(runs, spaces, counts)
     stored = [digest for raw in sink.chunks.values() for digest in digests_of(raw, 1)]
