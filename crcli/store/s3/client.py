@@ -43,6 +43,7 @@ class Connection:
 def connect(settings: S3Settings) -> Connection:
     """Make the client; nothing is sent yet. Raises botocore's errors for settings that make no sense."""
     session = botocore.session.Session(profile=settings.profile)
+    _find_services_at_once(session)
     client = session.create_client(
         "s3",
         region_name=settings.region or _configured_region(session),
@@ -67,6 +68,18 @@ def connect(settings: S3Settings) -> Connection:
         checksums=client.meta.config.request_checksum_calculation == "when_supported",
         max_attempts=_configured_attempts(session),
     )
+
+
+def _find_services_at_once(session: Any) -> None:
+    """Spare botocore a look into each of its 400 folders for a model before it loads one (15 ms)."""
+    loader = session.get_component("data_loader")
+
+    def folders(type_name: str) -> list[str]:
+        return sorted(
+            {name for path in loader.search_paths if os.path.isdir(path) for name in os.listdir(path)}
+        )
+
+    loader.list_available_services = folders
 
 
 def _configured_region(session: Any) -> str:
