@@ -7,7 +7,6 @@ to where it is wanted, the tree's own memory, so that nothing is held twice.
 
 from __future__ import annotations
 
-import os
 import select
 import threading
 import time
@@ -32,6 +31,9 @@ DEMAND_THREADS = 2
 
 _LOOK_EVERY_S = 1.0
 """How often the pager looks whether the processes are still there (seconds)."""
+
+_FEW = 64
+"""It looks at once when there are more than twice as many memories, and so many, as it left the last time."""
 
 _MOVE_S = 0.0001
 """How long a process may take to go on once we have read what it told (seconds), before we look again."""
@@ -106,6 +108,8 @@ class LazyFill:
         self._failure: BaseException | None = None
         self._poll = select.epoll()
         self._memory_of: dict[int, tuple[_Space, _Memory]] = {}
+        if not self._left:
+            self._over.set()
         self._threads = [
             threading.Thread(target=self._guarded, args=(work, *arguments), name=name, daemon=True)
             for name, work, arguments in (
@@ -166,15 +170,17 @@ class LazyFill:
     # One thread hears of faults, and of what moves memory.
 
     def _listen(self) -> None:
-        looked_at = time.monotonic()
+        looked_at, many = time.monotonic(), _FEW
         while not self._over.is_set():
             for fd, _ in self._poll.poll(0.1):
-                space, memory = self._memory_of[fd]
-                with space.lock:
-                    self._read_events(space, memory)
-            if time.monotonic() > looked_at + _LOOK_EVERY_S:
+                if fd in (memories := self._memory_of):
+                    space, memory = memories[fd]
+                    with space.lock:
+                        self._read_events(space, memory)
+            if time.monotonic() > looked_at + _LOOK_EVERY_S or len(self._memory_of) > many:
                 self._forget_the_dead()
                 looked_at = time.monotonic()
+                many = 2 * len(self._memory_of) + _FEW
 
     def _forget_the_dead(self) -> None:
         """Let go of what has ended: the kernel does not tell, and with the store away nobody would notice."""
@@ -201,20 +207,17 @@ class LazyFill:
         if event.kind == EventKind.FORK:
             self._take_in(space, _Memory(Userfault(event.fd), memory.missing.copy(), is_forked=True))
             self._adopted(event.fd)
-        elif event.kind == EventKind.REMAP:
+            return
+        if event.kind == EventKind.REMAP:
             memory.missing.move(event.start, event.pages, event.to)
         else:
             memory.missing.remove(event.start, event.pages)
+        # Nothing comes there now: who waits there is to see that it is zero, or gone.
+        memory.fault.wake(event.start, event.pages)
 
     def _heed_fault(self, space: _Space, memory: _Memory, page: int) -> None:
         """Have a page fetched that somebody waits for; one that was never filled is zero."""
-        origin = memory.missing.origin_of(page)
-        if origin is not None:
-            source = space.source_of(origin)
-            assert source is not None
-            self._ask_for(source)
-            return
-        while True:
+        while (origin := memory.missing.origin_of(page)) is None:
             try:
                 memory.fault.zero(page)
                 return
@@ -222,7 +225,10 @@ class LazyFill:
                 time.sleep(_MOVE_S)
                 self._read_events(space, memory)
             except NoPlace:
-                return  # unmapped since: whoever waited was told so by the kernel
+                return  # gone since, which is an event that woke whoever waited
+        source = space.source_of(origin)
+        assert source is not None
+        self._ask_for(source)
 
     def _ask_for(self, source: Origin) -> None:
         with self._changed:
@@ -237,10 +243,13 @@ class LazyFill:
         self._poll.register(memory.fault.fd, select.EPOLLIN)
 
     def _let_go(self, space: _Space, memory: _Memory) -> None:
-        """Forget the memory of a process that has ended."""
+        """Forget the memory of a process that has ended; its space is locked."""
         if memory in space.memories:
             space.memories.remove(memory)
             self._poll.unregister(memory.fault.fd)
+            del self._memory_of[memory.fault.fd]
+            memory.fault.close()
+            memory.missing = Missing()
             if not any(other.memories for other in self._spaces.values()):
                 self._over.set()
 
@@ -279,8 +288,11 @@ class LazyFill:
             space = self._spaces[target.space]
             piece = view[target.offset * PAGE : (target.offset + target.pages) * PAGE]
             with space.lock:
-                for memory in list(space.memories):
-                    self._fill(space, memory, target.start, piece)
+                filled = set[_Memory]()
+                while left := [one for one in space.memories if one not in filled]:
+                    for memory in left:  # meanwhile they may fork: more are left then
+                        self._fill(space, memory, target.start, piece)
+                    filled.update(left)
         with self._changed:
             self._left -= self._states[origin] != _State.HERE
             self._states[origin] = _State.HERE
@@ -308,7 +320,7 @@ class LazyFill:
     def close(self) -> None:
         """Let go of all memories: whatever is still missing in them becomes zeros."""
         for _, memory in self._memory_of.values():
-            os.close(memory.fault.fd)
+            memory.fault.close()
         self._memory_of.clear()
         self._poll.close()
 

@@ -92,14 +92,19 @@ class MemoryMoves(Exception):
 
 
 class Userfault:
-    """One process's missing memory. Closing it lets the kernel give zeros for all that is still missing."""
+    """One process's missing memory. Closing it lets the kernel give zeros for all that is still missing.
+
+    Once closed it is that of a process that is gone.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         os.set_blocking(fd, False)
 
     def read(self) -> Event | None:
-        """The next event; None when there is none now."""
+        """The next event; None when there is none now. Raises MemoryGone."""
+        if self.fd < 0:
+            raise MemoryGone
         try:
             message = os.read(self.fd, _MESSAGE.size)
         except BlockingIOError:
@@ -142,10 +147,14 @@ class Userfault:
         return False
 
     def wake(self, start: int, pages: int) -> None:
-        """Have who waits for these pages look again."""
+        """Have who waits for these pages look again. Raises MemoryGone."""
+        if self.fd < 0:
+            raise MemoryGone
         ioctl(self.fd, _WAKE, _RANGE.pack(start * PAGE, pages * PAGE))
 
     def _fill(self, code: int, request: bytearray, length: int) -> int:
+        if self.fd < 0:
+            raise MemoryGone
         try:
             ioctl(self.fd, code, request, True)
         except OSError as error:
@@ -163,7 +172,9 @@ class Userfault:
 
     def close(self) -> None:
         """Let go of the memory."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class _PyBuffer(ctypes.Structure):
