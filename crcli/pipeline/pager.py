@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import signal
 import socket
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -25,13 +27,13 @@ from crcli.criu.lazy_socket import listen_in, receive_memories
 from crcli.errors import CrcliError, HostLacks, NotFound, StoreError
 from crcli.memory.extents import SpaceKey, SpaceKind
 from crcli.memory.lazy import LazyFill
-from crcli.memory.userfault import is_available
+from crcli.memory.userfault import Userfault, is_available
 from crcli.pipeline.logs import keep_log
 from crcli.process.identity import ProcessId, identify
 from crcli.process.tree import child_pids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from crcli.memory.extents import Extent, Origin
     from crcli.store.base import Buffer
@@ -47,6 +49,23 @@ _MESSAGE_LIMIT = 1 << 20
 _END_LIMIT_S = 10.0
 _PATIENCE_S = (0.5, 30.0)
 """How long the pager waits before it asks a store again that failed (seconds): at first, and at most."""
+
+_SAID_EVERY_S = 1800.0
+"""How often the log is told of a store that fails, at most (seconds): it may be away for days."""
+
+_FEW = 64
+"""How many memories the keeper holds before it looks which of them are gone."""
+
+_LOOK_EVERY_S = 0.5
+
+_PATHS = (
+    "AWS_CA_BUNDLE",
+    "REQUESTS_CA_BUNDLE",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "CRCLI_LOG_DIR",
+)
+"""Variables whose values may be relative to the folder that the pager leaves."""
 
 
 class Pager:
@@ -88,7 +107,8 @@ class Pager:
         Raises OSError when it failed.
         """
         try:
-            self._control.send(json.dumps([init, [[one.pid, one.start_time] for one in processes]]).encode())
+            everyone = [*processes, identify(init)] if init else processes
+            self._control.send(json.dumps([[one.pid, one.start_time] for one in everyone]).encode())
             answer = json.loads(self._control.recv(_MESSAGE_LIMIT) or b'"it was killed"')
         except ConnectionError:
             answer = "it was killed"
@@ -100,6 +120,10 @@ class Pager:
         """Let it work on without us."""
         self._control.close()
         self._listener.close()
+
+    def reap(self) -> None:
+        """Have its end waited for, for as long as we live; nobody else may wait for it then."""
+        threading.Thread(target=os.waitpid, args=(self.pid, 0), name="pager's end", daemon=True).start()
 
     def close(self) -> None:
         """Return when it has ended: it does unless it was told to `go`, or its tree is dead."""
@@ -126,12 +150,11 @@ def _live(
 ) -> None:
     """The pager's whole life. Never returns."""
     try:
-        _settle_in()
+        _settle_in({listener.fileno(), control.fileno()})
         keeper = _Keeper()
         fill = LazyFill(spaces, *_steadily(*open_source()), threads, keeper.hold)
         if channel := _begin(fill, listener, control, keeper):
-            fill.wait()
-            channel.close()  # not before: CRIU tells us there that it has finished, and fails if it cannot
+            _see_through(fill, channel)
         keeper.end()  # nothing is missing, or nobody is left who misses it
     except BaseException as error:
         _say(control, error)
@@ -139,17 +162,39 @@ def _live(
         os._exit(0)
 
 
-def _settle_in() -> None:
+def _see_through(fill: LazyFill, channel: socket.socket) -> None:
+    """Return when all is there, and CRIU has told that it has finished: it fails if it cannot."""
+    try:
+        fill.wait()
+    except BaseException as error:
+        _note(f"gave up, so the tree is ended (its image is still there): {_text(error)}")
+        raise
+    channel.recv(1)  # nothing, when CRIU has failed
+    channel.close()
+
+
+def _settle_in(keep: Collection[int]) -> None:
     """Become a process that no terminal and no caller knows, and that only SIGKILL ends."""
     os.setsid()
-    null = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
+    _forget_files(keep)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each process of the tree
+    for name in _PATHS:
+        if name in os.environ:
+            os.environ[name] = os.path.abspath(os.environ[name])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
     with open("/proc/self/comm", "w") as file:
         file.write(COMM)
+
+
+def _forget_files(keep: Collection[int]) -> None:
+    """Have no file, pipe, lock or socket open any more but these; the numbers stay taken, by /dev/null."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd not in (*keep, null):
+            os.dup2(null, fd, inheritable=False)
 
 
 def _begin(
@@ -161,8 +206,10 @@ def _begin(
     """
     if not (count := control.recv(_MESSAGE_LIMIT)):
         return None
-    ready, _, _ = select.select([listener, control], [], [])
-    if listener not in ready:
+    poll = select.poll()
+    for one in (listener, control):
+        poll.register(one, select.POLLIN)
+    if listener.fileno() not in {fd for fd, _ in poll.poll()}:
         return None
     channel, _ = listener.accept()
     for pid, fd in receive_memories(channel, int(count)):
@@ -179,31 +226,61 @@ def _begin(
 def _steadily(plan: Plan, read: Read) -> tuple[Plan, Read]:
     """The same plan, and reading that asks a failing store until it answers."""
 
+    outage = _Outage()
+
     def patiently(group: Sequence[Origin]) -> Iterator[tuple[Origin, Buffer]]:
         left = list(group)
         wait, most = _PATIENCE_S
         while left:
             try:
                 for origin, raw in read(left):
+                    outage.ends()
                     yield origin, raw
                     left.remove(origin)
             except NotFound:
                 raise
             except StoreError as error:
-                _note(f"the store does not answer, {len(left)} chunks wait for it: {error}")
+                outage.goes_on(error)
                 time.sleep(wait)
                 wait = min(2 * wait, most)
 
     return plan, patiently
 
 
+class _Outage:
+    """What the log is told of a store that fails: seldom, for it may go on for days. For several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._said_at = float("-inf")
+        self._is_said = False
+
+    def goes_on(self, error: StoreError) -> None:
+        """A request has failed."""
+        with self._lock:
+            if time.monotonic() > self._said_at + _SAID_EVERY_S:
+                self._said_at, self._is_said = time.monotonic(), True
+                _note(f"the store does not answer; who touches what is missing waits: {error}")
+
+    def ends(self) -> None:
+        """One was answered."""
+        if self._is_said:
+            with self._lock:
+                if self._is_said:
+                    self._is_said = False
+                    _note("the store answers again")
+
+
 def _say(control: socket.socket, error: BaseException) -> None:
-    """Tell of a failure: to the restore while it waits, and in the log."""
-    text = f"{type(error).__name__}: {error}"
+    """Tell the restore of a failure, while it waits."""
     try:
-        control.send(json.dumps(text).encode())
+        control.send(json.dumps(_text(error)).encode())
     except OSError:
-        _note(f"gave up, so the tree is ended (its image is still there): {text}")
+        pass
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _note(text: str) -> None:
@@ -220,7 +297,6 @@ class _Keeper:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pid = os.fork()
         if self._pid == 0:
-            self._channel.close()
             _keep(theirs)
         theirs.close()
 
@@ -247,23 +323,42 @@ class _Keeper:
 def _keep(channel: socket.socket) -> None:
     """The keeper's whole life. Never returns."""
     order = b""
+    held: list[Userfault] = []
+    many = _FEW
     try:
+        _forget_files({channel.fileno()})
         with open("/proc/self/comm", "w") as file:
             file.write("crcli-keeper")
         while True:
-            message, _, _, _ = socket.recv_fds(channel, _MESSAGE_LIMIT, 1)  # descriptors stay open
+            message, fds, _, _ = socket.recv_fds(channel, _MESSAGE_LIMIT, 1)
             if not message or message == _WHOLE:
                 break
             order = message if message != _HOLD else order
+            held += map(Userfault, fds)
+            if len(held) > many:
+                held = _still_there(held)
+                many = 2 * len(held) + _FEW
         if not message and order:
-            init, processes = json.loads(order)
             _note("the pager was killed, so the tree is ended; its image is still there")
-            _end_tree(init, [ProcessId(*one) for one in processes])
+            _end_tree([ProcessId(*one) for one in json.loads(order)])
+            while held := _still_there(held):  # who has left the tree waits rather than see zeros
+                time.sleep(_LOOK_EVERY_S)
     finally:
         os._exit(0)
 
 
-def _end_tree(init: int, processes: Sequence[ProcessId]) -> None:
+def _still_there(held: Iterable[Userfault]) -> list[Userfault]:
+    """Those of the memories whose processes live; the others are let go of."""
+    there = []
+    for memory in held:
+        if memory.is_gone():
+            memory.close()
+        else:
+            there.append(memory)
+    return there
+
+
+def _end_tree(processes: Sequence[ProcessId]) -> None:
     """Kill the processes and all that they have forked; return when they are dead, or after a while."""
     victims = {process.pid: process for process in processes}
     end = time.monotonic() + _END_LIMIT_S
@@ -273,9 +368,10 @@ def _end_tree(init: int, processes: Sequence[ProcessId]) -> None:
             return
         for process in living:
             victims |= {child.pid: child for child in _children(process.pid)}
-        for pid in [init] if init else [process.pid for process in victims.values() if process.alive()]:
+        for process in victims.values():
             try:
-                os.kill(pid, signal.SIGKILL)
+                if process.alive():
+                    os.kill(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
         time.sleep(0.01)

@@ -322,11 +322,13 @@ class _Restore:
 
         self.memory.make_sure(targets(self.divided.late))
         options, manifest = self.options, self.manifest
+        mapped = [(old, os.path.abspath(new)) for old, new in options.weights_map]
+        folders = [os.path.abspath(folder) for folder in options.weights_folders]
 
         def open_source() -> tuple[Any, Any]:
             store = open_store(options.store, endpoint_url=options.endpoint_url)
             chunks = ChunkReader(store, manifest.packs, manifest.chunks)
-            memory = MemoryReader(store, manifest, chunks, options.weights_map, options.weights_folders)
+            memory = MemoryReader(store, manifest, chunks, mapped, folders)
             plan = memory.plan(targets(self.divided.late))
             own = set(manifest.meta.get("own_packs", ()))
             plan.sort(key=lambda group: not _is_in(own, group[0], manifest))
@@ -437,6 +439,8 @@ class _Restore:
         netlock.remove_for(str(self.manifest.meta.get("run_id", "")))
         if self.pager is not None:
             self.pager.leave()
+            if self.stay:
+                self.pager.reap()
         return self.members[0].pid
 
     def _take_locks_again(self) -> None:

@@ -57,7 +57,7 @@ SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
 STUCK_AFTER_SECONDS = 0.5
 CORKED_AFTER_SECONDS = 0.05
 _BOARD = f"/memfd:{notify.NAME}"
-PAGER_COMM = b"crcli-pager"
+PAGER_COMMS = (b"crcli-pager", b"crcli-keeper")
 """The name of the processes that fill memory in after a lazy restore (pipeline.pager.COMM)."""
 
 CONTROLLING_TTY = os.makedev(5, 0)
@@ -550,7 +550,7 @@ def _unfilled(tree: Tree) -> tuple[Process, ...]:
 
     Their mappings carry the flag `um`. Reading the flags takes a while, so it is done only where a pager is.
     """
-    if not any(_comm(pid) == PAGER_COMM for pid in os.listdir("/proc") if pid.isdecimal()):
+    if not any(_comm(pid) in PAGER_COMMS for pid in os.listdir("/proc") if pid.isdecimal()):
         return ()
     return tuple(process for process in tree.living if _has_missing_pages(process.pid))
 

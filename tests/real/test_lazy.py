@@ -6,10 +6,13 @@ the trees live on what they touch until a test lets the rest through.
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +22,7 @@ import psutil
 import pytest
 
 from crcli.memory.userfault import is_available
-from tests.support.crcli import Crcli, assert_goes_on, counter, wait_until
+from tests.support.crcli import Crcli, assert_goes_on, counter, end, tree_of, wait_until
 from tests.support.faulty_proxy import Exchange, FaultyProxy, answer, pass_on
 from tests.support.programs import Program, spawn_python
 from tests.support.s3servers import start_moto
@@ -249,6 +252,8 @@ def test_it_waits_for_a_store_that_is_away(far: Far, restless: Program) -> None:
     far.down.set()
     os.kill(pid, signal.SIGUSR1)
     wait_until(lambda: "does not answer" in far.logs(), "nothing is logged", 30)
+    time.sleep(3)  # the store is asked some more times
+    assert len(list((far.crcli.folder / "logs").glob("*-crcli-pager-*"))) == 1, "the log is flooded"
     assert psutil.pid_exists(pid) and "acted" not in restless.output
     far.down.clear()
     far.through.set()
@@ -283,6 +288,44 @@ def test_without_its_keeper_a_tree_becomes_whole(far: Far, restless: Program) ->
     wait_until(lambda: not pagers(), "it is never whole", 20)
 
 
+def test_who_left_the_tree_sees_no_zeros_without_the_pager(far: Far) -> None:
+    """A daemon of the tree, which is not below its root any more, waits when the pager was killed."""
+    code = """
+        import os, random, signal, sys, time
+        memory = random.Random(1).randbytes(MEGABYTES << 20)
+        def leave(number, frame):
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0:
+                    print(f"daemon={os.getpid()}")
+                    while os.getppid() == parent or not os.path.exists(sys.argv[0] + GO): time.sleep(0.01)
+                    print("looks")
+                    print("zeros" if memory[12 << 20 : 13 << 20].count(0) == 1 << 20 else "right")
+                os._exit(0)
+            os.wait()
+        parent = os.getpid()
+        signal.signal(signal.SIGUSR1, leave)
+        print("ready")
+        while True: signal.pause()
+        """
+    go = far.crcli.folder / "go"
+    code = code.replace("MEGABYTES", str(MEGABYTES)).replace("sys.argv[0] + GO", repr(str(go)))
+    with spawn_python(textwrap.dedent(code)) as program:
+        report = far.restore(far.dump(program))
+        tell(report["host_pid"], signal.SIGUSR1, program, "daemon=")
+        daemon = int(program.value_of("daemon"))
+        os.kill(report["pager"], signal.SIGKILL)
+        wait_until(lambda: not _runs(report["host_pid"]), "the tree runs without its memory")
+        go.touch()
+        try:
+            wait_until(lambda: "looks" in program.output or not _runs(daemon), program.output)
+            time.sleep(1)
+            assert "zeros" not in program.output
+        finally:
+            if _runs(daemon):
+                os.kill(daemon, signal.SIGKILL)
+
+
 def test_a_tree_that_is_not_whole_yet_is_not_dumped(far: Far, restless: Program) -> None:
     """Its missing pages would be taken for zeros: refused until the pager is done."""
     pid = far.restore(far.dump(restless))["host_pid"]
@@ -292,6 +335,50 @@ def test_a_tree_that_is_not_whole_yet_is_not_dumped(far: Far, restless: Program)
     wait_until(lambda: not pagers(), "it is never whole", 20)
     far.crcli.run("dump", str(pid), "--store", far.url, "--json", "--leave-running")
     tell(pid, signal.SIGUSR2, restless, "whole")
+
+
+def test_a_tree_that_is_whole_at_once_is_restored(tmp_path: Path) -> None:
+    """The pager can have done before CRIU has: it stays until CRIU has told it so, else CRIU fails."""
+    crcli = Crcli(tmp_path)
+    with spawn_python("import os\nprint('ready')\nos.execvp('sleep', ['sleep', '1000'])") as program:
+        wait_until(lambda: psutil.Process(program.pid).name() == "sleep", "it is no sleep")
+        image = crcli.dump(program.pid)["image"]
+    for _ in range(5):
+        crcli.restore(image, "--lazy")
+        crcli.clean_up()
+        wait_until(lambda: not pagers(), f"left behind: {pagers()}")
+
+
+def test_the_pager_keeps_nothing_of_its_caller_open(far: Far) -> None:
+    """Who waits for the end of a pipe that crcli inherited, or for a lock, does not wait for all memory."""
+    with spawn_python(counter(kilobytes=MEGABYTES << 10)) as program:
+        image = far.dump(program)
+        reader, writer = os.pipe()
+        arguments = ("restore", image, "--store", far.url, "--lazy", "--json")
+        with far.crcli.start(*arguments, pass_fds=[writer]) as process:
+            os.close(writer)
+            out, _ = process.communicate(timeout=60)
+        far.crcli.adopt(json.loads(out)["host_pid"])
+        assert pagers()
+        ready, _, _ = select.select([reader], [], [], 5)
+        os.close(reader)
+        assert ready, "somebody has it open"
+
+
+def test_the_end_of_the_pager_is_waited_for(far: Far) -> None:
+    """With --wait crcli stays for as long as the tree: no zombie stays with it."""
+    with spawn_python(counter(kilobytes=MEGABYTES << 10)) as program:
+        image = far.dump(program)
+        with far.crcli.start("restore", image, "--store", far.url, "--lazy", "--wait") as process:
+            try:
+                wait_until(lambda: len(pagers()) == 2, "there is no pager", 30)
+                (pager,) = [one for one in pagers() if one.name() == "crcli-pager"]
+                assert_goes_on(program)
+                far.through.set()
+                wait_until(lambda: not pager.is_running(), "it is still there, maybe a zombie", 20)
+                assert process.poll() is None
+            finally:
+                end(tree_of(process.pid))
 
 
 def test_an_image_that_lost_a_pack_is_refused_before_its_tree_runs(tmp_path: Path) -> None:
