@@ -67,9 +67,12 @@ class _Space:
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while pages are filled in or an event is read: no page goes where it does not belong any more."""
     memories: list[_Memory] = field(default_factory=list)
+    missing: Missing = field(init=False)
+    """What is missing of the process of the image."""
 
     def __post_init__(self) -> None:
         self.extents = sorted(extent for extent in self.extents if extent.source != Source.ZERO)
+        self.missing = Missing((extent.start, extent.pages) for extent in self.extents)
 
     def source_of(self, page: int) -> Origin | None:
         """Where the bytes of a page are kept."""
@@ -134,9 +137,8 @@ class LazyFill:
     def add(self, key: SpaceKey, fd: int) -> None:
         """Take over the descriptor of a process of the image, which stands still as yet."""
         space = self._spaces.setdefault(key, _Space([]))
-        missing = Missing((extent.start, extent.pages) for extent in space.extents)
         with space.lock:
-            self._take_in(space, _Memory(Userfault(fd), missing))
+            self._take_in(space, _Memory(Userfault(fd), space.missing))
 
     def go(self) -> None:
         """From now on pages may be filled in: all processes were added, and their memory is in its place."""

@@ -7,7 +7,7 @@ program has dropped it.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -90,34 +90,36 @@ class Missing:
 
     def remove(self, start: int, pages: int) -> None:
         """Whatever belongs at these places is not wanted any more."""
-        for stretch in self._at(start, pages):
-            self.drop(stretch.origin, stretch.pages)
+        self._take(start, pages)
 
     def move(self, start: int, pages: int, to: int) -> None:
         """What belongs at `start` and after belongs at `to` and after from now on."""
-        moved = self._at(start, pages)
-        for old in moved:
-            self.drop(old.origin, old.pages)
+        moved = [old._replace(shift=old.shift + to - start) for old in self._take(start, pages)]
         self.remove(to, pages)
-        for old in moved:
-            new = old._replace(shift=old.shift + to - start)
-            self._shifts.add(new.shift)
-            at = bisect_right(self._stretches, new.origin, key=lambda stretch: stretch.origin)
-            self._stretches.insert(at, new)
+        if moved:
+            self._shifts.update(new.shift for new in moved)
+            self._stretches += moved
+            self._stretches.sort()  # fast: it is two sorted lists, or a few
 
-    def _at(self, start: int, pages: int) -> list[Stretch]:
-        """What belongs at these places."""
-        return [
-            found
-            for shift in self._shifts
-            for found in self.within(start - shift, pages)
-            if found.shift == shift
-        ]
+    def _take(self, start: int, pages: int) -> list[Stretch]:
+        """Take out and return what belongs at these places."""
+        taken: list[Stretch] = []
+        for shift in self._shifts:
+            origin, end = start - shift, start - shift + pages
+            first, last = self._touched(origin, end)
+            left: list[Stretch] = []
+            for stretch in self._stretches[first:last]:
+                if stretch.shift != shift:
+                    left.append(stretch)
+                else:
+                    taken.append(stretch.part(origin, end))
+                    around = stretch.part(stretch.origin, origin), stretch.part(end, stretch.end)
+                    left += [piece for piece in around if piece.pages]
+            self._stretches[first:last] = left
+        return taken
 
     def _touched(self, origin: int, end: int) -> tuple[int, int]:
         """The stretches that have pages of these, as a range of their places in the list."""
         first = bisect_right(self._stretches, origin, key=lambda stretch: stretch.end)
-        last = first
-        while last < len(self._stretches) and self._stretches[last].origin < end:
-            last += 1
-        return first, last
+        last = bisect_left(self._stretches, end, key=lambda stretch: stretch.origin)
+        return first, max(first, last)

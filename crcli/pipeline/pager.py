@@ -206,6 +206,7 @@ def _begin(
     """
     if not (count := control.recv(_MESSAGE_LIMIT)):
         return None
+    missing_bytes = fill.missing_bytes  # takes its time for many chunks: CRIU is at work meanwhile
     poll = select.poll()
     for one in (listener, control):
         poll.register(one, select.POLLIN)
@@ -219,7 +220,7 @@ def _begin(
         return None
     keeper.watch(order)
     fill.go()
-    control.send(b"%d" % fill.missing_bytes)
+    control.send(b"%d" % missing_bytes)
     return channel
 
 
