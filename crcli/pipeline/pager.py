@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from crcli import kernel
 from crcli.criu.lazy_socket import listen_in, receive_memories
-from crcli.errors import CrcliError, HostLacks, NotFound, StoreError
+from crcli.errors import CrcliError, HostLacks, ImageDamaged, NotFound, StoreError
 from crcli.memory.extents import SpaceKey, SpaceKind
 from crcli.memory.lazy import LazyFill
 from crcli.memory.userfault import Userfault, is_available
@@ -98,7 +98,10 @@ class Pager:
     def listen_in(self, folder_fd: int, processes: int) -> None:
         """Have a CRIU that will restore so many processes, and works in this folder, find it."""
         listen_in(self._listener, folder_fd)
-        self._control.send(b"%d" % processes)
+        try:
+            self._control.send(b"%d" % processes)
+        except ConnectionError:
+            pass  # why it has failed is what `go` is told
 
     def go(self, init: int, processes: Sequence[ProcessId]) -> int:
         """Begin: CRIU has restored these processes, in the namespace of `init` (0: ours), and holds them.
@@ -232,6 +235,7 @@ def _steadily(plan: Plan, read: Read) -> tuple[Plan, Read]:
     def patiently(group: Sequence[Origin]) -> Iterator[tuple[Origin, Buffer]]:
         left = list(group)
         wait, most = _PATIENCE_S
+        is_second_look = False
         while left:
             try:
                 for origin, raw in read(left):
@@ -240,6 +244,10 @@ def _steadily(plan: Plan, read: Read) -> tuple[Plan, Read]:
                     left.remove(origin)
             except NotFound:
                 raise
+            except ImageDamaged:
+                if is_second_look:
+                    raise
+                is_second_look = True  # bytes change on their way, too
             except StoreError as error:
                 outage.goes_on(error)
                 time.sleep(wait)

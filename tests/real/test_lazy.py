@@ -139,6 +139,8 @@ class Far:
     url: str
     through: threading.Event = field(default_factory=threading.Event)
     down: threading.Event = field(default_factory=threading.Event)
+    spoil: threading.Event = field(default_factory=threading.Event)
+    """Set: one byte of the next read is changed."""
 
     def fault(self, exchange: Exchange) -> None:
         """What the proxy does with each read of a pack."""
@@ -149,6 +151,10 @@ class Far:
             self.through.wait(60)
         if self.down.is_set():
             answer(503, "SlowDown")(exchange)
+        elif self.spoil.is_set():
+            self.spoil.clear()
+            response, body = exchange.forward(exchange.read_body())
+            exchange.answer(response, bytes([body[0] ^ 1]) + body[1:])
         else:
             pass_on(exchange)
 
@@ -408,6 +414,17 @@ def test_a_page_that_is_damaged_ends_the_tree(tmp_path: Path) -> None:
     wait_until(lambda: not pagers(), f"left behind: {pagers()}", 20)
     logs = "".join(path.read_text() for path in (tmp_path / "logs").glob("*-crcli-pager-*"))
     assert "not what its hash says" in logs
+
+
+def test_bytes_that_were_damaged_on_their_way_are_fetched_again(far: Far) -> None:
+    """Only what is wrong twice is an image that is damaged."""
+    with spawn_python(counter(kilobytes=MEGABYTES << 10)) as program:
+        far.restore(far.dump(program))
+        far.spoil.set()
+        far.through.set()
+        wait_until(lambda: not pagers(), "it is never whole", 20)
+        assert not far.spoil.is_set(), "nothing was damaged"
+        assert_goes_on(program)
 
 
 def _runs(pid: int) -> bool:
