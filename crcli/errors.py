@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from crcli.findings import Finding
 
@@ -59,11 +59,23 @@ EXIT_CODES: dict[int, tuple[str, str]] = {
 }
 
 
+WORST_FIRST = (12, 1, 2, 40, 31, 30, 11, 10)
+"""What a dump can fail with, the worst first: who loses a process should hear of nothing else."""
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The exit code for several trees, each of which has one: 0 when all are done, else the worst."""
+    failed = [code for code in codes if code]
+    return min(failed, key=WORST_FIRST.index) if failed else 0
+
+
 def exit_code_table() -> str:
-    """The exit codes as a Markdown table, without a last newline."""
+    """The exit codes as a Markdown table, and the order among them, without a last newline."""
+    order = ", ".join(map(str, WORST_FIRST))
+    sentence = f"A dump of several trees ends with 0 when all are done, else with the first of {order} that one has."
     rows = [("Exit", "What it means", "What to do next"), ("---:", "---", "---")]
     rows += [(str(code), meaning, remedy) for code, (meaning, remedy) in EXIT_CODES.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", sentence])
 
 
 class CrcliError(Exception):

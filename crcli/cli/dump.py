@@ -13,10 +13,17 @@ from crcli.pipeline.stages import NOTIFY_WAIT_S, DumpOptions, Outcome
 
 
 def dump(
-    pid: Annotated[int, typer.Argument(metavar="PID", help="The root of the tree.", show_default=False)],
+    pids: Annotated[
+        list[int],
+        typer.Argument(metavar="PID...", help="The root of the tree, or of each tree.", show_default=False),
+    ],
     name: Annotated[
         str,
-        typer.Option(metavar="NAME", help="The image's name. Default: the command's.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="The image's name. Default: the command's. With several trees each is NAME-PID.",
+            show_default=False,
+        ),
     ] = "",
     store: StoreOption = None,
     leave_running: Annotated[
@@ -62,17 +69,20 @@ def dump(
     ] = False,
     as_json: JsonOption = False,
     endpoint_url: EndpointOption = None,
-) -> None:
+) -> int:
     """Freeze the process tree of PID, ship it to the store, and let it go.
 
     The tree is killed only when its image is durable and was proven by a trial restore; whatever fails
     before, it runs on as if nothing had happened.
+
+    With several PIDs each tree is dumped as if alone, whatever becomes of the others. The exit code is 0 when
+    all are done, else that of the worst: 12 before 1, 2, 40, 31, 30, 11 and 10.
     """
     if leave_running and leave_stopped:
         raise UsageError("--leave-running and --leave-stopped exclude each other")
     chosen = choose_store(store, endpoint_url)
     options = DumpOptions(
-        pid=pid,
+        pid=pids[0],
         store=chosen.url,
         name=name,
         outcome=Outcome.RUNNING if leave_running else Outcome.STOPPED if leave_stopped else Outcome.KILLED,
@@ -84,12 +94,29 @@ def dump(
         notify_wait_s=notify_wait,
         endpoint_url=chosen.endpoint_url,
     )
-    from crcli.pipeline.dump import dump as run
     from crcli.pipeline.interrupts import answer_first
+
+    answer_first()
+    return _dump_one(options, as_json) if len(pids) == 1 else _dump_many(pids, options, as_json)
+
+
+def _dump_one(options: DumpOptions, as_json: bool) -> int:
+    from crcli.pipeline.dump import dump as run
     from crcli.ui import reports
     from crcli.ui.progress import showing
 
-    answer_first()
     with showing(as_json) as progress:
         report = run(options, progress)
-    reports.show_dump(report, as_json, dry_run=dry_run)
+    reports.show_dump(report, as_json, dry_run=options.dry_run)
+    return 0
+
+
+def _dump_many(pids: list[int], options: DumpOptions, as_json: bool) -> int:
+    from crcli.pipeline.many import dump_many
+    from crcli.ui import dumps
+    from crcli.ui.progress import showing
+
+    with showing(as_json) as progress:
+        report = dump_many(pids, options, progress)
+    dumps.show(report, as_json, dry_run=options.dry_run)
+    return report.exit_code

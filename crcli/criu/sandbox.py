@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crcli import kernel
+from crcli.criu import kerndat
 from crcli.criu.binary import criu_command
 from crcli.criu.rpc import CriuProcess
 from crcli.errors import HostLacks
@@ -53,13 +54,14 @@ class Sandbox:
 
         Raises HostLacks when namespaces are not allowed.
         """
+        self._answers = kerndat.Answers() if kerndat.is_wanted() else None
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.keeper = kernel.quiet_fork()
         if self.keeper == 0:
             self._control.close()
             self.channel.close()
-            _keep(theirs, criu_end, images_fd)
+            _keep(theirs, criu_end, images_fd, self._answers and self._answers.known)
         theirs.close()
         criu_end.close()
         answer = self._control.recv(4096)
@@ -77,6 +79,12 @@ class Sandbox:
         if answer != READY:
             raise OSError(answer.decode() or "the sandbox died")
         return CriuProcess(self.channel, None)
+
+    def learn(self) -> None:
+        """Keep what CRIU has found out about the kernel for other trials, where it does not do so itself."""
+        if self._answers is not None:
+            for first in _only_child(self.keeper):
+                self._answers.learn(f"/proc/{first}/root")
 
     def close(self) -> None:
         """Kill everything inside, and reap the keeper, which reaps its child: no zombie is left to others."""
@@ -113,7 +121,9 @@ STAND_IN_FD = 200
 """The first of the descriptors that stand in for external objects inside a sandbox."""
 
 
-def _keep(control: socket.socket, criu_end: socket.socket, images_fd: int) -> None:
+def _keep(
+    control: socket.socket, criu_end: socket.socket, images_fd: int, answers: bytes | None
+) -> None:
     """The keeper: make the namespaces, fork their first process, wait. Never returns."""
     try:
         reset_signals()
@@ -123,7 +133,7 @@ def _keep(control: socket.socket, criu_end: socket.socket, images_fd: int) -> No
         first = os.fork()
         if first == 0:
             kernel.die_with_parent(signal.SIGKILL)
-            _serve(control, criu_end, images_fd)
+            _serve(control, criu_end, images_fd, answers)
         os.waitpid(first, 0)
     except BaseException as error:
         say(control, str(error))
@@ -131,7 +141,9 @@ def _keep(control: socket.socket, criu_end: socket.socket, images_fd: int) -> No
         os._exit(1)
 
 
-def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int) -> None:
+def _serve(
+    control: socket.socket, criu_end: socket.socket, images_fd: int, answers: bytes | None
+) -> None:
     """The first process of the pid namespace: wait for the order, start CRIU, reap. Never returns."""
     try:
         kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
@@ -142,6 +154,8 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int) -> N
         if not text:
             os._exit(0)
         order = Order(**json.loads(text))
+        if answers is not None:
+            kerndat.lay_out(answers, order.overlays)
         if order.overlays:
             layers = _mount_layers()
             for number, folder in enumerate(order.overlays):

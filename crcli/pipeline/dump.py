@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from crcli.image.manifest import StoredFile
     from crcli.pipeline.plan import OutsideLink
     from crcli.pipeline.stages import DumpOptions, Progress
+    from crcli.pipeline.turns import Turn
     from crcli.plugins.loader import PluginInfo
     from crcli.process.evidence import Evidence
     from crcli.process.identity import ProcessId
@@ -105,10 +106,12 @@ class Target:
     image_id: str
 
 
-def dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
+def dump(
+    options: DumpOptions, progress: Progress | None = None, turn: Turn | None = None
+) -> DumpReport:
     """Dump the tree of `options.pid` into the store; return what was done.
 
-    The image is durable on return. Raises PreflightRefused (tree untouched), DumpFailed (its `state` says
+    The image is durable on return. With a `turn` the tree is frozen when it has that. Raises PreflightRefused (tree untouched), DumpFailed (its `state` says
     what the tree does), StoreError (tree running), HostLacks.
     """
     progress = progress or Silent()
@@ -129,6 +132,7 @@ def dump(options: DumpOptions, progress: Progress | None = None) -> DumpReport:
     described = _describe(options, target)
     with interruptible(options.deadline_s) as interrupts:
         work = _Dump(options, target, watch, report, interrupts, progress)
+        work.turn = turn
         work.on_frozen = lambda: hooks.call("dump_frozen", target=described)
         work.plugins = [one for one in hooks.plugins if not one.error]
         try:
@@ -159,7 +163,10 @@ def look(options: DumpOptions) -> Target:
     """Look at the tree and decide how to take it; raise PreflightRefused when it cannot be taken."""
     if options.name:
         check_name(options.name)
-    tree = scan_tree(refuse_bad_target(options.pid))
+    root = refuse_bad_target(options.pid)
+    if options.start_time not in (None, root.start_time):
+        raise PreflightRefused(f"process {options.pid} ended before its turn came; another has its pid now")
+    tree = scan_tree(root)
     evidence = gather(tree)
     findings = preflight_here(evidence)
     blockers = [finding for finding in findings if finding.severity == Severity.BLOCKER]
@@ -208,6 +215,7 @@ class _Dump:
         self.progress = progress
         self.on_frozen: Callable[[], None] = lambda: None
         self.plugins: list[PluginInfo] = []
+        self.turn: Turn | None = None
         self.store: Store | None = None
         self.published = False
         self.is_holding = False
@@ -419,12 +427,14 @@ class _Dump:
                 raise
             finally:
                 receiver.end()
+                self._end_turn()
         if not answer.success:
             receiver.raise_failure()  # CRIU fails when nobody takes its pages: it is not to blame
             raise _explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
 
     def _on_notify(self, script: str, receiver: _Receiver) -> bool:
         if script == "pre-dump":
+            self._await_turn()
             self._check_identity()
             self.frozen_at = time.monotonic()
         elif script == "post-dump":
@@ -432,6 +442,15 @@ class _Dump:
             self._hold(receiver)
             self.is_holding = False
         return True
+
+    def _await_turn(self) -> None:
+        if self.turn is not None:
+            with self.watch.phase("turn"):
+                self.turn.take()
+
+    def _end_turn(self) -> None:
+        if self.turn is not None:
+            self.turn.give()
 
     def _on_criu_death(self) -> None:
         """CRIU was killed (we are told in another thread): what we do while it waits for us is in vain."""
@@ -454,6 +473,7 @@ class _Dump:
             with self.watch.phase("trial"):
                 plan, links = self.target.plan, self.target.links
                 try_skeleton(self.sandbox, self.trial, self.images, self.intake.kept, plan, links)
+        self._end_turn()
         self.intake.open_gate()
         self.report.frozen_ms = round((time.monotonic() - self.frozen_at) * 1000, 2)
         if self.options.outcome != Outcome.RUNNING:
@@ -475,6 +495,7 @@ class _Dump:
         """Finish the memory, make everything durable, write the manifest: the image exists on return."""
         assert self.store is not None
         if self.sandbox is not None:
+            self.sandbox.learn()
             self.sandbox.close()
         spaces, counts = self.intake.finish(self.progress.amount)
         self.skeleton = store_skeleton(self.images, self.writer)

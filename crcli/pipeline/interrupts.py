@@ -102,3 +102,28 @@ def interruptible(
         for number, handler in before.items():
             ignored = _answers_first and interrupts.are_over and handler in _DEFAULTS
             signal.signal(number, signal.SIG_IGN if ignored else handler)
+
+
+@contextmanager
+def noted(note: Callable[[int], None], deadline_s: float | None = None) -> Iterator[None]:
+    """Within the block the signals that would interrupt are only told to `note`; so is the deadline's.
+
+    Job control is ignored, as in `interruptible`, and a second signal changes nothing.
+    """
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+        if number not in _FOR_PEOPLE or signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, lambda number, _: note(number)) for number in numbers}
+    stops = {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_CONTROL}
+    if deadline_s is not None:
+        signal.setitimer(signal.ITIMER_REAL, max(deadline_s, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in stops.items():
+            signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if _answers_first and handler in _DEFAULTS else handler)

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from crcli.errors import worst
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from crcli.errors import CrcliError
     from crcli.findings import Finding
 
 
@@ -60,11 +63,15 @@ NOTIFY_WAIT_S = 2.0
 
 @dataclass(frozen=True)
 class DumpOptions:
-    """What a user asks of `crcli dump`. `store` is a URL; `weights` are paths and patterns, or "auto"."""
+    """What a user asks of `crcli dump`. `store` is a URL; `weights` are paths and patterns, or "auto".
+
+    `start_time` (clock ticks since boot) says which process of that pid is meant; None: the one that has it.
+    """
 
     pid: int
     store: str
     name: str = ""
+    start_time: int | None = None
     outcome: Outcome = Outcome.KILLED
     include: tuple[str, ...] = ()
     trial: bool = True
@@ -212,6 +219,54 @@ class DumpReport:
             "forecast": self.forecast and self.forecast.as_json(),
             "findings": [finding.as_json() for finding in self.findings],
         }
+
+
+@dataclass(frozen=True)
+class TreeResult:
+    """What became of one of several trees: the report of its dump, or the error that it ended with."""
+
+    pid: int
+    report: DumpReport | None = None
+    error: CrcliError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What a dump of this tree alone would have ended with."""
+        return self.error.exit_code if self.error is not None else 0
+
+
+@dataclass(frozen=True)
+class DumpsReport:
+    """What `crcli dump` of several trees did, in the order in which they were named; time in milliseconds."""
+
+    dumps: tuple[TreeResult, ...]
+    total_ms: float
+
+    @property
+    def done(self) -> tuple[DumpReport, ...]:
+        """The reports of the trees that were dumped."""
+        return tuple(one.report for one in self.dumps if one.report is not None)
+
+    @property
+    def exit_code(self) -> int:
+        """0 when all were dumped, else the worst of their codes."""
+        return worst(one.exit_code for one in self.dumps)
+
+    def sums(self) -> dict[str, float]:
+        """Over the trees that were dumped: counts, bytes, and how long each stood still."""
+        done = self.done
+        frozen = sorted(report.frozen_ms for report in done) or [0.0]
+        return {
+            "trees": len(self.dumps),
+            "done": len(done),
+            **{name: sum(getattr(report, name) for report in done) for name in _SUMMED},
+            "frozen_ms_median": frozen[len(frozen) // 2],
+            "frozen_ms_most": frozen[-1],
+            "total_ms": self.total_ms,
+        }
+
+
+_SUMMED = ("processes", "memory_bytes", "zero_bytes", "weights_bytes", "reused_bytes", "stored_bytes")
 
 
 @dataclass

@@ -28,7 +28,7 @@ _STATES = {
 def show(error: CrcliError, as_json: bool) -> int:
     """Show an error that crcli raised on purpose; return its exit code."""
     if as_json:
-        _emit(error.code, error.message, error.hint, error.state, error.findings, error.cause)
+        print(json.dumps({"error": as_object(error)}), flush=True)
         return error.exit_code
     lines = [f"crcli: {error.message}"]
     for finding in error.findings:
@@ -106,15 +106,29 @@ def _usage_hint(error: Any) -> str:
     return f"`{error.ctx.command_path if error.ctx is not None else 'crcli'} --help` says more"
 
 
-def _emit(
+def as_object(error: CrcliError) -> dict[str, Any]:
+    """The error as programs read it."""
+    return _object(error.code, error.message, error.hint, error.state, error.findings, error.cause)
+
+
+def what_of_the_tree(error: CrcliError) -> str:
+    """A sentence that says what became of the tree."""
+    return _STATES[error.state]
+
+
+def _emit(code: str, message: str, hint: str, state: TreeState, findings: Sequence[Finding]) -> None:
+    print(json.dumps({"error": _object(code, message, hint, state, findings)}), flush=True)
+
+
+def _object(
     code: str,
     message: str,
     hint: str,
     state: TreeState,
     findings: Sequence[Finding],
     cause: Cause | None = None,
-) -> None:
-    body = {
+) -> dict[str, Any]:
+    return {
         "code": code,
         "message": message,
         "hint": hint,
@@ -125,7 +139,6 @@ def _emit(
         "retry": cause.retry if cause is not None else None,
         "log": cause.log if cause is not None else "",
     }
-    print(json.dumps({"error": body}), flush=True)
 
 
 def _say(text: str) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from crcli.pipeline.check import CheckReport
     from crcli.pipeline.stages import DumpReport, Forecast, RestoreReport
 
-_OUTCOMES = {"killed": "and killed", "running": "and left running", "stopped": "and left stopped"}
+OUTCOMES = {"killed": "and killed", "running": "and left running", "stopped": "and left stopped"}
 
 
 def show_json(data: Mapping[str, Any]) -> None:
@@ -33,7 +33,7 @@ def show_dump(report: DumpReport, as_json: bool, *, dry_run: bool = False) -> No
         for finding in report.findings:
             _say(f"  {finding.severity.value}: {finding.message}")
         return
-    _say(f"{report.image}: {processes} dumped {_OUTCOMES.get(report.outcome, report.outcome)}")
+    _say(f"{report.image}: {processes} dumped {OUTCOMES.get(report.outcome, report.outcome)}")
     _say(f"  store    {report.store}")
     _say(f"  frozen   {duration(report.frozen_ms)} (of {duration(report.total_ms)} in all)")
     _say(f"  memory   {size(report.memory_bytes)}: {_memory(report)}")

@@ -1,0 +1,136 @@
+"""What CRIU finds out about the kernel, kept for trials where CRIU itself keeps nothing.
+
+At each start CRIU asks the kernel a hundred questions (25 ms and more), and keeps the answers in
+/run/criu.kdat: but only if that lies on a tmpfs, which goes with the kernel that it describes. In containers
+/run seldom is one, and a trial asks while a tree stands frozen. So a trial gets a /run that is a tmpfs, in
+which everything of the real one is found again. What CRIU puts there is kept for the trials to come, for
+this boot, this CRIU and these rights. CRIU itself refuses a cache that is not of its own build.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from crcli import kernel
+from crcli.criu.binary import criu_command
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FOLDER = "/run"
+_NAME = "criu.kdat"
+_MOST_ENTRIES = 200
+"""A /run with more in it than this is left as it is."""
+
+_KEPT_NAME = "kernel-"
+_DEFAULT_STATE = "/var/lib/crcli"
+
+
+def is_wanted() -> bool:
+    """Whether CRIU would ask again at each start: /run is no tmpfs, and small enough to be laid out anew."""
+    try:
+        return _file_system(FOLDER) != "tmpfs" and len(os.listdir(FOLDER)) <= _MOST_ENTRIES
+    except OSError:
+        return False
+
+
+def _file_system(folder: str) -> str:
+    """The type of the file system that a folder below / is on."""
+    found = ""
+    with open("/proc/self/mountinfo") as file:
+        for line in file:
+            fields, _, source = line.partition(" - ")
+            if fields.split()[4] in ("/", folder):
+                found = source.split()[0]
+    return found
+
+
+def lay_out(answers: bytes, overlays: Sequence[str]) -> None:
+    """In a mount namespace of our own: make /run a tmpfs with the same in it, and the answers.
+
+    Not where the trial is to lay something over /run itself. Nothing is mounted if that cannot be done.
+    """
+    if FOLDER in overlays:
+        return
+    status = os.stat(FOLDER)
+    entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in os.scandir(FOLDER)]
+    real = os.open(FOLDER, os.O_PATH | os.O_DIRECTORY)
+    try:
+        kernel.mount("tmpfs", FOLDER, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=0700")
+        os.chown(FOLDER, status.st_uid, status.st_gid)
+        os.chmod(FOLDER, status.st_mode & 0o7777)
+        for name, is_folder in entries:
+            if not name.startswith(_NAME):  # nor what a CRIU that was killed left half written
+                _find_again(f"/proc/self/fd/{real}/{name}", f"{FOLDER}/{name}", is_folder)
+    except OSError:
+        kernel.unmount(FOLDER)
+        return
+    finally:
+        os.close(real)
+    if answers:
+        with open(f"{FOLDER}/{_NAME}", "wb") as file:
+            file.write(answers)
+
+
+def _find_again(real: str, path: str, is_folder: bool) -> None:
+    if os.path.islink(real):
+        os.symlink(os.readlink(real), path)
+        return
+    if is_folder:
+        os.mkdir(path)
+    else:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+    kernel.mount(real, path, "", kernel.MS_BIND | kernel.MS_REC)
+
+
+class Answers:
+    """The answers that were kept on this host. Whatever goes wrong with them, CRIU only asks again."""
+
+    def __init__(self) -> None:
+        self._folder = os.environ.get("CRCLI_STATE_DIR") or _DEFAULT_STATE
+        self._path = f"{self._folder}/{_KEPT_NAME}{_circumstances()}"
+        self.known = self._read(self._path)
+
+    def _read(self, path: str) -> bytes:
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError:
+            return b""
+
+    def learn(self, root: str) -> None:
+        """Keep what the CRIU whose root folder is `root` has found out, if that is new."""
+        found = self._read(f"{root}{FOLDER}/{_NAME}")
+        if not found or found == self.known:
+            return
+        temporary = f"{self._folder}/.{_KEPT_NAME}{os.getpid()}"
+        try:
+            os.makedirs(self._folder, 0o700, exist_ok=True)
+            with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                file.write(found)
+            for name in os.listdir(self._folder):
+                if name.startswith(_KEPT_NAME):  # of an earlier boot, or another CRIU
+                    os.unlink(f"{self._folder}/{name}")
+            os.rename(temporary, self._path)
+        except OSError:
+            pass
+        self.known = found
+
+
+def _circumstances() -> str:
+    """What the answers hold for: this boot, this CRIU, what we are allowed to do."""
+    digest = blake3()
+    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        digest.update(file.read())
+    with open("/proc/self/status", "rb") as file:
+        for line in file:
+            if line.startswith((b"Cap", b"Seccomp", b"NoNewPrivs")):
+                digest.update(line)
+    for path in criu_command():
+        if path.startswith("/"):
+            status = os.stat(path)
+            digest.update(f"{path} {status.st_ino} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest(8)
