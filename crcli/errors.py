@@ -60,7 +60,8 @@ EXIT_CODES: dict[int, tuple[str, str]] = {
 
 
 WORST_FIRST = (12, 1, 2, 40, 31, 30, 11, 10)
-"""What a dump can fail with, the worst first: who loses a process should hear of nothing else."""
+"""What a dump can end with, the worst first: a tree that does not run, a bug, what stands in the way of every
+tree, then what only one of them has."""
 
 
 def worst(codes: Iterable[int]) -> int:
@@ -72,7 +73,9 @@ def worst(codes: Iterable[int]) -> int:
 def exit_code_table() -> str:
     """The exit codes as a Markdown table, and the order among them, without a last newline."""
     order = ", ".join(map(str, WORST_FIRST))
-    sentence = f"A dump of several trees ends with 0 when all are done, else with the first of {order} that one has."
+    sentence = (
+        f"A dump of several trees ends with 0 when all are done, else with the first of {order} that one has."
+    )
     rows = [("Exit", "What it means", "What to do next"), ("---:", "---", "---")]
     rows += [(str(code), meaning, remedy) for code, (meaning, remedy) in EXIT_CODES.items()]
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", sentence])

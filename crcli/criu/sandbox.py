@@ -61,7 +61,7 @@ class Sandbox:
         if self.keeper == 0:
             self._control.close()
             self.channel.close()
-            _keep(theirs, criu_end, images_fd, self._answers and self._answers.known)
+            _keep(theirs, criu_end, images_fd, self._answers.known if self._answers is not None else None)
         theirs.close()
         criu_end.close()
         answer = self._control.recv(4096)
@@ -121,9 +121,7 @@ STAND_IN_FD = 200
 """The first of the descriptors that stand in for external objects inside a sandbox."""
 
 
-def _keep(
-    control: socket.socket, criu_end: socket.socket, images_fd: int, answers: bytes | None
-) -> None:
+def _keep(control: socket.socket, criu_end: socket.socket, images_fd: int, answers: bytes | None) -> None:
     """The keeper: make the namespaces, fork their first process, wait. Never returns."""
     try:
         reset_signals()
@@ -141,9 +139,7 @@ def _keep(
         os._exit(1)
 
 
-def _serve(
-    control: socket.socket, criu_end: socket.socket, images_fd: int, answers: bytes | None
-) -> None:
+def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int, answers: bytes | None) -> None:
     """The first process of the pid namespace: wait for the order, start CRIU, reap. Never returns."""
     try:
         kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)

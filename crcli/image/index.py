@@ -1,21 +1,27 @@
 """What the store has already: the indexes of earlier dumps, loaded before the freeze.
 
-The newest indexes are read, those of the same name first, up to a bound on memory. Pages, and groups of
-them, are looked up by the first 8 bytes of their BLAKE3 digest in one sorted array and then compared in
-full, so that a lookup of a whole block is a few vectorised operations.
+Read are the indexes that tell of what the newest images of the same name consist of, which their manifests
+name; only where that is little, those of other images as well, the newest first. So it costs the same
+whatever else a store holds. Pages, and groups of them, are looked up by the first 8 bytes of their BLAKE3
+digest in one sorted array and then compared in full, so that a lookup of a whole block is a few vectorised
+operations.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from array import array
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound
-from crcli.image.container import ContainerKind, unpack_container
-from crcli.image.names import IMAGES, INDEXES, PACKS, pages_key
+from crcli.image.container import ContainerKind, peek_section, unpack_container
+from crcli.image.names import IMAGES, INDEXES, PACKS, index_key, is_id, manifest_key, pack_key, pages_key
 from crcli.image.tables import Chunk, Group, read_chunks, read_groups, read_packs
 from crcli.memory.classify import DIGEST, GROUP_PAGES, Location
 from crcli.memory.extents import PAGE
@@ -23,10 +29,23 @@ from crcli.memory.extents import PAGE
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from crcli.store.base import Store
+    from crcli.store.base import ObjectInfo, Store
 
 PAGE_LIMIT = 4 << 20
 """Pages of earlier dumps that are remembered (16 GiB of memory; about 190 MB when full)."""
+
+SAME_NAME_LIMIT = 64
+"""So many indexes are read at most for what images of the same name consist of."""
+
+OTHERS_LIMIT = 32
+"""And so many for other images, where the former know less than the tree has pages."""
+
+LINEAGES = 16
+"""So many of the newest images of a name are asked what they consist of, where several trees share it."""
+
+_READERS = 8
+_LISTED_AT_ONCE = 1000
+_FEW_PACKS = 200
 
 
 class KnownChunks:
@@ -34,6 +53,8 @@ class KnownChunks:
 
     def __init__(self) -> None:
         self._chunks: list[tuple[bytes, Chunk]] = []
+        self._first_chunks: list[int] = []
+        self._indexes: list[str] = []
         self._blobs: dict[bytes, int] = {}
         self._memory_chunks: list[int] = []
         self._first_pages: list[int] = []
@@ -51,14 +72,23 @@ class KnownChunks:
         """The pack id and the record of one known chunk."""
         return self._chunks[number]
 
+    def index_of(self, number: int) -> str:
+        """The id of the dump whose index told of a known chunk."""
+        return self._indexes[bisect_right(self._first_chunks, number) - 1]
+
     def find_blob(self, digest: bytes) -> int | None:
         """The number of the known chunk with these contents (BLAKE3), if there is one."""
         return self._blobs.get(digest)
 
     def add(
-        self, packs: list[bytes], chunks: list[Chunk], digests: bytes, groups: Sequence[Group] = ()
+        self,
+        index: str,
+        packs: list[bytes],
+        chunks: list[Chunk],
+        digests: bytes,
+        groups: Sequence[Group] = (),
     ) -> None:
-        """Take in one index: its tables, and its pages' digests in the order of its chunks.
+        """Take in the index of a dump: its tables, and its pages' digests in the order of its chunks.
 
         Raises ImageDamaged, with nothing taken in, when they do not fit together.
         """
@@ -66,6 +96,9 @@ class KnownChunks:
         if sum(pages) * DIGEST != len(digests):
             raise ImageDamaged("an index and its page digests do not fit together")
         first = len(self._chunks)
+        if chunks:
+            self._first_chunks.append(first)
+            self._indexes.append(index)
         for number, (chunk, count) in enumerate(zip(chunks, pages, strict=True), start=first):
             self._chunks.append((packs[chunk.pack], chunk))
             if chunk.is_memory:
@@ -156,38 +189,153 @@ class _Digests:
         return [row if here else None for row, here in zip(rows.tolist(), same.tolist(), strict=True)]
 
 
-def load_known(store: Store, name: str, limit: int = PAGE_LIMIT) -> KnownChunks:
-    """Read the indexes that are in the store, newest first, those of images called `name` before all.
+def load_known(
+    store: Store,
+    name: str,
+    limit: int = PAGE_LIMIT,
+    wanted: int | None = None,
+    is_same: Callable[[dict[str, Any]], bool] = lambda meta: False,
+) -> KnownChunks:
+    """Read what the images called `name` consist of, then, while that is fewer than `wanted` pages (None:
+    always), the newest indexes of the store.
 
+    `is_same` tells by an image's JSON head whether it is of the very tree: older ones then matter no more.
     It ends with the index that takes the number of pages to `limit`. An index whose pack is gone, or that
     cannot be read, is left out: it only costs chances to reuse.
     """
     known = KnownChunks()
-    ids = [info.key.removeprefix(INDEXES).removesuffix(".index")
-           for info in store.list(INDEXES) if info.key.endswith(".index")]  # fmt: skip
-    prefix = f"{IMAGES}{name}/"
-    prefer = {info.key.removeprefix(prefix) for info in store.list(prefix)} if ids else set()
-    ids.sort(key=lambda image_id: (image_id in prefer, image_id), reverse=True)
-    there = {info.key.rpartition("/")[2] for info in store.list(PACKS)} if ids else set()
-    for image_id in ids:
-        if known.page_count >= limit:
-            break
-        try:
-            _load_index(store, image_id, there, known)
-        except (ImageDamaged, NotFound):
-            continue
+    loading = _Loading(store, known, limit)
+    same_name = _newest(store, f"{IMAGES}{name}/", LINEAGES)
+    loading.take(_lineages(store, name, same_name[:LINEAGES], is_same)[:SAME_NAME_LIMIT])
+    if wanted is None or known.page_count < wanted:
+        loading.take([info.key.rpartition("/")[2] for info in same_name[:SAME_NAME_LIMIT]])
+    if wanted is None or known.page_count < wanted:
+        others = _newest(store, INDEXES, 2 * (OTHERS_LIMIT + SAME_NAME_LIMIT))
+        ids = [info.key.removeprefix(INDEXES) for info in others if info.key.endswith(".index")]
+        loading.take([one.removesuffix(".index") for one in ids], OTHERS_LIMIT)
     known.finish()
     return known
 
 
-def _load_index(store: Store, image_id: str, there: set[str], known: KnownChunks) -> None:
-    name = f"{INDEXES}{image_id}.index"
+def _newest(store: Store, prefix: str, least: int) -> list[ObjectInfo]:
+    """Objects below a prefix whose names begin with the time, the newest first: `least` of them, or all.
+
+    A store lists the oldest first. Where there are many, those of the last minutes, hours or days are asked
+    for instead.
+    """
+    found = list(islice(store.list(prefix), _LISTED_AT_ONCE + 1))
+    if len(found) > _LISTED_AT_ONCE:
+        stamp = time.strftime("%Y%m%dT%H%M", time.gmtime())
+        for length in (12, 11, 8, 6, 4, 0):  # ten minutes, an hour, a day, a month, a year, ever
+            found = list(store.list(prefix + stamp[:length]))
+            if len(found) >= least:
+                break
+    return sorted(found, key=lambda info: info.key, reverse=True)
+
+
+def _lineages(
+    store: Store, name: str, images: Sequence[ObjectInfo], is_same: Callable[[dict[str, Any]], bool]
+) -> list[str]:
+    """The ids of the dumps that brought in what these images consist of, by how much of them that is.
+
+    The newest is most often of the same tree, and then all that is needed.
+    """
+    newest = [_head(store, name, info) for info in images[:1]]
+    if any(map(is_same, newest)):
+        return _indexes(newest[0])
+    with ThreadPoolExecutor(_READERS, "lineage") as threads:
+        heads = newest + list(threads.map(lambda info: _head(store, name, info), images[1:]))
+    same = [head for head in heads if is_same(head)][:1]
+    return [image_id for head in same + heads for image_id in _indexes(head)]
+
+
+def _head(store: Store, name: str, image: ObjectInfo) -> dict[str, Any]:
+    """An image's JSON head; empty where it cannot be read."""
+    image_id = image.key.rpartition("/")[2]
+
+    def read(offset: int, length: int) -> bytes:
+        return store.get_range(manifest_key(name, image_id), offset, length)
+
+    try:
+        head = json.loads(peek_section(read, image.size, "META", ContainerKind.MANIFEST, image_id))
+        return head if isinstance(head, dict) else {}
+    except (ImageDamaged, NotFound, ValueError):
+        return {}
+
+
+def _indexes(head: dict[str, Any]) -> list[str]:
+    """Which dumps' indexes tell of an image; of one that does not say so, its own."""
+    found = head.get("indexes", [head.get("id")])
+    return [one for one in found if isinstance(one, str) and is_id(one)] if isinstance(found, list) else []
+
+
+class _Index(NamedTuple):
+    """One index as it was read."""
+
+    id: str
+    packs: list[bytes]
+    chunks: list[Chunk]
+    digests: bytes
+    groups: list[Group]
+
+    @property
+    def used_packs(self) -> set[bytes]:
+        """The packs that its chunks are in."""
+        return {self.packs[number] for number in {chunk.pack for chunk in self.chunks}}
+
+
+class _Loading:
+    """Indexes on their way into what is known, each once."""
+
+    def __init__(self, store: Store, known: KnownChunks, limit: int) -> None:
+        self._store = store
+        self._known = known
+        self._limit = limit
+        self._seen: set[str] = set()
+
+    def take(self, ids: Sequence[str], most: int | None = None) -> None:
+        """Read these indexes in this order, `most` of them, until enough pages are known."""
+        new = [one for one in dict.fromkeys(ids) if one not in self._seen][:most]
+        self._seen.update(new)
+        with ThreadPoolExecutor(_READERS, "indexes") as threads:
+            for at in range(0, len(new), _READERS):
+                if self._known.page_count >= self._limit:
+                    return
+                found = list(filter(None, threads.map(self._read, new[at : at + _READERS])))
+                there = self._there({pack for index in found for pack in index.used_packs}, threads)
+                for index in found:
+                    if self._known.page_count < self._limit and index.used_packs <= there:
+                        self._known.add(*index)
+
+    def _read(self, image_id: str) -> _Index | None:
+        try:
+            return _read_index(self._store, image_id)
+        except (ImageDamaged, NotFound):
+            return None
+
+    def _there(self, packs: set[bytes], threads: ThreadPoolExecutor) -> set[bytes]:
+        """Those of the packs that the store has."""
+        if len(packs) > _FEW_PACKS:
+            keys = {info.key for info in self._store.list(PACKS)}
+            return {pack for pack in packs if pack_key(pack) in keys}
+        return {
+            pack for pack, is_there in zip(packs, threads.map(self._is_there, packs), strict=True) if is_there
+        }
+
+    def _is_there(self, pack: bytes) -> bool:
+        try:
+            self._store.stat(pack_key(pack))
+        except NotFound:
+            return False
+        return True
+
+
+def _read_index(store: Store, image_id: str) -> _Index:
+    name = index_key(image_id)
     sections = unpack_container(store.get(name), ContainerKind.INDEX, name)
     packs = read_packs(sections["PACK"], name)
     chunks = read_chunks(sections["CHNK"], len(packs), name)
-    if any(packs[number].hex() not in there for number in {chunk.pack for chunk in chunks}):
-        return
     digests = store.get(pages_key(image_id)) if any(chunk.is_memory for chunk in chunks) else b""
     if blake3(digests).digest() != sections["PGHS"]:
         raise ImageDamaged(f"{pages_key(image_id)} is not what {name} says")
-    known.add(packs, chunks, digests, read_groups(sections.get("GRPS", b""), chunks, name))
+    return _Index(image_id, packs, chunks, digests, read_groups(sections.get("GRPS", b""), chunks, name))

@@ -63,6 +63,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def is_id(text: str) -> bool:
+    """Whether this is the id of an image."""
+    return _ID.match(text) is not None
+
+
 def suggested_name(comm: str) -> str:
     """A name made from a command's name."""
     cleaned = re.sub(r"[^A-Za-z0-9._+-]+", "-", comm).strip("-._+")

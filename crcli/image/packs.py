@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -42,6 +43,11 @@ READ_BYTES = 4 << 20
 _GAP = 256 << 10
 """Unwanted bytes between two wanted chunks up to which one read is cheaper than two."""
 
+
+_FEW_INDEXES = 16
+_NEGLIGIBLE = 1 / 64
+"""Beyond so many indexes this share of an image's bytes may be unknown to the next dump, which then stores it
+again."""
 
 _RESERVED = Chunk(0, 0, 0, 0, Codec.RAW, False, b"")
 
@@ -108,6 +114,26 @@ class PackWriter:
     def foreign_pack_keys(self) -> list[str]:
         """The keys of the packs of earlier images that this one refers to."""
         return [pack_key(pack) for pack in self._foreign_packs]
+
+    def indexes(self) -> list[str]:
+        """The ids of the dumps that brought in what this image consists of, those of most bytes first.
+
+        What a later dump reads to know all of it. Left out are dumps of which so little is left that storing
+        it again costs less than reading their indexes at every dump to come.
+        """
+        bytes_of: Counter[str] = Counter()
+        for known, number in self._adopted.items():
+            assert self._known is not None
+            bytes_of[self._known.index_of(known)] += self._chunks[number].raw
+        bytes_of[self._image_id] += sum(self._chunks[number].raw for number in self._new)
+        left = sum(bytes_of.values()) * (1 - _NEGLIGIBLE)
+        found: list[str] = []
+        for image_id, size in bytes_of.most_common():
+            if size == 0 or (left <= 0 and len(found) >= _FEW_INDEXES):
+                break
+            found.append(image_id)
+            left -= size
+        return found
 
     def reserve(self) -> int:
         """Give a number to a chunk that is about to be added; see memory.classify.ChunkSink."""

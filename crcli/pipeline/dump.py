@@ -39,6 +39,7 @@ from crcli.image.remove import remove
 from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
+from crcli.memory.extents import PAGE
 from crcli.memory.intake import Intake
 from crcli.memory.sample import Makeup
 from crcli.pipeline.capture import capture_files, store_skeleton
@@ -58,6 +59,7 @@ from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.preflight import preflight_here
 from crcli.pipeline.rates import load_rates
+from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.trial import try_skeleton
 from crcli.pipeline.watch import kill_all, trapped, tree_state, wait_until_dead
@@ -67,7 +69,6 @@ from crcli.plugins.spec import DumpTarget, failure_of
 from crcli.process import notify
 from crcli.process.gather import gather
 from crcli.process.tree import refuse_bad_target, scan_tree
-from crcli.store.open import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -77,7 +78,6 @@ if TYPE_CHECKING:
     from crcli.image.manifest import StoredFile
     from crcli.pipeline.plan import OutsideLink
     from crcli.pipeline.stages import DumpOptions, Progress
-    from crcli.pipeline.turns import Turn
     from crcli.plugins.loader import PluginInfo
     from crcli.process.evidence import Evidence
     from crcli.process.identity import ProcessId
@@ -106,13 +106,12 @@ class Target:
     image_id: str
 
 
-def dump(
-    options: DumpOptions, progress: Progress | None = None, turn: Turn | None = None
-) -> DumpReport:
+def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared | None = None) -> DumpReport:
     """Dump the tree of `options.pid` into the store; return what was done.
 
-    The image is durable on return. With a `turn` the tree is frozen when it has that. Raises PreflightRefused (tree untouched), DumpFailed (its `state` says
-    what the tree does), StoreError (tree running), HostLacks.
+    The image is durable on return. `shared` is what the dumps of one call have in common. Raises
+    PreflightRefused (tree untouched), DumpFailed (its `state` says what the tree does), StoreError (tree
+    running), HostLacks.
     """
     progress = progress or Silent()
     watch = Stopwatch(progress)
@@ -132,7 +131,7 @@ def dump(
     described = _describe(options, target)
     with interruptible(options.deadline_s) as interrupts:
         work = _Dump(options, target, watch, report, interrupts, progress)
-        work.turn = turn
+        work.shared = shared or work.shared
         work.on_frozen = lambda: hooks.call("dump_frozen", target=described)
         work.plugins = [one for one in hooks.plugins if not one.error]
         try:
@@ -215,7 +214,7 @@ class _Dump:
         self.progress = progress
         self.on_frozen: Callable[[], None] = lambda: None
         self.plugins: list[PluginInfo] = []
-        self.turn: Turn | None = None
+        self.shared = Shared()
         self.store: Store | None = None
         self.published = False
         self.is_holding = False
@@ -272,15 +271,16 @@ class _Dump:
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
             self._find(self.weights.findings())
-            store = open_store(self.options.store, endpoint_url=self.options.endpoint_url)
+            store = self.shared.open_store(self.options)
             held.callback(store.close)
             self.store = store
             self.session = held.enter_context(Session(store, self.target.image_id))
-            known = load_known(store, self.target.name)
+            pages = self.target.evidence.expected_bytes // PAGE
+            known = load_known(store, self.target.name, wanted=pages, is_same=self._is_of_this_tree)
             self.writer = PackWriter(store, self.target.image_id, known)
             held.callback(self.writer.close)
-            pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
-            self.intake = Intake(pages, self.writer, overflow, self.weights.matcher)
+            known_pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
+            self.intake = Intake(known_pages, self.writer, overflow, self.weights.matcher)
             held.callback(self.intake.abandon)
             load = self._measure(known)
             overflow.wait(limit_s)
@@ -290,10 +290,18 @@ class _Dump:
             self.room = overflow.limit
             self._foresee(load)
 
+    def _is_of_this_tree(self, head: dict[str, Any]) -> bool:
+        """Whether an image, by its JSON head, seems to be of this tree."""
+        root = self.target.evidence.root
+        first: dict[str, Any] = next(iter(head.get("tree") or ()), {})
+        return (first.get("pid"), first.get("argv")) == (root.nspid[-1], list(root.argv))
+
     # Whatever should be wrong with a forecast, the dump goes on.
 
     def _measure(self, known: KnownChunks) -> Load | None:
         """What lies ahead. Memory is found for the pages meanwhile, which takes longer."""
+        if not self.options.forecast:
+            return None
         try:
             matcher = self.weights.matcher
             return measure(self.target.evidence, self.options, known, DUMP_LOOK_S, DUMP_LOOK_MOST_S, matcher)
@@ -321,6 +329,8 @@ class _Dump:
 
     def learn(self) -> None:
         """Keep how long this dump took, for the forecasts of others."""
+        if not self.options.forecast:
+            return
         try:
             learn_from(self.report, self._load(), self._was_unhindered())
         except Exception:
@@ -427,14 +437,15 @@ class _Dump:
                 raise
             finally:
                 receiver.end()
-                self._end_turn()
+                self.shared.end_turn()
         if not answer.success:
             receiver.raise_failure()  # CRIU fails when nobody takes its pages: it is not to blame
             raise _explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
 
     def _on_notify(self, script: str, receiver: _Receiver) -> bool:
         if script == "pre-dump":
-            self._await_turn()
+            with self.watch.phase("turn"):
+                self.shared.take_turn()
             self._check_identity()
             self.frozen_at = time.monotonic()
         elif script == "post-dump":
@@ -442,15 +453,6 @@ class _Dump:
             self._hold(receiver)
             self.is_holding = False
         return True
-
-    def _await_turn(self) -> None:
-        if self.turn is not None:
-            with self.watch.phase("turn"):
-                self.turn.take()
-
-    def _end_turn(self) -> None:
-        if self.turn is not None:
-            self.turn.give()
 
     def _on_criu_death(self) -> None:
         """CRIU was killed (we are told in another thread): what we do while it waits for us is in vain."""
@@ -473,7 +475,7 @@ class _Dump:
             with self.watch.phase("trial"):
                 plan, links = self.target.plan, self.target.links
                 try_skeleton(self.sandbox, self.trial, self.images, self.intake.kept, plan, links)
-        self._end_turn()
+        self.shared.end_turn()
         self.intake.open_gate()
         self.report.frozen_ms = round((time.monotonic() - self.frozen_at) * 1000, 2)
         if self.options.outcome != Outcome.RUNNING:
@@ -560,6 +562,7 @@ class _Dump:
             "run_id": self.run_id,
             "own_packs": self.writer.own_packs(),
             "counts": dict(counts.__dict__),
+            "indexes": self.writer.indexes(),
             "frozen_ms": self.report.frozen_ms,
             "phases": dict(self.watch.phases),
             "opened": self.hashing.add_to(named_files(self.images)),

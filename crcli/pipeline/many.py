@@ -2,7 +2,7 @@
 
 The parent imports and looks at what all need, forks a worker for each core, and hands out one tree after
 another. While a tree that is left running has its pages compressed and sent by one worker, another tree is
-frozen by the next (see turns.py). No worker knows of the others: what fails, or kills one, is the affair of
+frozen by the next (see shared.py). No worker knows of the others: what fails, or kills one, is the affair of
 one tree. A signal, or the deadline, ends the dumps that are under way as each promises; trees whose turn had
 not come stay untouched and are reported so.
 """
@@ -25,15 +25,15 @@ from crcli.errors import CrcliError, DumpFailed, TreeState, UsageError
 from crcli.image.names import check_name, suggested_name
 from crcli.pipeline.dump import dump
 from crcli.pipeline.interrupts import Interrupted, noted
+from crcli.pipeline.shared import Shared, Turn
 from crcli.pipeline.stages import DumpsReport, Silent, TreeResult
-from crcli.pipeline.turns import Turn
 from crcli.process.identity import ProcessId, read_stat
 from crcli.process.tree import refuse_bad_target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from crcli.pipeline.stages import DumpOptions, DumpReport, Progress
+    from crcli.pipeline.stages import DumpOptions, Progress
 
 _AGAIN_S = 0.1
 """How often (seconds) a worker is told again to stop: word that comes before its dump listens is lost."""
@@ -47,7 +47,8 @@ def dump_many(
 ) -> DumpsReport:
     """Dump the trees of `pids` into the store; return what became of each. `options.pid` does not count.
 
-    Each image is called NAME-PID, or after the command and the pid. Raises UsageError, with nothing touched,
+    Each image is called NAME-PID, or after the command and the pid. Only a dry run makes forecasts: dumps
+    that share the machine say nothing of how long one takes alone. Raises UsageError, with nothing touched,
     when a tree is named twice or lies in another; everything else that goes wrong is in the report.
     """
     began = time.monotonic()
@@ -107,7 +108,8 @@ def _choose(pid: int, options: DumpOptions) -> Call | TreeResult:
         return TreeResult(pid, error=error)
     except ProcessLookupError:
         return TreeResult(pid, error=DumpFailed(f"process {pid} has ended", state=TreeState.DEAD))
-    return Call(replace(options, pid=pid, name=f"{name}-{pid}", start_time=root.start_time), root)
+    wanted = replace(options, pid=pid, name=f"{name}-{pid}", start_time=root.start_time, forecast=False)
+    return Call(wanted, root)
 
 
 def _warm(options: DumpOptions) -> None:
@@ -265,26 +267,25 @@ def _work(channel: socket.socket, turn: Turn, ignored: Sequence[int]) -> None:
     try:
         for number in (*_FOR_PEOPLE, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, lambda *_: None)  # between two dumps there is nothing to interrupt
-        for number in (*ignored, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
-            signal.signal(number, signal.SIG_IGN)
-        parent = os.getppid()
+        for other in (*ignored, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+            signal.signal(other, signal.SIG_IGN)
         kernel.die_with_parent(signal.SIGTERM)
-        while os.getppid() == parent:
-            options = _receive(channel)
-            _send(channel, _dump_one(lambda options=options: dump(options, turn=turn), options.pid))
+        shared = Shared(turn)
+        while True:
+            _send(channel, _dump_one(_receive(channel), shared))
     except (OSError, EOFError):
         pass
     finally:
         os._exit(0)
 
 
-def _dump_one(run: Callable[[], DumpReport], pid: int) -> TreeResult:
+def _dump_one(options: DumpOptions, shared: Shared) -> TreeResult:
     try:
-        return TreeResult(pid, report=run())
+        return TreeResult(options.pid, report=dump(options, shared=shared))
     except CrcliError as error:
-        return TreeResult(pid, error=error)
+        return TreeResult(options.pid, error=error)
     except BaseException as error:
-        return TreeResult(pid, error=_bug(error))
+        return TreeResult(options.pid, error=_bug(error))
 
 
 def _bug(error: BaseException) -> CrcliError:

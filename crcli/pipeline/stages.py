@@ -66,6 +66,7 @@ class DumpOptions:
     """What a user asks of `crcli dump`. `store` is a URL; `weights` are paths and patterns, or "auto".
 
     `start_time` (clock ticks since boot) says which process of that pid is meant; None: the one that has it.
+    `forecast` says whether to look into memory for a forecast first, and to learn from how it came out.
     """
 
     pid: int
@@ -79,6 +80,7 @@ class DumpOptions:
     deadline_s: float | None = None
     weights: tuple[str, ...] = ()
     notify_wait_s: float = NOTIFY_WAIT_S
+    forecast: bool = True
     endpoint_url: str | None = None
 
 

@@ -152,6 +152,11 @@ class Store(Protocol):
         """End all patience: what fails from now on is not tried again."""
         ...
 
+    def reopened(self) -> Store:
+        """The same store, open again after `close`, without what the first opening costs. No thread is
+        left of the old one: a process may fork between the two."""
+        ...
+
     def close(self) -> None:
         """Give back connections and threads; requests still waiting to be retried give up."""
         ...

@@ -57,6 +57,6 @@ def _summary(report: DumpsReport, dry_run: bool) -> str:
     if dry_run:
         return f"{counted} can be dumped; nothing was touched"
     return (
-        f"{counted} dumped in {duration(report.total_ms)}: {size(sums['stored_bytes'])} stored, "
-        f"frozen {duration(sums['frozen_ms_median'])} at the median, {duration(sums['frozen_ms_most'])} at most"
+        f"{counted} dumped in {duration(report.total_ms)}: {size(sums['stored_bytes'])} stored, frozen "
+        f"{duration(sums['frozen_ms_median'])} at the median, {duration(sums['frozen_ms_most'])} at most"
     )

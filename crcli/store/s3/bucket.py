@@ -52,6 +52,13 @@ class Bucket:
         self._retrier.max_attempts = connection.max_attempts
         return connection
 
+    def take_client_of(self, other: Bucket) -> None:
+        """Use the client of the same bucket, closed by now, if it had one."""
+        if "_connection" in other.__dict__:
+            self.__dict__["_connection"] = other._connection
+            self._retrier.max_attempts = other._connection.max_attempts
+            self._has_answered = other._has_answered
+
     def of(self, key: str) -> dict[str, Any]:
         """The parameters that name the object."""
         return {"Bucket": self.name, "Key": self.prefix + check_key(key)}

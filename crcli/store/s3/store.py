@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 class S3Store:
     """The objects of a bucket whose names begin with `prefix`/. The client is made by the first request."""
 
-    def __init__(self, address: StoreAddress, settings: S3Settings) -> None:
+    def __init__(self, address: StoreAddress, settings: S3Settings, like: S3Store | None = None) -> None:
+        """`like` is the same store, open before: its client is used again."""
         bucket, _, prefix = address.place.partition("/")
         self._address = address
+        self._settings = settings
         self._bucket = Bucket(bucket, prefix + "/" if prefix else "", settings)
+        if like is not None:
+            self._bucket.take_client_of(like._bucket)
         self._threads = UploadThreads()
 
     @property
@@ -119,6 +123,10 @@ class S3Store:
     def give_up(self) -> None:
         """End all patience: what fails from now on is not tried again."""
         self._bucket.give_up()
+
+    def reopened(self) -> S3Store:
+        """With the client, whose making takes as long as the dump of a small tree; connections are new."""
+        return S3Store(self._address, self._settings, self)
 
     def close(self) -> None:
         """Let uploads end (aborts included), and close the connections."""
