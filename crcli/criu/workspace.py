@@ -29,13 +29,13 @@ class OverflowFile:
     """Room for pages that wait to be worked on: a file of a tmpfs that is mounted nowhere.
 
     `limit` (bytes) is half of the memory that is free when it is made, in the host and in our cgroup: the
-    rest is left to those who work here.
+    rest is left to those who work here. `sharers` such files, made at the same time, have that half together.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, sharers: int = 1) -> None:
         self.fd = workspace.create_file("overflow")
         workspace.remove("overflow")
-        self.limit = spare_memory() // 2
+        self.limit = spare_memory() // 2 // sharers
         self._populator: threading.Thread | None = None
         self._stop = threading.Event()
         self.populated = 0

@@ -264,7 +264,7 @@ class _Dump:
             self.network = other_network(self.target.evidence.root.pid)
             if self.network is not None:
                 held.callback(os.close, self.network)
-            overflow = OverflowFile(self.workspace)
+            overflow = OverflowFile(self.workspace, self.shared.at_once)
             held.callback(overflow.close)
             if self.options.outcome == Outcome.RUNNING:  # else its standstill ends nothing that goes on
                 overflow.populate(self.target.evidence.expected_bytes)

@@ -141,13 +141,14 @@ class _Work:
     def run(self, workers: int) -> None:
         """Have all trees dumped by so many workers; there is a result for each on return."""
         turn = Turn()
+        shared = Shared(turn, workers)
         left_s = None if self._end is None else self._end - time.monotonic()
         try:
             with noted(self._note, left_s):
                 self._tell()
                 while self._waiting or any(worker.call for worker in self._workers):
                     while self._waiting and not self._stopped_by and len(self._workers) < workers:
-                        self._workers.append(_Worker(turn, self._workers))
+                        self._workers.append(_Worker(shared, self._workers))
                     self._hand_out()
                     self._take_in()
         finally:
@@ -197,7 +198,7 @@ class _Work:
 
 def _untouched(call: Call, number: int) -> TreeResult:
     error = DumpFailed(
-        f"the dump was not begun: {Interrupted(number)}",
+        f"the dump was not begun: crcli was {Interrupted(number)}",
         hint="run it again",
         state=TreeState.UNTOUCHED if call.root.alive() else TreeState.DEAD,
     )
@@ -207,7 +208,7 @@ def _untouched(call: Call, number: int) -> TreeResult:
 class _Worker:
     """A process of ours that dumps one tree after another, as seen from the parent."""
 
-    def __init__(self, turn: Turn, others: Sequence[_Worker]) -> None:
+    def __init__(self, shared: Shared, others: Sequence[_Worker]) -> None:
         self.channel, theirs = socket.socketpair()
         self.call: Call | None = None
         self.is_gone = False
@@ -217,7 +218,7 @@ class _Worker:
             self.channel.close()
             for other in others:
                 other.channel.close()  # else nobody would see that the parent is gone
-            _work(theirs, turn, ignored)
+            _work(theirs, shared, ignored)
         theirs.close()
 
     def begin(self, call: Call) -> None:
@@ -262,7 +263,7 @@ def _lost(call: Call) -> DumpFailed:
     )
 
 
-def _work(channel: socket.socket, turn: Turn, ignored: Sequence[int]) -> None:
+def _work(channel: socket.socket, shared: Shared, ignored: Sequence[int]) -> None:
     """What a worker does: a tree after another, until the parent has no more or is gone. Never returns."""
     try:
         for number in (*_FOR_PEOPLE, signal.SIGTERM, signal.SIGALRM):
@@ -270,7 +271,6 @@ def _work(channel: socket.socket, turn: Turn, ignored: Sequence[int]) -> None:
         for other in (*ignored, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(other, signal.SIG_IGN)
         kernel.die_with_parent(signal.SIGTERM)
-        shared = Shared(turn)
         while True:
             _send(channel, _dump_one(_receive(channel), shared))
     except (OSError, EOFError):
@@ -284,6 +284,8 @@ def _dump_one(options: DumpOptions, shared: Shared) -> TreeResult:
         return TreeResult(options.pid, report=dump(options, shared=shared))
     except CrcliError as error:
         return TreeResult(options.pid, error=error)
+    except Interrupted as error:  # before the freeze: later ones are the dump's own failure
+        return TreeResult(options.pid, error=DumpFailed(f"the dump was {error}", hint="run it again"))
     except BaseException as error:
         return TreeResult(options.pid, error=_bug(error))
 

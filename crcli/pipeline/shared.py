@@ -58,11 +58,12 @@ class Turn:
 class Shared:
     """What one process keeps from one dump to the next, and the turn that it shares with others.
 
-    For a dump by itself this holds nothing, and its turn comes at once.
+    For a dump by itself this holds nothing, and its turn comes at once. `at_once` dumps share this host.
     """
 
-    def __init__(self, turn: Turn | None = None) -> None:
+    def __init__(self, turn: Turn | None = None, at_once: int = 1) -> None:
         self.turn = turn
+        self.at_once = at_once
         self._store: Store | None = None
 
     def open_store(self, options: DumpOptions) -> Store:
