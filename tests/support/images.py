@@ -53,6 +53,7 @@ def make_image(store: Store, name: str, memory: Sequence[bytes], file: bytes = b
                     "tree": [{"pid": 4711, "comm": "agent", "argv": ["agent", "--serve"]}],
                     "members": [{"pid": 4711, "ppid": 1, "comm": "agent", "alive": True}],
                     "counts": {"total": len(memory) * PAGE, "zero": 0, "reused": 0, "new": 0},
+                    "indexes": writer.indexes(),
                     "run_id": "",
                     "frozen_ms": 1.0,
                     "phases": {"take": 1.0},
