@@ -149,6 +149,7 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int, answ
         text = control.recv(1 << 20)
         if not text:
             os._exit(0)
+        kernel.hurry()
         order = Order(**json.loads(text))
         if answers is not None:
             kerndat.lay_out(answers, order.overlays)

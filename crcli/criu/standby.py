@@ -132,6 +132,7 @@ def _stand_by(control: socket.socket, root: int, images_fd: int) -> None:
         _close_all_but(control.fileno(), images_fd)
         before = remember(_tree_of(root))
         first = control.recv(_MESSAGE_LIMIT)
+        kernel.hurry()
         if first:
             _Watch(control, root, images_fd, before).run(json.loads(first)["criu"])
     finally:

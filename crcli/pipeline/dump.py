@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import crcli
+from crcli import kernel
 from crcli.criu import netlock
 from crcli.criu.images import read_tree, run_id
 from crcli.criu.log import version_in
@@ -215,6 +216,8 @@ class _Dump:
         self.on_frozen: Callable[[], None] = lambda: None
         self.plugins: list[PluginInfo] = []
         self.shared = Shared()
+        self.nice = 0
+        """The nice value of our thread while no tree stands still."""
         self.store: Store | None = None
         self.published = False
         self.is_holding = False
@@ -415,6 +418,13 @@ class _Dump:
     # From here on CRIU holds the tree, and lets it go unless we say otherwise.
 
     def _freeze_and_take(self) -> None:
+        self.nice = kernel.hurry()
+        try:
+            self._dump_with_criu()
+        finally:
+            kernel.set_nice(self.nice)
+
+    def _dump_with_criu(self) -> None:
         ours, theirs = socket_pair()
         passed = [theirs.fileno(), self.images.fd]
         with (
@@ -475,6 +485,7 @@ class _Dump:
             with self.watch.phase("trial"):
                 plan, links = self.target.plan, self.target.links
                 try_skeleton(self.sandbox, self.trial, self.images, self.intake.kept, plan, links)
+        kernel.set_nice(self.nice)
         self.shared.end_turn()
         self.intake.open_gate()
         self.report.frozen_ms = round((time.monotonic() - self.frozen_at) * 1000, 2)
