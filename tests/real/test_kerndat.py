@@ -1,0 +1,97 @@
+"""What CRIU finds out about the kernel, kept between trials where /run is no tmpfs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from crcli import kernel
+from crcli.criu import kerndat
+from tests.support.crcli import Crcli, assert_goes_on, counter
+from tests.support.programs import spawn_python
+
+pytestmark = [
+    pytest.mark.skipif(os.getuid() != 0, reason="needs root"),
+    pytest.mark.skipif(not kerndat.is_wanted(), reason="CRIU keeps it itself: /run is a tmpfs"),
+]
+
+
+def kept(crcli: Crcli) -> list[Path]:
+    """What was kept."""
+    return sorted((crcli.folder / "state").glob("kernel-*"))
+
+
+def test_a_trial_leaves_it_for_the_next(crcli: Crcli) -> None:
+    """The first trial asks the kernel and leaves the answers; the host's /run stays as it is."""
+    before = sorted(os.listdir("/run"))
+    with spawn_python(counter()) as program:
+        crcli.dump(program.pid, "--leave-running")
+        (first,) = kept(crcli)
+        found = first.read_bytes(), first.stat().st_mtime_ns
+        crcli.dump(program.pid, "--leave-running")
+        (second,) = kept(crcli)
+        assert (second.read_bytes(), second.stat().st_mtime_ns) == found
+        assert first.stat().st_mode & 0o777 == 0o600
+        assert_goes_on(program)
+    assert "criu.kdat" not in set(os.listdir("/run")) - set(before)
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"y" * 4096])
+def test_damage_is_no_harm(crcli: Crcli, damage: bytes) -> None:
+    """CRIU asks again where the answers are not of its own making, and they are replaced."""
+    with spawn_python(counter()) as program:
+        crcli.dump(program.pid, "--leave-running")
+        (path,) = kept(crcli)
+        good = path.read_bytes()
+        path.write_bytes(damage)
+        crcli.dump(program.pid, "--leave-running")
+        assert len(path.read_bytes()) == len(good)
+        assert_goes_on(program)
+
+
+def test_a_tree_with_a_file_in_run_is_tried_with_it(crcli: Crcli, tmp_path: Path) -> None:
+    """A file, a folder and a socket right below /run are found by the trial, and restored."""
+    path = f"/run/crcli-test-{os.getpid()}"
+    code = f"file = open({path!r}, 'a')\nimport socket\nsock = socket.socket(socket.AF_UNIX)\n"
+    code += f"sock.bind({path + '.sock'!r})\nsock.listen()\n" + counter()
+    try:
+        with spawn_python(code) as program:
+            crcli.move(program.pid)
+            assert_goes_on(program)
+    finally:
+        for one in (path, path + ".sock"):
+            Path(one).unlink(missing_ok=True)
+
+
+def test_the_new_run_is_the_old_one() -> None:
+    """Folders, files, sockets and links are the same objects; what is mounted below is there as well."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if _same_after_laying_out() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def _same_after_laying_out() -> bool:
+    signal.alarm(20)
+    kernel.unshare(kernel.CLONE_NEWNS)
+    kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+    names = [name for name in os.listdir("/run") if not name.startswith("criu.kdat")]
+    status = os.stat("/run")
+    before = {name: _what(name) for name in names}
+    kerndat.lay_out(b"answers", ())
+    after = os.stat("/run")
+    same = {name: _what(name) for name in names} == before
+    with open("/run/criu.kdat", "rb") as file:
+        told = file.read() == b"answers"
+    return same and told and (status.st_mode, status.st_uid) == (after.st_mode, after.st_uid)
+
+
+def _what(name: str) -> object:
+    path = f"/run/{name}"
+    if os.path.islink(path):
+        return os.readlink(path)
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
