@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 from crcli.criu.log import explain
@@ -25,14 +26,20 @@ def keep_log(log: str, kind: str) -> str:
     if not log:
         return ""
     folder = os.environ.get("CRCLI_LOG_DIR", DEFAULT_FOLDER)
-    path = f"{folder}/{time.strftime('%Y%m%dT%H%M%S')}-{kind}-{os.getpid()}.log"
+    stem = f"{folder}/{time.strftime('%Y%m%dT%H%M%S')}-{kind}-{os.getpid()}"
     try:
         os.makedirs(folder, 0o700, exist_ok=True)
-        with open(path, "w") as file:
-            file.write(log)
+        for number in count(1):  # one process may dump several trees within a second
+            path = f"{stem}.log" if number == 1 else f"{stem}-{number}.log"
+            try:
+                with open(path, "x") as file:
+                    file.write(log)
+            except FileExistsError:
+                continue
+            return path
     except OSError:
-        return ""
-    return path
+        pass
+    return ""
 
 
 def explain_failure(folder: Workspace, kind: str, said: str = "") -> Cause:

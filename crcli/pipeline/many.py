@@ -147,14 +147,23 @@ class _Work:
             with noted(self._note, left_s):
                 self._tell()
                 while self._waiting or any(worker.call for worker in self._workers):
-                    while self._waiting and not self._stopped_by and len(self._workers) < workers:
-                        self._workers.append(_Worker(shared, self._workers))
+                    self._keep_working(workers, shared)
                     self._hand_out()
                     self._take_in()
         finally:
             for worker in self._workers:
                 worker.end()
             turn.close()
+
+    def _keep_working(self, workers: int, shared: Shared) -> None:
+        """Have so many workers, while there are trees for them; or fewer, where the host allows no more."""
+        while self._waiting and not self._stopped_by and len(self._workers) < workers:
+            try:
+                self._workers.append(_Worker(shared, self._workers))
+            except OSError:
+                if not self._workers:
+                    raise
+                return
 
     def _note(self, number: int) -> None:
         """A signal came, or the deadline."""

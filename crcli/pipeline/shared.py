@@ -30,15 +30,14 @@ class Turn:
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("crcli-turn")
-        self._ours = False
 
     def take(self) -> None:
         """Return when it is our turn, or when PATIENCE_S have passed."""
         end = time.monotonic() + PATIENCE_S
-        while not self._ours and time.monotonic() < end:
+        while time.monotonic() < end:
             try:
                 fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._ours = True
+                return
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     return
@@ -46,9 +45,7 @@ class Turn:
 
     def give(self) -> None:
         """Let the next one have it; nothing, where it is not ours."""
-        if self._ours:
-            self._ours = False
-            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+        fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Free it."""
