@@ -194,10 +194,11 @@ def load_known(
     name: str,
     limit: int = PAGE_LIMIT,
     wanted: int | None = None,
-    is_same: Callable[[dict[str, Any]], bool] = lambda meta: False,
+    is_same: Callable[[dict[str, Any]], bool] = lambda head: False,
+    others: int | None = OTHERS_LIMIT,
 ) -> KnownChunks:
     """Read what the images called `name` consist of, then, while that is fewer than `wanted` pages (None:
-    always), the newest indexes of the store.
+    always), the newest `others` indexes of the store (None: all).
 
     `is_same` tells by an image's JSON head whether it is of the very tree: older ones then matter no more.
     It ends with the index that takes the number of pages to `limit`. An index whose pack is gone, or that
@@ -210,21 +211,22 @@ def load_known(
     if wanted is None or known.page_count < wanted:
         loading.take([info.key.rpartition("/")[2] for info in same_name[:SAME_NAME_LIMIT]])
     if wanted is None or known.page_count < wanted:
-        others = _newest(store, INDEXES, 2 * (OTHERS_LIMIT + SAME_NAME_LIMIT))
-        ids = [info.key.removeprefix(INDEXES) for info in others if info.key.endswith(".index")]
-        loading.take([one.removesuffix(".index") for one in ids], OTHERS_LIMIT)
+        least = None if others is None else 2 * (others + SAME_NAME_LIMIT)  # an index and its pages
+        keys = [info.key.removeprefix(INDEXES) for info in _newest(store, INDEXES, least)]
+        ids = [key.removesuffix(".index") for key in keys if key.endswith(".index")]
+        loading.take(ids, others)
     known.finish()
     return known
 
 
-def _newest(store: Store, prefix: str, least: int) -> list[ObjectInfo]:
+def _newest(store: Store, prefix: str, least: int | None) -> list[ObjectInfo]:
     """Objects below a prefix whose names begin with the time, the newest first: `least` of them, or all.
 
     A store lists the oldest first. Where there are many, those of the last minutes, hours or days are asked
     for instead.
     """
-    found = list(islice(store.list(prefix), _LISTED_AT_ONCE + 1))
-    if len(found) > _LISTED_AT_ONCE:
+    found = list(islice(store.list(prefix), None if least is None else _LISTED_AT_ONCE + 1))
+    if least is not None and len(found) > _LISTED_AT_ONCE:
         stamp = time.strftime("%Y%m%dT%H%M", time.gmtime())
         for length in (12, 11, 8, 6, 4, 0):  # ten minutes, an hour, a day, a month, a year, ever
             found = list(store.list(prefix + stamp[:length]))

@@ -44,10 +44,10 @@ _GAP = 256 << 10
 """Unwanted bytes between two wanted chunks up to which one read is cheaper than two."""
 
 
-_FEW_INDEXES = 16
+_FEW_INDEXES, _MOST_INDEXES = 16, 64
 _NEGLIGIBLE = 1 / 64
-"""Beyond so many indexes this share of an image's bytes may be unknown to the next dump, which then stores it
-again."""
+"""Beyond a few indexes this share of an image's bytes may be unknown to the next dump, which then stores it
+again; and whatever it takes more than the most for."""
 
 _RESERVED = Chunk(0, 0, 0, 0, Codec.RAW, False, b"")
 
@@ -128,7 +128,7 @@ class PackWriter:
         bytes_of[self._image_id] += sum(self._chunks[number].raw for number in self._new)
         left = sum(bytes_of.values()) * (1 - _NEGLIGIBLE)
         found: list[str] = []
-        for image_id, size in bytes_of.most_common():
+        for image_id, size in bytes_of.most_common(_MOST_INDEXES):
             if size == 0 or (left <= 0 and len(found) >= _FEW_INDEXES):
                 break
             found.append(image_id)

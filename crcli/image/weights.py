@@ -75,7 +75,7 @@ def push(store: Store, path: str, on_bytes: Callable[[int, int], None] = lambda 
         store.warm(for_writing=True)
         name = new_image_id()
         with Session(store, name) as session:
-            writer = PackWriter(store, name, load_known(store, "weights"))
+            writer = PackWriter(store, name, load_known(store, "weights", others=None))
             try:
                 again, chunks = blake3(), list[int]()
                 for block in _blocks(file, on_bytes):

@@ -32,7 +32,7 @@ from crcli.criu.standby import AfterDeath, Standby
 from crcli.criu.workspace import OverflowFile, Workspace
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TreeState
 from crcli.findings import Finding, Severity
-from crcli.image.index import KnownPagesOf, load_known
+from crcli.image.index import KnownPagesOf
 from crcli.image.manifest import Manifest, publish
 from crcli.image.names import ImageRef, check_name, new_image_id, pack_key, suggested_name
 from crcli.image.packs import PackWriter
@@ -40,7 +40,6 @@ from crcli.image.remove import remove
 from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
-from crcli.memory.extents import PAGE
 from crcli.memory.intake import Intake
 from crcli.memory.sample import Makeup
 from crcli.pipeline.capture import capture_files, store_skeleton
@@ -49,6 +48,7 @@ from crcli.pipeline.forecast import (
     DUMP_LOOK_MOST_S,
     DUMP_LOOK_S,
     Load,
+    known_for,
     learn_from,
     look_ahead,
     measure,
@@ -278,8 +278,7 @@ class _Dump:
             held.callback(store.close)
             self.store = store
             self.session = held.enter_context(Session(store, self.target.image_id))
-            pages = self.target.evidence.expected_bytes // PAGE
-            known = load_known(store, self.target.name, wanted=pages, is_same=self._is_of_this_tree)
+            known = known_for(self.target.evidence, store, self.target.name)
             self.writer = PackWriter(store, self.target.image_id, known)
             held.callback(self.writer.close)
             known_pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
@@ -292,12 +291,6 @@ class _Dump:
             self.hashing.finish()
             self.room = overflow.limit
             self._foresee(load)
-
-    def _is_of_this_tree(self, head: dict[str, Any]) -> bool:
-        """Whether an image, by its JSON head, seems to be of this tree."""
-        root = self.target.evidence.root
-        first: dict[str, Any] = next(iter(head.get("tree") or ()), {})
-        return (first.get("pid"), first.get("argv")) == (root.nspid[-1], list(root.argv))
 
     # Whatever should be wrong with a forecast, the dump goes on.
 

@@ -27,6 +27,12 @@ def describe_host(criu: str) -> dict[str, Any]:
     }
 
 
+def is_of(evidence: Evidence, head: dict[str, Any]) -> bool:
+    """Whether an image, by its JSON head, seems to be of this tree."""
+    first: dict[str, Any] = next(iter(head.get("tree") or ()), {})
+    return (first.get("pid"), first.get("argv")) == (evidence.root.nspid[-1], list(evidence.root.argv))
+
+
 def describe_tree(evidence: Evidence) -> list[dict[str, Any]]:
     """The tree's processes: their command lines, what they run, and what CRIU does not save of them."""
     pinned = {process.pid for process in evidence.pinned}

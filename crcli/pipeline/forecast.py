@@ -18,10 +18,11 @@ from crcli.criu.workspace import spare_memory
 from crcli.errors import NotFound, StoreError
 from crcli.findings import Finding, Severity
 from crcli.image.codec import compress
-from crcli.image.index import load_known
+from crcli.image.index import PAGE_LIMIT, load_known
 from crcli.image.packs import BLOB_BYTES
 from crcli.memory.extents import PAGE
 from crcli.memory.sample import Makeup, Sampler, Subject
+from crcli.pipeline.facts import is_of
 from crcli.pipeline.rates import Rates, learn, load_rates
 from crcli.pipeline.stages import Forecast, Outcome
 from crcli.pipeline.weights import WeightsInUse, chosen_files
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from crcli.pipeline.stages import DumpOptions, DumpReport
     from crcli.process.evidence import Evidence
     from crcli.process.files import FileId
+    from crcli.store.base import Store
 
 LOOK_S, LOOK_MOST_S = 0.1, 0.2
 """How long memory is sampled when nothing else is to be done: at least, and at most (seconds)."""
@@ -136,7 +138,7 @@ def look_ahead(evidence: Evidence, options: DumpOptions, name: str) -> tuple[For
     store = open_store(options.store, endpoint_url=options.endpoint_url, patience_s=STORE_PATIENCE_S)
     try:
         pages = max(64 * _MIB, evidence.expected_bytes) * _ENOUGH // PAGE
-        known = load_known(store, name, pages)
+        known = known_for(evidence, store, name, pages)
     except NotFound:
         known = None  # a directory store that the first dump will make
     except StoreError as error:
@@ -148,6 +150,12 @@ def look_ahead(evidence: Evidence, options: DumpOptions, name: str) -> tuple[For
         load = measure(evidence, options, known, LOOK_S, LOOK_MOST_S, weights.matcher)
         findings = list(weights.findings())
     return predict(load, load_rates(), options.store, spare_memory() // 2), findings
+
+
+def known_for(evidence: Evidence, store: Store, name: str, limit: int = PAGE_LIMIT) -> KnownChunks:
+    """What a dump of this tree under this name knows of what the store has."""
+    wanted = evidence.expected_bytes // PAGE
+    return load_known(store, name, limit, wanted, lambda head: is_of(evidence, head))
 
 
 def _silent(store: str, error: StoreError) -> Finding:
