@@ -50,6 +50,14 @@ def test_no_more_is_held_than_half_of_what_is_free(workspace: Workspace) -> None
     overflow.close()
 
 
+def test_several_share_that_half(workspace: Workspace) -> None:
+    """Dumps of one call together hold no more than one alone would."""
+    alone, shared = OverflowFile(workspace), OverflowFile(workspace, 2)
+    assert shared.limit < alone.limit * 0.75
+    alone.close()
+    shared.close()
+
+
 def test_who_has_no_time_goes_on_with_what_there_is(workspace: Workspace) -> None:
     """After the time limit nothing more is begun."""
     overflow = OverflowFile(workspace)
