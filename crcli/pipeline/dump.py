@@ -281,8 +281,8 @@ class _Dump:
             known = known_for(self.target.evidence, store, self.target.name)
             self.writer = PackWriter(store, self.target.image_id, known)
             held.callback(self.writer.close)
-            known_pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
-            self.intake = Intake(known_pages, self.writer, overflow, self.weights.matcher)
+            pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
+            self.intake = Intake(pages, self.writer, overflow, self.weights.matcher)
             held.callback(self.intake.abandon)
             load = self._measure(known)
             overflow.wait(limit_s)
