@@ -135,6 +135,7 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
         work.shared = shared or work.shared
         work.on_frozen = lambda: hooks.call("dump_frozen", target=described)
         work.plugins = [one for one in hooks.plugins if not one.error]
+        work.shared.see_caller()
         try:
             hooks.call("dump_before_freeze", target=described)
             work.run()

@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import time
 from typing import TYPE_CHECKING
 
+from crcli.pipeline.interrupts import Interrupted
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:
@@ -55,12 +57,14 @@ class Turn:
 class Shared:
     """What one process keeps from one dump to the next, and the turn that it shares with others.
 
-    For a dump by itself this holds nothing, and its turn comes at once. `at_once` dumps share this host.
+    For a dump by itself this holds nothing, and its turn comes at once. `at_once` dumps share this host, and
+    are done for the process `caller`.
     """
 
-    def __init__(self, turn: Turn | None = None, at_once: int = 1) -> None:
+    def __init__(self, turn: Turn | None = None, at_once: int = 1, caller: int = 0) -> None:
         self.turn = turn
         self.at_once = at_once
+        self.caller = caller
         self._store: Store | None = None
 
     def open_store(self, options: DumpOptions) -> Store:
@@ -70,6 +74,12 @@ class Shared:
         else:
             self._store = self._store.reopened()
         return self._store
+
+    def see_caller(self) -> None:
+        """Raise Interrupted when nobody is left who wants the dump: the signal that tells so may have come
+        before the dump listened."""
+        if self.caller and os.getppid() != self.caller:
+            raise Interrupted(signal.SIGTERM)
 
     def take_turn(self) -> None:
         """Return when this dump may freeze its tree."""

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -225,9 +224,7 @@ def test_a_process_of_ours_that_is_killed_costs_one_tree(crcli: Crcli) -> None:
         options = ("--leave-running", "--notify-wait", "50", "--store", crcli.store, "--json")
         with crcli.start("dump", *pids_of([slow, *programs]), *options) as command:
             wait_until(lambda: "told" in slow.output, "not begun", 20)
-            workers = psutil.Process(command.pid).children()
-            (busy,) = [worker for worker in workers if waits_for(worker, slow, crcli)]
-            busy.kill()
+            last_at_work(command.pid, crcli).kill()
             out, err = command.communicate(timeout=30)
         assert command.returncode == 11, err
         lost, *others = json.loads(out)["dumps"]
@@ -238,12 +235,18 @@ def test_a_process_of_ours_that_is_killed_costs_one_tree(crcli: Crcli) -> None:
             assert_goes_on(program)
 
 
-def waits_for(worker: psutil.Process, program: Program, crcli: Crcli) -> bool:
-    """Whether a worker is the one that still has its helpers once the other trees are done."""
+def last_at_work(pid: int, crcli: Crcli) -> psutil.Process:
+    """The worker that alone still has helpers, once the three other trees are done."""
     images = Path(crcli.folder, "store", "images")
-    wait_until(lambda: images.is_dir() and len(list(images.iterdir())) == 3, "the others are not done", 20)
-    time.sleep(0.2)  # the last one's report
-    return bool(worker.children())
+    found: list[psutil.Process] = []
+
+    def is_alone() -> bool:
+        done = len(list(images.iterdir())) if images.is_dir() else 0
+        found[:] = [worker for worker in psutil.Process(pid).children() if worker.children()]
+        return done == 3 and len(found) == 1
+
+    wait_until(is_alone, "the others are not done", 20)
+    return found[0]
 
 
 def test_when_crcli_is_killed_every_tree_runs_on(crcli: Crcli) -> None:
