@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -14,16 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.support.crcli import ROOT, end, our_child_above, tree_of
+from tests.support.crcli import ROOT, end, our_child_above, reap, tree_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_PROGRAM = Path(__file__).parent / "subject.py"
+    import psutil
 
 LIMIT_S = 30.0
 LIMIT_S_PER_MIB = 0.1
 """How long one command may take: so much, and so much more for each MiB of the subject."""
+
+_LOOK_EVERY_S = 0.02
 
 
 class BenchError(Exception):
@@ -32,12 +35,17 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command cost: seconds on the wall and of CPU (its children's too), peak memory (MiB), output."""
+    """What a command cost: seconds on the wall and of CPU (its children's too), memory (MiB), output.
+
+    `peak_mib` is the most that its first process had; `held_mib` the most that files held which it had open
+    and which have no name: crcli's overflow is one, memory that is no process's own.
+    """
 
     began: float
     wall_s: float
     cpu_s: float
     peak_mib: float
+    held_mib: float
     out: str
 
     @property
@@ -47,8 +55,13 @@ class Ran:
         return found
 
 
-def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None) -> Ran:
-    """Run a command to its end; raise BenchError, with what it said, when it fails or takes too long."""
+def run(
+    command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None, *, silent: bool = False
+) -> Ran:
+    """Run a command to its end; raise BenchError, with what it said, when it fails or takes too long.
+
+    A silent one has no file of ours open.
+    """
     environment = {**os.environ, **(env or {})}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users have compiled modules
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -58,13 +71,14 @@ def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = 
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
+            stdout=subprocess.DEVNULL if silent else out,
+            stderr=subprocess.DEVNULL if silent else err,
             process_group=0,
         )
         timer = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        with _Watch(process.pid) as watch:
+            _, status, usage = os.wait4(process.pid, 0)
         wall = time.time() - began
         timer.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -76,7 +90,51 @@ def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = 
                 f"exit {process.returncode} after {wall:.1f} s: {' '.join(command)}\n"
                 f"{said[-2000:]}\n{err.read().decode(errors='replace')[-2000:]}"
             )
-    return Ran(began, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, said)
+    return Ran(began, wall, usage.ru_utime + usage.ru_stime, watch.peak_mib, watch.held_mib, said)
+
+
+class _Watch:
+    """Looks, within a block, at what memory a process has, and at what its files without a name hold.
+
+    The kernel's own account (ru_maxrss) begins with the memory of whoever started the process.
+    """
+
+    peak_mib = held_mib = 0.0
+
+    def __init__(self, pid: int) -> None:
+        self._proc = f"/proc/{pid}"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(_LOOK_EVERY_S):
+            try:
+                self.peak_mib = max(self.peak_mib, self._peak())
+                self.held_mib = max(self.held_mib, self._held())
+            except OSError:  # it has ended, or has closed a file meanwhile
+                pass
+
+    def _peak(self) -> float:
+        with open(f"{self._proc}/status") as file:
+            return next((int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:")), 0.0)
+
+    def _held(self) -> float:
+        folder = f"{self._proc}/fd"
+        return sum(_size_without_name(f"{folder}/{fd}") for fd in os.listdir(folder)) / 2**20
+
+
+def _size_without_name(path: str) -> int:
+    """The memory or disk that an open file has (bytes), if it has no name any more."""
+    found = os.stat(path)
+    return found.st_blocks * 512 if stat.S_ISREG(found.st_mode) and not found.st_nlink else 0
 
 
 @dataclass
@@ -86,10 +144,11 @@ class Subject:
     mebibytes: int
     folder: Path
     weights: Path | None = None
+    kind: str = "random"
     pid: int = 0
-    reported: int = 0
     hash: str = ""
     _anchor: int = field(default=0, repr=False)
+    _tree: list[psutil.Process] = field(default_factory=list, repr=False)
 
     @property
     def limit_s(self) -> float:
@@ -102,58 +161,84 @@ class Subject:
         """Where it reports."""
         return self.folder / "report.json"
 
+    @property
+    def command(self) -> list[str]:
+        """What starts it."""
+        module = [sys.executable, "-m", "tests.bench.subject", self.kind]
+        return [*module, *map(str, [self.mebibytes, self.report_path, *filter(None, [self.weights])])]
+
     def __enter__(self) -> Subject:
         self.folder.mkdir(parents=True)
+        try:
+            self.came_back(self.start())
+            self.hash = self._report()["hash"]
+            self._tree = tree_of(self._anchor)
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def start(self) -> int:
+        """Start it, and return its pid."""
         process = subprocess.Popen(
-            [sys.executable, _PROGRAM, str(self.mebibytes), self.report_path, *filter(None, [self.weights])],
+            self.command,
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         process.returncode = 0  # it is reaped here, by its pid
-        self.pid = self._anchor = process.pid
-        self.hash = self._next_report()["hash"]
-        return self
+        return process.pid
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
+        """Kill it and all of its processes, if it lives."""
         if self._anchor:
             end(tree_of(self._anchor))
+        self._anchor = 0
 
     def ask(self) -> dict[str, Any]:
         """Have it report; raise BenchError when its memory is not what it was."""
-        os.kill(self.pid, signal.SIGUSR2)
-        report = self._next_report()
+        report = self._told(signal.SIGUSR2)
         if report["hash"] != self.hash:
             raise BenchError(f"the memory of {self.pid} is not what it was")
         return report
 
     def change(self) -> None:
         """Have it change one page in a hundred."""
-        os.kill(self.pid, signal.SIGUSR1)
-        self.hash = self._next_report()["hash"]
+        self.hash = self._told(signal.SIGUSR1)["hash"]
+
+    def pids(self) -> list[int]:
+        """All of its processes."""
+        return [process.pid for process in self._tree]
 
     def died(self) -> None:
-        """Note that a dump has killed it; reap it, or the first process of its namespace."""
-        os.waitpid(self._anchor, 0)
+        """Note that a dump has killed all of it; its processes are reaped, so that no pid stays taken."""
+        reap(self._tree)
         self._anchor = 0
 
     def came_back(self, pid: int) -> None:
-        """Note that it was restored, as this process of the host."""
+        """Note that it runs, as this process of the host."""
         self.pid = pid
         self._anchor = our_child_above(pid)
+        self._tree = tree_of(self._anchor)
 
-    def _next_report(self) -> dict[str, Any]:
+    def _told(self, how: signal.Signals) -> dict[str, Any]:
+        """Send it a signal, and return what it reports."""
+        self.report_path.unlink(missing_ok=True)
+        os.kill(self.pid, how)
+        return self._report()
+
+    def _report(self) -> dict[str, Any]:
+        """What it reports next."""
         end = time.monotonic() + self.limit_s
-        while time.monotonic() < end:
+        while time.monotonic() < end and os.path.exists(f"/proc/{self.pid}"):
             try:
                 report: dict[str, Any] = json.loads(self.report_path.read_text())
-            except FileNotFoundError:
-                report = {"number": 0}
-            if report["number"] > self.reported:
-                self.reported = report["number"]
                 return report
-            if not os.path.exists(f"/proc/{self.pid}"):
-                break
-            time.sleep(0.01)
+            except FileNotFoundError:
+                time.sleep(0.01)
         raise BenchError(f"no report from {self.pid}")

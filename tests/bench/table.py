@@ -1,4 +1,4 @@
-"""What the rounds say: medians, side by side, and how they stand to the targets."""
+"""What the rounds say: medians side by side, and each as a ratio to what it is to be compared with."""
 
 from __future__ import annotations
 
@@ -6,121 +6,173 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tests.bench.ways import WAYS
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tests.bench.ways import Figures
 
-Rounds: TypeAlias = dict[str, list["Figures"]]
-"""For one size of subject: way -> one entry for each round."""
+Rounds: TypeAlias = "dict[str, list[Figures]]"
+"""For one kind and size: way -> one entry for each round that worked."""
+
+Medians: TypeAlias = "Mapping[str, Figures]"
+"""For one kind and size: way -> the figure's name -> its median."""
 
 ROWS = {
     "frozen_ms": "frozen, killed (ms; CRIU's statistics, crcli's frozen_ms)",
     "frozen_running_ms": "frozen, left running (ms)",
     "pause_ms": "stood still, left running, by its own clock (ms)",
     "dump_s": "dump until durable (s)",
+    "dump_running_s": "  left running (s)",
     "dump_cpu_s": "  CPU (s)",
-    "transfer_s": "  the transfer alone (s)",
+    "dump_peak_mib": "  peak memory (MiB)",
+    "dump_held_mib": "  pages that wait in files without a name (MiB)",
     "stored_mib": "  bytes stored (MiB)",
     "second_s": "second dump, 1 % of the pages changed (s)",
     "second_mib": "  bytes stored (MiB)",
     "second_frozen_ms": "  frozen (ms)",
-    "ready_ms": "restore until it runs (ms; crcli's ready_ms, wall for criu)",
-    "ran_again_s": "  by its own clock (s)",
-    "restore_s": "  until the command ends (s; crcli looks again after 1 s)",
+    "warm_first_s": "restore, warm: first instruction (s)",
+    "warm_ready_ms": "  crcli's ready_ms",
+    "warm_whole_s": "  whole (s)",
+    "cold_first_s": "restore, cold: first instruction (s)",
+    "cold_ready_ms": "  crcli's ready_ms",
+    "cold_whole_s": "  whole (s)",
+    "lazy_first_s": "restore, lazy and cold: first instruction (s)",
+    "lazy_ready_ms": "  crcli's ready_ms",
+    "lazy_whole_s": "  whole (s)",
+    "lazy_end_s": "  the command ends (s)",
+    "cold_end_s": "restore, cold: the command ends (s; crcli looks again after 1 s)",
     "restore_cpu_s": "  CPU (s)",
-    "dump_peak_mib": "peak memory of a dump (MiB)",
-    "restore_peak_mib": "peak memory of a restore (MiB)",
+    "restore_peak_mib": "  peak memory (MiB)",
 }
-"""The figures, and what they are called in the table."""
+"""The figures of the ways, and what they are called in the table."""
+
+LIMITS = {
+    "memory_mib": "memory of the tree (MiB)",
+    "copy_ms": "one copy out of the living tree (ms)",
+    "copy_fresh_ms": "  into memory that was never touched (ms)",
+    "hash_1_s": "BLAKE3, one core (s)",
+    "hash_2_s": "  two cores (s)",
+    "zstd_1_s": "zstd -1, one core (s)",
+    "zstd_2_s": "  two cores (s)",
+    "write_s": "write to this disk, and fsync (s)",
+    "read_s": "read from this disk, cold (s)",
+    "upload_s": "boto3's upload alone (s)",
+    "upload_cpu_s": "  CPU of the client (s)",
+    "download_s": "boto3's download alone (s)",
+}
+"""The figures of the bare steps."""
+
+S3, FOLDER, CRCLI = ("script", "crcli s3"), ("criu", "runc", "crcli file"), ("crcli file", "crcli s3")
 
 
 @dataclass(frozen=True)
-class Target:
-    """What issue 2 asks for, at one size: `value` of the medians must not exceed `most`."""
+class Ratio:
+    """A figure of each of `ways` (none named: all that have it) over one that it is measured by.
 
-    mebibytes: int
-    name: str
-    most: float
-    value: Callable[[dict[str, Figures]], float]
+    `way` says whose figure that is (empty: its own), `unit` how many of that figure's units make one.
+    """
+
+    title: str
+    figure: str
+    way: str
+    by: str
+    ways: tuple[str, ...] = ()
+    unit: float = 1.0
+
+    def values(self, middle: Medians) -> dict[str, float]:
+        """The ratio for each way whose figures were taken."""
+        found = {}
+        for way, figures in middle.items():
+            by = middle.get(self.way or way, {}).get(self.by)
+            if self.figure in figures and by and (not self.ways or way in self.ways):
+                found[way] = figures[self.figure] / by / self.unit
+        return found
 
 
-TARGETS = (
-    Target(1024, "frozen, killed: crcli file / criu", 1.0,
-           lambda m: m["crcli file"]["frozen_ms"] / m["criu"]["frozen_ms"]),
-    Target(1024, "frozen, killed: crcli s3 / criu", 1.0,
-           lambda m: m["crcli s3"]["frozen_ms"] / m["criu"]["frozen_ms"]),
-    Target(1024, "frozen, left running, by its own clock: crcli file / criu", 1.0,
-           lambda m: m["crcli file"]["pause_ms"] / m["criu"]["pause_ms"]),
-    Target(1024, "dump to s3: crcli / script", 1 / 1.5,
-           lambda m: m["crcli s3"]["dump_s"] / m["script"]["dump_s"]),
-    Target(1024, "dump to s3: crcli / boto3's upload alone", 1.4,
-           lambda m: m["crcli s3"]["dump_s"] / m["boto3"]["transfer_s"]),
-    Target(1024, "second dump: stored / memory (%)", 2.0,
-           lambda m: 100 * m["crcli s3"]["second_mib"] / 1024),
-    Target(1024, "second dump to s3: time / first", 0.25,
-           lambda m: m["crcli s3"]["second_s"] / m["crcli s3"]["dump_s"]),
-    Target(64, "restore: crcli file ready_ms - criu (ms)", 150.0,
-           lambda m: m["crcli file"]["ready_ms"] - m["criu"]["ready_ms"]),
-    Target(64, "restore, by its own clock: crcli file - criu (ms)", 150.0,
-           lambda m: 1000 * (m["crcli file"]["ran_again_s"] - m["criu"]["ran_again_s"])),
-    Target(1024, "peak memory of crcli (MiB)", 512.0,
-           lambda m: max(m[way][figure] for way in m if way.startswith("crcli")
-                         for figure in ("dump_peak_mib", "restore_peak_mib"))),
-)  # fmt: skip
+RATIOS = (
+    Ratio("frozen, killed / one copy", "frozen_ms", "limits", "copy_ms"),
+    Ratio("  / one copy into fresh memory", "frozen_ms", "limits", "copy_fresh_ms"),
+    Ratio("  / raw criu", "frozen_ms", "criu", "frozen_ms"),
+    Ratio("stood still, left running / one copy", "pause_ms", "limits", "copy_ms"),
+    Ratio("  / one copy into fresh memory", "pause_ms", "limits", "copy_fresh_ms"),
+    Ratio("  / raw criu", "pause_ms", "criu", "pause_ms"),
+    Ratio("durable / boto3's upload", "dump_s", "limits", "upload_s", S3),
+    Ratio("  / write and fsync", "dump_s", "limits", "write_s", FOLDER),
+    Ratio("  / BLAKE3, two cores", "dump_s", "limits", "hash_2_s", CRCLI),
+    Ratio("  / zstd -1, two cores", "dump_s", "limits", "zstd_2_s", ("script", *CRCLI)),
+    Ratio("  / the script", "dump_s", "script", "dump_s"),
+    Ratio("  / raw criu", "dump_s", "criu", "dump_s"),
+    Ratio("CPU of a dump / raw criu", "dump_cpu_s", "criu", "dump_cpu_s"),
+    Ratio("stored / memory", "stored_mib", "limits", "memory_mib"),
+    Ratio("second dump / first", "second_s", "", "dump_s"),
+    Ratio("  stored / memory", "second_mib", "limits", "memory_mib"),
+    Ratio("  frozen / one copy", "second_frozen_ms", "limits", "copy_ms"),
+    Ratio("warm restore, first instruction / raw criu, warm", "warm_first_s", "criu", "warm_first_s"),
+    Ratio("  / one copy into fresh memory", "warm_first_s", "limits", "copy_fresh_ms", unit=0.001),
+    Ratio("cold restore, first instruction / raw criu, cold", "cold_first_s", "criu", "cold_first_s"),
+    Ratio("  whole / boto3's download", "cold_whole_s", "limits", "download_s", S3),
+    Ratio("  whole / read from disk", "cold_whole_s", "limits", "read_s", FOLDER),
+    Ratio("lazy restore, first instruction / eager", "lazy_first_s", "", "cold_first_s"),
+    Ratio("  whole / eager", "lazy_whole_s", "", "cold_whole_s"),
+)
 
 
 def medians(rounds: Rounds) -> dict[str, Figures]:
-    """The median of every figure over the rounds."""
+    """The median of every figure over the rounds that have it."""
     return {
-        way: {name: median(figures[name] for figures in taken) for name in taken[0]}
+        way: {name: median(one[name] for one in taken if name in one) for name in _names(taken)}
         for way, taken in rounds.items()
         if taken
     }
 
 
-def judged(mebibytes: int, rounds: Rounds) -> Iterator[dict[str, Any]]:
-    """Each target for this size whose figures were taken: its value, its bound, and whether it is met."""
-    middle = medians(rounds)
-    for target in TARGETS:
-        if target.mebibytes != mebibytes:
-            continue
-        try:
-            value = target.value(middle)
-        except (KeyError, ValueError):
-            continue  # a way was left out
-        yield {"target": target.name, "value": value, "most": target.most, "ok": value <= target.most}
+def ratios(middle: Medians) -> Iterator[dict[str, Any]]:
+    """Each ratio that can be told: its title (with what it belongs to), and its value for each way."""
+    head = ""
+    for ratio in RATIOS:
+        if not ratio.title.startswith(" "):
+            head = ratio.title.partition(" / ")[0]
+        values = ratio.values(middle)
+        if values:
+            name = f"{head} {ratio.title.strip()}" if ratio.title.startswith(" ") else ratio.title
+            yield {"ratio": name, "title": ratio.title, "values": values}
 
 
-def as_text(results: dict[int, Rounds]) -> str:
-    """The table, and the targets below it."""
-    lines: list[str] = []
-    for mebibytes, rounds in results.items():
-        middle = medians(rounds)
-        count = max(map(len, rounds.values()))
-        lines += [f"{mebibytes} MiB of random bytes, medians of {count}", _row("", list(middle))]
-        for name, title in ROWS.items():
-            if any(name in figures for figures in middle.values()):
-                lines.append(_row(title, [_number(figures.get(name)) for figures in middle.values()]))
-        lines.append("")
-    for mebibytes, rounds in results.items():
-        for found in judged(mebibytes, rounds):
-            verdict = "ok" if found["ok"] else "MISS"
-            title = f"{mebibytes} MiB  {found['target']}"
-            lines.append(f"{title:<72}{found['value']:>9.2f}  at most {found['most']:<8.4g}{verdict}")
-    return "\n".join(lines)
+def as_text(title: str, middle: Medians) -> str:
+    """The figures of each way, the limits, and the ratios."""
+    ways = [way for way in middle if way != "limits"]
+    return "\n".join([title, *_figures(middle, ways), "", *_limits(middle), "", *_ratios(middle, ways)])
 
 
-def _row(title: str, cells: list[str]) -> str:
-    return f"{title:<62}" + "".join(f"{cell:>12}" for cell in cells)
+def _figures(middle: Medians, ways: Sequence[str]) -> Iterator[str]:
+    yield _row("", ways)
+    for name, title in ROWS.items():
+        if any(name in middle[way] for way in ways):
+            yield _row(title, [_number(middle[way].get(name)) for way in ways])
+
+
+def _limits(middle: Medians) -> Iterator[str]:
+    found = middle.get("limits", {})
+    for name, title in LIMITS.items():
+        if name in found:
+            yield _row(title, [_number(found[name])])
+
+
+def _ratios(middle: Medians, ways: Sequence[str]) -> Iterator[str]:
+    yield _row("ratios", ways)
+    for found in ratios(middle):
+        yield _row(found["title"], [_number(found["values"].get(way)) for way in ways])
+
+
+def _names(taken: Sequence[Figures]) -> dict[str, None]:
+    return {name: None for figures in taken for name in figures}
+
+
+def _row(title: str, cells: Sequence[str]) -> str:
+    return f"{title:<66}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-__all__ = ["TARGETS", "WAYS", "as_text", "judged", "medians"]
