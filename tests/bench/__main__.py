@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -28,6 +29,8 @@ from tests.support.s3servers import start_moto
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from tests.support.s3servers import S3Server
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -93,6 +96,7 @@ def main() -> int:
     missing = [tool for tool in ("zstd", "tar") if shutil.which(tool) is None]
     if missing or os.getuid() != 0:
         sys.exit(f"needs root, and {' and '.join(missing) or 'the tools that are here'}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left behind
     kernel.become_subreaper()  # restored trees come to us
     ways = _usable(options.ways, options.folder)
     results: list[Taken] = []
@@ -149,7 +153,8 @@ def _usable(ways: list[str], folder: str | None) -> list[str]:
     why = "it is not installed"
     if shutil.which("runc"):
         try:
-            _take("runc", "random", 1, folder)
+            with start_moto() as server:
+                _take("runc", "random", 1, folder, server)
             return ways
         except BenchError as error:
             why = str(error)
@@ -158,34 +163,34 @@ def _usable(ways: list[str], folder: str | None) -> list[str]:
 
 
 def _measure(taken: Taken, rounds: int, ways: list[str], folder: str | None) -> None:
-    """Fill `taken`."""
+    """Fill `taken`; every round has an object store of its own."""
     taken.rounds = {way: [] for way in ways}
     for number in range(rounds):
         turn = number % len(ways)
-        for way in ways[turn:] + ways[:turn]:
-            began = time.monotonic()
-            said = ""
-            try:
-                taken.rounds[way].append(_take(way, taken.kind, taken.mebibytes, folder))
-            except BenchError as error:
-                said = f", FAILED: {error}"
-                taken.failures.append(f"{way}, round {number + 1}: {error}")
-            took = f"{time.monotonic() - began:.0f} s"
-            print(f"{taken.title}, round {number + 1}: {way} ({took}){said}", file=sys.stderr, flush=True)
+        with start_moto() as server:
+            for way in ways[turn:] + ways[:turn]:
+                began = time.monotonic()
+                said = ""
+                try:
+                    taken.rounds[way].append(_take(way, taken.kind, taken.mebibytes, folder, server))
+                except BenchError as error:
+                    said = f", FAILED: {error}"
+                    taken.failures.append(f"{way}, round {number + 1}: {error}")
+                took = f"{time.monotonic() - began:.0f} s"
+                print(f"{taken.title}, round {number + 1}: {way} ({took}){said}", file=sys.stderr, flush=True)
 
 
-def _take(way: str, kind: str, mebibytes: int, folder: str | None) -> Figures:
-    """One way, once, with an object store of its own; raise BenchError when anything does not work."""
-    with start_moto() as server:
-        place = Place(kind, mebibytes, Path(tempfile.mkdtemp(prefix="crcli-bench-", dir=folder)), server)
-        try:
-            return WAYS[way](place)
-        except BenchError:
-            raise
-        except Exception as error:
-            raise BenchError(repr(error)) from error
-        finally:
-            clean_up(place)
+def _take(way: str, kind: str, mebibytes: int, folder: str | None, server: S3Server) -> Figures:
+    """One way, once; raise BenchError when anything does not work. Nothing of it stays."""
+    place = Place(kind, mebibytes, Path(tempfile.mkdtemp(prefix="crcli-bench-", dir=folder)), server)
+    try:
+        return WAYS[way](place)
+    except BenchError:
+        raise
+    except Exception as error:
+        raise BenchError(repr(error)) from error
+    finally:
+        clean_up(place)
 
 
 def _write(results: list[Taken], path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tests.support.crcli import ROOT, end, our_child_above, reap, tree_of
 
 if TYPE_CHECKING:
+    import resource
     from collections.abc import Mapping, Sequence
 
     import psutil
@@ -75,13 +76,9 @@ def run(
             stderr=subprocess.DEVNULL if silent else err,
             process_group=0,
         )
-        timer = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
-        timer.start()
         with _Watch(process.pid) as watch:
-            _, status, usage = os.wait4(process.pid, 0)
+            usage = _end_of(process, limit_s)
         wall = time.time() - began
-        timer.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
         said = out.read().decode(errors="replace")
@@ -91,6 +88,22 @@ def run(
                 f"{said[-2000:]}\n{err.read().decode(errors='replace')[-2000:]}"
             )
     return Ran(began, wall, usage.ru_utime + usage.ru_stime, watch.peak_mib, watch.held_mib, said)
+
+
+def _end_of(process: subprocess.Popen[bytes], limit_s: float) -> resource.struct_rusage:
+    """Wait for a command, and return what it used; it is killed when its time is over, or ours."""
+    timer = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    finally:
+        timer.cancel()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage
 
 
 class _Watch:

@@ -68,7 +68,7 @@ class Mapped:
     def change(self) -> None:
         """Give pages anywhere new random bytes."""
         pages = [(part, at) for part in self.parts for at in range(0, len(part), PAGE)]
-        for part, at in random.sample(pages, round(len(pages) * CHANGED_SHARE)):
+        for part, at in random.sample(pages, _one_in_a_hundred(len(pages))):
             part[at : at + PAGE] = os.urandom(PAGE)
 
 
@@ -255,6 +255,11 @@ def share_of_process(size: int) -> int:
 
 def _share(size: int, owners: int) -> int:
     return max(PAGE, size // owners // PAGE * PAGE)
+
+
+def _one_in_a_hundred(count: int) -> int:
+    """On the average exactly that many, also where many owners have a few each."""
+    return int(count * CHANGED_SHARE + random.random())
 
 
 def _filled(size: int, *, guard: bool = False) -> memoryview:
