@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import memory, table, targets
+from tests.bench import memory, readme, table, targets
 from tests.bench.commands import BenchError
 from tests.bench.table import Ratio
 
@@ -104,6 +104,18 @@ def test_a_round_that_fails_is_kept_and_told(monkeypatch: pytest.MonkeyPatch) ->
     assert [len(rounds) for rounds in taken.rounds.values()] == [2, 3]
     assert taken.json["failures"] == ["criu, round 2: the memory of 7 is not what it was"]
     assert "FAILED  random 16 MiB: criu, round 2: the memory of 7 is not what it was" in taken.text
+
+
+def test_the_table_of_readme_has_the_figures_and_a_dash_where_there_is_none() -> None:
+    """It is made of the medians of random bytes, with the limits below."""
+    limits = dict.fromkeys(table.LIMITS, 1.0)
+    middle = {**MIDDLE, "limits": limits}
+    made = list(readme.lines([{"kind": "random", "mebibytes": 1024, "medians": middle}]))
+    assert "| 1024 MiB: frozen, to be killed (ms) | 500 | – | – | – | 250 |" in made
+    assert "| 64 MiB: frozen, to be killed (ms) | – | – | – | – | – |" in made
+    assert made[-1].startswith("Limits of 1024 MiB: 1 ms for one copy")
+    assert readme.ROWS.keys() <= table.ROWS.keys()
+    assert readme.LIMITS.keys() <= table.LIMITS.keys()
 
 
 def test_only_pages_that_are_here_and_in_no_file_are_copied() -> None:
