@@ -127,15 +127,22 @@ def medians(rounds: Rounds) -> dict[str, Figures]:
 
 
 def ratios(middle: Medians) -> Iterator[dict[str, Any]]:
-    """Each ratio that can be told: its title (with what it belongs to), and its value for each way."""
-    head = ""
+    """Each ratio that can be told: its title in the table, what it is called alone, and each way's value."""
+    above = ""
     for ratio in RATIOS:
         if not ratio.title.startswith(" "):
-            head = ratio.title.partition(" / ")[0]
-        values = ratio.values(middle)
-        if values:
-            name = f"{head} {ratio.title.strip()}" if ratio.title.startswith(" ") else ratio.title
-            yield {"ratio": name, "title": ratio.title, "values": values}
+            above = ratio.title
+        if values := ratio.values(middle):
+            yield {"ratio": _name(ratio.title, above), "title": ratio.title, "values": values}
+
+
+def _name(title: str, above: str) -> str:
+    """What an indented row is called without the one above it that it belongs to."""
+    if not title.startswith(" "):
+        return title
+    if title.startswith("  / "):
+        return above.partition(" / ")[0] + title[1:]
+    return f"{above.partition(' / ')[0].partition(',')[0]}, {title.strip()}"
 
 
 def as_text(title: str, middle: Medians) -> str:
@@ -148,20 +155,20 @@ def _figures(middle: Medians, ways: Sequence[str]) -> Iterator[str]:
     yield _row("", ways)
     for name, title in ROWS.items():
         if any(name in middle[way] for way in ways):
-            yield _row(title, [_number(middle[way].get(name)) for way in ways])
+            yield _row(title, [number(middle[way].get(name)) for way in ways])
 
 
 def _limits(middle: Medians) -> Iterator[str]:
     found = middle.get("limits", {})
     for name, title in LIMITS.items():
         if name in found:
-            yield _row(title, [_number(found[name])])
+            yield _row(title, [number(found[name])])
 
 
 def _ratios(middle: Medians, ways: Sequence[str]) -> Iterator[str]:
     yield _row("ratios", ways)
     for found in ratios(middle):
-        yield _row(found["title"], [_number(found["values"].get(way)) for way in ways])
+        yield _row(found["title"], [number(found["values"].get(way)) for way in ways])
 
 
 def _names(taken: Sequence[Figures]) -> dict[str, None]:
@@ -172,7 +179,8 @@ def _row(title: str, cells: Sequence[str]) -> str:
     return f"{title:<66}" + "".join(f"{cell:>12}" for cell in cells)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three digits, or as many as there are before the point; a dash for nothing."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"

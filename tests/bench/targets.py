@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tests.bench.table import CRCLI
+from tests.bench.table import CRCLI, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,7 +91,7 @@ def judged(kind: str, mebibytes: int, middle: Medians) -> Iterator[dict[str, Any
 def as_text(title: str, found: list[dict[str, Any]]) -> str:
     """One line for each target."""
     return "\n".join(
-        f"{title + '  ' + one['target']:<84}{one['value']:>9.3g}  at most {one['most']:<8.4g}"
+        f"{title + '  ' + one['target']:<84}{number(one['value']):>9}  at most {number(one['most']):<8}"
         f"{'met' if one['met'] else 'MISSED'}"
         for one in found
     )
