@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
 from tests.bench import table, targets
-from tests.bench.commands import BenchError
+from tests.bench.commands import BenchError, reap_orphans
 from tests.bench.kinds import KINDS
 from tests.bench.ways import WAYS, Figures, Place, clean_up
 from tests.support.s3servers import start_moto
@@ -191,6 +191,7 @@ def _take(way: str, kind: str, mebibytes: int, folder: str | None, server: S3Ser
         raise BenchError(repr(error)) from error
     finally:
         clean_up(place)
+        reap_orphans()
 
 
 def _write(results: list[Taken], path: Path) -> None:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from tests.support.crcli import ROOT, end, our_child_above, reap, tree_of
 
 if TYPE_CHECKING:
     import resource
     from collections.abc import Mapping, Sequence
-
-    import psutil
 
 LIMIT_S = 30.0
 LIMIT_S_PER_MIB = 0.1
@@ -88,6 +88,13 @@ def run(
                 f"{said[-2000:]}\n{err.read().decode(errors='replace')[-2000:]}"
             )
     return Ran(began, wall, usage.ru_utime + usage.ru_stime, watch.peak_mib, watch.held_mib, said)
+
+
+def reap_orphans() -> None:
+    """Reap what was left to us and has ended: crcli's pagers end after the trees that they served."""
+    for child in psutil.Process().children():
+        if child.status() == psutil.STATUS_ZOMBIE:
+            os.waitpid(child.pid, 0)
 
 
 def _end_of(process: subprocess.Popen[bytes], limit_s: float) -> resource.struct_rusage:
