@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 LIMIT_S = 30.0
-LIMIT_S_PER_MIB = 0.1
+LIMIT_S_PER_MIB = 0.2
 """How long one command may take: so much, and so much more for each MiB of the subject."""
 
 _LOOK_EVERY_S = 0.02

@@ -269,6 +269,8 @@ WAYS: dict[str, Callable[[Place], Figures]] = {
 def clean_up(place: Place) -> None:
     """Remove what a round left in its folder and in the object store."""
     shutil.rmtree(place.folder, ignore_errors=True)
+    if place.server.process.poll() is not None:  # a signal to all of us has ended it too
+        return
     client, bucket = place.server.client(), place.server.bucket
     while objects := client.list_objects_v2(Bucket=bucket).get("Contents"):
         client.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": found["Key"]} for found in objects]})

@@ -6,13 +6,16 @@ AWS; `ignored`, as by stores that never heard of it; `refused` with 501, as by s
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from flask import has_request_context, request
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.s3.models import FakeKey
 from werkzeug.serving import make_server
 
 if TYPE_CHECKING:
@@ -39,6 +42,27 @@ class Conditions:
         return answer
 
 
+def serve_ranges_alone() -> None:
+    """Have a request for a range of a large object cost that range: moto reads the whole object for each.
+
+    Without this, fetching an object piece by piece takes time that grows with the square of its size, as with
+    no real store.
+    """
+    whole = FakeKey.value.fget
+
+    def value(key: Any) -> Any:
+        spooled = key._value_buffer
+        if not (has_request_context() and request.method == "GET" and "Range" in request.headers):
+            return whole(key)
+        with key.lock:
+            if not spooled._rolled:
+                return spooled._file.getvalue()
+            spooled.flush()
+            return mmap.mmap(spooled.fileno(), 0, access=mmap.ACCESS_READ)
+
+    FakeKey.value = FakeKey.value.getter(value)
+
+
 class Handler(MotoRequestHandler):
     """Keeps connections open, as real servers do, and is quiet."""
 
@@ -50,6 +74,7 @@ class Handler(MotoRequestHandler):
 
 def main(conditions: str, tls: list[str]) -> None:
     """Serve until killed, or until whoever started us is gone."""
+    serve_ranges_alone()
     app = Conditions(DomainDispatcherApplication(create_backend_app), conditions)
     context = (tls[0], tls[1]) if tls else None
     server = make_server("127.0.0.1", 0, app, threaded=True, ssl_context=context, request_handler=Handler)
