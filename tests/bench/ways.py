@@ -165,7 +165,8 @@ class Crcli:
     def _run(self, place: Place, subject: Subject, store: str, *arguments: str) -> Ran:
         command = [sys.executable, "-m", "crcli", *arguments, "--store", self.url(place, store), "--json"]
         logs, rates = str(place.folder / "logs"), str(place.folder / "rates.json")
-        env = {"CRCLI_LOG_DIR": logs, "CRCLI_RATES": rates, **self.env(place)}
+        cache = str(place.folder / "cache")
+        env = {"CRCLI_LOG_DIR": logs, "CRCLI_RATES": rates, "CRCLI_CACHE_DIR": cache, **self.env(place)}
         os.sync()
         return run(command, subject.limit_s, env)
 
