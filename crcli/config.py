@@ -1,13 +1,15 @@
 """Settings that come from outside the command line: the environment and a YAML file.
 
 The first file that exists counts: `$CRCLI_CONFIG`, `~/.config/crcli/config.yaml`, `/etc/crcli/config.yaml`.
-Its keys are `store` (a URL), `endpoint_url`, and `weights` (folders in which a restore looks for files of
-weights that are not where they were). YAML is imported only when there is a file.
+Its keys are `store` (a URL), `endpoint_url`, `weights` (folders in which a restore looks for files of
+weights that are not where they were), and `cache` (`folder` and `size` of what this host keeps of remote
+stores). YAML is imported only when there is a file.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,13 @@ from crcli.errors import UsageError
 from crcli.store.address import StoreAddress
 
 DEFAULT_STORE = "file:///var/lib/crcli/store"
+DEFAULT_CACHE = "/var/cache/crcli"
+
+_UNITS = {"": 1} | {
+    unit: factor**power
+    for power, letter in enumerate("kMGT", start=1)
+    for unit, factor in ((f"{letter}B", 1000), (f"{letter.upper()}iB", 1024))
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,31 @@ def weights_folders() -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named)
 
 
+@dataclass(frozen=True)
+class CacheChoice:
+    """Where what was stored or fetched is kept on this host, and its bound in bytes (None: what suits the
+    disk; 0: nothing is kept)."""
+
+    folder: str
+    limit: int | None
+
+
+def choose_cache() -> CacheChoice:
+    """Return the cache to use: $CRCLI_CACHE_DIR and $CRCLI_CACHE_SIZE, the file's, then the default."""
+    settings = _load().get("cache", {})
+    base = os.environ.get("CRCLI_CACHE_DIR") or settings.get("folder") or DEFAULT_CACHE
+    size = os.environ.get("CRCLI_CACHE_SIZE") or settings.get("size")
+    return CacheChoice(os.path.join(base, "objects"), None if size is None else parse_size(str(size)))
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `10GiB`, `500 MB` or `4096` stand for; raise UsageError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
+    if found is None or found[2] not in _UNITS:
+        raise UsageError(f"{text!r} is not a size", hint="sizes look like 10GiB, 500MB or 0")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
 def _path() -> str | None:
     """The configuration file that counts, if there is one."""
     if named := os.environ.get("CRCLI_CONFIG"):
@@ -60,7 +94,8 @@ def _path() -> str | None:
     return next((place for place in places if os.path.isfile(place)), None)
 
 
-_KEYS = ("store", "endpoint_url", "weights")
+_KEYS = ("store", "endpoint_url", "weights", "cache")
+_CACHE_KEYS: dict[Any, Any] = {"folder": str, "size": str | int}
 
 
 def _load() -> dict[str, Any]:
@@ -84,7 +119,19 @@ def _load() -> dict[str, Any]:
             hint=f"it knows {', '.join(_KEYS)}",
         )
     for key, value in settings.items():
+        if key == "cache":
+            _check_cache(value, path)
+            continue
         values = value if key == "weights" and isinstance(value, list) else [value]
         if not all(isinstance(one, str) for one in values):
             raise UsageError(f"{path} must hold lines like `store: s3://bucket/prefix`, not {key}: {value}")
     return settings
+
+
+def _check_cache(value: Any, path: str) -> None:
+    """Raise UsageError unless `value` is a folder and a size, or one of them."""
+    is_right = isinstance(value, dict) and all(
+        name in _CACHE_KEYS and isinstance(one, _CACHE_KEYS[name]) for name, one in value.items()
+    )
+    if not is_right:
+        raise UsageError(f"{path} must hold `cache: {{folder: /path, size: 10GiB}}`, not cache: {value}")

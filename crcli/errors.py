@@ -161,6 +161,10 @@ class StoreError(CrcliError):
     code = "store"
 
 
+class StoreUnreachable(StoreError):
+    """No answer came from the store: it has neither done nor refused what was asked."""
+
+
 class ObjectExists(StoreError):
     """A conditional put found that the object is there already."""
 

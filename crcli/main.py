@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cp": ("crcli.cli.cp:cp", "Copy an image to another store."),
     "gc": ("crcli.cli.gc:gc", "Free what no image in the store refers to."),
     "weights": ("crcli.cli.weights:app", "Prepare files of weights, and put them into a store."),
+    "cache": ("crcli.cli.cache:app", "Say what this host keeps of remote stores, or remove it."),
     "doctor": ("crcli.cli.doctor:doctor", "Say what this host is, what it lacks, and how to get it."),
     "plugins": ("crcli.cli.plugins:plugins", "List the plug-ins that are installed here."),
     "demo": ("crcli.cli.demo:demo", "Dump, kill and restore a small agent, to see that it works here."),

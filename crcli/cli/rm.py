@@ -20,7 +20,7 @@ def rm(
     from crcli.ui.reports import show_json
     from crcli.ui.text import printable
 
-    with opened_image(image, store, endpoint_url) as (found, ref):
+    with opened_image(image, store, endpoint_url, cached=True) as (found, ref):
         try:
             run_id = str(load(found, ref).meta.get("run_id", ""))
         except ImageDamaged:

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def opened(store: str | None, endpoint_url: str | None) -> Iterator[Store]:
-    """Give the store that the options and settings name; close it afterwards."""
+def opened(store: str | None, endpoint_url: str | None, *, cached: bool = False) -> Iterator[Store]:
+    """Give the store that the options and settings name, with this host's cache in front of it if wanted;
+    close it afterwards."""
+    from crcli.image.cached import open_cached
+
     chosen = choose_store(store, endpoint_url)
-    found = open_store(chosen.url, endpoint_url=chosen.endpoint_url)
+    found = (open_cached if cached else open_store)(chosen.url, endpoint_url=chosen.endpoint_url)
     try:
         yield found
     finally:
@@ -27,8 +30,10 @@ def opened(store: str | None, endpoint_url: str | None) -> Iterator[Store]:
 
 
 @contextmanager
-def opened_image(image: str, store: str | None, endpoint_url: str | None) -> Iterator[tuple[Store, ImageRef]]:
+def opened_image(
+    image: str, store: str | None, endpoint_url: str | None, *, cached: bool = False
+) -> Iterator[tuple[Store, ImageRef]]:
     """Give the store that an image is in, and its name there; a store in the image's URL wins."""
     url, ref = parse_image(image)
-    with opened(url or store, endpoint_url) as found:
+    with opened(url or store, endpoint_url, cached=cached) as found:
         yield found, ref

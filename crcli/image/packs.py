@@ -17,7 +17,7 @@ from blake3 import blake3
 from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.codec import Codec, compress, decompress
 from crcli.image.container import ContainerKind, pack_container
-from crcli.image.names import index_key, pack_key, pages_key
+from crcli.image.names import PACKS, index_key, pack_key, pages_key
 from crcli.image.tables import PACK_ID, Chunk, Group, write_chunks, write_groups, write_packs
 from crcli.memory.classify import GROUP_PAGES
 
@@ -48,6 +48,10 @@ _FEW_INDEXES, _MOST_INDEXES = 16, 64
 _NEGLIGIBLE = 1 / 64
 """Beyond a few indexes this share of an image's bytes may be unknown to the next dump, which then stores it
 again; and whatever it takes more than the most for."""
+
+_STATS_AT_ONCE = 16
+_FEW_PACKS = 200
+"""Up to so many packs are asked for one by one: a listing may have many more."""
 
 _RESERVED = Chunk(0, 0, 0, 0, Codec.RAW, False, b"")
 
@@ -111,10 +115,6 @@ class PackWriter:
         """The numbers, in the pack table, of the packs that this image wrote itself."""
         return sorted(set(range(len(self._packs))).difference(self._foreign_packs.values()))
 
-    def foreign_pack_keys(self) -> list[str]:
-        """The keys of the packs of earlier images that this one refers to."""
-        return [pack_key(pack) for pack in self._foreign_packs]
-
     def indexes(self) -> list[str]:
         """The ids of the dumps that brought in what this image consists of, those of most bytes first.
 
@@ -176,9 +176,12 @@ class PackWriter:
             return number
 
     def seal(self) -> None:
-        """Finish the open pack and the index; all that was added is durable on return.
+        """Finish the open pack and the index. On return all that was added is durable, and the packs of
+        earlier images that are referred to were seen to be there.
 
-        The index comes last, so that no other dump is told of a chunk before it is there.
+        The index comes last, so that no other dump is told of a chunk before it is there. Packs are looked
+        for after the last of ours was written: somebody may have removed the store meanwhile, and what is
+        written afterwards makes a new one. Raises NotFound then.
         """
         with self._lock:
             self._end_pack()
@@ -188,6 +191,7 @@ class PackWriter:
         for commit in self._commits:
             commit.result()
         self._commits.clear()
+        seen = self._committer.submit(self._see_packs)
         if self._new:
             index = pack_container(
                 ContainerKind.INDEX,
@@ -200,6 +204,20 @@ class PackWriter:
             )
             self._store.put(index_key(self._image_id), index)
             self.stored_bytes += len(index)
+        seen.result()
+
+    def _see_packs(self) -> None:
+        """Make sure that all packs of the image are in the store, by a listing where that takes less."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        keys = [pack_key(pack) for pack in self._packs]
+        if len(keys) > _FEW_PACKS:
+            there = {info.key for info in self._store.list(PACKS)}
+            keys = [key for key in keys if key not in there]
+        if keys:
+            with ThreadPoolExecutor(min(_STATS_AT_ONCE, len(keys)), "pack-stat") as threads:
+                for _ in threads.map(self._store.stat, keys):
+                    pass
 
     def close(self) -> None:
         """Give up what was not sealed, and free the threads. Never raises."""
@@ -277,55 +295,40 @@ class ChunkReader:
         self._chunks = chunks
 
     def plan(self, wanted: Iterable[int]) -> list[list[int]]:
-        """Group chunk numbers into reads: neighbours in one pack, up to READ_BYTES together."""
-        ordered = sorted(set(wanted), key=lambda n: (self._chunks[n].pack, self._chunks[n].offset))
-        reads: list[list[int]] = []
-        begin = end = 0
-        for number in ordered:
-            chunk = self._chunks[number]
-            if (
-                reads
-                and self._chunks[reads[-1][0]].pack == chunk.pack
-                and chunk.offset - end <= _GAP
-                and chunk.offset + chunk.stored - begin <= READ_BYTES
-            ):
-                reads[-1].append(number)
-            else:
-                reads.append([number])
-                begin = chunk.offset
-            end = chunk.offset + chunk.stored
-        return reads
+        """Group chunk numbers into reads: see `plan_reads`."""
+        return plan_reads(self._chunks, wanted)
 
     def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Buffer]]:
         """Fetch one group of `plan` and give out (number, raw bytes), each checked.
 
         Raises ImageDamaged when a pack is gone or a chunk is not what its hash says.
         """
-        first, last = self._chunks[numbers[0]], self._chunks[numbers[-1]]
-        key = pack_key(self._packs[first.pack])
-        length = last.offset + last.stored - first.offset
+        key, offset, length = span(self._packs, self._chunks, numbers)
         try:
-            data = memoryview(self._store.get_range(key, first.offset, length))
+            data = memoryview(self._store.get_range(key, offset, length))
         except NotFound as error:
             raise ImageDamaged(f"{key} is missing from the store", hint="use another image") from error
         except StoreError as error:
-            if self._is_cut_short(key, first.offset + length):
+            if self._is_cut_short(key, offset + length):
                 raise ImageDamaged(f"{key} is cut short", hint="use another image") from error
             raise
         for number in numbers:
             chunk = self._chunks[number]
-            at = chunk.offset - first.offset
+            at = chunk.offset - offset
             yield number, self._check(number, data[at : at + chunk.stored])
 
-    def make_sure(self, wanted: Iterable[int]) -> None:
-        """See that the packs of these chunks are there, as long as they must be; else raise ImageDamaged."""
+    def make_sure(self, wanted: Iterable[int]) -> bool:
+        """See that the packs of these chunks are there, as long as they must be; else raise ImageDamaged.
+
+        Say whether this host has all of the chunks; what it has is not asked for in the store.
+        """
         from concurrent.futures import ThreadPoolExecutor
 
         ends: dict[str, int] = {}
-        for number in wanted:
-            chunk = self._chunks[number]
-            key = pack_key(self._packs[chunk.pack])
-            ends[key] = max(ends.get(key, 0), chunk.offset + chunk.stored)
+        for group in self.plan(wanted):
+            key, offset, length = span(self._packs, self._chunks, group)
+            if not self._store.is_near(key, offset, length):
+                ends[key] = max(ends.get(key, 0), offset + length)
 
         def look(key: str) -> None:
             try:
@@ -335,9 +338,10 @@ class ChunkReader:
             if size < ends[key]:
                 raise ImageDamaged(f"{key} is cut short", hint="use another image")
 
-        with ThreadPoolExecutor(max(1, min(16, len(ends)))) as threads:
+        with ThreadPoolExecutor(max(1, min(_STATS_AT_ONCE, len(ends)))) as threads:
             for _ in threads.map(look, ends):
                 pass
+        return not ends
 
     def _is_cut_short(self, key: str, end: int) -> bool:
         try:
@@ -345,9 +349,25 @@ class ChunkReader:
         except StoreError:
             return False
 
+    def is_near(self, groups: Iterable[Sequence[int]]) -> bool:
+        """Whether this host has all that these groups of `plan` are, as far as can be told unread."""
+        return all(self._store.is_near(*span(self._packs, self._chunks, group)) for group in groups)
+
     def _check(self, number: int, stored: memoryview) -> Buffer:
+        """The raw bytes of a chunk. What a cache has kept badly is read from the store itself."""
         chunk = self._chunks[number]
-        return check_chunk(chunk, stored, f"chunk {number} in {pack_key(self._packs[chunk.pack])}")
+        key = pack_key(self._packs[chunk.pack])
+        name = f"chunk {number} in {key}"
+        try:
+            return check_chunk(chunk, stored, name)
+        except ImageDamaged as damage:
+            try:
+                again = self._store.fetch_again(key, chunk.offset, chunk.stored)
+            except NotFound:
+                again = None
+            if again is None:
+                raise damage
+        return check_chunk(chunk, again, name)
 
     def blob(self, numbers: Sequence[int]) -> bytes:
         """The bytes of a file: the chunks `numbers`, joined."""
@@ -355,6 +375,33 @@ class ChunkReader:
         for group in self.plan(numbers):
             found.update(self.read(group))
         return b"".join(found[number] for number in numbers)
+
+
+def plan_reads(chunks: Sequence[Chunk], wanted: Iterable[int]) -> list[list[int]]:
+    """Group chunk numbers into reads: neighbours in one pack, up to READ_BYTES together."""
+    ordered = sorted(set(wanted), key=lambda n: (chunks[n].pack, chunks[n].offset))
+    reads: list[list[int]] = []
+    begin = end = 0
+    for number in ordered:
+        chunk = chunks[number]
+        if (
+            reads
+            and chunks[reads[-1][0]].pack == chunk.pack
+            and chunk.offset - end <= _GAP
+            and chunk.offset + chunk.stored - begin <= READ_BYTES
+        ):
+            reads[-1].append(number)
+        else:
+            reads.append([number])
+            begin = chunk.offset
+        end = chunk.offset + chunk.stored
+    return reads
+
+
+def span(packs: Sequence[bytes], chunks: Sequence[Chunk], group: Sequence[int]) -> tuple[str, int, int]:
+    """Where one read of `plan_reads` is: the pack's key, the offset and the length."""
+    first, last = chunks[group[0]], chunks[group[-1]]
+    return pack_key(packs[first.pack]), first.offset, last.offset + last.stored - first.offset
 
 
 def check_chunk(chunk: Chunk, stored: Buffer, name: str) -> Buffer:

@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image.container import ContainerKind, pack_container, unpack_container
-from crcli.image.names import WEIGHTS, new_image_id, pack_key, weights_key
+from crcli.image.names import WEIGHTS, new_image_id, weights_key
 from crcli.image.packs import BLOB_BYTES, ChunkReader, PackWriter
 from crcli.image.tables import read_chunks, read_packs, write_chunks, write_packs
 from crcli.memory.extents import Origin, Source
@@ -82,8 +82,6 @@ def push(store: Store, path: str, on_bytes: Callable[[int, int], None] = lambda 
                     again.update(block)
                     chunks.append(writer.add_blob(block))
                 writer.seal()
-                for pack in writer.packs:
-                    store.stat(pack_key(pack))
                 table = pack_container(
                     ContainerKind.WEIGHTS,
                     {
@@ -292,9 +290,12 @@ class MemoryReader:
         self._resolved(reference)
         return True
 
-    def make_sure(self, wanted: Iterable[Origin]) -> None:
-        """See that all packs are there that hold something of what is wanted; raise ImageDamaged if not."""
-        self._chunks.make_sure(origin.number for origin in wanted if origin.source == Source.CHUNK)
+    def make_sure(self, wanted: Iterable[Origin]) -> bool:
+        """See that all packs are there that hold something of what is wanted; raise ImageDamaged if not.
+
+        Say whether this host has all that is wanted of them.
+        """
+        return self._chunks.make_sure(origin.number for origin in wanted if origin.source == Source.CHUNK)
 
     def _places(self, number: int) -> list[str]:
         """Where a file may be on this host; one that travels in the image may be laid out only later."""

@@ -11,7 +11,6 @@ import os
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, T
 from crcli.findings import Finding, Severity
 from crcli.image.index import KnownPagesOf
 from crcli.image.manifest import Manifest, publish
-from crcli.image.names import ImageRef, check_name, new_image_id, pack_key, suggested_name
+from crcli.image.names import ImageRef, check_name, new_image_id, suggested_name
 from crcli.image.packs import PackWriter
 from crcli.image.remove import remove
 from crcli.image.session import Session
@@ -507,7 +506,6 @@ class _Dump:
         spaces, counts = self.intake.finish(self.progress.amount)
         self.skeleton = store_skeleton(self.images, self.writer)
         self.writer.seal()
-        self._check_packs(self.store)
         self._count(counts)
         described = self.weights.described()
         self.report.weights = weights_report(described, self.writer.references)
@@ -534,16 +532,6 @@ class _Dump:
         if self.session.lapsed:
             remove(store, ImageRef(self.target.name, self.target.image_id))
             raise StoreError("the store did not answer for too long", hint="run the dump again")
-
-    def _check_packs(self, store: Store) -> None:
-        """Make sure that the packs are there: ours, and those of earlier images that this one refers to.
-
-        Somebody may have removed the store meanwhile; what is written afterwards makes a new one.
-        """
-        keys = [pack_key(pack) for pack in self.writer.packs]
-        with ThreadPoolExecutor(min(16, max(1, len(keys)))) as threads:
-            for _ in threads.map(store.stat, keys):
-                pass
 
     def _count(self, counts: MemoryCounts) -> None:
         self.report.memory_bytes = counts.total

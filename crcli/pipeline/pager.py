@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     Read = Callable[[Sequence[Origin]], Iterable[tuple[Origin, Buffer]]]
     Plan = Sequence[Sequence[Origin]]
+    Source = tuple[Plan, Read, Callable[[], None]]
 
 COMM = "crcli-pager"
 """What the pager is called in ps, and found by."""
@@ -74,13 +75,13 @@ class Pager:
     def __init__(
         self,
         spaces: Mapping[SpaceKey, list[Extent]],
-        open_source: Callable[[], tuple[Plan, Read]],
+        open_source: Callable[[], Source],
         threads: int,
     ) -> None:
         """Fork it; call before any thread is started.
 
         `spaces` is what will be missing; `open_source`, which runs in the pager, tells in which order its
-        sources are to be fetched, and how. Raises HostLacks.
+        sources are to be fetched, how, and what is to be called at the end. Raises HostLacks.
         """
         if not is_available():
             raise HostLacks(
@@ -148,17 +149,19 @@ def _live(
     listener: socket.socket,
     control: socket.socket,
     spaces: Mapping[SpaceKey, list[Extent]],
-    open_source: Callable[[], tuple[Plan, Read]],
+    open_source: Callable[[], Source],
     threads: int,
 ) -> None:
     """The pager's whole life. Never returns."""
     try:
         _settle_in({listener.fileno(), control.fileno()})
         keeper = _Keeper()
-        fill = LazyFill(spaces, *_steadily(*open_source()), threads, keeper.hold)
+        plan, read, close = open_source()
+        fill = LazyFill(spaces, *_steadily(plan, read), threads, keeper.hold)
         if channel := _begin(fill, listener, control, keeper):
             _see_through(fill, channel)
         keeper.end()  # nothing is missing, or nobody is left who misses it
+        close()
     except BaseException as error:
         _say(control, error)
     finally:

@@ -37,7 +37,8 @@ from crcli.findings import Finding, Severity
 from crcli.guard.here import Here
 from crcli.guard.host import forced_paths, guard, guard_machine
 from crcli.guard.needs import Asked, needs_of
-from crcli.image.manifest import Manifest, load
+from crcli.image.cached import load_near, open_cached
+from crcli.image.manifest import Manifest
 from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
 from crcli.image.weights import MemoryReader
@@ -56,7 +57,6 @@ from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
 from crcli.process.settings import give_back
 from crcli.process.tree import child_pids
-from crcli.store.open import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -247,9 +247,9 @@ class _Restore:
 
     def _load(self) -> None:
         _, ref = parse_image(self.options.image)
-        store = self.store = open_store(self.options.store, endpoint_url=self.options.endpoint_url)
+        store = self.store = open_cached(self.options.store, endpoint_url=self.options.endpoint_url)
         self.held.callback(store.close)
-        self.manifest: Manifest = load(store, ref)
+        self.manifest: Manifest = load_near(store, ref)
         self.reader = ChunkReader(store, self.manifest.packs, self.manifest.chunks)
         self.memory = MemoryReader(
             store, self.manifest, self.reader, self.options.weights_map, self.options.weights_folders
@@ -320,21 +320,21 @@ class _Restore:
         """In a process of its own, forked while we have nothing yet that it must not keep open."""
         from crcli.pipeline.pager import Pager
 
-        self.memory.make_sure(targets(self.divided.late))
+        is_near = self.memory.make_sure(targets(self.divided.late))
         options, manifest = self.options, self.manifest
         mapped = [(old, os.path.abspath(new)) for old, new in options.weights_map]
         folders = [os.path.abspath(folder) for folder in options.weights_folders]
 
-        def open_source() -> tuple[Any, Any]:
-            store = open_store(options.store, endpoint_url=options.endpoint_url)
+        def open_source() -> tuple[Any, Any, Any]:
+            store = open_cached(options.store, endpoint_url=options.endpoint_url)
             chunks = ChunkReader(store, manifest.packs, manifest.chunks)
             memory = MemoryReader(store, manifest, chunks, mapped, folders)
             plan = memory.plan(targets(self.divided.late))
             own = set(manifest.meta.get("own_packs", ()))
             plan.sort(key=lambda group: not _is_in(own, group[0], manifest))
-            return plan, memory.read
+            return plan, memory.read, store.close
 
-        self.pager = Pager(self.divided.late, open_source, self._threads())
+        self.pager = Pager(self.divided.late, open_source, _threads(is_near))
 
     def _move_in(self) -> None:
         """From here on whatever is started or changed is cleared away by the warden, should we die."""
@@ -399,11 +399,9 @@ class _Restore:
     def _begin_replay(self, divided: Split) -> None:
         wanted = targets(divided.late)
         self.late_spaces = [space for space, extents in divided.late.items() if extents]
-        self.replay = Replay(wanted, self.memory.plan(wanted), self.memory.read, self._threads())
-
-    def _threads(self) -> int:
-        """How many fetch memory at once: a store far away answers many in the time of one."""
-        return 8 if self.options.store.startswith("s3:") else 2
+        plan = self.memory.plan(wanted)
+        chunks = ([one.number for one in group] for group in plan if group[0].source == Source.CHUNK)
+        self.replay = Replay(wanted, plan, self.memory.read, _threads(self.reader.is_near(chunks)))
 
     # CRIU restores; at its post-restore hold the memory is written; then the tree runs.
 
@@ -641,6 +639,11 @@ class _Restore:
         if self.residence is not None:
             self.residence.close()
             kill_descendants(self.children_before)
+
+
+def _threads(is_near: bool) -> int:
+    """How many fetch memory at once: a store far away answers many in the time of one."""
+    return 2 if is_near else 8
 
 
 def _how_it_ended(code: int | None) -> str:

@@ -13,8 +13,8 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from crcli.image.cached import open_cached
 from crcli.pipeline.interrupts import Interrupted
-from crcli.store.open import open_store
 
 if TYPE_CHECKING:
     from crcli.pipeline.stages import DumpOptions
@@ -70,7 +70,7 @@ class Shared:
     def open_store(self, options: DumpOptions) -> Store:
         """Open the store that the options name, which are the same each time; whoever opens it closes it."""
         if self._store is None:
-            self._store = open_store(options.store, endpoint_url=options.endpoint_url)
+            self._store = open_cached(options.store, endpoint_url=options.endpoint_url)
         else:
             self._store = self._store.reopened()
         return self._store

@@ -132,6 +132,14 @@ class Store(Protocol):
         """Read exactly `length` bytes at `offset`; a short object raises StoreError."""
         ...
 
+    def fetch_again(self, key: str, offset: int, length: int) -> bytes | None:
+        """Read anew what `get_range` gave and was found damaged, if that came out of a cache; else None."""
+        ...
+
+    def is_near(self, key: str, offset: int, length: int) -> bool:
+        """Whether this host has these bytes, as far as can be told without reading them."""
+        ...
+
     def stat(self, key: str) -> ObjectInfo:
         """Describe one object."""
         ...

@@ -182,7 +182,8 @@ def far(tmp_path: Path) -> Iterator[Far]:
     """The command, its store behind a proxy, and the end of all that was restored."""
     crcli = Crcli(tmp_path)
     with start_moto() as server, FaultyProxy(server) as proxy:
-        os.environ.update(server.env | {"AWS_ENDPOINT_URL": proxy.endpoint_url, "AWS_MAX_ATTEMPTS": "1"})
+        far_away = {"AWS_ENDPOINT_URL": proxy.endpoint_url, "AWS_MAX_ATTEMPTS": "1", "CRCLI_CACHE_SIZE": "0"}
+        os.environ.update(server.env | far_away)
         far = Far(crcli, proxy, server.url("far"))
         proxy.inject(far.fault, method="GET", containing="/packs/", times=float("inf"))
         try:
@@ -191,7 +192,7 @@ def far(tmp_path: Path) -> Iterator[Far]:
             far.down.clear()
             far.through.set()
             crcli.clean_up()
-            for name in (*server.env, "AWS_ENDPOINT_URL", "AWS_MAX_ATTEMPTS"):
+            for name in server.env | far_away:
                 os.environ.pop(name, None)
             wait_until(lambda: not pagers(), f"left behind: {pagers()}", 40)
 

@@ -79,6 +79,7 @@ class Crcli:
             "CRCLI_LOG_DIR": f"{self.folder}/logs",
             "CRCLI_RATES": f"{self.folder}/rates.json",
             "CRCLI_STATE_DIR": f"{self.folder}/state",
+            "CRCLI_CACHE_DIR": f"{self.folder}/cache",
         }
 
     @contextmanager

@@ -398,6 +398,7 @@ class Attempt:
             "ATTEMPT_MARK": self.mark.partition("=")[2],
             "CRCLI_LOG_DIR": f"{self.folder}/logs",
             "CRCLI_RATES": f"{self.folder}/rates.json",
+            "CRCLI_CACHE_DIR": f"{self.folder}/cache",
             "TMPDIR": str(self.temporary),
         }
         self.began = time.monotonic()

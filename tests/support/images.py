@@ -37,8 +37,6 @@ def make_image(store: Store, name: str, memory: Sequence[bytes], file: bytes = b
             extents = add_memory(writer, KnownPagesOf(known, writer.adopt), memory)
             blob = writer.add_blob(file)
             writer.seal()
-            for key in writer.foreign_pack_keys():
-                store.stat(key)
             manifest = Manifest(
                 name=name,
                 id=image_id,

@@ -24,6 +24,7 @@ from crcli.pipeline import stages
 from crcli.pipeline.check import CheckReport
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.stages import DumpReport, RestoreReport
+from crcli.store import cache as cache_of_host
 from crcli.store.s3 import uploads
 
 ROOT = Path(__file__).parents[2]
@@ -178,6 +179,7 @@ def test_readme_names_the_fields_of_reports() -> None:
             uploads.PARTS_IN_FLIGHT * uploads.PART_SIZE,
         ),
         ("before the tree can take them | 192 MiB", replay.AHEAD_BYTES),
+        ("cache of S3 (more is not kept) | 32 MiB", cache_of_host.WAITING_BYTES),
         ("packs of about 64 MiB", packs.PACK_BYTES),
     ],
 )
@@ -199,6 +201,8 @@ def test_the_defaults_in_readme_are_those_of_the_code() -> None:
     """The store that is used when none is named, and what gc spares."""
     assert f"`{config.DEFAULT_STORE}`" in README
     assert "younger than an hour" in README_FLAT and gc.GRACE_S == 3600
+    assert f"{config.DEFAULT_CACHE}/objects: up to 16 GiB or a tenth of the free disk" in README_FLAT
+    assert (cache_of_host.DEFAULT_MOST_BYTES, cache_of_host.DEFAULT_SHARE) == (16 << 30, 10)
     assert all(f"`{option}`" in README for option in ("endpoint_url", "region", "profile", "sse"))
 
 

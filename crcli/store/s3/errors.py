@@ -9,7 +9,7 @@ from typing import Any
 from botocore import exceptions as boto
 from urllib3.exceptions import HTTPError
 
-from crcli.errors import NotFound, StoreError
+from crcli.errors import NotFound, StoreError, StoreUnreachable
 from crcli.store.base import taken
 
 _PASSING_CODES = frozenset(
@@ -33,6 +33,8 @@ _PASSING_CODES = frozenset(
     )
 )
 _PASSING_STATUS = frozenset((408, 429, 500, 502, 503, 504))
+_GATEWAY_STATUS = frozenset((502, 503, 504))
+"""What those answer who stand before a store that is not there; a store that is too busy has not decided."""
 _ABSENT = frozenset(("NoSuchKey", "404", "NotFound", "NoSuchVersion"))
 
 FOREIGN = (boto.BotoCoreError, boto.ClientError, HTTPError, OSError)
@@ -149,7 +151,12 @@ def translate(error: Exception, place: Place, key: str = "") -> StoreError:
     if isinstance(error, boto.ClientError):
         return _translate_refusal(error, place, key)
     message, hint = _explain_failure(error, place)
-    return StoreError(message, hint=hint)
+    return (StoreUnreachable if _is_silence(error) else StoreError)(message, hint=hint)
+
+
+def _is_silence(error: Exception) -> bool:
+    """Whether the store had no say in it: what is between us and it failed, or it is not there."""
+    return isinstance(error, (*_LOST_ON_THE_WAY, OSError)) and not isinstance(error, boto.SSLError)
 
 
 def _translate_refusal(error: Any, place: Place, key: str) -> StoreError:
@@ -161,7 +168,8 @@ def _translate_refusal(error: Any, place: Place, key: str) -> StoreError:
     what = f"{error.operation_name} of {key}" if key else error.operation_name
     said = error.response.get("Error", {}).get("Message", "")
     message = f"{place} refused {what}: {code} {said}".rstrip()
-    return StoreError(message, hint=_remedy(code, error.response, place))
+    kind = StoreUnreachable if status_of(error) in _GATEWAY_STATUS else StoreError
+    return kind(message, hint=_remedy(code, error.response, place))
 
 
 def _remedy(code: str, response: Any, place: Place) -> str:

@@ -79,6 +79,13 @@ class S3Store:
             )
         return data
 
+    def fetch_again(self, key: str, offset: int, length: int) -> None:
+        """There is no cache here."""
+
+    def is_near(self, key: str, offset: int, length: int) -> bool:
+        """Nothing is."""
+        return False
+
     def stat(self, key: str) -> ObjectInfo:
         """Ask for the object's headers."""
         head = self._bucket.request("head_object", self._bucket.of(key), key)
