@@ -22,7 +22,7 @@ from crcli.memory.replay import targets
 from crcli.memory.userfault import Event, EventKind, MemoryGone, MemoryMoves, NoPlace, Userfault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from crcli.store.base import Buffer
 
@@ -37,6 +37,45 @@ _FEW = 64
 
 _MOVE_S = 0.0001
 """How long a process may take to go on once we have read what it told (seconds), before we look again."""
+
+
+SMALL_PAGES = 1024
+"""Memory in pieces no larger than this (4 MiB) is what programs touch first: stacks, data, small heaps."""
+
+SMALL_LIMIT = 8192
+"""Pages of such pieces that come before all else (32 MiB), the smallest first."""
+
+
+def first_wanted(spaces: Mapping[SpaceKey, list[Extent]]) -> set[Origin]:
+    """The sources that a tree will most likely need at once: those of its small pieces of memory.
+
+    They are fetched while CRIU still works. Each would cost a wait of its own when the tree runs.
+    """
+    pieces = sorted((piece for extents in spaces.values() for piece in _pieces(extents)), key=_pages)
+    found: set[Origin] = set()
+    left = SMALL_LIMIT
+    for piece in pieces:
+        left -= _pages(piece)
+        if left < 0 or _pages(piece) > SMALL_PAGES:
+            break
+        found.update(Origin(part.source, part.chunk) for part in piece if part.source != Source.ZERO)
+    return found
+
+
+def _pieces(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
+    """Extents that follow one another without a gap."""
+    piece: list[Extent] = []
+    for extent in sorted(extents):
+        if piece and piece[-1].end != extent.start:
+            yield piece
+            piece = []
+        piece.append(extent)
+    if piece:
+        yield piece
+
+
+def _pages(piece: Iterable[Extent]) -> int:
+    return sum(extent.pages for extent in piece)
 
 
 class _State(IntEnum):

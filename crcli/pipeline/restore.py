@@ -318,6 +318,7 @@ class _Restore:
 
     def _begin_pager(self) -> None:
         """In a process of its own, forked while we have nothing yet that it must not keep open."""
+        from crcli.memory.lazy import first_wanted
         from crcli.pipeline.pager import Pager
 
         is_near = self.memory.make_sure(targets(self.divided.late))
@@ -329,10 +330,11 @@ class _Restore:
             store = open_cached(options.store, endpoint_url=options.endpoint_url)
             chunks = ChunkReader(store, manifest.packs, manifest.chunks)
             memory = MemoryReader(store, manifest, chunks, mapped, folders)
-            plan = memory.plan(targets(self.divided.late))
+            first = first_wanted(self.divided.late)
+            plan = memory.plan(targets(self.divided.late).keys() - first)
             own = set(manifest.meta.get("own_packs", ()))
             plan.sort(key=lambda group: not _is_in(own, group[0], manifest))
-            return plan, memory.read, store.close
+            return memory.plan(first) + plan, memory.read, store.close
 
         self.pager = Pager(self.divided.late, open_source, _threads(is_near))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crcli.memory.extents import Extent, Origin, Source, SpaceKey, SpaceKind
+from crcli.memory.lazy import SMALL_LIMIT, SMALL_PAGES, first_wanted
 from crcli.memory.missing import Missing
 
 SPAN = 40
@@ -70,3 +72,20 @@ def test_neighbours_are_one_stretch() -> None:
     """Runs that follow one another are filled in together."""
     found = Missing([(8, 4), (4, 4), (20, 1)]).within(0, 100)
     assert [(one.origin, one.pages) for one in found] == [(4, 8), (20, 1)]
+
+
+def test_small_pieces_of_memory_come_first() -> None:
+    """What a program is likely to touch at once: the smallest pieces, zeros left out, and no large one."""
+
+    def chunk(start: int, pages: int, number: int) -> Extent:
+        return Extent(start, pages, Source.CHUNK, number)
+
+    large = [chunk(10_000, SMALL_PAGES // 2, 1), chunk(10_000 + SMALL_PAGES // 2, SMALL_PAGES, 2)]
+    stack = [chunk(50_000, 30, 3), Extent(50_030, 4, Source.ZERO), chunk(50_034, 2, 4)]
+    one, other = SpaceKey(SpaceKind.PROCESS, 1), SpaceKey(SpaceKind.PROCESS, 2)
+    found = first_wanted({one: [*large, *stack], other: [chunk(7, 1, 5)]})
+    assert found == {Origin(Source.CHUNK, number) for number in (3, 4, 5)}
+    many = {
+        one: [chunk(2 * SMALL_PAGES * at, SMALL_PAGES, at) for at in range(2 * SMALL_LIMIT // SMALL_PAGES)]
+    }
+    assert len(first_wanted(many)) == SMALL_LIMIT // SMALL_PAGES
