@@ -2,8 +2,8 @@
 
 The machine's root is this host's, read-only (QEMU itself refuses to write), with memory over the folders that
 programs write to: the same .venv and the same CRIU run there, on another kernel. Nothing that happens inside
-reaches the host, and the machine ends with the block that booted it. Software emulation is ten to thirty times
-slower than the processor, and takes one core of it.
+reaches the host, and the machine ends with the block that booted it. Software emulation is ten to thirty
+times slower than the processor, and takes one core of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.nodes.kernels import BUSYBOX, Kernel, initramfs, kernels
 
 QEMU = "qemu-system-x86_64"
 BOOT_LIMIT_S = 120.0
-_CPU = "max,cx16=off"  # with cx16, and with more than one processor, QEMU 7.2 crashed the kernel now and then
+_CPU = "max"  # with more than one processor, QEMU 7.2 crashed the kernel now and then (cmpxchg16b)
 _END = b"\x01end "
 _WRITABLE = ("/tmp", "/run", "/var/tmp", "/var/lib", "/var/log", "/var/cache", "/mnt")
 
