@@ -65,8 +65,8 @@ def dump(
         str,
         typer.Option(
             metavar="N|auto",
-            help="Copy memory in N rounds (1-9) while the tree runs, so that it is frozen for what changed "
-            "since. auto: as many as pay, where the kernel tracks writes.",
+            help="Copy memory in N rounds (1-9) while the tree runs, and freeze it for the rest. auto: as "
+            "many as pay, where the kernel tracks writes.",
             show_default=False,
         ),
     ] = "",

@@ -44,7 +44,7 @@ class Layers:
     def add(
         self, sent: Mapping[SpaceKey, Sequence[Extent]], inherited: Mapping[SpaceKey, Sequence[PageRun]]
     ) -> None:
-        """Take in a round. Pages that nobody has sent stay unknown; spaces that are not in `sent` are gone."""
+        """Take in a round. Pages that nobody sent stay unknown; spaces that are not in `sent` are gone."""
         spaces: dict[SpaceKey, list[Layer]] = {}
         for space, extents in sent.items():
             kept, _ = self.within(space, inherited.get(space, ()))

@@ -1,7 +1,7 @@
 """`dump --pre-copy`: what is copied while the tree runs is what the image has, whatever the tree did since.
 
-Most of this needs a kernel that tracks writes. Where this host's does not, `tests/nodes` runs these tests in a
-virtual machine with one that does.
+Most of this needs a kernel that tracks writes. Where this host's does not, `tests/nodes` runs these tests in
+a virtual machine with one that does.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ not_tracking = pytest.mark.skipif(tracks_writes(), reason="this kernel tracks wr
 pytestmark = [needs_root, pytest.mark.timeout(600)]
 
 MIB = 1 << 20
+LIMIT_S = 120.0
 
 AT_WORK = """
     import hashlib, mmap, os, random, signal, time
@@ -59,13 +60,13 @@ RESTLESS = """
     libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
     for call in (libc.munmap, libc.madvise, libc.mprotect):
         call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    SIZE, HUGE = 4 << 20, 2 << 20
+    SIZE = HUGE = 2 << 20  # a page table, or a huge page
     READ, WRITE, FIXED, PRIVATE, ANONYMOUS, NO_RESERVE = 1, 2, 0x10, 2, 0x20, 0x4000
     DONTNEED, HUGEPAGE, NOHUGEPAGE, MAYMOVE, MOVE_FIXED = 4, 14, 15, 1, 2
 
     # One stretch of addresses at borders of 2 MiB; the regions lie in it with gaps between them.
-    base = libc.mmap(None, 512 << 20, 0, PRIVATE | ANONYMOUS | NO_RESERVE, -1, 0)
-    places = iter(range((base + HUGE - 1) // HUGE * HUGE, base + (500 << 20), SIZE + HUGE))
+    base = libc.mmap(None, 256 << 20, 0, PRIVATE | ANONYMOUS | NO_RESERVE, -1, 0)
+    places = iter(range((base + HUGE - 1) // HUGE * HUGE, base + (250 << 20), SIZE + HUGE))
 
     def region(number, advice, at=0):
         at = at or next(places)
@@ -96,10 +97,10 @@ RESTLESS = """
             libc.mremap(at["fresh"], SIZE, SIZE, MAYMOVE | MOVE_FIXED, place)
             at["fresh"] = place
             libc.madvise(at["dropped"], SIZE, DONTNEED)
-            ctypes.string_at(at["dropped"], 8), ctypes.string_at(at["dropped"] + HUGE, 8)
-            libc.madvise(at["holes"] + HUGE, HUGE // 2, DONTNEED)
-            write(at["holes"] + HUGE, number)
-            ctypes.string_at(at["holes"] + HUGE + 8192, 8)
+            ctypes.string_at(at["dropped"] + HUGE // 2, 8)
+            libc.madvise(at["holes"] + HUGE // 4, HUGE // 4, DONTNEED)
+            write(at["holes"] + HUGE // 4, number)
+            ctypes.string_at(at["holes"] + HUGE // 4 + 8192, 8)
             libc.munmap(at["replaced"], SIZE, 0)
             libc.mmap(at["replaced"], SIZE, READ | WRITE, PRIVATE | ANONYMOUS | FIXED, -1, 0)
             write(at["replaced"] + 12288, number)
@@ -113,7 +114,7 @@ RESTLESS = """
                 write(at["shared"] + 16384, number + 1)
                 print(f"child={os.getpid()}")
                 while True:
-                    signal.pause()
+                    time.sleep(0.02)  # not pause: a signal may come before it is restarted
             write(at["shared"] + 20480, number + 2)
 
     groups = [Group(1), Group(2)]
@@ -144,7 +145,7 @@ RESTLESS = """
         write(sentinel, 2 + number)
         print(f"disturbed={number}")
     while True:
-        signal.pause()
+        time.sleep(0.02)  # not pause: a signal may come before it is restarted
     """
 """Regions of memory that are moved, dropped, replaced, hidden, forked and written to, half of them after each
 of the first two rounds, which it notices by itself."""
@@ -165,7 +166,7 @@ def python(code: str, folder: Path):  # type: ignore[no-untyped-def]
     @contextmanager
     def running() -> Iterator[Program]:
         with launched([sys.executable, "-u", "-c", textwrap.dedent(code)], folder) as program:
-            program.wait_for("ready", 120)
+            program.wait_for("ready", LIMIT_S)
             yield program
 
     return running()
@@ -215,7 +216,9 @@ def test_the_last_round_carries_little(crcli: Crcli, program: Program) -> None:
     sent_frozen = report["memory_bytes"] - (report["pre_copied_bytes"] - report["wasted_bytes"])
     assert sent_frozen < first["bytes"] / 8
     assert 0 < report["wasted_bytes"] < first["bytes"] / 8
-    print("figures", json.dumps({k: report[k] for k in ("rounds", "wasted_bytes", "frozen_ms", "memory_bytes")}))
+    print(
+        "figures", json.dumps({k: report[k] for k in ("rounds", "wasted_bytes", "frozen_ms", "memory_bytes")})
+    )
     restored = crcli.restore(report["image"])
     assert_works_on(program)
     assert hash_after_a_signal(program, restored["host_pid"])
@@ -248,7 +251,9 @@ def test_auto_makes_as_many_rounds_as_pay(crcli: Crcli, program: Program, tmp_pa
 @tracking
 def test_nothing_changed_between_rounds(crcli: Crcli, tmp_path: Path) -> None:
     """A tree that sleeps all the while has next to nothing left to send, and comes back whole."""
-    code = counter(kilobytes=4096).replace("for number in itertools.count():", "for number in range(1 << 40):")
+    code = counter(kilobytes=4096).replace(
+        "for number in itertools.count():", "for number in range(1 << 40):"
+    )
     code = code.replace("time.sleep(0.01)", "time.sleep(0.01 if number else 3)")
     with launched([sys.executable, "-u", "-c", code], tmp_path) as program:
         program.wait_for("ready")
@@ -301,7 +306,7 @@ def hashes(program: Program, tree: list[psutil.Process]) -> dict[int, str]:
         lines = [line.split() for line in program.output.splitlines()[known:]]
         return {int(words[1]): words[2] for words in lines if len(words) == 3 and words[0] == "hash"}
 
-    wait_until(lambda: len(told()) == len(tree), "not all answer", 120)
+    wait_until(lambda: len(told()) == len(tree), f"not all answer:\n{program.output}", LIMIT_S)
     return told()
 
 
@@ -336,7 +341,9 @@ def test_crcli_ended_in_a_round_leaves_the_tree_running(
     time.sleep(later_s)
     attempt.send(number)
     attempt.end()
-    assert attempt.code == -number if number == signal.SIGKILL else attempt.code in (11, 143), attempt.describe()
+    assert attempt.code == -number if number == signal.SIGKILL else attempt.code in (11, 143), (
+        attempt.describe()
+    )
     tree.assert_runs_as(before)
     attempt.assert_nothing_left()
     again = begin(tree, tmp_path, "--pre-copy", "1")
