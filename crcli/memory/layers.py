@@ -17,6 +17,8 @@ from crcli.memory.pagemap import PageRun
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
+    from crcli.memory.weights.references import Reference
+
 
 class Layer(NamedTuple):
     """Pages as a round sent them (its number, from 0): nothing newer is known of them."""
@@ -116,6 +118,23 @@ def without(runs: Iterable[PageRun], taken: Iterable[PageRun]) -> list[PageRun]:
         if place < run.end:
             left.append(PageRun(place, run.end))
     return left
+
+
+def only_referred(
+    spaces: Mapping[SpaceKey, Sequence[Extent]], references: Sequence[Reference]
+) -> tuple[dict[SpaceKey, list[Extent]], list[Reference]]:
+    """The same memory, and the references that it has, with their new numbers.
+
+    What was found in files of weights in one round may be written to before the next: then the image must not
+    ask for those files.
+    """
+    listed = {e.chunk for extents in spaces.values() for e in extents if e.source == Source.WEIGHTS}
+    number = {old: new for new, old in enumerate(sorted(listed))}
+    renumbered = {
+        space: [e._replace(chunk=number[e.chunk]) if e.source == Source.WEIGHTS else e for e in extents]
+        for space, extents in spaces.items()
+    }
+    return renumbered, [references[old] for old in sorted(listed)]
 
 
 def count(spaces: Mapping[SpaceKey, Sequence[Extent]], adopted: Collection[int]) -> MemoryCounts:

@@ -273,7 +273,8 @@ class _Dump:
                 held.callback(os.close, self.network)
             overflow = OverflowFile(self.workspace, self.shared.at_once)
             held.callback(overflow.close)
-            if self.options.outcome == Outcome.RUNNING:  # else its standstill ends nothing that goes on
+            # Otherwise its standstill ends nothing that goes on, or little is left to take then.
+            if self.options.outcome == Outcome.RUNNING and not self.options.pre_copy:
                 overflow.populate(self.target.evidence.expected_bytes)
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
@@ -549,14 +550,14 @@ class _Dump:
             self.sandbox.learn()
             self.sandbox.close()
         taken = self.intake.finish(self.progress.amount)
-        spaces, counts = self.rounds.whole(*taken, self.writer.adopted)
+        spaces, counts, references = self.rounds.whole(*taken, self.writer)
         self.report.wasted_bytes = self.rounds.wasted_bytes
         self.skeleton = store_skeleton(self.images, self.writer)
         self.writer.seal()
         self._count(counts)
         described = self.weights.described()
-        self.report.weights = weights_report(described, self.writer.references)
-        weights, references = only_used(described, self.writer.references)
+        self.report.weights = weights_report(described, references)
+        weights, references = only_used(described, references)
         manifest = Manifest(
             name=self.target.name,
             id=self.target.image_id,

@@ -21,9 +21,10 @@ from crcli.criu.page_server import PageProtocolError, socket_pair
 from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.errors import DumpFailed, HostLacks, TreeState
 from crcli.findings import Finding, Severity
+from crcli.memory.extents import PAGE
 from crcli.memory.frames import Frames, changed
 from crcli.memory.intake import BLOCK_PAGES
-from crcli.memory.layers import Layers, count, without
+from crcli.memory.layers import Layers, count, only_referred, without
 from crcli.memory.pagemap import AddressSpace, PageRun, tracks_writes, zero_frame
 from crcli.memory.sample import Makeup
 from crcli.pipeline.logs import explain_failure
@@ -32,13 +33,15 @@ from crcli.pipeline.stages import PRE_COPY_AUTO
 from crcli.process.tree import scan_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from crcli.criu.options import DumpPlan
     from crcli.criu.workspace import Workspace
+    from crcli.image.packs import PackWriter
     from crcli.memory.classify import MemoryCounts
     from crcli.memory.extents import Extent, SpaceKey
     from crcli.memory.intake import Intake
+    from crcli.memory.weights.references import Reference
     from crcli.pipeline.forecast import Load
     from crcli.process.identity import ProcessId
     from crcli.process.tree import Process
@@ -106,6 +109,7 @@ class Rounds:
         self._root = root
         self._plan = plan
         self._answer_limits = answer_limits
+        self._has_begun = False
         self._layers = Layers()
         self._frames: list[dict[int, Frames]] = []
         self.done: list[Round] = []
@@ -158,6 +162,7 @@ class Rounds:
 
     def _make_one(self) -> None:
         name = f"round-{len(self.done)}"
+        self._has_begun = True
         frames = self._look()
         self._intake.begin_round(self._layers, is_last=False)
         with self._workspace.folder(name) as images:
@@ -217,7 +222,6 @@ class Rounds:
     def _forget(self) -> None:
         """Go on as if there had been no round: the bits that tell of writes cannot be relied on any more."""
         self._layers, self._frames, self.parent = Layers(), [], ""
-        self.wasted_bytes = self.sent_bytes
 
     # While it stands still.
 
@@ -231,7 +235,7 @@ class Rounds:
                 frames = [seen.get(memory.pid) for seen in self._frames]
                 doubtful = sorted([*changed(memory, known, frames), *unknown])
                 for part in _parts(doubtful):
-                    self._intake.take(space, part.start, memory.read(part), lazy=False)
+                    self._intake.take(space, part.start, _whole(memory, part), lazy=False)
             finally:
                 memory.close()
             self._intake.inherited[space] = without(sorted(runs), doubtful)
@@ -242,25 +246,36 @@ class Rounds:
         self,
         spaces: dict[SpaceKey, list[Extent]],
         counts: MemoryCounts,
-        adopted: Collection[int],
-    ) -> tuple[dict[SpaceKey, list[Extent]], MemoryCounts]:
-        """All memory, from what the last round brought; `adopted` are chunks that the store had before."""
-        if not self.parent:
-            return spaces, counts
+        writer: PackWriter,
+    ) -> tuple[dict[SpaceKey, list[Extent]], MemoryCounts, list[Reference]]:
+        """All memory, from what the last round brought and what all have given to the `writer`; its counts;
+        the references that it has."""
+        if not self._has_begun:
+            return spaces, counts, writer.references
         whole = self._layers.under(spaces, self._intake.inherited)
-        all_counts = count(whole, adopted)
+        all_counts = count(whole, writer.adopted)
         self.wasted_bytes = self.sent_bytes - (all_counts.total - counts.total)
-        return whole, all_counts
+        whole, references = only_referred(whole, writer.references)
+        return whole, all_counts, references
 
     def left_of(self, load: Load) -> Load:
         """What is left to do of a dump once the rounds are made, if all goes on as it did in the last one."""
-        left = self.done[-1].bytes if self.done else load.memory.total
-        share = left / load.memory.total if load.memory.total else 0.0
+        if not self.parent or not load.memory.total:
+            return load
+        left = self.done[-1].bytes
+        share = left / load.memory.total
         return replace(
             load,
             memory=Makeup(total=left, new=left, stored=round(load.memory.stored * share)),
             stored_bytes=round(load.stored_bytes * share),
         )
+
+
+def _whole(memory: AddressSpace, run: PageRun) -> bytes:
+    data = memory.read(run)
+    if len(data) != (run.end - run.start) * PAGE:
+        raise OSError(f"memory at {run.start * PAGE:#x} cannot be read")
+    return data
 
 
 def _parts(runs: Iterable[PageRun]) -> Iterator[PageRun]:

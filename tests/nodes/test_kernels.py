@@ -43,7 +43,7 @@ def test_pre_copy(name: str, machine: Machine) -> None:
     python = shlex.quote(sys.executable)
     command = f"{python} -m pytest -p no:cacheprovider -rs {PRE_COPY}::{name}"
     done = machine.run(
-        f"cd {shlex.quote(str(ROOT))} && PYTHONDONTWRITEBYTECODE=1 CRCLI_TEST_LIMIT_S=300 {command}",
+        f"cd {shlex.quote(str(ROOT))} && PYTHONDONTWRITEBYTECODE=1 CRCLI_TEST_SLOWNESS=5 {command}",
         limit_s=600,
     )
     assert done.code == 0, done.out

@@ -21,8 +21,10 @@ from crcli.criu.page_server import PageProtocolError, receive_pages
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
 from crcli.memory.frames import Frames, changed
 from crcli.memory.intake import Intake
-from crcli.memory.layers import Layer, Layers, count, cut, without
+from crcli.memory.layers import Layer, Layers, count, cut, only_referred, without
 from crcli.memory.pagemap import AddressSpace, PageRun, zero_frame
+from crcli.memory.weights.references import Piece, Reference
+from crcli.memory.weights.views import View
 from crcli.pipeline import rounds
 from crcli.pipeline.rounds import MOST_AUTO_ROUNDS, SHORT_MS, Round, Rounds
 from crcli.pipeline.stages import PRE_COPY_AUTO
@@ -258,6 +260,17 @@ def test_cuts_of_zeros_stay_zeros() -> None:
     """An extent's offset moves along with its start, except where it has none."""
     assert cut(Extent(10, 5, Source.CHUNK, 1, 100), 12, 14) == Extent(12, 2, Source.CHUNK, 1, 102)
     assert cut(Extent(10, 5, Source.ZERO), 12, 14) == Extent(12, 2, Source.ZERO)
+
+
+def test_an_image_has_the_references_that_it_uses() -> None:
+    """What only an early round found in files of weights is not asked for; what is left gets new numbers."""
+    references = [Reference((Piece(file, View.BYTES, 0, PAGE),), PAGE, bytes(32)) for file in range(4)]
+    spaces = {A: [Extent(1, 1, Source.WEIGHTS, 3), Extent(2, 1, Source.CHUNK, 0), Extent(3, 1, Source.ZERO)]}
+    spaces[B] = [Extent(5, 1, Source.WEIGHTS, 1), Extent(6, 1, Source.WEIGHTS, 3)]
+    renumbered, left = only_referred(spaces, references)
+    assert left == [references[1], references[3]]
+    assert renumbered[A] == [Extent(1, 1, Source.WEIGHTS, 1), *spaces[A][1:]]
+    assert renumbered[B] == [Extent(5, 1, Source.WEIGHTS, 0), Extent(6, 1, Source.WEIGHTS, 1)]
 
 
 # --- page frames -------------------------------------------------------------------------------------------
