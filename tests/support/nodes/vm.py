@@ -2,8 +2,8 @@
 
 The machine's root is this host's, read-only (QEMU itself refuses to write), with memory over the folders that
 programs write to: the same .venv and the same CRIU run there, on another kernel. Nothing that happens inside
-reaches the host, and the machine ends with the block that booted it. Software emulation is ten to thirty
-times slower than the processor, and takes one core of it.
+reaches the host, and the machine ends with the block that booted it, or with us. Software emulation is ten to
+thirty times slower than the processor, and takes one core of it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from crcli import kernel as kernel_calls
 from tests.support.nodes.kernels import BUSYBOX, Kernel, initramfs, kernels
 
 ROOT = Path(__file__).parents[3]
@@ -134,6 +136,7 @@ def booted(kernel: Kernel, memory_mib: int = 1024) -> Iterator[Machine]:
                 stdout=subprocess.DEVNULL,
                 stderr=(folder / "qemu.log").open("wb"),
                 pass_fds=[theirs.fileno()],
+                preexec_fn=lambda: kernel_calls.die_with_parent(signal.SIGKILL),
             )
         try:
             with ours:
