@@ -203,9 +203,10 @@ class Rounds:
             theirs.close()
             try:
                 answer = criu.request(rpc.SINGLE_PRE_DUMP, options, lambda *_: True, _LIMIT_S)
-            except BaseException:
-                receiver.hang_up()  # it lets the tree go
-                self._intake.give_up()
+            except BaseException as error:
+                receiver.hang_up()  # CRIU fails at its next page, and lets the tree go
+                if not isinstance(error, Exception):  # an interrupt: nobody goes on
+                    self._intake.give_up()
                 raise
             finally:
                 receiver.end()
