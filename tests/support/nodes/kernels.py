@@ -19,6 +19,7 @@ BUSYBOX = Path("/bin/busybox")
 
 MODULES = (
     *("virtio_pci", "9pnet_virtio", "9p"),  # the root
+    "overlay",  # the trial
     "crc32c_generic",  # which nf_tables wants, and does not name
     *("nf_tables", "unix_diag", "tcp_diag", "udp_diag", "raw_diag", "netlink_diag", "af_packet_diag"),  # CRIU
 )
