@@ -57,9 +57,9 @@ from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.preflight import preflight_here
 from crcli.pipeline.rates import load_rates
-from crcli.pipeline.shared import Shared
 from crcli.pipeline.receiver import Receiver
 from crcli.pipeline.rounds import Rounds, rounds_here
+from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.trial import try_skeleton
 from crcli.pipeline.watch import kill_all, trapped, tree_state, wait_until_dead
