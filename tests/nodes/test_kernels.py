@@ -14,7 +14,7 @@ from tests.support.nodes.vm import ROOT, Machine, booted, why_not
 
 pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=f"{why_not()}: ./scripts/test nodes installs what it takes"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1200),
 ]
 
 PRE_COPY = "tests/real/test_pre_copy.py"
