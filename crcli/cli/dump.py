@@ -9,7 +9,7 @@ import typer
 from crcli.cli.options import EndpointOption, JsonOption, StoreOption
 from crcli.config import choose_store
 from crcli.errors import UsageError
-from crcli.pipeline.stages import NOTIFY_WAIT_S, DumpOptions, Outcome
+from crcli.pipeline.stages import NOTIFY_WAIT_S, PRE_COPY_AUTO, DumpOptions, Outcome
 
 
 def dump(
@@ -61,6 +61,15 @@ def dump(
             min=0,
         ),
     ] = NOTIFY_WAIT_S,
+    pre_copy: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Copy memory in N rounds (1-9) while the tree runs, and freeze it for the rest. auto: as "
+            "many as pay, where the kernel tracks writes.",
+            show_default=False,
+        ),
+    ] = "",
     no_trial: Annotated[
         bool, typer.Option("--no-trial", help="Skip the trial restore that proves the image before the kill.")
     ] = False,
@@ -92,6 +101,7 @@ def dump(
         deadline_s=deadline,
         weights=tuple(weights or ()),
         notify_wait_s=notify_wait,
+        pre_copy=_rounds(pre_copy),
         endpoint_url=chosen.endpoint_url,
     )
     from crcli.pipeline.interrupts import answer_first
@@ -120,3 +130,12 @@ def _dump_many(pids: list[int], options: DumpOptions, as_json: bool) -> int:
         report = dump_many(pids, options, progress)
     dumps.show(report, as_json, dry_run=options.dry_run)
     return report.exit_code
+
+
+def _rounds(text: str) -> int:
+    """What --pre-copy asks for."""
+    if text in ("", "auto"):
+        return PRE_COPY_AUTO if text else 0
+    if text.isdecimal() and 1 <= int(text) <= 9:
+        return int(text)
+    raise UsageError(f"--pre-copy takes a number from 1 to 9, or auto, not {text!r}")

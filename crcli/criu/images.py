@@ -24,6 +24,7 @@ from crcli.criu.messages import (
     pagemap_head,
     pstree_entry,
     remap_file_path_entry,
+    stats_entry,
 )
 from crcli.memory.extents import PAGE, SpaceKind
 
@@ -203,6 +204,12 @@ def run_id(images: ImageFolder) -> str:
     """The id under which CRIU locked the network at the dump (empty when it has none)."""
     entry = ImageFile.parse(images.read("inventory.img"), inventory_entry).entries[0]
     return str(getattr(entry, "dump_criu_run_id", ""))
+
+
+def frozen_ms(images: ImageFolder) -> float:
+    """For how long a dump or pre-dump that has worked stopped the tree, as CRIU measured it (ms)."""
+    stats = ImageFile.parse(images.read("stats-dump"), stats_entry).entries[0].dump
+    return float((stats.freezing_time + stats.frozen_time) / 1000)
 
 
 def link_remaps(images: ImageFolder) -> list[str]:

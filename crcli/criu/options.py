@@ -8,6 +8,9 @@ from typing import Any
 from crcli.criu.rpc import rpc
 
 LOG_NAME = "criu.log"
+PARENT_LINK = "parent"
+"""What CRIU leaves in a folder of images that refers to those of a pre-dump."""
+
 _LOG_LEVEL = 4
 _CPU_CAP = (1 << 0) | (1 << 2)  # CPU_CAP_FPU | CPU_CAP_INS: refuse a CPU that lacks what programs may use
 _GHOST_FLOOR = 1 << 20
@@ -57,16 +60,17 @@ class RestorePlan:
     """A folder of ours for CRIU to work in, where the images' folder does not do: CRIU mounts there."""
 
 
-def dump_options(plan: DumpPlan, images_fd: int, page_fd: int) -> Any:
+def dump_options(plan: DumpPlan, images_fd: int, page_fd: int, parent: str = "") -> Any:
     """Return the request's options for a dump into the folder `images_fd`, pages into the socket `page_fd`.
 
-    Both are descriptors that CRIU has inherited from us under the same numbers.
+    Both are descriptors that CRIU has inherited from us under the same numbers. `parent` is the folder of the
+    pre-dump before it, seen from there: pages that were not written to since are not sent. CRIU leaves it
+    under the name PARENT_LINK.
     """
-    options = _common(plan.shell_job, plan.manage_cgroups, plan.external, f"/proc/self/fd/{images_fd}")
-    options.pid = plan.pid
+    options = _memory_options(plan, images_fd, page_fd, parent)
+    options.track_mem = bool(parent)
     options.leave_running = plan.leave_running
     options.leave_stopped = plan.leave_stopped
-    options.ps.fd = page_fd
     options.notify_scripts = True
     options.ghost_limit = min(max(plan.ghost_bytes, _GHOST_FLOOR), 0xFFFF_FFFF)
     options.network_lock = {"nftables": rpc.NFTABLES, "iptables": rpc.IPTABLES}.get(
@@ -74,9 +78,25 @@ def dump_options(plan: DumpPlan, images_fd: int, page_fd: int) -> Any:
     )
     options.tcp_established = True
     options.orphan_pts_master = plan.orphan_terminals
+    options.irmap_scan_paths.extend(plan.watched)
+    return options
+
+
+def pre_dump_options(plan: DumpPlan, images_fd: int, page_fd: int, parent: str = "") -> Any:
+    """Return the same for a pre-dump: memory alone, of a tree that is stopped only for a moment."""
+    options = _memory_options(plan, images_fd, page_fd, parent)
+    options.track_mem = True
+    return options
+
+
+def _memory_options(plan: DumpPlan, images_fd: int, page_fd: int, parent: str) -> Any:
+    options = _common(plan.shell_job, plan.manage_cgroups, plan.external, f"/proc/self/fd/{images_fd}")
+    options.pid = plan.pid
+    options.ps.fd = page_fd
     options.unprivileged = plan.unprivileged
     options.timeout = plan.freeze_limit_s
-    options.irmap_scan_paths.extend(plan.watched)
+    if parent:
+        options.parent_img = parent
     return options
 
 

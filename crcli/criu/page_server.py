@@ -4,6 +4,10 @@ During a dump CRIU sends each run of pages into a socket whose other end we hold
 (criu/page-xfer.c upstream) is little-endian: a header `u32 command, pad, u64 pages, u64 address, u64
 owner` (until CRIU 4.1: `u32 command, u32 pages, u64 address, u64 owner`), followed, for runs that carry
 them, by `pages * 4096` bytes. The low 16 bits of the command are the operation, the high 16 its flags.
+
+Where a dump comes in rounds, CRIU asks of each space whether an earlier round sent it (PARENT, answered with
+an i32, while the tree is frozen; OPEN2, answered with a byte, before the pages come). If so, pages that were
+not written to come as headers without contents.
 """
 
 from __future__ import annotations
@@ -56,14 +60,18 @@ def receive_pages(channel: socket.socket, intake: Intake) -> None:
     for command, pages, address, owner in _headers(channel):
         operation, flags = command & 0xFFFF, command >> 16
         if operation == _ADD_F:
+            space = _space(owner)
             if flags & FLAG_PRESENT:
-                intake.receive(channel, _space(owner), address // PAGE, pages, bool(flags & FLAG_LAZY))
+                intake.receive(channel, space, address // PAGE, pages, bool(flags & FLAG_LAZY))
+            elif flags & FLAG_PARENT and intake.has_parent(space):
+                intake.inherit(space, address // PAGE, pages)
             elif pages:
                 raise PageProtocolError(f"{pages} pages at {address:#x} without contents (flags {flags})")
-        elif operation in (_OPEN2, _PARENT):
-            if operation == _OPEN2:
-                intake.begin_space(_space(owner))
-            channel.send(b"\0")  # no parent image: every page comes whole
+        elif operation == _OPEN2:
+            intake.begin_space(_space(owner))
+            channel.send(struct.pack("<b", intake.has_parent(_space(owner))))
+        elif operation == _PARENT:
+            channel.send(struct.pack("<i", intake.has_parent(_space(owner))))
         elif command in (_CLOSE, _FORCE_CLOSE):
             intake.flush()
             channel.send(struct.pack("<i", 0))

@@ -103,6 +103,11 @@ class PackWriter:
         """The references into files of weights."""
         return self._references
 
+    @property
+    def adopted(self) -> set[int]:
+        """The chunks that the store had before, by their numbers in the chunk table."""
+        return set(self._adopted.values())
+
     def refer(self, reference: Reference) -> int:
         """Give a reference its number, the same to equal ones; see memory.classify.ChunkSink."""
         with self._lock:

@@ -6,6 +6,9 @@ few blocks of our own. Until all pages are here the workers wait at a gate, so t
 for little more than one copy of its memory. Then (or as soon as all blocks are full) one block after
 another is classified (see classify.py), and what is new is handed to the sink. Without a free block the
 receiver waits, the socket fills, and CRIU waits too: memory stays bounded and nothing is dropped.
+
+A dump may come in rounds, the last of which alone finds the tree frozen. Those before it use neither the gate
+nor the overflow.
 """
 
 from __future__ import annotations
@@ -16,16 +19,17 @@ import queue
 import socket
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from crcli.errors import DumpFailed, TreeState
 from crcli.kernel import punch_hole
 from crcli.memory.classify import GROUP_PAGES, Classified, Classifier, MemoryCounts, Run
 from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, coalesce
+from crcli.memory.pagemap import PageRun
 from crcli.memory.replay import AMOUNT_EVERY_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container, Iterator
 
     from crcli.memory.classify import ChunkSink, KnownPages
     from crcli.memory.weights.match import Matcher
@@ -85,6 +89,14 @@ class Overflow(Protocol):
     limit: int
 
 
+class Taken(NamedTuple):
+    """What a round brought: the extents of each space, sorted and joined, pages left as they were, counts."""
+
+    spaces: dict[SpaceKey, list[Extent]]
+    inherited: dict[SpaceKey, list[PageRun]]
+    counts: MemoryCounts
+
+
 class Intake:
     """Turns runs of pages into extents and chunks. `receive` and `flush` belong to one receiving thread."""
 
@@ -116,12 +128,61 @@ class Intake:
         """Short runs of pages that CRIU itself looks at (the vdso among them), by first page number."""
         self._kept_pages = 0
         self._received = 0
+        self._worker_count = workers
+        self._workers: list[threading.Thread] = []
+        self._start_workers()
+        self._is_last = True
+        self._parents: Container[SpaceKey] = ()
+        self.inherited: dict[SpaceKey, list[PageRun]] = {}
+        """Pages of which CRIU says that they are as the round before sent them."""
+        self._kept_before: dict[SpaceKey, list[tuple[int, bytes]]] = {}
+
+    def _start_workers(self) -> None:
         self._workers = [
             threading.Thread(target=self._work, name=f"intake-{number}", daemon=True)
-            for number in range(workers)
+            for number in range(self._worker_count)
         ]
         for worker in self._workers:
             worker.start()
+
+    # A dump in rounds.
+
+    def begin_round(self, parents: Container[SpaceKey], *, is_last: bool) -> None:
+        """Expect a round: of the spaces in `parents`, an earlier one's pages may be inherited.
+
+        Shared memory counts in the last round only: who writes to it other than through a mapping of the
+        tree's own leaves no trace that could be tracked.
+        """
+        self._parents = parents
+        self._is_last = is_last
+        if not is_last:
+            self.open_gate()  # nobody waits for us
+
+    def end_round(self) -> Taken:
+        """Wait for the workers; return what this round brought. The next one starts afresh."""
+        self.flush()
+        self.close()
+        self._raise_failure()
+        spaces = {space: coalesce(extents) for space, extents in self._spaces.items()}
+        taken = Taken(spaces, self.inherited, self._counts)
+        self._kept_before, self.kept = self.kept, {}
+        self._spaces, self.inherited, self._counts = {}, {}, MemoryCounts()
+        self._kept_pages = self._received = 0
+        self._gate.clear()
+        self._start_workers()
+        return taken
+
+    def has_parent(self, space: SpaceKey) -> bool:
+        """Whether pages of this space may be inherited."""
+        return space.kind == SpaceKind.PROCESS and space in self._parents
+
+    def inherit(self, space: SpaceKey, start: int, pages: int) -> None:
+        """Note pages that are as the round before sent them."""
+        run = PageRun(start, start + pages)
+        self.inherited.setdefault(space, []).append(run)
+        self.kept[space] += _within(self._kept_before.get(space, []), run)
+
+    # What comes.
 
     def begin_space(self, space: SpaceKey) -> None:
         """Note that an address space exists, even if no page of it should come."""
@@ -135,13 +196,35 @@ class Intake:
         Blocks while all memory is in use. Raises what a worker has died of, if one has, and
         ConnectionError when the channel ends.
         """
+        if space.kind == SpaceKind.SHARED and not self._is_last:
+            self._pass_over(channel, pages)
+            return
+        for into, run in self._places(space, start, pages, lazy):
+            self._keep_early(run, self._receive_run(into, channel, run))
+
+    def _pass_over(self, channel: socket.socket, pages: int) -> None:
+        nowhere = memoryview(bytearray(min(pages, BLOCK_PAGES) * PAGE))
+        while pages:
+            view = nowhere[: pages * PAGE]
+            receive_exactly(channel, view)
+            pages -= len(view) // PAGE
+
+    def take(self, space: SpaceKey, start: int, data: bytes, lazy: bool) -> None:
+        """Take pages that were read elsewhere, as `receive` takes them out of a channel."""
+        for into, run in self._places(space, start, len(data) // PAGE, lazy):
+            self._put(into, run, memoryview(data)[(run.start - start) * PAGE :][: run.pages * PAGE])
+
+    def _places(
+        self, space: SpaceKey, start: int, pages: int, lazy: bool
+    ) -> Iterator[tuple[_Block | _Spilled, Run]]:
+        """Where the pages of a run go, piece by piece; each is there when the next is asked for."""
         while pages:
             self._raise_failure()
             if self._open is None:
                 self._open = self._next_place()
             run = self._open.next_run(space, start, pages, lazy)
             if run.pages:
-                self._keep_early(run, self._receive_run(self._open, channel, run))
+                yield self._open, run
                 self._open.add(run)
             if self._open.used == BLOCK_PAGES or not run.pages:
                 self.flush()
@@ -237,7 +320,7 @@ class Intake:
         return self._spare.pop() if self._spare else _Block()
 
     def _spill_room(self) -> bool:
-        return self._overflow is not None and self._spill_end < self._overflow.limit
+        return self._is_last and self._overflow is not None and self._spill_end < self._overflow.limit
 
     def _receive_run(self, into: _Block | _Spilled, channel: socket.socket, run: Run) -> Callable[[], bytes]:
         """Move a run out of the channel; return what reads it again."""
@@ -250,6 +333,15 @@ class Intake:
         begin, overflow = self._spill_end, self._overflow.fd
         self._splice(channel.fileno(), overflow, size)
         return lambda: os.pread(overflow, size, begin)
+
+    def _put(self, into: _Block | _Spilled, run: Run, data: memoryview) -> None:
+        if isinstance(into, _Block):
+            memoryview(into.memory)[run.at * PAGE :][: len(data)] = data
+            return
+        assert self._overflow is not None
+        if os.pwrite(self._overflow.fd, data, self._spill_end) != len(data):
+            raise OSError("the overflow area is full")
+        self._spill_end += len(data)
 
     def _keep_early(self, run: Run, read: Callable[[], bytes]) -> None:
         """Keep a copy of pages that the trial needs."""
@@ -286,8 +378,8 @@ class Intake:
             raise self._failure
 
     def _under_pressure(self) -> bool:
-        """Whether the receiver is being held back, or would be next."""
-        return not self._spill_room() and self._full.qsize() >= BLOCK_COUNT // 2
+        """Whether the receiver is being held back, or would be next, while the tree stands still."""
+        return self._is_last and not self._spill_room() and self._full.qsize() >= BLOCK_COUNT // 2
 
     def _work(self) -> None:
         self._gate.wait()
@@ -345,6 +437,14 @@ class Intake:
             self._counts += found.counts
             for space, extent in found.extents:
                 self._spaces.setdefault(space, []).append(extent)
+
+
+def _within(kept: list[tuple[int, bytes]], run: PageRun) -> Iterator[tuple[int, bytes]]:
+    """The pages of `run` that are among these runs of pages."""
+    for start, data in kept:
+        first, last = max(start, run.start), min(start + len(data) // PAGE, run.end)
+        if first < last:
+            yield first, data[(first - start) * PAGE : (last - start) * PAGE]
 
 
 def receive_exactly(channel: socket.socket, view: memoryview, *, end_allowed: bool = False) -> bool:

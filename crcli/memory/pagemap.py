@@ -28,7 +28,7 @@ nor a guard (0x04). Bit 0 says that nobody else has mapped the page, bit 1 belon
 
 _SLICE_PAGES = 32 << 20 >> 12
 _ENTRY = 8
-_PRESENT, _EXCLUSIVE, _FRAME = 1 << 63, 1 << 56, (1 << 55) - 1
+_PRESENT, _EXCLUSIVE, _WRITTEN, _FRAME = 1 << 63, 1 << 56, 1 << 55, (1 << 55) - 1
 
 
 class PageRun(NamedTuple):
@@ -94,6 +94,11 @@ class AddressSpace:
             for entry in struct.unpack(f"<{len(entries) // _ENTRY}Q", entries)
         ]
 
+    def entries(self, run: PageRun) -> bytes:
+        """What pagemap says of these pages, 8 bytes each; zero where nothing is mapped."""
+        size = (run.end - run.start) * _ENTRY
+        return os.pread(self._pagemap, size, run.start * _ENTRY).ljust(size, b"\0")
+
     def read(self, run: PageRun) -> bytes:
         """The bytes of these pages. Ask only for pages that are in memory: others would be brought there."""
         return os.pread(self._memory, (run.end - run.start) * PAGE, run.start * PAGE)
@@ -118,17 +123,28 @@ def _pages(span: bytes) -> tuple[int, int]:
 
 
 @cache
+def tracks_writes() -> bool:
+    """Whether this kernel notes which pages a process writes to (CONFIG_MEM_SOFT_DIRTY)."""
+    with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        page[0] = 1
+        return bool(_own_entry(page) & _WRITTEN)
+
+
+@cache
 def zero_frame() -> int:
     """The frame of the kernel's page of zeros, which it shows where something was read but never written.
 
     0 when the kernel does not let us see frames (CAP_SYS_ADMIN).
     """
-    page = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        assert page[0] == 0  # it is there now
+        return _own_entry(page) & _FRAME
+
+
+def _own_entry(page: mmap.mmap) -> int:
+    """What pagemap says of the first page of a mapping of ours."""
     first = ctypes.c_char.from_buffer(page)
-    assert first.value == b"\0"  # it is there now
     with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
         pagemap.seek(ctypes.addressof(first) // PAGE * _ENTRY)
         (entry,) = struct.unpack("<Q", pagemap.read(_ENTRY))
-    del first
-    page.close()
-    return int(entry & _FRAME)
+    return int(entry)

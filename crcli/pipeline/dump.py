@@ -8,8 +8,6 @@ the kernel lets go of it. After the "yes" the image is durable, and the standby 
 from __future__ import annotations
 
 import os
-import socket
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,8 +19,8 @@ from crcli.criu import netlock
 from crcli.criu.images import read_tree, run_id
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
-from crcli.criu.options import LOG_NAME, dump_options
-from crcli.criu.page_server import receive_pages, socket_pair
+from crcli.criu.options import LOG_NAME, PARENT_LINK, dump_options
+from crcli.criu.page_server import socket_pair
 from crcli.criu.rescue import free_sockets, remove_link_remaps, remove_tables
 from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Sandbox
@@ -59,6 +57,8 @@ from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.preflight import preflight_here
 from crcli.pipeline.rates import load_rates
+from crcli.pipeline.receiver import Receiver
+from crcli.pipeline.rounds import Rounds, rounds_here
 from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.trial import try_skeleton
@@ -115,8 +115,11 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
     """
     progress = progress or Silent()
     watch = Stopwatch(progress)
+    wish, no_rounds = rounds_here(options.pre_copy)
+    options = replace(options, pre_copy=wish)
     with watch.phase("look"):
         target = look(options)
+        target = replace(target, findings=(*target.findings, *no_rounds))
     for finding in target.findings:
         progress.finding(finding)
     report = _begin_report(options, target)
@@ -238,6 +241,7 @@ class _Dump:
         with ExitStack() as held:
             try:
                 self._prepare(held)
+                self._copy_ahead()
                 boards = held.enter_context(notify.Boards(self._notifiable()))
                 self._announce(boards)
                 try:
@@ -269,7 +273,8 @@ class _Dump:
                 held.callback(os.close, self.network)
             overflow = OverflowFile(self.workspace, self.shared.at_once)
             held.callback(overflow.close)
-            if self.options.outcome == Outcome.RUNNING:  # else its standstill ends nothing that goes on
+            # Otherwise its standstill ends nothing that goes on, or little is left to take then.
+            if self.options.outcome == Outcome.RUNNING and not self.options.pre_copy:
                 overflow.populate(self.target.evidence.expected_bytes)
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
@@ -284,12 +289,20 @@ class _Dump:
             pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
             self.intake = Intake(pages, self.writer, overflow, self.weights.matcher)
             held.callback(self.intake.abandon)
+            self.rounds = Rounds(
+                self.workspace,
+                self.intake,
+                self.target.evidence.root.identity,
+                self.target.plan,
+                answer_limits=_must_answer_limits(self.target.evidence),
+            )
             load = self._measure(known)
             overflow.wait(limit_s)
             if self._can_stream(load):
                 self.intake.open_gate()
             self.hashing.finish()
             self.room = overflow.limit
+            self.load = load
             self._foresee(load)
 
     # Whatever should be wrong with a forecast, the dump goes on.
@@ -323,6 +336,36 @@ class _Dump:
             except Exception:
                 return
 
+    # Where rounds are wished for, they send most of the memory while the tree runs.
+
+    def _copy_ahead(self) -> None:
+        if not self.options.pre_copy:
+            return
+        expected = self.target.evidence.expected_bytes
+        try:
+            with self.watch.phase("pre-copy"):
+                self._find(self.rounds.make(self.options.pre_copy, expected, self._copy_ms, self._is_late))
+        except BaseException as error:
+            raise self._failure(error) from error
+        self.report.rounds = [one.as_json() for one in self.rounds.done]
+        self.report.pre_copied_bytes = self.rounds.sent_bytes
+        if self.load is not None and self.report.forecast is not None:
+            stored = self.report.forecast.stored_bytes
+            self._foresee(self.rounds.left_of(self.load))
+            self.report.forecast = replace(self.report.forecast, stored_bytes=stored)
+
+    def _copy_ms(self, size: int) -> float:
+        """How long so many bytes take this host to copy out of a frozen tree."""
+        return load_rates().step("take").takes({"mib": size / (1 << 20)})
+
+    def _is_late(self, seconds: float) -> bool:
+        """Whether the deadline leaves no time for a round of so many seconds (0: the first) and a dump."""
+        if self.options.deadline_s is None:
+            return False
+        dump_s = self.report.forecast.total_ms / 1000 if self.report.forecast is not None else 0.0
+        left_s = self.options.deadline_s - self.watch.since_start_ms() / 1000
+        return left_s < dump_s + max(seconds, dump_s)
+
     def learn(self) -> None:
         """Keep how long this dump took, for the forecasts of others."""
         if not self.options.forecast:
@@ -351,9 +394,9 @@ class _Dump:
         )
 
     def _was_unhindered(self) -> bool:
-        """Whether no deadline cut anything short, no weights were looked for, and all of the tree's pages
-        found room outside of it."""
-        is_plain = self.options.deadline_s is None and not self.target.weights
+        """Whether no deadline cut anything short, no weights were looked for, nothing was copied ahead, and
+        all of the tree's pages found room outside of it."""
+        is_plain = self.options.deadline_s is None and not self.target.weights and not self.report.rounds
         return is_plain and self.report.memory_bytes <= self.room
 
     def _wants_trial(self) -> bool:
@@ -427,9 +470,10 @@ class _Dump:
             ) as criu,
         ):
             self.standby.watch(criu.host_pid(), self._on_criu_death)
-            receiver = _Receiver(ours, self.intake)
+            receiver = Receiver(ours, self.intake)
             receiver.start()
-            options = dump_options(self.target.plan, self.images.fd, theirs.fileno())
+            parent = self.rounds.parent
+            options = dump_options(self.target.plan, self.images.fd, theirs.fileno(), parent)
             theirs.close()
             try:
                 answer = criu.request(
@@ -445,7 +489,7 @@ class _Dump:
             receiver.raise_failure()  # CRIU fails when nobody takes its pages: it is not to blame
             raise _explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
 
-    def _on_notify(self, script: str, receiver: _Receiver) -> bool:
+    def _on_notify(self, script: str, receiver: Receiver) -> bool:
         if script == "pre-dump":
             with self.watch.phase("turn"):
                 self.shared.take_turn()
@@ -468,8 +512,10 @@ class _Dump:
 
     # All images are written, the tree stands frozen, CRIU waits for our answer.
 
-    def _hold(self, receiver: _Receiver) -> None:
+    def _hold(self, receiver: Receiver) -> None:
         receiver.join()
+        self.images.remove(PARENT_LINK)
+        self.rounds.prove(scan_tree(self.target.evidence.root.identity))
         self.watch.add("take", time.monotonic() - self.frozen_at)
         self.on_frozen()
         with self.watch.phase("files"):
@@ -503,13 +549,15 @@ class _Dump:
         if self.sandbox is not None:
             self.sandbox.learn()
             self.sandbox.close()
-        spaces, counts = self.intake.finish(self.progress.amount)
+        taken = self.intake.finish(self.progress.amount)
+        spaces, counts, references = self.rounds.whole(*taken, self.writer)
+        self.report.wasted_bytes = self.rounds.wasted_bytes
         self.skeleton = store_skeleton(self.images, self.writer)
         self.writer.seal()
         self._count(counts)
         described = self.weights.described()
-        self.report.weights = weights_report(described, self.writer.references)
-        weights, references = only_used(described, self.writer.references)
+        self.report.weights = weights_report(described, references)
+        weights, references = only_used(described, references)
         manifest = Manifest(
             name=self.target.name,
             id=self.target.image_id,
@@ -682,45 +730,6 @@ class _CriuKilled(BaseException):
 
 
 _CRIU_GONE = (CriuDied, CriuTimeout, _CriuKilled)
-
-
-class _Receiver(threading.Thread):
-    """Takes CRIU's pages into the intake, beside the exchange of messages with CRIU."""
-
-    def __init__(self, channel: socket.socket, intake: Intake) -> None:
-        super().__init__(name="pages", daemon=True)
-        self._channel = channel
-        self._intake = intake
-        self._failure: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            receive_pages(self._channel, self._intake)
-        except BaseException as error:
-            self._failure = error
-            self.hang_up()
-
-    def hang_up(self) -> None:
-        """Take no more: CRIU fails at its next page, and lets the tree go."""
-        try:
-            self._channel.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it has ended already
-
-    def end(self) -> None:
-        """Take no more, and let go of everything: whatever it writes into may be closed afterwards."""
-        self.hang_up()
-        super().join()
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait until the last page is here; raise what went wrong."""
-        super().join(timeout)
-        self.raise_failure()
-
-    def raise_failure(self) -> None:
-        """Raise what it has died of, if it has."""
-        if self._failure is not None:
-            raise self._failure
 
 
 def _must_answer_limits(evidence: Evidence) -> bool:

@@ -61,12 +61,17 @@ NOTIFY_WAIT_S = 2.0
 """How long a dump waits for the on_checkpoint callbacks of `crcli.notify` (seconds), by default."""
 
 
+PRE_COPY_AUTO = -1
+"""As many rounds before the freeze as pay, where the kernel allows for any."""
+
+
 @dataclass(frozen=True)
 class DumpOptions:
     """What a user asks of `crcli dump`. `store` is a URL; `weights` are paths and patterns, or "auto".
 
     `start_time` (clock ticks since boot) says which process of that pid is meant; None: the one that has it.
     `forecast` says whether to look into memory for a forecast first, and to learn from how it came out.
+    `pre_copy` is how many rounds copy memory before the freeze, or PRE_COPY_AUTO.
     """
 
     pid: int
@@ -81,6 +86,7 @@ class DumpOptions:
     weights: tuple[str, ...] = ()
     notify_wait_s: float = NOTIFY_WAIT_S
     forecast: bool = True
+    pre_copy: int = 0
     endpoint_url: str | None = None
 
 
@@ -212,6 +218,11 @@ class DumpReport:
     weights: Sequence[dict[str, Any]] = ()
     """For each file of weights: `path`, `bytes` (its size), `left_out_bytes` of memory that are found in it,
     and `found_bytes` of the file that are found in memory."""
+    rounds: Sequence[dict[str, Any]] = ()
+    """For each round before the freeze: the `bytes` of memory that it sent, and its `frozen_ms`."""
+    pre_copied_bytes: int = 0
+    wasted_bytes: int = 0
+    """How much of what the rounds sent the image does not use: it was written to again, or given back."""
     findings: Sequence[Finding] = ()
 
     def as_json(self) -> dict[str, Any]:

@@ -37,6 +37,12 @@ def show_dump(report: DumpReport, as_json: bool, *, dry_run: bool = False) -> No
     _say(f"  store    {report.store}")
     _say(f"  frozen   {duration(report.frozen_ms)} (of {duration(report.total_ms)} in all)")
     _say(f"  memory   {size(report.memory_bytes)}: {_memory(report)}")
+    if report.rounds:
+        stops = " + ".join(duration(one["frozen_ms"]) for one in report.rounds)
+        _say(
+            f"  ahead    {size(report.pre_copied_bytes)} copied before the freeze in "
+            f"{count(len(report.rounds), 'round')} (stopped for {stops}), {size(report.wasted_bytes)} in vain"
+        )
     for file in report.weights:
         missed = file["bytes"] - file["found_bytes"]
         rest = f", {size(missed)} of it not in memory" if missed else ""

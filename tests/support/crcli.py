@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 
 from crcli import kernel
-from tests.support.programs import Program, kill_all
+from tests.support.programs import SLOWNESS, Program, kill_all
 
 ROOT = Path(__file__).parents[2]
-COMMAND_LIMIT_SECONDS = 60.0
+COMMAND_LIMIT_SECONDS = 60.0 * SLOWNESS
 
 COUNTER = """
 import hashlib, itertools, random, time
@@ -169,7 +169,7 @@ def end(processes: list[psutil.Process]) -> None:
     reap(doomed)
 
 
-def reap(processes: Iterable[psutil.Process], seconds: float = 10.0) -> None:
+def reap(processes: Iterable[psutil.Process], seconds: float = 10.0 * SLOWNESS) -> None:
     """Return once none of these processes exists: each is ending, and we reap those that come to us."""
     end = time.monotonic() + seconds
     left = list(processes)
@@ -184,7 +184,7 @@ def reap(processes: Iterable[psutil.Process], seconds: float = 10.0) -> None:
         time.sleep(0.002)
 
 
-def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 10.0) -> None:
+def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 10.0 * SLOWNESS) -> None:
     """Return once `true` says so; fail, saying what is the case instead, when it does not in time."""
     end = time.monotonic() + seconds
     while not true():

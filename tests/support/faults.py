@@ -34,11 +34,11 @@ from typing import Any
 from crcli import kernel
 from crcli.criu import netlock
 from crcli.process.tree import child_pids
-from tests.support.programs import spawn_python
+from tests.support.programs import SLOWNESS, spawn_python
 
 ROOT = Path(__file__).parents[2]
-COMMAND_LIMIT_SECONDS = 60.0
-SETTLE_SECONDS = 20.0
+COMMAND_LIMIT_SECONDS = 60.0 * SLOWNESS
+SETTLE_SECONDS = 20.0 * SLOWNESS
 
 COUNTERS = (
     "root",
@@ -272,7 +272,7 @@ class Victim:
         """Return how far everything has come."""
         return {name: self.board(slot) for slot, name in enumerate(COUNTERS)}
 
-    def assert_goes_on(self, seconds: float = 15.0) -> None:
+    def assert_goes_on(self, seconds: float = 15.0 * SLOWNESS) -> None:
         """Assert that every part of the tree moves on, and none has found anything wrong."""
         begun = self.counters()
         end = time.monotonic() + seconds

@@ -20,7 +20,10 @@ from pathlib import Path
 
 import psutil
 
-READY_WITHIN_SECONDS = 20.0
+SLOWNESS = float(os.environ.get("CRCLI_TEST_SLOWNESS", "1"))
+"""How many times longer than usual things may take: on a machine under software emulation, say."""
+
+READY_WITHIN_SECONDS = 20.0 * SLOWNESS
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def _session(sid: int) -> list[int]:
     return found
 
 
-def _wait_until_gone(pids: set[int], seconds: float = 5.0) -> None:
+def _wait_until_gone(pids: set[int], seconds: float = 5.0 * SLOWNESS) -> None:
     """Return when each is gone or only waits to be reaped by somebody else."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(_runs(pid) for pid in pids):

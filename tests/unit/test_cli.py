@@ -164,6 +164,8 @@ def test_no_arguments_show_the_help() -> None:
         ["dump", "1", "--no-such-option"],
         ["dump", "1", "--leave-running", "--leave-stopped"],
         ["dump", "1", "--deadline", "-1"],
+        ["dump", "1", "--pre-copy", "0"],
+        ["dump", "1", "--pre-copy", "many"],
         ["restore", "x", "--tcp", "sometimes"],
         ["restore", "x", "--lazy", "--eager"],
         ["restore", "no/such name"],

@@ -29,7 +29,10 @@ _FEATURES = {
     "network_lock_nftables": ("locking connections with nftables", "a kernel with CONFIG_NF_TABLES"),
     "clone3_set_tid": ("giving restored processes their pids back", "Linux 5.5 or newer"),
     "pagemap_scan": ("finding a tree's pages quickly", "Linux 6.7 or newer"),
-    "mem_dirty_track": ("soft-dirty bits", ""),
+    "mem_dirty_track": (
+        "tracking of dirty pages, for --pre-copy",
+        "a kernel with CONFIG_MEM_SOFT_DIRTY, as Debian's and Ubuntu's; dumps work without",
+    ),
     "timens": ("clocks that go on from where they were", "Linux 5.6 or newer with CONFIG_TIME_NS"),
     "get_rseq_conf": ("restartable sequences, which every glibc program uses", "Linux 5.13 or newer"),
 }

@@ -1,0 +1,1 @@
+"""Other machines for tests: virtual ones, with kernels of their own."""
