@@ -515,7 +515,8 @@ class _Dump:
     def _hold(self, receiver: Receiver) -> None:
         receiver.join()
         self.images.remove(PARENT_LINK)
-        self.rounds.prove(scan_tree(self.target.evidence.root.identity))
+        if self.rounds.done:
+            self.rounds.prove(scan_tree(self.target.evidence.root.identity))
         self.watch.add("take", time.monotonic() - self.frozen_at)
         self.on_frozen()
         with self.watch.phase("files"):
