@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from typing import TYPE_CHECKING
 
 from crcli import kernel
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from crcli.store.base import Buffer
-
-
-_SLICE = 1 << 20
-"""How much memory is asked for at once (bytes)."""
 
 
 class OverflowFile:
@@ -36,50 +31,9 @@ class OverflowFile:
         self.fd = workspace.create_file("overflow")
         workspace.remove("overflow")
         self.limit = spare_memory() // 2 // sharers
-        self._populator: threading.Thread | None = None
-        self._stop = threading.Event()
-        self.populated = 0
-        """Bytes that have their memory already."""
-
-    def populate(self, expected: int) -> None:
-        """Begin to give it memory for so many bytes, in a thread, before they come.
-
-        What the kernel has to find then is not sought while a tree stands frozen: on a virtual machine whose
-        host takes free memory back, that is most of the time that a freeze would take. Zeros are written, and
-        not the pages faulted in: a tmpfs takes folios as large as the write where it finds them, whereas for
-        a fault it would compact memory to have them larger still (ten times the work where memory is
-        fragmented).
-        """
-        self._populator = threading.Thread(
-            target=self._populate, args=(min(expected, self.limit),), name="populate", daemon=True
-        )
-        self._populator.start()
-
-    def _populate(self, size: int) -> None:
-        zeros = bytes(_SLICE)
-        try:
-            while self.populated < size and not self._stop.is_set():
-                left = memoryview(zeros)[: size - self.populated]
-                self.populated += os.pwrite(self.fd, left, self.populated)
-        except OSError:
-            pass  # no memory left: it is found when it is needed, or not
-
-    def wait(self, limit_s: float | None = None) -> None:
-        """Return when it has the memory that was asked for, or after so many seconds as much as there was
-        time for."""
-        if self._populator is not None:
-            self._populator.join(limit_s)
-        self.stop()
-
-    def stop(self) -> None:
-        """Give it no more memory in advance."""
-        self._stop.set()
-        if self._populator is not None:
-            self._populator.join()
 
     def close(self) -> None:
         """Give the memory back."""
-        self.stop()
         os.close(self.fd)
 
 

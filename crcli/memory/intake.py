@@ -34,9 +34,14 @@ if TYPE_CHECKING:
     from crcli.memory.classify import ChunkSink, KnownPages
     from crcli.memory.weights.match import Matcher
 
-BLOCK_PAGES = 256
-BLOCK_COUNT = 64
-"""Blocks of crcli's own memory: with 1 MiB each, what it holds of a tree's pages beyond the overflow."""
+BLOCK_PAGES = 1024
+BLOCK_COUNT = 16
+"""Blocks of crcli's own memory: with 4 MiB each, what it holds of a tree's pages beyond the overflow."""
+
+_PIECE_BYTES = 256 << 10
+"""How much goes into the overflow at once. A tmpfs takes one folio for a write, as large as that: small ones
+are cut from what is left of memory that was in use lately, while those of 1 MiB and more are mostly such that
+a virtual machine's host has taken back, and must find again (2 s for each GiB instead of 0.1)."""
 
 _KEEP_RUN, _KEEP_PAGES = 64, 16 << 10
 """Early pages that are kept for the trial: runs up to this long, and so many pages in all (64 MiB)."""
@@ -359,7 +364,7 @@ class Intake:
         if self._pipe is None:
             self._pipe = os.pipe()
             try:
-                fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, BLOCK_PAGES * PAGE)
+                fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, _PIECE_BYTES)
             except OSError:  # the user's pipe budget is spent; a small pipe works as well, slower
                 pass
         reader, writer = self._pipe

@@ -83,11 +83,10 @@ if TYPE_CHECKING:
     from crcli.process.identity import ProcessId
     from crcli.store.base import Store
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads would only spin beside ours
+
 CRIU_LIMIT_S = 600.0
 """How long CRIU itself may work on a dump (seconds), the time that it waits for us left out."""
-
-_FEW_NEW = 0.1
-"""With at most this share of new pages, taking them in is hardly slower than putting them aside."""
 
 _NO_TIME_TO_TELL_S = 10.0
 """With less time than this (seconds) before its deadline a dump announces itself to nobody."""
@@ -273,9 +272,6 @@ class _Dump:
                 held.callback(os.close, self.network)
             overflow = OverflowFile(self.workspace, self.shared.at_once)
             held.callback(overflow.close)
-            # Otherwise its standstill ends nothing that goes on, or little is left to take then.
-            if self.options.outcome == Outcome.RUNNING and not self.options.pre_copy:
-                overflow.populate(self.target.evidence.expected_bytes)
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
             self._find(self.weights.findings())
@@ -297,9 +293,6 @@ class _Dump:
                 answer_limits=_must_answer_limits(self.target.evidence),
             )
             load = self._measure(known)
-            overflow.wait(limit_s)
-            if self._can_stream(load):
-                self.intake.open_gate()
             self.hashing.finish()
             self.room = overflow.limit
             self.load = load
@@ -308,7 +301,7 @@ class _Dump:
     # Whatever should be wrong with a forecast, the dump goes on.
 
     def _measure(self, known: KnownChunks) -> Load | None:
-        """What lies ahead. Memory is found for the pages meanwhile, which takes longer."""
+        """What lies ahead."""
         if not self.options.forecast:
             return None
         try:
@@ -316,16 +309,6 @@ class _Dump:
             return measure(self.target.evidence, self.options, known, DUMP_LOOK_S, DUMP_LOOK_MOST_S, matcher)
         except Exception:
             return None
-
-    def _can_stream(self, load: Load | None) -> bool:
-        """Whether pages are to be worked on as they come.
-
-        So a tree that is to die, and of which the store has most, is stored soonest. Else pages are put aside
-        first, so that the tree stands still for little more than one copy of its memory.
-        """
-        if load is None or self.options.outcome == Outcome.RUNNING or self.target.weights:
-            return False
-        return load.memory.new <= _FEW_NEW * load.memory.total
 
     def _foresee(self, load: Load | None) -> None:
         """Make the forecast: all is ready for the freeze."""

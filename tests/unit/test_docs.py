@@ -172,7 +172,7 @@ def test_readme_names_the_fields_of_reports() -> None:
 @pytest.mark.parametrize(
     ("phrase", "size"),
     [
-        ("(64 blocks of 1 MiB) | 64 MiB", intake.BLOCK_COUNT * intake.BLOCK_PAGES * PAGE),
+        ("(16 blocks of 4 MiB) | 64 MiB", intake.BLOCK_COUNT * intake.BLOCK_PAGES * PAGE),
         ("| pages that the trial needs | 64 MiB", intake._KEEP_PAGES * PAGE),
         (
             "(8 of 8 MiB), and one for each object that is open | 64 MiB",
