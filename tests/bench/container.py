@@ -27,7 +27,9 @@ _MOUNTS = ("/proc", "/dev", "/dev/pts", "/dev/shm")
 class Container(Subject):
     """A subject that runc started, and that is dumped and restored with its container.
 
-    Nothing of the host is mounted outside of the container's own mount namespace.
+    Nothing of the host is mounted outside of mount namespaces of its own: runc binds folders of the host
+    below the container's root while it restores, too. A runc that is killed, or unmounts in the wrong order,
+    would leave them there, and whoever removed the bundle would remove the host's folders with it.
     """
 
     def start(self) -> int:
@@ -68,7 +70,8 @@ class Container(Subject):
 
     @property
     def _runc_command(self) -> list[str]:
-        return ["runc", "--root", f"{self.folder}/runc", "--criu", f"{self.folder}/criu"]
+        alone = ["unshare", "--mount", "--propagation", "private", "--"]
+        return [*alone, "runc", "--root", f"{self.folder}/runc", "--criu", f"{self.folder}/criu"]
 
     def _runc(self, *arguments: str) -> Ran:
         """Run a command of runc's; the container inherits no file of ours, which CRIU could not dump."""
@@ -113,9 +116,9 @@ def _brought_in(paths: Iterable[str], root: Path) -> list[str]:
     Links become links there, and what is inside of another comes with it.
     """
     found: list[str] = []
-    for path in paths:
+    for path in sorted(set(paths)):  # a folder before what is in it
         if os.path.islink(path):
             shutil.copy(path, root / path[1:], follow_symlinks=False)
-        elif os.path.isdir(path) and not any(path == one or path.startswith(f"{one}/") for one in found):
+        elif os.path.isdir(path) and not any(path.startswith(f"{one}/") for one in found):
             found.append(path)
     return found

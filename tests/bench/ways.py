@@ -268,6 +268,9 @@ WAYS: dict[str, Callable[[Place], Figures]] = {
 
 def clean_up(place: Place) -> None:
     """Remove what a round left in its folder and in the object store."""
+    with open("/proc/self/mountinfo") as file:
+        if any(f" {place.folder}/" in line for line in file):
+            raise BenchError(f"something is mounted below {place.folder}: it is left as it is")
     shutil.rmtree(place.folder, ignore_errors=True)
     if place.server.process.poll() is not None:  # a signal to all of us has ended it too
         return
