@@ -322,10 +322,10 @@ class ChunkReader:
             at = chunk.offset - offset
             yield number, self._check(number, data[at : at + chunk.stored])
 
-    def make_sure(self, wanted: Iterable[int]) -> bool:
+    def make_sure(self, wanted: Iterable[int]) -> None:
         """See that the packs of these chunks are there, as long as they must be; else raise ImageDamaged.
 
-        Say whether this host has all of the chunks; what it has is not asked for in the store.
+        What this host has is not asked for in the store.
         """
         from concurrent.futures import ThreadPoolExecutor
 
@@ -346,7 +346,6 @@ class ChunkReader:
         with ThreadPoolExecutor(max(1, min(_STATS_AT_ONCE, len(ends)))) as threads:
             for _ in threads.map(look, ends):
                 pass
-        return not ends
 
     def _is_cut_short(self, key: str, end: int) -> bool:
         try:

@@ -290,12 +290,9 @@ class MemoryReader:
         self._resolved(reference)
         return True
 
-    def make_sure(self, wanted: Iterable[Origin]) -> bool:
-        """See that all packs are there that hold something of what is wanted; raise ImageDamaged if not.
-
-        Say whether this host has all that is wanted of them.
-        """
-        return self._chunks.make_sure(origin.number for origin in wanted if origin.source == Source.CHUNK)
+    def make_sure(self, wanted: Iterable[Origin]) -> None:
+        """See that all packs are there that hold something of what is wanted; raise ImageDamaged if not."""
+        self._chunks.make_sure(origin.number for origin in wanted if origin.source == Source.CHUNK)
 
     def _places(self, number: int) -> list[str]:
         """Where a file may be on this host; one that travels in the image may be laid out only later."""

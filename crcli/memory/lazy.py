@@ -78,8 +78,13 @@ def _pages(piece: Iterable[Extent]) -> int:
     return sum(extent.pages for extent in piece)
 
 
+_PATIENCE_S = 0.1
+"""How long who waits for a page waits for the long read that brings it (seconds), before it is fetched once
+more by itself."""
+
+
 class _State(IntEnum):
-    """How far a source is. What is on its way in a long read is fetched once more for who waits for it."""
+    """How far a source is: nobody fetches it, it comes in a long read, it is fetched for who waits, here."""
 
     WANTED = 0
     COMING = 1
@@ -141,6 +146,12 @@ class LazyFill:
         self._states = dict.fromkeys(self._wanted, _State.WANTED)
         self._left = len(self._wanted)
         self._plan = deque(plan)
+        self._group_of = {origin: group for group in plan for origin in group}
+        self._forward: deque[Sequence[Origin]] = deque()
+        """Groups of which something was touched: their neighbours most likely will be next."""
+        self._waited_for: dict[Origin, float] = {}
+        self._slow: set[int] = set()
+        """The groups (by identity) that take long: nobody is patient with them any more."""
         self._demand: deque[Origin] = deque()
         self._read = read
         self._adopted = adopted
@@ -218,6 +229,8 @@ class LazyFill:
                     space, memory = memories[fd]
                     with space.lock:
                         self._read_events(space, memory)
+            if self._waited_for:
+                self._lose_patience()
             if time.monotonic() > looked_at + _LOOK_EVERY_S or len(self._memory_of) > many:
                 self._forget_the_dead()
                 looked_at = time.monotonic()
@@ -273,10 +286,29 @@ class LazyFill:
 
     def _ask_for(self, source: Origin) -> None:
         with self._changed:
-            if self._states[source] < _State.ASKED_FOR:
-                self._states[source] = _State.ASKED_FOR
-                self._demand.append(source)
-                self._changed.notify_all()
+            group = self._group_of.get(source, ())
+            if self._states[source] == _State.COMING and id(group) not in self._slow:
+                self._waited_for.setdefault(source, time.monotonic() + _PATIENCE_S)
+            elif self._states[source] < _State.ASKED_FOR:
+                if self._states[source] == _State.WANTED:
+                    self._forward.append(group)
+                self._demand_now(source)
+
+    def _demand_now(self, source: Origin) -> None:
+        self._states[source] = _State.ASKED_FOR
+        self._demand.append(source)
+        self._changed.notify_all()
+
+    def _lose_patience(self) -> None:
+        """Fetch by itself what somebody waits for, and a long read has not brought for a while."""
+        with self._changed:
+            for source, until in list(self._waited_for.items()):
+                if self._states[source] != _State.COMING:
+                    del self._waited_for[source]
+                elif time.monotonic() > until:
+                    del self._waited_for[source]
+                    self._slow.add(id(self._group_of.get(source, ())))
+                    self._demand_now(source)
 
     def _take_in(self, space: _Space, memory: _Memory) -> None:
         space.memories.append(memory)
@@ -316,8 +348,9 @@ class LazyFill:
     def _choose(self, only_demand: bool) -> list[Origin]:
         if self._demand:
             return [self._demand.popleft()]
-        while self._plan and not only_demand:
-            if group := [one for one in self._plan.popleft() if self._states[one] == _State.WANTED]:
+        while (self._forward or self._plan) and not only_demand:
+            candidates = (self._forward or self._plan).popleft()
+            if group := [one for one in candidates if self._states[one] == _State.WANTED]:
                 self._states.update(dict.fromkeys(group, _State.COMING))
                 return group
         return []

@@ -20,7 +20,7 @@ import signal
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
 from crcli.criu.lazy_socket import listen_in, receive_memories
@@ -108,17 +108,29 @@ class Pager:
         """Begin: CRIU has restored these processes, in the namespace of `init` (0: ours), and holds them.
 
         Returns how many bytes are missing. From now on it ends when nothing is, or nobody misses it.
-        Raises OSError when it failed.
+        Raises ImageDamaged when memory of the image is not in its store, OSError when it failed otherwise.
         """
+        everyone = [*processes, identify(init)] if init else processes
         try:
-            everyone = [*processes, identify(init)] if init else processes
             self._control.send(json.dumps([[one.pid, one.start_time] for one in everyone]).encode())
-            answer = json.loads(self._control.recv(_MESSAGE_LIMIT) or b'"it was killed"')
         except ConnectionError:
-            answer = "it was killed"
-        if isinstance(answer, str):
-            raise OSError(f"the process that fills in memory failed: {answer}")
-        return int(answer)
+            pass  # it has ended, but said why before
+        answer = self._answer()
+        if isinstance(answer, int):
+            return answer
+        kind, text = answer
+        if kind == ImageDamaged.__name__:
+            raise ImageDamaged(text, hint="use another image")
+        raise OSError(f"the process that fills in memory failed: {text}")
+
+    def _answer(self) -> Any:
+        """What it said last; what it did not read of ours makes the first look fail."""
+        for _ in range(2):
+            try:
+                return json.loads(self._control.recv(_MESSAGE_LIMIT) or b'["", "it was killed"]')
+            except ConnectionError:
+                continue
+        return "", "it was killed"
 
     def leave(self) -> None:
         """Let it work on without us."""
@@ -286,7 +298,7 @@ class _Outage:
 def _say(control: socket.socket, error: BaseException) -> None:
     """Tell the restore of a failure, while it waits."""
     try:
-        control.send(json.dumps(_text(error)).encode())
+        control.send(json.dumps([type(error).__name__, str(error)]).encode())
     except OSError:
         pass
 

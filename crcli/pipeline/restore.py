@@ -59,7 +59,7 @@ from crcli.process.settings import give_back
 from crcli.process.tree import child_pids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import FrameType
 
     from crcli.errors import Cause
@@ -321,7 +321,6 @@ class _Restore:
         from crcli.memory.lazy import first_wanted
         from crcli.pipeline.pager import Pager
 
-        is_near = self.memory.make_sure(targets(self.divided.late))
         options, manifest = self.options, self.manifest
         mapped = [(old, os.path.abspath(new)) for old, new in options.weights_map]
         folders = [os.path.abspath(folder) for folder in options.weights_folders]
@@ -330,13 +329,14 @@ class _Restore:
             store = open_cached(options.store, endpoint_url=options.endpoint_url)
             chunks = ChunkReader(store, manifest.packs, manifest.chunks)
             memory = MemoryReader(store, manifest, chunks, mapped, folders)
+            memory.make_sure(targets(self.divided.late))
             first = first_wanted(self.divided.late)
             plan = memory.plan(targets(self.divided.late).keys() - first)
             own = set(manifest.meta.get("own_packs", ()))
             plan.sort(key=lambda group: not _is_in(own, group[0], manifest))
             return memory.plan(first) + plan, memory.read, store.close
 
-        self.pager = Pager(self.divided.late, open_source, _threads(is_near))
+        self.pager = Pager(self.divided.late, open_source, self._threads(targets(self.divided.late)))
 
     def _move_in(self) -> None:
         """From here on whatever is started or changed is cleared away by the warden, should we die."""
@@ -401,9 +401,12 @@ class _Restore:
     def _begin_replay(self, divided: Split) -> None:
         wanted = targets(divided.late)
         self.late_spaces = [space for space, extents in divided.late.items() if extents]
-        plan = self.memory.plan(wanted)
-        chunks = ([one.number for one in group] for group in plan if group[0].source == Source.CHUNK)
-        self.replay = Replay(wanted, plan, self.memory.read, _threads(self.reader.is_near(chunks)))
+        self.replay = Replay(wanted, self.memory.plan(wanted), self.memory.read, self._threads(wanted))
+
+    def _threads(self, wanted: Iterable[Origin]) -> int:
+        """How many fetch memory at once: a store far away answers many in the time of one."""
+        chunks = self.reader.plan(origin.number for origin in wanted if origin.source == Source.CHUNK)
+        return 2 if self.reader.is_near(chunks) else 8
 
     # CRIU restores; at its post-restore hold the memory is written; then the tree runs.
 
@@ -641,11 +644,6 @@ class _Restore:
         if self.residence is not None:
             self.residence.close()
             kill_descendants(self.children_before)
-
-
-def _threads(is_near: bool) -> int:
-    """How many fetch memory at once: a store far away answers many in the time of one."""
-    return 2 if is_near else 8
 
 
 def _how_it_ended(code: int | None) -> str:

@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not is_available(), reason="needs userfaultfd"),
 ]
 
-MOST_ON_DEMAND = 1 << 20
+MOST_ON_DEMAND = 5 << 19
 MEGABYTES = 24
 
 RESTLESS = """
