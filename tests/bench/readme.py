@@ -42,7 +42,7 @@ def lines(results: Iterable[dict[str, Any]]) -> Iterator[str]:
     medians = {found["mebibytes"]: found["medians"] for found in results if found["kind"] == "random"}
     yield f"| Random bytes, medians | {' | '.join(WAYS.values())} |"
     yield "|---|" + "---:|" * len(WAYS)
-    for size in SIZES:
+    for size in filter(medians.get, SIZES):
         for name, title in ROWS.items():
             cells = [_cell(medians.get(size, {}).get(way, {}).get(name)) for way in WAYS]
             yield f"| {size} MiB: {title} | {' | '.join(cells)} |"
