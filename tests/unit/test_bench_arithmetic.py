@@ -114,7 +114,7 @@ def test_the_table_of_readme_has_the_figures_and_a_dash_where_there_is_none() ->
     middle = {**MIDDLE, "limits": limits}
     made = list(readme.lines([{"kind": "random", "mebibytes": 1024, "medians": middle}]))
     assert "| 1024 MiB: frozen, to be killed (ms) | 500 | – | – | – | 250 |" in made
-    assert "| 64 MiB: frozen, to be killed (ms) | – | – | – | – | – |" in made
+    assert not any("64 MiB:" in line for line in made), "a size that was not taken has no rows"
     assert made[-1].startswith("Limits of 1024 MiB: 1 ms for one copy")
     assert readme.ROWS.keys() <= table.ROWS.keys()
     assert readme.LIMITS.keys() <= table.LIMITS.keys()
