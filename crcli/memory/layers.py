@@ -38,11 +38,6 @@ class Layers:
         """Whether the last round saw this space."""
         return space in self._spaces
 
-    @property
-    def bytes(self) -> int:
-        """How much memory they describe."""
-        return sum(layer.extent.pages for layers in self._spaces.values() for layer in layers) * PAGE
-
     def add(
         self, sent: Mapping[SpaceKey, Sequence[Extent]], inherited: Mapping[SpaceKey, Sequence[PageRun]]
     ) -> None:

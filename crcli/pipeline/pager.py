@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
 from crcli.criu.lazy_socket import listen_in, receive_memories
-from crcli.errors import CrcliError, HostLacks, ImageDamaged, NotFound, StoreError
+from crcli.errors import CrcliError, HostLacks, ImageDamaged, NotFound, StoreError, StoreUnreachable
 from crcli.memory.extents import SpaceKey, SpaceKind
 from crcli.memory.lazy import LazyFill
 from crcli.memory.userfault import Userfault, is_available
@@ -108,7 +108,8 @@ class Pager:
         """Begin: CRIU has restored these processes, in the namespace of `init` (0: ours), and holds them.
 
         Returns how many bytes are missing. From now on it ends when nothing is, or nobody misses it.
-        Raises ImageDamaged when memory of the image is not in its store, OSError when it failed otherwise.
+        Raises ImageDamaged when memory of the image is not in its store, StoreError when that did not answer,
+        OSError when it failed otherwise.
         """
         everyone = [*processes, identify(init)] if init else processes
         try:
@@ -119,8 +120,9 @@ class Pager:
         if isinstance(answer, int):
             return answer
         kind, text = answer
-        if kind == ImageDamaged.__name__:
-            raise ImageDamaged(text, hint="use another image")
+        for error in (ImageDamaged, StoreError, StoreUnreachable):
+            if kind == error.__name__:
+                raise error(text, hint="use another image" if error is ImageDamaged else "")
         raise OSError(f"the process that fills in memory failed: {text}")
 
     def _answer(self) -> Any:
