@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -96,7 +95,7 @@ def test_sweep_spares_the_living(store: FileStore) -> None:
 
 
 def test_five_thousand_objects(store: FileStore) -> None:
-    """A listing of 5000 objects is complete, in order, and takes a second at most."""
+    """A listing of 5000 objects is complete and in order."""
     names = [f"packs/{number % 256:02x}/{number:05d}" for number in range(5000)]
     store.put("packs/first", b"")
     for number in range(256):
@@ -104,11 +103,8 @@ def test_five_thousand_objects(store: FileStore) -> None:
     for name in names:
         with open(os.path.join(store.root, name), "wb"):
             pass
-    began = time.monotonic()
     listed = [info.key for info in store.list("packs/")]
-    took = time.monotonic() - began
     assert listed == sorted([*names, "packs/first"])
-    assert took < 1
 
 
 SEGMENT = st.text(alphabet="ab-.+0_", min_size=1, max_size=3).filter(lambda text: text[0] != ".")
