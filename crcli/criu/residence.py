@@ -7,24 +7,24 @@ file that was put in place, and who clears it away.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import select
 import signal
 import socket
-import stat
 import struct
-import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from crcli import kernel
 from crcli.criu.rpc import CriuProcess
-from crcli.criu.sandbox import READY, dodge_pids, exec_criu, reap_until_alone, reset_signals, say
+from crcli.criu.sandbox import dodge_pids, exec_criu, reap_until_alone
 from crcli.errors import HostLacks
+from crcli.process import warden
 from crcli.process.tree import child_pids
+from crcli.process.warden import READY, reset_signals, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,9 +37,9 @@ class Residence:
     """The place for one tree, with its warden.
 
     Left before `settle`, also by our death, the warden kills all that was restored and undoes what was noted
-    with `note`. With `taken_pids` it is the first
-    process of a new pid namespace (with a /proc of its own), and after `settle` stays as a small reaper for
-    as long as anything lives inside; it then ends with the root's exit code. Without, the tree becomes our
+    with `note`. With `taken_pids` it is the first process of a new pid namespace (with a /proc of its own),
+    and after `settle` stays as a small reaper for as long as anything lives inside; it then ends with the
+    root's exit code. Without, the tree becomes our
     own child, or, if the warden is to `stay`, the warden ends when the root does, with its exit code.
 
     With `new_root` CRIU and the tree have that folder as their root, in one more mount namespace, while the
@@ -62,18 +62,20 @@ class Residence:
         """The first process of the tree's namespace, as we see it; 0 where it lives in ours."""
         self._is_over = False
         self._ending, ending = os.pipe()
-        duty = _Duty(theirs, criu_end, tuple(keep_fds), undo, new_root, ending)
+        ours = os.pidfd_open(os.getpid())
+        duty = _Duty(theirs, criu_end, tuple(keep_fds), undo, new_root, ending, ours)
         child = kernel.quiet_fork()
         if child == 0:
             self._control.close()
             channel.close()
             if taken_pids is not None:
-                _found(duty, tuple(taken_pids))
+                warden.found(theirs, partial(_reside, duty, tuple(taken_pids)))
             _oversee(duty)
         theirs.close()
         criu_end.close()
         os.close(ending)
-        answer, self.warden = _first_word(self._control)
+        os.close(ours)
+        answer, self.warden = warden.first_word(self._control)
         self.warden = self.warden or child
         if taken_pids is not None:
             self.init = self.warden
@@ -89,17 +91,23 @@ class Residence:
         """Have a change undone, should we die before the tree lives. Call before it is made."""
         self._tell({"change": change})
 
-    def settle(self, root: int, stay: bool) -> int:
+    def settle(self, root: int, stay: bool, bound: bool = False) -> int:
         """Let the tree live on without us; `root` is its root's pid inside.
 
+        A tree that is `bound` (to us, who stay) lives no longer than its root, and no longer than we do.
         Returns the child of ours whose end tells of the root's.
         """
         self._is_over = True
-        self._tell({"root": root, "stay": stay})
+        self._tell({"root": root, "stay": stay, "bound": bound, "until": "root" if bound else "all"})
         if self.init or stay:
             return self.warden
         os.waitpid(self.warden, 0)
         return root
+
+    def end_of_root(self) -> int:
+        """A descriptor, the caller's to close, that can be read when the root of a tree with a warden that
+        stays has ended: its exit code in decimal, or nothing when the warden was killed."""
+        return os.dup(self._ending)
 
     def root_end(self, limit_s: float) -> int | None:
         """The exit code of the root (negative: the signal that ended it) as the warden that stays saw it.
@@ -140,9 +148,6 @@ class Residence:
         self.close()
 
 
-_CREDENTIALS = struct.Struct("3i")
-"""`struct ucred`: pid, uid, gid."""
-
 _PID = struct.Struct("i")
 _START_LIMIT_S = 10.0
 _RECEIVING = {"x86_64": ("45", "47"), "aarch64": ("207", "212")}.get(os.uname().machine, ())
@@ -151,38 +156,6 @@ _RECEIVING = {"x86_64": ("45", "47"), "aarch64": ("207", "212")}.get(os.uname().
 _UNDO_LIMIT_S = 10.0
 _GRACE_S = 1.0
 """How long CRIU may take to undo its own work once nobody answers it any more (seconds)."""
-
-_REAPER = """
-import os, sys
-root, code = int(sys.argv[1]), 0
-while True:
-    try:
-        pid, status = os.wait()
-    except ChildProcessError:
-        break
-    if pid == root:
-        code = os.waitstatus_to_exitcode(status)
-        try:
-            os.write(int(sys.argv[3]), b"%d" % code)
-        except OSError:
-            pass  # nobody asks any more
-        if sys.argv[2] == "root":
-            break
-sys.exit(code if code >= 0 else 128 - code)
-"""
-
-
-def _first_word(control: socket.socket) -> tuple[bytes, int]:
-    """The first message from the warden, and the pid that it has here; nothing and 0 when it died.
-
-    The kernel says who sent it: a process that is the first of a new namespace does not know its pid here.
-    """
-    room = socket.CMSG_SPACE(_CREDENTIALS.size)
-    answer, ancillary, _, _ = control.recvmsg(4096, room)
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-            return answer, int(_CREDENTIALS.unpack_from(data)[0])
-    return answer, 0
 
 
 def _reap_within(pid: int, limit_s: float) -> None:
@@ -208,6 +181,12 @@ class _Duty:
     new_root: str
     ending: int
     """A pipe for the word of the root's end."""
+    crcli: int
+    """A pidfd of crcli's."""
+
+    def bound_to(self, word: dict[str, Any]) -> int | None:
+        """The process with which the tree is to end, if it is."""
+        return self.crcli if word["bound"] else None
 
     def start_criu_below(self) -> int:
         """Start CRIU as our child, with the new root as its own: CRIU itself is not to be found there.
@@ -282,7 +261,7 @@ def _oversee(duty: _Duty) -> None:
             _kill_children()
             duty.undo(changes)
         elif word["stay"]:
-            _become_reaper(word["root"], "root", duty.ending)
+            warden.become_reaper(word["root"], "root", duty.ending, duty.bound_to(word))
     except BaseException as error:
         say(duty.control, str(error))
     finally:
@@ -300,29 +279,13 @@ def _kill_children() -> None:
                 continue
 
 
-def _found(duty: _Duty, taken: tuple[int, ...]) -> None:
-    """Make the pid namespace and its first process, end. Never returns."""
-    try:
-        reset_signals()
-        kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID)
-        kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
-        first = os.fork()
-        if first == 0:
-            os.setsid()
-            _reside(duty, taken)
-    except BaseException as error:
-        say(duty.control, str(error))
-    finally:
-        os._exit(0)
-
-
-def _reside(duty: _Duty, taken: tuple[int, ...]) -> None:
+def _reside(duty: _Duty, taken: tuple[int, ...]) -> NoReturn:
     """The warden as the first process of a pid namespace, whose end ends all inside. Never returns."""
     try:
-        kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+        warden.mount_proc()
         dodge_pids(taken)
         for fd in duty.keep:
-            _reopen(fd)
+            warden.reopen(fd)
         criu = duty.start_criu_below() if duty.new_root else duty.start_criu()
         duty.control.send(READY)
         word, changes = duty.wait_for_word(criu)
@@ -331,7 +294,7 @@ def _reside(duty: _Duty, taken: tuple[int, ...]) -> None:
             reap_until_alone()
             duty.undo(changes)
         else:
-            _become_reaper(word["root"], "all", duty.ending)
+            warden.become_reaper(word["root"], word["until"], duty.ending, duty.bound_to(word))
     except BaseException as error:
         say(duty.control, str(error))
     finally:
@@ -358,22 +321,3 @@ def _enter_root(root: str) -> None:
     flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     kernel.mount("proc", f"{root}/proc", "proc", flags)
     kernel.change_root(root)
-
-
-def _become_reaper(root: int, until: str, ending: int) -> None:
-    null = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.chdir("/")
-    os.set_inheritable(ending, True)
-    os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", _REAPER, str(root), until, str(ending)])
-
-
-def _reopen(fd: int) -> None:
-    """Open a file or terminal again, here: CRIU cannot dump what was opened through other mounts."""
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode) or stat.S_ISCHR(mode):
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
-        again = os.open(os.readlink(f"/proc/self/fd/{fd}"), flags | os.O_NOCTTY)
-        os.dup2(again, fd)
-        os.close(again)

@@ -20,12 +20,12 @@ from crcli.criu import kerndat
 from crcli.criu.binary import criu_command
 from crcli.criu.rpc import CriuProcess
 from crcli.errors import HostLacks
+from crcli.process.warden import READY, mount_proc, reset_signals, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-READY = b"ready"
 _PID_MAX = "/proc/sys/kernel/pid_max"
 _UNUSED_MOUNT_POINTS = ("/proc/sys/fs/binfmt_misc", "/proc/fs/nfsd", "/mnt")
 _LAST_PID = "/proc/sys/kernel/ns_last_pid"
@@ -142,7 +142,7 @@ def _keep(control: socket.socket, criu_end: socket.socket, images_fd: int, answe
 def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int, answers: bytes | None) -> None:
     """The first process of the pid namespace: wait for the order, start CRIU, reap. Never returns."""
     try:
-        kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+        mount_proc()
         kernel.loopback_up()
         _allow_any_address()
         control.send(READY)
@@ -169,20 +169,6 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int, answ
         say(control, str(error))
     finally:
         os._exit(1)
-
-
-def say(control: socket.socket, text: str) -> None:
-    try:
-        control.send(text.encode()[:4000] or b"unknown")
-    except OSError:
-        pass
-
-
-def reset_signals() -> None:
-    """Give a forked child of ours the default signal handling."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def reap_until_alone(criu: int = 0, criu_end: socket.socket | None = None) -> None:

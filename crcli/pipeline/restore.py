@@ -50,7 +50,7 @@ from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, names
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
-from crcli.pipeline.stdio import Replacements, raw_terminal, relay, replace_links
+from crcli.pipeline.stdio import Replacements, replace_links
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import RestoreTarget, failure_of
 from crcli.process.here import established_here
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from crcli.errors import Cause
+    from crcli.job.relay import Relay
     from crcli.memory.extents import Origin
     from crcli.pipeline.pager import Pager
     from crcli.pipeline.stages import Progress, RestoreOptions
@@ -79,6 +80,9 @@ _PASSED_ON = tuple(
     signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "WINCH", "CONT")
 )
 
+_LAST_WORDS_S = 5.0
+"""How long what a tree has written may take to be passed on when it has ended (seconds)."""
+
 _BOARD = "crcli-notify"
 """The name of the memory through which crcli.notify is told (importing it costs a restore that needs it)."""
 
@@ -93,13 +97,16 @@ SECOND_LOOK_S = 1.0
 class Restored:
     """A tree that runs: its report, its root on this host, and our child whose end tells of the root's.
 
-    `masters` are the other sides of its terminals, when they are passed on to ours.
+    `relay` passes on what it writes, when that is to come here. `ended` becomes readable when the root has
+    ended, and then says how, where we stay with it (else -1): its exit code in decimal, negative for a
+    signal's number; nothing when its warden was killed.
     """
 
     report: RestoreReport
     root: ProcessId
     child: int
-    masters: tuple[int, ...]
+    relay: Relay
+    ended: int
 
 
 class _PassedOn:
@@ -129,7 +136,7 @@ def restore(options: RestoreOptions, progress: Progress | None = None) -> Restor
     Raises NotFound, ImageDamaged, GuardRefused (nothing started), RestoreFailed (nothing left running),
     StoreError, HostLacks.
     """
-    return _bring_back(options, progress or Silent()).report
+    return bring_back(options, progress or Silent()).report
 
 
 def restore_and_wait(
@@ -143,12 +150,13 @@ def restore_and_wait(
     passed_on = _PassedOn()
     before = {number: signal.signal(number, passed_on.handle) for number in _PASSED_ON}
     try:
-        restored = _bring_back(options, progress or Silent(), passed_on)
+        restored = bring_back(options, progress or Silent(), Stay(passed_on.handle))
         passed_on.to(restored.root)
         running(restored.report)
-        relay(restored.masters)
-        with raw_terminal(restored.masters):
+        restored.relay.start()
+        with restored.relay.raw_terminal():
             _, status = os.waitpid(restored.child, 0)
+            restored.relay.finish(_LAST_WORDS_S)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -156,30 +164,41 @@ def restore_and_wait(
     return code if code >= 0 else 128 - code
 
 
-def _bring_back(options: RestoreOptions, progress: Progress, passed_on: _PassedOn | None = None) -> Restored:
+@dataclass(frozen=True)
+class Stay:
+    """We stay with the tree: `later` handles the signals that come too late to interrupt the restore.
+
+    A tree that is `bound` to us lives no longer than its root, nor than we do, should we be killed.
+    """
+
+    later: Callable[[int, FrameType | None], None]
+    bound: bool = False
+
+
+def bring_back(options: RestoreOptions, progress: Progress, stay: Stay | None = None) -> Restored:
     """Restore; once more, in a pid namespace of its own, when another process took a pid meanwhile."""
     url, ref = parse_image(options.image)
     options = replace(options, store=url or options.store, image=str(ref))
     try:
-        return _attempt(options, progress, passed_on)
+        return _attempt(options, progress, stay)
     except RestoreFailed as error:
         if options.pid_namespace != PidNamespace.AUTO or not _lost_its_pids(error):
             raise
         again = replace(options, image=error.image or options.image, pid_namespace=PidNamespace.NEW)
-    return _attempt(again, progress, passed_on)
+    return _attempt(again, progress, stay)
 
 
 def _lost_its_pids(error: RestoreFailed) -> bool:
     return error.cause is not None and error.cause.name == "pid-taken"
 
 
-def _attempt(options: RestoreOptions, progress: Progress, passed_on: _PassedOn | None) -> Restored:
+def _attempt(options: RestoreOptions, progress: Progress, stay: Stay | None) -> Restored:
     watch = Stopwatch(progress)
     kernel.become_subreaper()  # what CRIU leaves behind when it dies comes to us
     hooks = load_hooks()
-    later = passed_on.handle if passed_on is not None else None
+    later = stay.later if stay is not None else None
     with interruptible(later=later) as interrupts, ExitStack() as held:
-        work = _Restore(options, watch, interrupts, held, hooks, stay=passed_on is not None)
+        work = _Restore(options, watch, interrupts, held, hooks, stay)
         try:
             restored = work.run()
         except BaseException as error:
@@ -202,7 +221,7 @@ class _Restore:
         interrupts: Interrupts,
         held: ExitStack,
         hooks: Hooks,
-        stay: bool,
+        stay: Stay | None,
     ) -> None:
         self.options = options
         self.watch = watch
@@ -241,7 +260,8 @@ class _Restore:
             first = self._look()
         if self.options.signal:
             self._signal(first)
-        return Restored(self._report(root, ready_ms), first, self.child, tuple(self.replacements.masters))
+        ended = self.residence.end_of_root() if self.residence is not None and self.stay is not None else -1
+        return Restored(self._report(root, ready_ms), first, self.child, self.replacements.relay, ended)
 
     # The manifest is whole, and this host can take the image.
 
@@ -437,7 +457,9 @@ class _Restore:
         root = self.members[0].pid
         self.is_settled = True
         self.child = self.residence.settle(
-            root if self.namespace == PidNamespace.NEW else self.host[root], self.stay
+            root if self.namespace == PidNamespace.NEW else self.host[root],
+            stay=self.stay is not None,
+            bound=self.stay is not None and self.stay.bound,
         )
         netlock.remove_for(str(self.manifest.meta.get("run_id", "")))
         if self.pager is not None:

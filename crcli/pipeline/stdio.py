@@ -2,8 +2,8 @@
 
 A program that had a terminal or a pipe gets a new one, whose other side is read into a log (or thrown
 away) by a small process of its own, the keeper, for as long as the program has it open. With
-`Stdio.INHERIT` a terminal is kept by ourselves, who pass on what is typed and shown here, and a pipe is
-replaced by our own input or output.
+`Stdio.INHERIT` the other sides are kept by ourselves, who pass on what is typed and shown here; what was read
+from a pipe is read from our own input.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import os
 import socket
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from crcli.findings import Finding, Severity
+from crcli.job.relay import Relay
 from crcli.pipeline.stages import Stdio
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
     from crcli.pipeline.plan import OutsideLink
 
-_LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049l\x1b[?25h"
 LOG_FOLDER = "/var/log/crcli"
 
 
@@ -38,8 +36,8 @@ class Replacements:
     log: str = ""
     """Where output goes that went to a terminal or a pipe (empty: nothing did)."""
 
-    masters: list[int] = field(default_factory=list)
-    """The other sides of the terminals that are passed on to ours."""
+    relay: Relay = field(default_factory=Relay)
+    """The other sides of what is passed on to ours."""
     kept: list[int] = field(default_factory=list)
     """The other sides of what writes into the log, until the keeper has them."""
 
@@ -86,7 +84,7 @@ def _terminal(stdio: Stdio, replacements: Replacements) -> int:
     """A new terminal, its other side looked after; CRIU gives it the old one's settings and size."""
     master, slave = os.openpty()
     if stdio == Stdio.INHERIT:
-        replacements.masters.append(master)
+        replacements.relay.masters.append(master)
     else:
         replacements.kept.append(master)
     return slave
@@ -94,10 +92,12 @@ def _terminal(stdio: Stdio, replacements: Replacements) -> int:
 
 def _pipe(link: OutsideLink, stdio: Stdio, replacements: Replacements) -> int:
     """A descriptor in place of a pipe: a pipe again, which unlike a file can be waited for (epoll)."""
-    if stdio == Stdio.INHERIT:
-        numbers = {fd for _, fd in link.descriptors}
-        return os.dup(0 if not link.writes else 2 if numbers == {2} else 1)
+    if stdio == Stdio.INHERIT and not link.writes:
+        return os.dup(0)
     reads, writes = os.pipe()
+    if stdio == Stdio.INHERIT:
+        replacements.relay.outputs.append((reads, 2 if {fd for _, fd in link.descriptors} == {2} else 1))
+        return writes
     if link.writes:
         replacements.kept.append(reads)
         return writes
@@ -194,41 +194,3 @@ def _connected(path: str, kind: int) -> int:
     ours, theirs = socket.socketpair(type=kind)
     theirs.close()
     return ours.detach()
-
-
-def relay(masters: Sequence[int]) -> None:
-    """Start passing on what is typed here to the first of `masters`, and what any of them shows to us."""
-    for master in masters:
-        threading.Thread(target=_pass, args=(master, 1), daemon=True).start()
-    if masters:
-        threading.Thread(target=_pass, args=(0, masters[0]), daemon=True).start()
-
-
-def _pass(source: int, target: int) -> None:
-    try:
-        while data := os.read(source, 1 << 16):
-            os.write(target, data)
-    except OSError:
-        pass  # the other side is gone: the tree has ended
-
-
-@contextmanager
-def raw_terminal(masters: Sequence[int]) -> Iterator[None]:
-    """While in the block our terminal passes every key on and lends its size; then it is as before."""
-    if not masters or not os.isatty(0):
-        yield
-        return
-    import fcntl
-    import termios
-    import tty
-
-    before = termios.tcgetattr(0)
-    tty.setraw(0)
-    try:
-        size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
-        for master in masters:
-            fcntl.ioctl(master, termios.TIOCSWINSZ, size)
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
-        os.write(1, _LEAVE_ALTERNATE_SCREEN)

@@ -1,0 +1,91 @@
+"""Passing a tree's terminals, and what it writes into pipes, on to our own, for as long as we stay."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049l\x1b[?25h"
+_PIECE = 1 << 16
+
+
+@dataclass
+class Relay:
+    """The other sides of a tree's terminals, and of pipes with where to each leads: a descriptor of ours."""
+
+    masters: list[int] = field(default_factory=list)
+    outputs: list[tuple[int, int]] = field(default_factory=list)
+    _readers: list[threading.Thread] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Pass on what comes, each in a thread of its own: from here on we must not fork."""
+        for pair in self.outputs:
+            self._readers.append(threading.Thread(target=_pass_output, args=pair, daemon=True))
+        for master in self.masters:
+            self._readers.append(threading.Thread(target=_pass, args=(master, 1), daemon=True))
+        for reader in self._readers:
+            reader.start()
+        if self.masters:
+            threading.Thread(target=_pass, args=(0, self.masters[0]), daemon=True).start()
+
+    def finish(self, limit_s: float) -> None:
+        """The tree has ended: return once all that it wrote is passed on, or after so many seconds."""
+        for reader in self._readers:
+            reader.join(limit_s)
+
+    def close(self) -> None:
+        """Give the other sides back, of a tree that never came to be."""
+        for fd in {*self.masters, *(source for source, _ in self.outputs)}:
+            os.close(fd)
+        self.masters.clear()
+        self.outputs.clear()
+
+    def resize(self) -> None:
+        """Give the terminals the size of ours: the kernel tells their programs when it is another one."""
+        import fcntl
+        import termios
+
+        if self.masters and os.isatty(0):
+            size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
+            for master in self.masters:
+                fcntl.ioctl(master, termios.TIOCSWINSZ, size)
+
+    @contextmanager
+    def raw_terminal(self) -> Iterator[None]:
+        """While in the block our terminal passes every key on and lends its size; then it is as before."""
+        if not self.masters or not os.isatty(0):
+            yield
+            return
+        import termios
+        import tty
+
+        before = termios.tcgetattr(0)
+        tty.setraw(0)
+        try:
+            self.resize()
+            yield
+        finally:
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
+            os.write(1, _LEAVE_ALTERNATE_SCREEN)
+
+
+def _pass_output(pipe: int, target: int) -> None:
+    """Move all that comes; when the target takes no more, nobody reads the pipe either."""
+    _pass(pipe, target)
+    os.close(pipe)
+
+
+def _pass(source: int, target: int) -> None:
+    try:
+        while data := os.read(source, _PIECE):
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(target, rest) :]
+    except OSError:
+        pass  # the other side is gone: the tree has ended, or who read what it writes
