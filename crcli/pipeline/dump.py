@@ -131,7 +131,7 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
         return report
     hooks = load_hooks()
     described = _describe(options, target)
-    with interruptible(options.deadline_s) as interrupts:
+    with interruptible(_left_s(options, watch)) as interrupts:
         work = _Dump(options, target, watch, report, interrupts, progress)
         work.shared = shared or work.shared
         work.on_frozen = lambda: hooks.call("dump_frozen", target=described)
@@ -149,6 +149,11 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
     hooks.call("dump_finished", target=described, report=report.as_json())
     report.findings = (*report.findings, *hooks.findings)
     return report
+
+
+def _left_s(options: DumpOptions, watch: Stopwatch) -> float | None:
+    """The time until the deadline (seconds), which counts from the start of the dump."""
+    return None if options.deadline_s is None else options.deadline_s - watch.since_start_ms() / 1000
 
 
 def _describe(options: DumpOptions, target: Target) -> DumpTarget:
@@ -596,6 +601,7 @@ class _Dump:
             "plugins": [
                 {"name": one.name, "package": one.package, "version": one.version} for one in self.plugins
             ],
+            **({"job": dict(self.options.job)} if self.options.job else {}),
         }
 
     # CRIU has answered, or is gone.

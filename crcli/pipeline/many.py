@@ -57,7 +57,7 @@ def dump_many(
     calls = [call for call in trees if isinstance(call, Call)]
     work = _Work(calls, progress or Silent(), began, options.deadline_s)
     if calls:
-        _warm(options)
+        warm(options)
         work.run(min(workers or os.cpu_count() or 1, len(calls)))
     results = [work.results[one.pid] if isinstance(one, Call) else one for one in trees]
     return DumpsReport(tuple(results), round((time.monotonic() - began) * 1000, 2))
@@ -112,7 +112,7 @@ def _choose(pid: int, options: DumpOptions) -> Call | TreeResult:
     return Call(wanted, root)
 
 
-def _warm(options: DumpOptions) -> None:
+def warm(options: DumpOptions) -> None:
     """Import once what every dump needs, before there are workers to do so each for itself."""
     import numpy  # noqa: F401
     import zstandard  # noqa: F401
@@ -280,16 +280,17 @@ def _work(channel: socket.socket, shared: Shared, ignored: Sequence[int]) -> Non
             signal.signal(other, signal.SIG_IGN)
         kernel.die_with_parent(signal.SIGTERM)
         while True:
-            _send(channel, _dump_one(_receive(channel), shared))
+            _send(channel, attempt(_receive(channel), shared))
     except (OSError, EOFError):
         pass
     finally:
         os._exit(0)
 
 
-def _dump_one(options: DumpOptions, shared: Shared) -> TreeResult:
+def attempt(options: DumpOptions, shared: Shared, progress: Progress | None = None) -> TreeResult:
+    """Dump one tree; whatever that ends with is in the result."""
     try:
-        return TreeResult(options.pid, report=dump(options, shared=shared))
+        return TreeResult(options.pid, report=dump(options, progress, shared))
     except CrcliError as error:
         return TreeResult(options.pid, error=error)
     except Interrupted as error:  # before the freeze: later ones are the dump's own failure

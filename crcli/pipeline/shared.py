@@ -75,6 +75,10 @@ class Shared:
             self._store = self._store.reopened()
         return self._store
 
+    def forget_store(self) -> None:
+        """Have the next dump open the store anew."""
+        self._store = None
+
     def see_caller(self) -> None:
         """Raise Interrupted when nobody is left who wants the dump: the signal that tells so may have come
         before the dump listened."""

@@ -72,6 +72,7 @@ class DumpOptions:
     `start_time` (clock ticks since boot) says which process of that pid is meant; None: the one that has it.
     `forecast` says whether to look into memory for a forecast first, and to learn from how it came out.
     `pre_copy` is how many rounds copy memory before the freeze, or PRE_COPY_AUTO.
+    `job` is what `crcli run` notes of the job in the image (JSON values).
     """
 
     pid: int
@@ -88,6 +89,7 @@ class DumpOptions:
     forecast: bool = True
     pre_copy: int = 0
     endpoint_url: str | None = None
+    job: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
