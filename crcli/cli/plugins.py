@@ -6,19 +6,24 @@ from crcli.cli.options import JsonOption
 
 
 def plugins(as_json: JsonOption = False) -> None:
-    """List the plug-ins that are installed here, the hooks they implement, and what is wrong with them."""
-    from crcli.plugins.loader import load_hooks
-    from crcli.ui.reports import show_json
-    from crcli.ui.table import show_table
+    """List the plug-ins that are installed here, the hooks they implement, and what is wrong with them.
 
-    found = load_hooks().plugins
+    Then the sources of notices that the node goes away, those of plug-ins and crcli's own.
+    """
+    from crcli.notice.choose import known_kinds
+    from crcli.plugins.loader import load_hooks
+    from crcli.ui import plugins as ui
+    from crcli.ui.reports import show_json
+
+    hooks = load_hooks()
+    kinds = known_kinds(hooks)
     if as_json:
-        show_json({"plugins": [plugin.as_json() for plugin in found]})
-    elif not found:
-        print("no plug-ins are installed here")
+        show_json(
+            {
+                "plugins": [plugin.as_json() for plugin in hooks.plugins],
+                "notices": [kind.as_json() for kind in kinds],
+                "findings": [finding.as_json() for finding in hooks.findings],
+            }
+        )
     else:
-        rows = [
-            (one.name, f"{one.package} {one.version}".strip(), one.error or ", ".join(one.hooks))
-            for one in found
-        ]
-        show_table(("PLUG-IN", "PACKAGE", "HOOKS"), rows)
+        ui.show(hooks.plugins, kinds, hooks.findings)

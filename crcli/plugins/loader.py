@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import CrcliError
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 _MAY_REFUSE = ("dump_before_freeze", "restore_before")
+
+_BUILT_IN = {"notice_sources": "crcli.notice.builtin"}
+"""What crcli implements of the contract itself: the hook, without its prefix, and the module."""
 
 
 @dataclass
@@ -52,8 +56,11 @@ class Hooks:
     def call(self, hook: str, **arguments: Any) -> None:
         """Call a hook of the contract, without its prefix: `hooks.call("dump_frozen", target=target)`.
 
-        Raises a plug-in's CrcliError where the contract lets it refuse; all else becomes a finding.
+        Raises a plug-in's CrcliError where the contract lets it refuse; all else becomes a finding. What
+        crcli implements itself comes first.
         """
+        if hook in _BUILT_IN:
+            getattr(import_module(_BUILT_IN[hook]), spec.PREFIX + hook)(**arguments)
         if self._manager is None:
             return
         for implementation in getattr(self._manager.hook, spec.PREFIX + hook).get_hookimpls():

@@ -21,9 +21,14 @@ needs, by name. What is promised:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crcli.errors import CrcliError, TreeState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from crcli.notice import SourceKind
 
 GROUP = "crcli.plugins"
 PREFIX = "crcli_"
@@ -105,3 +110,11 @@ def crcli_restore_finished(target: RestoreTarget, report: dict[str, Any]) -> Non
 
 def crcli_restore_failed(target: RestoreTarget, failure: Failure) -> None:
     """The restore failed, and nothing of it is left running."""
+
+
+def crcli_notice_sources(register: Callable[[SourceKind], None]) -> None:
+    """Call `register` for each kind of notice source that the plug-in brings (crcli/notice/base.py).
+
+    Called by `crcli run` and `crcli watch` before anything begins, and by `crcli plugins`. A kind that takes
+    a name which is in use already fails there. Its sources run in threads of their own.
+    """

@@ -1,0 +1,112 @@
+"""Azure Scheduled Events: what is to happen to this VM, when at the earliest, and its acknowledgement.
+
+https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events
+
+An acknowledged event happens at once, for every VM that it names. So it is acknowledged only once the job is
+saved, and only where it names this VM alone.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from crcli.notice.base import Notice, Urgency, nothing
+from crcli.notice.metadata import ANSWER_S, LINK_LOCAL, Metadata, ServiceSilent, keep_looking
+from crcli.notice.places import AZURE_ENDPOINT
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+
+    from crcli.notice.base import Source, Surroundings, Tell
+
+EVERY_S = 1.0
+"""As Azure recommends."""
+
+_EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
+_NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+_HEADERS = {"Metadata": "true"}
+_FIRST_ANSWER_S = 125.0
+"""The first question of a VM switches its events on, which takes up to two minutes."""
+
+_URGENCY = {
+    "Preempt": Urgency.LEAVE,
+    "Terminate": Urgency.LEAVE,
+    "Reboot": Urgency.LEAVE,
+    "Redeploy": Urgency.LEAVE,
+    "Freeze": Urgency.RISK,  # stands still for some seconds, and goes on
+}
+
+
+class AzureEvents:
+    """Tells of each event that names this VM, once."""
+
+    name = "azure"
+
+    def __init__(self, surroundings: Surroundings, every_s: float = EVERY_S) -> None:
+        self._service = Metadata(surroundings.environ.get(AZURE_ENDPOINT) or LINK_LOCAL, AZURE_ENDPOINT)
+        self._surroundings, self._every_s = surroundings, every_s
+        self._patience_s = _FIRST_ANSWER_S
+        self._vm = ""
+        self._told: set[str] = set()
+
+    def watch(self, tell: Tell, stopped: threading.Event) -> None:
+        """Look every second."""
+
+        def look() -> None:
+            answer = self._service.ask(
+                _EVENTS, headers=_HEADERS, stopped=stopped, patience_s=self._patience_s
+            )
+            events = answer.json().get("Events")
+            if not isinstance(events, list):
+                raise ServiceSilent("the service answers without a list of events")
+            self._patience_s = ANSWER_S
+            for event in events:
+                if self._is_news(event, stopped):
+                    self._told.add(event["EventId"])
+                    tell(self._notice(event, answer.deadline(str(event.get("NotBefore")))))
+
+        keep_looking(look, self._every_s, stopped, lambda what: self._surroundings.silent(self.name, what))
+
+    def _is_news(self, event: Any, stopped: threading.Event) -> bool:
+        """Whether this is an event of a kind that matters, of this VM, and not told yet."""
+        if not isinstance(event, dict) or event.get("EventType") not in _URGENCY:
+            return False
+        if not isinstance(event.get("EventId"), str) or event["EventId"] in self._told:
+            return False
+        if not self._vm:
+            self._vm = self._service.ask(_NAME, headers=_HEADERS, stopped=stopped).text()
+        return self._vm.lower() in _vms(event)
+
+    def _notice(self, event: dict[str, Any], deadline: float | None) -> Notice:
+        kind, status = event["EventType"], event.get("EventStatus")
+        alone = _vms(event) == [self._vm.lower()]
+        return Notice(
+            self.name,
+            f"Azure event {kind}{' has begun' if status == 'Started' else ''}",
+            _URGENCY[kind],
+            deadline,
+            self._acknowledge(event["EventId"]) if alone and status != "Started" else nothing,
+        )
+
+    def _acknowledge(self, event_id: str) -> Callable[[], None]:
+        def acknowledge() -> None:
+            body = json.dumps({"StartRequests": [{"EventId": event_id}]}).encode()
+            headers = {**_HEADERS, "Content-Type": "application/json"}
+            status = self._service.ask(_EVENTS, method="POST", headers=headers, body=body).status
+            if status // 100 != 2:
+                raise ServiceSilent(f"the service answers {status}")
+
+        return acknowledge
+
+
+def _vms(event: dict[str, Any]) -> list[str]:
+    """The names of the VMs that an event is about, in lower case."""
+    resources = event.get("Resources")
+    return [str(name).lower() for name in resources] if isinstance(resources, list) else []
+
+
+def make(name: str, argument: str, surroundings: Surroundings) -> list[Source]:
+    """The source of `--notice azure`."""
+    return [AzureEvents(surroundings)]

@@ -1,0 +1,150 @@
+"""Runs sources beside each other, takes the signals that they want, and hands out what they say."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self
+
+from crcli.notice.base import Notice, Surroundings, Urgency, grace_of, note
+from crcli.notice.choose import choose
+from crcli.notice.signals import taken
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+    from crcli.findings import Finding
+    from crcli.notice.base import Source
+    from crcli.plugins import Hooks
+
+_JOIN_S = 1.0
+"""How long leaving waits for sources; one that is still in a system call then is a daemon thread."""
+
+
+class Notices:
+    """From entry to exit every source watches; `get` returns what they say, in the order they said it.
+
+    `specs` is what `--notice` says (none is `auto`); one that nobody knows raises UsageError here, before
+    anything has begun. `grace_s` is how long there is after a notice that does not say so itself (default:
+    $CRCLI_GRACE). `found` is told, from any thread, what went wrong with a source; `findings` keeps it.
+
+    Enter and leave in the main thread: signals can be taken nowhere else. Threads that others start should
+    block `signals`, or one may be delivered to them while the main thread waits.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[str] = (),
+        grace_s: float | None = None,
+        *,
+        found: Callable[[Finding], None] | None = None,
+        environ: Mapping[str, str] | None = None,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self.findings: list[Finding] = []
+        self.fd = -1
+        self.signals: frozenset[signal.Signals] = frozenset()
+        self._found = found
+        environ = os.environ if environ is None else environ
+        surroundings = Surroundings(grace_of(grace_s, environ), environ, self._report)
+        self.sources: list[Source] = choose(specs, surroundings, hooks)
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._waiting: deque[Notice] = deque()
+        self._unsaved: list[Notice] = []
+        self._exit = ExitStack()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        self.fd = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        with ExitStack() as undo:
+            undo.callback(self._close)
+            self.signals = undo.enter_context(taken(self.sources, self._report))
+            undo.callback(self._stop)
+            for source in self.sources:
+                self._start(source)
+            self._exit = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def get(self, timeout_s: float | None = None) -> Notice | None:
+        """Return the next notice, waiting for one if need be; None when `timeout_s` have passed."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        while True:
+            try:
+                os.eventfd_read(self.fd)
+                return self._waiting.popleft()
+            except BlockingIOError:
+                pass
+            left_ms = None if until is None else max(0.0, until - time.monotonic()) * 1000
+            if not poll.poll(left_ms) and left_ms is not None:
+                return None
+
+    def _start(self, source: Source) -> None:
+        thread = threading.Thread(
+            target=self._watch, args=(source,), name=f"notice-{source.name}", daemon=True
+        )
+        thread.start()
+        self._threads.append(thread)
+
+    def _watch(self, source: Source) -> None:
+        """The life of a source's thread."""
+        # The kernel may give a signal to any thread that does not block it, and the main thread would not
+        # wake from its wait: Python runs handlers there only.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            source.watch(self._tell, self._stopped)
+        except (Exception, SystemExit) as error:
+            if not self._stopped.is_set():
+                what = f"failed: {type(error).__name__}: {error}"
+                self._report(note("notice-failed", source.name, what, "goes on without it"))
+
+    def _tell(self, notice: Notice) -> None:
+        with self._lock:
+            if self.fd < 0:
+                return
+            if notice.urgency is Urgency.LEAVE:
+                self._unsaved.append(notice)
+                notice = replace(notice, on_saved=self._saved)
+            self._waiting.append(notice)
+            os.eventfd_write(self.fd, 1)
+
+    def _saved(self) -> None:
+        """Tell everybody who gave notice, not only whom the dump was for: several often say the same."""
+        with self._lock:
+            waiting, self._unsaved = self._unsaved, []
+        for notice in waiting:
+            try:
+                notice.on_saved()
+            except Exception as error:
+                what = f"could not be told that the job is saved: {error}"
+                self._report(note("notice-unanswered", notice.source, what, "goes on"))
+
+    def _report(self, finding: Finding) -> None:
+        self.findings.append(finding)
+        if self._found is not None:
+            self._found(finding)
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        until = time.monotonic() + _JOIN_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _close(self) -> None:
+        with self._lock:
+            fd, self.fd = self.fd, -1
+        os.close(fd)
