@@ -53,9 +53,11 @@ EXIT_CODES: dict[int, tuple[str, str]] = {
     20: ("guard refused; nothing was started", "restore on a host that fits, or act on the finding"),
     21: ("restore failed; nothing was left running", "try again, here or elsewhere"),
     22: ("the image is damaged or not what it claims", "use an older image; `crcli verify` lists the damage"),
+    24: ("the image is of another job; nothing was started", "choose another name, or start afresh"),
     30: ("store unreachable or refused", "check the URL, credentials and network, then try again"),
     31: ("no such image, or no such object", "`crcli ls` shows what the store holds"),
     40: ("this host lacks something", "`crcli doctor` says what, and how to get it"),
+    75: ("`run` and `watch`: the job is saved, or was not started here", "start the same command again"),
 }
 
 
@@ -145,6 +147,20 @@ class RestoreFailed(CrcliError):
     exit_code = 21
     code = "restore-failed"
     image: str = ""
+
+
+class JobMismatch(CrcliError):
+    """The image of that name is of another command, configuration or weights; nothing was started."""
+
+    exit_code = 24
+    code = "job-mismatch"
+
+
+class TryAgain(CrcliError):
+    """The job was not started here, and its image stands: the same command is to be started again."""
+
+    exit_code = 75
+    code = "try-again"
 
 
 class ImageDamaged(CrcliError):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "dump": ("crcli.cli.dump:dump", "Freeze a process tree, ship it to a store, and let it go."),
     "restore": ("crcli.cli.restore:restore", "Bring a process tree back from its image."),
+    "run": ("crcli.cli.run:run", "Start a job that survives its machine, or bring it back."),
     "check": ("crcli.cli.check:check", "Say what a dump, or a restore here, would meet; touch nothing."),
     "ls": ("crcli.cli.ls:ls", "List the images in a store."),
     "show": ("crcli.cli.show:show", "Say what an image holds and where it came from."),
@@ -34,6 +35,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plugins": ("crcli.cli.plugins:plugins", "List the plug-ins that are installed here."),
     "demo": ("crcli.cli.demo:demo", "Dump, kill and restore a small agent, to see that it works here."),
 }
+
+_PREFIXES = ("run",)
+"""Commands that take another command, with options of its own."""
 
 _ClickUsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, or imports it: ask it
 
@@ -56,7 +60,9 @@ class LazyCommands(TyperGroup):
             group.name = cmd_name
             return group
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command(cmd_name)(found)
+        # What stands behind the first word of a command to run is that command's.
+        settings = {"allow_interspersed_args": cmd_name not in _PREFIXES}
+        app.command(cmd_name, context_settings=settings)(found)
         return typer.main.get_command(app)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -110,7 +116,7 @@ def build_app() -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (this process's own by default) and return its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in argv
+    as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
     try:
         app = build_app()
         with app.make_context("crcli", argv) as context:

@@ -66,7 +66,7 @@ class Relay:
         import tty
 
         before = termios.tcgetattr(0)
-        tty.setraw(0)
+        tty.setraw(0, termios.TCSADRAIN)  # what was typed already is for the tree
         try:
             self.resize()
             yield

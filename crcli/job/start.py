@@ -61,20 +61,29 @@ def start_job(command: Sequence[str], environment: Mapping[str, str], own_namesp
     stdio.close_theirs()
     os.close(ending)
     os.close(ours)
-    with control:
-        answer, first = warden.first_word(control)
+    answer, first = warden.first_word(control)
     if own_namespace:
         os.waitpid(child, 0)
         child = first
-    if answer != warden.READY:
+    root = _only_child(child) if answer == warden.READY else None
+    control.close()  # the warden reaps from now on
+    if root is None:
         os.close(ended)
         stdio.relay.close()
         raise HostLacks(
             f"the job cannot be started: {answer.decode() or 'its first process died'}",
             hint="--pid-namespace host starts it without a namespace of its own" if own_namespace else "",
         )
-    (root,) = child_pids(child)
-    return Job(identify(root), child, ended, stdio.relay, own_namespace)
+    return Job(root, child, ended, stdio.relay, own_namespace)
+
+
+def _only_child(pid: int) -> ProcessId | None:
+    """The child of a process that does not reap it yet; None when it was killed."""
+    try:
+        (child,) = child_pids(pid)
+        return identify(child)
+    except (ValueError, ProcessLookupError):
+        return None
 
 
 class _Stdio:
@@ -164,6 +173,7 @@ def _live(control: socket.socket, start: _Start) -> NoReturn:
         if root == 0:
             _become_init(start)
         control.send(warden.READY)
+        control.recv(1)  # until we were looked at, or there is nobody to look
         warden.become_reaper(root, "root", start.ending, start.crcli)
     except BaseException as error:
         warden.say(control, str(error))

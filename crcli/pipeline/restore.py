@@ -558,8 +558,13 @@ class _Restore:
     # CRIU says that it runs: look for ourselves, at once and again a little later.
 
     def _look(self) -> ProcessId:
-        """See the root live on for a while, or end well; the ends of others are their parents' affair."""
+        """See the root live on for a while, or end well; the ends of others are their parents' affair.
+
+        Whoever a tree is bound to looks himself, and need not wait to do what is to be done meanwhile.
+        """
         root, *others = self.processes
+        if self.stay is not None and self.stay.bound:
+            return root
         end = time.monotonic() + SECOND_LOOK_S
         while root.alive() and time.monotonic() < end:
             time.sleep(0.05)

@@ -57,6 +57,21 @@ class ChangedFiles(StrEnum):
     HOST = "host"
 
 
+class OnMismatch(StrEnum):
+    """What to do about an image of that name which is of another command, configuration or weights."""
+
+    REFUSE = "refuse"
+    FRESH = "fresh"
+
+
+class OnFailure(StrEnum):
+    """What to do when an image cannot be restored here."""
+
+    FAIL = "fail"
+    COLD = "cold"
+    RETRY = "retry"
+
+
 NOTIFY_WAIT_S = 2.0
 """How long a dump waits for the on_checkpoint callbacks of `crcli.notify` (seconds), by default."""
 
