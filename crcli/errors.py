@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from crcli.findings import Finding
 
@@ -53,6 +53,10 @@ EXIT_CODES: dict[int, tuple[str, str]] = {
     20: ("guard refused; nothing was started", "restore on a host that fits, or act on the finding"),
     21: ("restore failed; nothing was left running", "try again, here or elsewhere"),
     22: ("the image is damaged or not what it claims", "use an older image; `crcli verify` lists the damage"),
+    23: (
+        "the name is claimed by another holder; nothing was started",
+        "wait until it has ended; `crcli lease ls` says who it is",
+    ),
     24: ("the image is of another job; nothing was started", "choose another name, or start afresh"),
     30: ("store unreachable or refused", "check the URL, credentials and network, then try again"),
     31: ("no such image, or no such object", "`crcli ls` shows what the store holds"),
@@ -168,6 +172,20 @@ class ImageDamaged(CrcliError):
 
     exit_code = 22
     code = "image-damaged"
+
+
+class NameClaimed(CrcliError):
+    """Somebody else holds the name, and lives as far as can be seen; nothing was started.
+
+    `claim` is what the store says of it (`Claim.as_json`).
+    """
+
+    exit_code = 23
+    code = "name-claimed"
+
+    def __init__(self, message: str, *, hint: str = "", claim: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.claim = dict(claim or {})
 
 
 class StoreError(CrcliError):

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rm": ("crcli.cli.rm:rm", "Remove an image; `gc` frees its space."),
     "cp": ("crcli.cli.cp:cp", "Copy an image to another store."),
     "gc": ("crcli.cli.gc:gc", "Free what no image in the store refers to."),
+    "lease": ("crcli.cli.lease:app", "Say who holds which name, or take one from the dead."),
     "weights": ("crcli.cli.weights:app", "Prepare files of weights, and put them into a store."),
     "cache": ("crcli.cli.cache:app", "Say what this host keeps of remote stores, or remove it."),
     "doctor": ("crcli.cli.doctor:doctor", "Say what this host is, what it lacks, and how to get it."),

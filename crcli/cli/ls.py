@@ -21,13 +21,15 @@ def ls(
 ) -> None:
     """List the images in a store, by name and then by time."""
     from crcli.image.catalog import list_entries
+    from crcli.image.claims import all_claims
     from crcli.ui.catalog import show_entries
 
     with opened(store, endpoint_url) as found:
         try:
             entries = list_entries(found, name)
+            claims = all_claims(found)
         except NotFound:
             if store:
                 raise
-            entries = []  # the default store comes into being with the first dump
-        show_entries(entries, found.url, as_json)
+            entries, claims = [], []  # the default store comes into being with the first dump
+        show_entries(entries, {claim.name: claim for claim in claims}, found.url, as_json)

@@ -13,8 +13,9 @@ def show(
     endpoint_url: EndpointOption = None,
 ) -> None:
     """Say what an image holds and where it came from."""
+    from crcli.image.claims import claimed_by
     from crcli.image.manifest import load
     from crcli.ui.catalog import show_image
 
     with opened_image(image, store, endpoint_url) as (found, ref):
-        show_image(load(found, ref), found.url, as_json)
+        show_image(load(found, ref), claimed_by(found, ref.name), found.url, as_json)

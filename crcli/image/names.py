@@ -15,6 +15,7 @@ _ID = re.compile(r"\d{8}T\d{6}\d{3}-[0-9a-f]{6}\Z")
 
 IMAGES, INDEXES, PACKS, SESSIONS = "images/", "indexes/", "packs/", "sessions/"
 WEIGHTS = "weights/"
+LEASES = "leases/"
 
 
 @dataclass(frozen=True)
@@ -98,3 +99,8 @@ def pack_key(pack: bytes) -> str:
 def weights_key(digest: str) -> str:
     """Where it stands which chunks a file of weights consists of, by the BLAKE3 of the file (hexadecimal)."""
     return f"{WEIGHTS}{digest}"
+
+
+def lease_key(name: str, number: int) -> str:
+    """Where the lease of that number on a name is; keys sort as their numbers do."""
+    return f"{LEASES}{name}/{number:012d}"

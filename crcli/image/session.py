@@ -10,14 +10,12 @@ for STALE_AFTER_S by the store's clock, or when it names a process of this host 
 from __future__ import annotations
 
 import json
-import os
 import threading
-import time
 from typing import TYPE_CHECKING, Self
 
 from crcli.errors import NotFound, StoreError
 from crcli.image.names import SESSIONS
-from crcli.process.identity import ProcessId, identify
+from crcli.image.owner import Sight, clock, describe_owner, sight_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -38,7 +36,7 @@ class Announcement:
     def __init__(self, store: Store, key: str) -> None:
         self.key = key
         self._store = store
-        self._text = _describe_owner()
+        self._text = json.dumps(describe_owner()).encode()
         self._over = threading.Event()
         self._beat = threading.Thread(target=self._keep_renewing, name="session", daemon=True)
         self._lapsed = False
@@ -47,11 +45,11 @@ class Announcement:
     @property
     def lapsed(self) -> bool:
         """Whether this was ever without renewal for so long that others may have taken us for dead."""
-        return self._lapsed or _clock() - self._renewed_at > LAPSED_AFTER_S
+        return self._lapsed or clock() - self._renewed_at > LAPSED_AFTER_S
 
     def renew(self) -> None:
         """Write the object again."""
-        began = _clock()
+        began = clock()
         self._lapsed = self.lapsed
         if not self._lapsed:
             self._store.put(self.key, self._text)
@@ -63,7 +61,7 @@ class Announcement:
         return self._store.stat(self.key).modified
 
     def __enter__(self) -> Self:
-        self._renewed_at = _clock()
+        self._renewed_at = clock()
         self._store.put(self.key, self._text)
         self._beat.start()
         return self
@@ -111,31 +109,9 @@ def announced(store: Store, prefix: str, store_time: float) -> tuple[list[str], 
     return alive, dead
 
 
-def _describe_owner() -> bytes:
-    us = identify(os.getpid())
-    return json.dumps(
-        {**_here(), "pid": us.pid, "start_time": us.start_time, "nonce": os.urandom(8).hex()}
-    ).encode()
-
-
 def _owner_ended(text: bytes) -> bool:
     """Whether the owner is a process that would be seen from here, and is not."""
     try:
-        owner = json.loads(text)
-        if any(owner[name] != value for name, value in _here().items()):
-            return False
-        return not ProcessId(owner["pid"], owner["start_time"]).alive()
-    except (ValueError, KeyError, TypeError):
+        return sight_of(json.loads(text)) == Sight.ENDED
+    except (ValueError, TypeError):
         return False
-
-
-def _here() -> dict[str, str]:
-    """What makes pids comparable: the boot of this kernel, and the pid namespace."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return {"boot": boot, "pids": os.readlink("/proc/self/ns/pid")}
-
-
-def _clock() -> float:
-    """Seconds that also count while this machine is suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from crcli.findings import Severity
+from crcli.guard.claimed import claimed
 from crcli.guard.here import Here
 from crcli.guard.host import examine
 from crcli.guard.needs import Asked, StoredImages, needs_of
+from crcli.image.claims import claimed_by
 from crcli.image.manifest import load
 from crcli.image.names import parse_image, suggested_name
 from crcli.image.packs import ChunkReader
@@ -79,9 +81,10 @@ def check_image(
         manifest = load(found, ref)
         reader = ChunkReader(found, manifest.packs, manifest.chunks)
         images = StoredImages(manifest, reader)
+        held = list(claimed(claimed_by(found, manifest.name)))
         missing = MemoryReader(found, manifest, reader, folders=weights_folders).missing()
     finally:
         found.close()
     needs = replace(needs_of(manifest, images, Asked()), missing_weights=tuple(missing))
-    findings = examine(needs, Here())
+    findings = [*examine(needs, Here()), *held]
     return CheckReport(f"{manifest.name}@{manifest.id}", findings)

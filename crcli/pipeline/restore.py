@@ -44,6 +44,7 @@ from crcli.image.packs import ChunkReader
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey
 from crcli.memory.replay import Replay, Split, split, targets, write_all
+from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, namespace_depth, namespace_for
@@ -270,6 +271,7 @@ class _Restore:
         store = self.store = open_cached(self.options.store, endpoint_url=self.options.endpoint_url)
         self.held.callback(store.close)
         self.manifest: Manifest = load_near(store, ref)
+        self.claim = WhoHolds(store, self.manifest.name)
         self.reader = ChunkReader(store, self.manifest.packs, self.manifest.chunks)
         self.memory = MemoryReader(
             store, self.manifest, self.reader, self.options.weights_map, self.options.weights_folders
@@ -298,7 +300,7 @@ class _Restore:
             f"{self.manifest.name}@{self.manifest.id}", self.options.store, self.manifest.meta
         )
         self.hooks.call("restore_before", target=self.described)
-        self.findings = guard(needs, self.here)
+        self.findings = [*guard(needs, self.here), *self.claim.findings()]
         self.members = read_tree(self.images)
         for finding in self.findings:
             self.watch.progress.finding(finding)

@@ -100,6 +100,14 @@ class Store(Protocol):
         """The store's address as a user would write it, without credentials."""
         ...
 
+    @property
+    def creates_atomically(self) -> bool:
+        """Whether of several puts of one key with `if_absent`, at one instant, exactly one works.
+
+        False where a store is not known for it. May resolve settings and credentials.
+        """
+        ...
+
     def warm(self, *, for_writing: bool = False) -> None:
         """Pay now for what the first request would cost, and find out now if the store cannot be used.
 

@@ -56,6 +56,11 @@ class CachingStore:
         """The origin's."""
         return self.origin.url
 
+    @property
+    def creates_atomically(self) -> bool:
+        """See the origin's."""
+        return self.origin.creates_atomically
+
     def name_of(self, key: str) -> str:
         """What the cache calls an object."""
         name = plain_name(key)

@@ -42,6 +42,11 @@ class FileStore:
         """`file://` and the absolute path."""
         return StoreAddress("file", self.root).url
 
+    @property
+    def creates_atomically(self) -> bool:
+        """link(2) does, also over NFS. On a file system without it only those on one host are kept apart."""
+        return True
+
     def warm(self, *, for_writing: bool = False) -> None:
         """See whether the directory can be read; with `for_writing`, create it and try a file in it."""
         with self._translating(self.root):

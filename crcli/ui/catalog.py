@@ -13,24 +13,34 @@ from crcli.ui.text import count, duration, printable, size
 from crcli.ui.weights import weights_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from crcli.image.catalog import Entry
+    from crcli.image.claims import Claim
     from crcli.image.copy import CopyReport
     from crcli.image.gc import GcReport
     from crcli.image.manifest import Manifest
     from crcli.image.verify import VerifyReport
 
 
-def show_entries(entries: Sequence[Entry], store_url: str, as_json: bool) -> None:
-    """Show what a store holds."""
+def show_entries(
+    entries: Sequence[Entry], claims: Mapping[str, Claim], store_url: str, as_json: bool
+) -> None:
+    """Show what a store holds, and who holds the names of it."""
     if as_json:
-        show_json({"store": store_url, "images": [entry.as_json() for entry in entries]})
+        images = [entry.as_json() | {"claim": _claim(claims.get(entry.ref.name))} for entry in entries]
+        show_json({"store": store_url, "images": images})
     elif not entries:
         print(printable(f"no images in {store_url}"))
     else:
         columns = ("IMAGE", "CREATED", "PROCESSES", "MEMORY", "HOST", "COMMAND")
         show_table(columns, [_entry_row(entry) for entry in entries], right=("PROCESSES", "MEMORY"))
+        for name in dict.fromkeys(entry.ref.name for entry in entries if entry.ref.name in claims):
+            print(printable(f"{name} is claimed by {claims[name].holder} since {when(claims[name].since)}"))
+
+
+def _claim(claim: Claim | None) -> dict[str, Any] | None:
+    return claim.as_json() if claim is not None else None
 
 
 def _entry_row(entry: Entry) -> list[str]:
@@ -65,9 +75,9 @@ def describe_image(manifest: Manifest, store_url: str) -> dict[str, Any]:
     }
 
 
-def show_image(manifest: Manifest, store_url: str, as_json: bool) -> None:
-    """Show what an image holds and where it came from."""
-    facts = describe_image(manifest, store_url)
+def show_image(manifest: Manifest, claim: Claim | None, store_url: str, as_json: bool) -> None:
+    """Show what an image holds, where it came from, and who holds its name."""
+    facts = describe_image(manifest, store_url) | {"claim": _claim(claim)}
     if as_json:
         show_json(facts)
         return
@@ -84,6 +94,8 @@ def show_image(manifest: Manifest, store_url: str, as_json: bool) -> None:
         "frozen": duration(facts.get("frozen_ms", 0.0)),
         "phases": phases(facts.get("phases", {})),
     }
+    if claim is not None:
+        lines["claimed"] = f"by {claim.holder} since {when(claim.since)}"
     for name, value in lines.items():
         print(printable(f"{name:<8} {value}"))
     print()

@@ -389,9 +389,9 @@ def test_a_collection_that_was_suspended_removes_nothing_more(
 ) -> None:
     """Who could not renew its announcement for long stops: others may not be waiting for it any more."""
     remove(directory, make_image(directory, "old", pages(1, 2)))
-    real = announcing._clock
+    real = announcing.clock
     jumps: Iterator[float] = itertools.chain([0.0] * 4, itertools.repeat(announcing.STALE_AFTER_S))
-    monkeypatch.setattr(announcing, "_clock", lambda: real() + next(jumps))
+    monkeypatch.setattr(announcing, "clock", lambda: real() + next(jumps))
     with pytest.raises(StoreError, match="too long"):
         collect_garbage(directory, grace_s=0)
     assert len(keys(directory, PACKS)) == 1

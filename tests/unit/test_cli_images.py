@@ -10,6 +10,8 @@ import pytest
 
 from crcli.criu import netlock
 from crcli.guard.doctor import host, kernel, machine, rights
+from crcli.image import owner
+from crcli.image.lease import Lease, LeaseState
 from crcli.image.manifest import list_images
 from crcli.image.names import PACKS
 from crcli.main import main
@@ -67,6 +69,7 @@ def test_ls(cli: Cli) -> None:
         "host",
         "command",
         "damage",
+        "claim",
     ]
     lines = cli.text("ls").splitlines()
     assert len(lines) == 3
@@ -139,6 +142,27 @@ def test_gc(cli: Cli) -> None:
     assert cli.json("gc", "--dry-run", "--grace", "0")["packs_removed"] == 1
     assert "1 pack " in cli.text("gc", "--grace", "0")
     assert list(cli.store.list(PACKS)) == []
+
+
+def test_leases(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lease ls, ls and show say who holds a name; lease break takes it away, unless its holder lives here."""
+    make_image(cli.store, "agent", pages(1, 2))
+    assert cli.json("lease", "ls") == {"store": cli.store.url, "leases": []}
+    assert "no name is claimed" in cli.text("lease", "ls")
+    assert cli.json("ls")["images"][0]["claim"] is None and cli.json("show", "agent")["claim"] is None
+    lease = Lease.claim(cli.store, "agent", "a test")
+    (claim,) = cli.json("lease", "ls")["leases"]
+    assert (claim["name"], claim["number"], claim["seen"]) == ("agent", 1, "alive")
+    assert cli.json("ls")["images"][0]["claim"] == cli.json("show", "agent")["claim"] == claim
+    for command in (("lease", "ls"), ("ls",), ("show", "agent")):
+        assert "a test on" in cli.text(*command)
+    assert cli.json("lease", "break", "agent", code=23)["error"]["code"] == "name-claimed"
+    monkeypatch.setattr(owner, "_here", lambda: {"boot": "another"})
+    assert cli.json("lease", "break", "agent")["broken"] == claim | {"seen": "unseen", "renewed": 0.0}
+    assert cli.json("lease", "ls")["leases"] == []
+    assert cli.json("lease", "break", "agent", code=31)["error"]["code"] == "not-found"
+    lease._renew()
+    assert lease.state == LeaseState.LOST
 
 
 # --- doctor ------------------------------------------------------------------------------------------------

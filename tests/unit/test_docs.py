@@ -15,7 +15,7 @@ import pytest
 
 from crcli import config, errors, notify
 from crcli.guard.names import BLOCKERS
-from crcli.image import catalog, container, gc, names, packs, session, tables
+from crcli.image import catalog, claims, container, gc, lease, names, packs, session, tables
 from crcli.image.manifest import StoredFile
 from crcli.main import COMMANDS, build_app
 from crcli.memory import classify, intake, replay
@@ -288,11 +288,24 @@ def test_format_has_the_constants() -> None:
     assert classify.GROUP_PAGES == 16 and "for each 16 pages" in FORMAT_FLAT
     assert (session.HEARTBEAT_S, session.LAPSED_AFTER_S, session.STALE_AFTER_S) == (60, 600, 900)
     assert "every 60 s" in FORMAT_FLAT and "for 600 s" in FORMAT_FLAT and "for 900 s" in FORMAT_FLAT
-    for prefix in (names.IMAGES, names.INDEXES, names.PACKS, names.SESSIONS, names.WEIGHTS, gc.COLLECTIONS):
+    prefixes = (names.IMAGES, names.INDEXES, names.PACKS, names.SESSIONS, names.WEIGHTS, names.LEASES)
+    for prefix in (*prefixes, gc.COLLECTIONS):
         assert f"`{prefix}" in FORMAT_FLAT
     for pattern in (names._NAME, names._ID):
         assert f"`{pattern.pattern.removesuffix(chr(92) + 'Z')}`" in FORMAT_FLAT
     assert catalog._time_of("20260131T235959123-0a1b2c") == 1769903999.0
+
+
+def test_the_times_of_leases_are_those_of_the_code() -> None:
+    """For how long a lease is good, how often it is renewed, and what its object says."""
+    assert (claims.TTL_S, lease.RENEWALS, lease.MARGIN, lease.SETTLE_S) == (30, 5, 1 / 6, 2)
+    assert "(30 s where it has none)" in FORMAT_FLAT and "renewed it for 30 s" in README_FLAT
+    assert "five times in `ttl_s`" in FORMAT_FLAT and "up to 6 s" in README_FLAT
+    assert "a sixth of `ttl_s`" in FORMAT_FLAT
+    assert "waits for 2 s" in FORMAT_FLAT and "waits there for 2 s" in README_FLAT
+    assert lease._KEPT_S == 3600 and "an hour after they were superseded" in FORMAT_FLAT
+    written = keys_in("crcli/image/lease.py", "__init__") | keys_in("crcli/image/lease.py", "_text")
+    assert written | keys_in("crcli/image/owner.py", "describe_owner") | {"released"} <= in_words(FORMAT)
 
 
 def test_format_has_every_field_of_a_manifest() -> None:

@@ -39,6 +39,11 @@ class S3Store:
         """`s3://bucket/prefix`, and the options that were written behind it."""
         return self._address.url
 
+    @property
+    def creates_atomically(self) -> bool:
+        """AWS promises it. Others may look, and write a moment later."""
+        return self._bucket.connection.is_aws
+
     def warm(self, *, for_writing: bool = False) -> None:
         """Make the client, resolve credentials, and have the bucket answer one cheap request."""
         try:
