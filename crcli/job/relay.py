@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ def _pass_output(pipe: int, target: int) -> None:
 
 
 def _pass(source: int, target: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for the main thread
     try:
         while data := os.read(source, _PIECE):
             rest = memoryview(data)

@@ -1,0 +1,144 @@
+"""`crcli run`: parse, call pipeline.run, end as the job does."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated, Any
+
+import typer
+
+from crcli.cli.options import EndpointOption, StoreOption, parse_pair
+from crcli.config import choose_store, weights_folders
+from crcli.errors import CrcliError
+from crcli.pipeline.stages import OnFailure, OnMismatch, PidNamespace, RestoreOptions
+
+
+def run(
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="-- COMMAND...", help="The job's command line.", show_default=False),
+    ],
+    name: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="The job's name, and that of its images and its lease.", show_default=False
+        ),
+    ],
+    store: StoreOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start afresh, whatever images there are.")] = False,
+    on_mismatch: Annotated[
+        OnMismatch,
+        typer.Option(help="What to do when the image is of another command, configuration or weights."),
+    ] = OnMismatch.REFUSE,
+    on_failure: Annotated[
+        OnFailure,
+        typer.Option(
+            help="What to do when the image cannot be restored here: fail with the reason's exit code, start "
+            "afresh (cold), or end with 75 for another node to try (retry)."
+        ),
+    ] = OnFailure.FAIL,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A file that makes it another job when its contents change; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    variable: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variable",
+            metavar="NAME",
+            help="An environment variable that makes it another job when it changes; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    weights_map: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OLD=NEW", help="Where a file or folder of weights is here.", show_default=False
+        ),
+    ] = None,
+    lazy: Annotated[bool, typer.Option("--lazy", help="Let it run before all its memory is here.")] = False,
+    notice: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Who may say that this node goes away.", show_default=False),
+    ] = None,
+    pid_namespace: Annotated[
+        PidNamespace,
+        typer.Option(help="auto: one of its own where allowed, so that its pids are free everywhere."),
+    ] = PidNamespace.AUTO,
+    claim_wait: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long to wait while another has the name. Default: until it is seen whether it lives.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
+    report: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help="Write what was done there, as one JSON object.", show_default=False
+        ),
+    ] = "",
+    endpoint_url: EndpointOption = None,
+) -> int:
+    """Run COMMAND as the job NAME: start it, or bring it back if the store holds an image of it.
+
+    When this node goes away the job is dumped in time, and crcli ends with 75: the same command line, here or
+    elsewhere, goes on with it. Otherwise crcli ends as the job does, with its exit code.
+    """
+    chosen = choose_store(store, endpoint_url)
+    from crcli.pipeline import run as story
+    from crcli.ui.errors import as_object
+    from crcli.pipeline.stages import DumpOptions
+    from crcli.pipeline.vigil import Keeping
+
+    options = story.RunOptions(
+        name=name,
+        store=chosen.url,
+        command=tuple(command),
+        keeping=Keeping(DumpOptions(pid=0, store=chosen.url)),
+        restore=RestoreOptions(
+            image=name,
+            store=chosen.url,
+            weights_map=tuple(parse_pair(one, "--weights-map") for one in weights_map or ()),
+            weights_folders=weights_folders(),
+            lazy=lazy,
+        ),
+        endpoint_url=chosen.endpoint_url,
+        fresh=fresh,
+        on_mismatch=on_mismatch,
+        on_failure=on_failure,
+        notices=tuple(notice or ()),
+        config=tuple(config or ()),
+        variables=tuple(variable or ()),
+        pid_namespace=pid_namespace,
+        claim_wait_s=claim_wait,
+    )
+    try:
+        done = story.run(options, _say)
+    except CrcliError as error:
+        _write(report, {"error": as_object(error)})
+        raise
+    _write(report, done.as_json())
+    return done.exit_code
+
+
+def _say(what: str) -> None:
+    """A line for people, beside what the job writes: its terminal may be raw."""
+    os.write(2, f"crcli: {what}\r\n".encode() if os.isatty(2) else f"crcli: {what}\n".encode())
+
+
+def _write(path: str, done: dict[str, Any]) -> None:
+    if not path:
+        return
+    try:
+        with open(path, "w") as file:
+            json.dump(done, file)
+    except OSError as error:
+        _say(f"the report cannot be written to {path}: {error.strerror}")

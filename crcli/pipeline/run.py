@@ -1,0 +1,501 @@
+"""The story of a job: claimed, begun or brought back, kept, and dumped in time when its node goes away.
+
+At any moment either the job runs here under a lease that is ours, or its newest whole image stands in the
+store, or both. Nobody else may run it while the lease is ours; when it lapses (the store does not answer) the
+job stands still, and when it is lost the job ends. Should we be killed, the job is killed with us: another
+node may have it as soon as the lease has run out.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from crcli import kernel
+from crcli.errors import (
+    CrcliError,
+    GuardRefused,
+    HostLacks,
+    ImageDamaged,
+    JobMismatch,
+    NameClaimed,
+    RestoreFailed,
+    StoreError,
+    TreeState,
+    TryAgain,
+)
+from crcli.image.catalog import list_entries
+from crcli.image.lease import Lease, LeaseState
+from crcli.image.names import check_name
+from crcli.job.identity import Identity, identify_job
+from crcli.job.start import start_job
+from crcli.notice import Notices
+from crcli.pipeline.schedule import retire
+from crcli.pipeline.stages import (
+    OnFailure,
+    OnMismatch,
+    Outcome,
+    PidNamespace,
+    RestoreOptions,
+    Silent,
+    Stdio,
+)
+from crcli.pipeline.vigil import Keeping, Vigil, VigilEnd
+from crcli.process.tree import scan_tree
+from crcli.store import open_store
+from crcli.ui.text import duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from types import FrameType
+
+    from crcli.image.catalog import Entry
+    from crcli.job.relay import Relay
+    from crcli.pipeline.stages import Progress
+    from crcli.process.identity import ProcessId
+    from crcli.store.base import Store
+
+SAVED = TryAgain.exit_code
+
+LEASES = "/run/crcli/jobs"
+"""Where the number of a job's lease can be read, in a file called after the job: $CRCLI_LEASE_FILE."""
+
+_PASSED_ON = tuple(
+    signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "CONT", "TSTP")
+)
+_CAP_SYS_ADMIN = 21
+
+SECOND_LOOK_S = 1.0
+"""A job that dies within so many seconds (of one of `_BAD_ENDS`) has died of being restored here."""
+
+_BAD_ENDS = (signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGPIPE, signal.SIGSYS)
+
+_LAST_WORDS_S = 5.0
+"""How long what a job has written may take to be passed on when it has ended (seconds)."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a user asks of `crcli run`. `name` names the job, its images and its lease; `store` is a URL.
+
+    `keeping` says which images are taken while it runs, `restore` how one is brought back (their own names,
+    pids and outcomes do not count). `config` are files and `variables` names of environment variables that
+    make it another job when they change. `environment` is added to the job's when it is started.
+    """
+
+    name: str
+    store: str
+    command: tuple[str, ...]
+    keeping: Keeping
+    restore: RestoreOptions
+    endpoint_url: str | None = None
+    fresh: bool = False
+    on_mismatch: OnMismatch = OnMismatch.REFUSE
+    on_failure: OnFailure = OnFailure.FAIL
+    notices: tuple[str, ...] = ()
+    grace_s: float | None = None
+    config: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    pid_namespace: PidNamespace = PidNamespace.AUTO
+    claim_wait_s: float | None = None
+
+
+@dataclass
+class RunReport:
+    """What `crcli run --report` writes. `begun` is "fresh" or "restored" (from `image`); `end` is "ended"
+    (the job, by itself, with `exit_code`), "saved" (as `saved`), or "lost" (the lease)."""
+
+    name: str
+    store: str
+    lease: int = 0
+    begun: str = ""
+    image: str = ""
+    end: str = ""
+    saved: str = ""
+    exit_code: int = 0
+    dumps: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The promised JSON object."""
+        return dict(self.__dict__)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A job that runs: its root, our child the warden, the descriptor that tells of its end, its output, and
+    since when (time.monotonic())."""
+
+    root: ProcessId
+    child: int
+    ended: int
+    relay: Relay
+    since: float = field(default_factory=time.monotonic)
+
+
+def run(options: RunOptions, tell: Callable[[str], None], progress: Progress | None = None) -> RunReport:
+    """Run a job to its end, or until it is saved because this node goes away; return what was done.
+
+    Raises NameClaimed (another has the job), JobMismatch (the image is of another job), TryAgain and what a
+    restore raises (nothing was started), StoreError.
+    """
+    check_name(options.name)
+    identity = identify_job(
+        options.command,
+        os.environ,
+        config=options.config,
+        variables=options.variables,
+        weights=options.keeping.dump.weights,
+    )
+    report = RunReport(options.name, options.store)
+    notices = Notices(
+        options.notices, options.grace_s, found=lambda finding: report.findings.append(finding.as_json())
+    )
+    kernel.become_subreaper()
+    with ExitStack() as held:
+        store = open_store(options.store, endpoint_url=options.endpoint_url)
+        held.callback(store.close)
+        with _told_when_slow(tell, f"waiting to see whether who has {options.name} is alive"):
+            lease = Lease.claim(store, options.name, "crcli run", wait_s=options.claim_wait_s)
+        held.callback(lease.release)
+        report.lease = lease.number
+        held.enter_context(notices)
+        work = _Run(options, identity, store, lease, notices, report, tell, progress or Silent())
+        lease.keep(work.on_lease)
+        work.to_the_end()
+    return report
+
+
+class _Run:
+    """A job under our care."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        identity: Identity,
+        store: Store,
+        lease: Lease,
+        notices: Notices,
+        report: RunReport,
+        tell: Callable[[str], None],
+        progress: Progress,
+    ) -> None:
+        self.options = options
+        self.identity = identity
+        self.store = store
+        self.lease = lease
+        self.notices = notices
+        self.report = report
+        self.tell = tell
+        self.progress = progress
+        self.job: _Running | None = None
+        self.vigil: Vigil | None = None
+        self.stopping = threading.Lock()
+        self.stopped: list[ProcessId] = []
+        self.is_lost = False
+        self.lived_s = 0.0
+
+    def to_the_end(self) -> None:
+        """Begin, keep, end; start afresh if that is wished for a job that its restore was the end of."""
+        with _lease_file(self.options.name, self.lease):
+            self._live(self._begin())
+            if (error := self._died_of_restore()) is not None:
+                self._heed(error)
+                self._live(self._start())
+        if self.report.end == "ended" and self.report.exit_code == 0:
+            with suppress(StoreError):  # the next run would only do the last part again
+                retire(self.store, self.options.name)
+
+    def _live(self, job: _Running) -> None:
+        self.job = job
+        try:
+            self.lease.covers([job.root])
+            if self.lease.state is LeaseState.LAPSED:
+                self._stop()
+            with self._signals_passed_on(job), job.relay.raw_terminal():
+                job.relay.start()
+                self._keep(job)
+                job.relay.finish(_LAST_WORDS_S)
+        finally:
+            self.job = None
+            _end_it(job)
+
+    # An image of the same job is brought back; without one the job starts.
+
+    def _begin(self) -> _Running:
+        for entry in [] if self.options.fresh else self._images():
+            try:
+                return self._bring_back(entry)
+            except ImageDamaged as error:
+                self.tell(f"{entry.ref} is damaged, looking for an older one: {error.message}")
+            except (GuardRefused, RestoreFailed, HostLacks) as error:
+                self._heed(error)
+                break
+        return self._start()
+
+    def _images(self) -> list[Entry]:
+        """The images to try, the newest first; none when the job is to start afresh."""
+        entries = list_entries(self.store, self.options.name)[::-1]
+        for entry in entries:
+            if entry.damage:
+                continue
+            different = self._differences(entry)
+            if different and self.options.on_mismatch is OnMismatch.FRESH:
+                self.tell(f"{entry.ref} is of another job ({different[0]}): starting afresh")
+                return []
+            if different:
+                raise JobMismatch(
+                    f"{entry.ref} is of another job: {'; '.join(different)}",
+                    hint="choose another --name, start afresh with --fresh (--on-mismatch fresh does so each "
+                    "time), or bring it back with `crcli restore`",
+                )
+            break
+        return entries
+
+    def _differences(self, entry: Entry) -> list[str]:
+        facts = entry.meta.get("job")
+        if not isinstance(facts, dict):
+            return ["it was not taken by `crcli run`"]
+        return self.identity.differs_from(facts)
+
+    def _heed(self, error: CrcliError) -> None:
+        """An image that cannot be restored here: raise, or return when the job is to start all the same."""
+        if self.is_lost:
+            raise self._lost()
+        if self.options.on_failure is OnFailure.COLD:
+            self.tell(f"starting afresh, for the image cannot be restored here: {error.message}")
+            return
+        if self.options.on_failure is OnFailure.RETRY or self._leaves():
+            raise TryAgain(
+                f"the job was not started here: {error.message}",
+                hint="its image stands: start the same command again, here or elsewhere",
+            ) from error
+        raise error
+
+    def _leaves(self) -> bool:
+        """Whether this node goes away already: then a restore that a signal ended is no failure."""
+        return select.select([self.notices.fd], [], [], 0)[0] != []
+
+    def _bring_back(self, entry: Entry) -> _Running:
+        from crcli.pipeline.restore import Stay, bring_back
+
+        handlers = {number: signal.getsignal(number) for number in _PASSED_ON}
+
+        def later(number: int, frame: FrameType | None) -> None:
+            handler = handlers.get(signal.Signals(number))
+            if callable(handler):
+                handler(number, frame)
+
+        options = replace(
+            self.options.restore,
+            image=str(entry.ref),
+            store=self.options.store,
+            endpoint_url=self.options.endpoint_url,
+            stdio=Stdio.INHERIT,
+            pid_namespace=self._namespace(),
+        )
+        restored = bring_back(options, self.progress, Stay(later, bound=True))
+        self.report.begun, self.report.image = "restored", restored.report.image
+        self.tell(f"restored {restored.report.image} ({_age(entry)} old)")
+        return _Running(restored.root, restored.child, restored.ended, restored.relay)
+
+    def _namespace(self) -> PidNamespace:
+        """A namespace of its own, so that its pids are free on every node, unless asked otherwise."""
+        asked = self.options.pid_namespace
+        return PidNamespace.NEW if asked is PidNamespace.AUTO and _may_unshare() else asked
+
+    def _start(self) -> _Running:
+        own_namespace = self._namespace() is PidNamespace.NEW
+        environment = {**os.environ, **self.options.environment, **_told(self.options.name)}
+        try:
+            job = start_job(self.options.command, environment, own_namespace)
+        except HostLacks:
+            if self.options.pid_namespace is not PidNamespace.AUTO:
+                raise
+            job = start_job(self.options.command, environment, own_namespace=False)
+        self.report.begun = "fresh"
+        self.tell(f"started {self.options.name}")
+        return _Running(job.root, job.child, job.ended, job.relay)
+
+    # It runs: images are taken, and notices heeded, until it ends.
+
+    def _keep(self, job: _Running) -> None:
+        dump = replace(
+            self.options.keeping.dump,
+            name=self.options.name,
+            store=self.options.store,
+            endpoint_url=self.options.endpoint_url,
+            outcome=Outcome.KILLED,
+            job={**self.identity.as_json(), "lease": self.lease.number},
+        )
+        keeping = replace(self.options.keeping, dump=dump)
+        with Vigil(keeping, job.root, self.notices, self._on_event) as vigil:
+            self.vigil = vigil
+            end = VigilEnd.STOPPED if self.is_lost else vigil.keep(job.ended)
+            self.vigil = None
+        if self.is_lost:
+            raise self._lost()
+        if end is VigilEnd.SAVED:
+            self._saved(vigil)
+        else:
+            self._ended(job)
+
+    def _on_event(self, event: Any) -> None:
+        self.tell(str(event))
+
+    def _saved(self, vigil: Vigil) -> None:
+        assert vigil.saved is not None
+        self.report.end, self.report.saved = "saved", vigil.saved["image"]
+        self.report.exit_code = SAVED
+
+    def _ended(self, job: _Running) -> None:
+        select.select([job.ended], [], [])
+        word = os.read(job.ended, 64)
+        code = int(word) if word else -signal.SIGKILL
+        self.report.end = "ended"
+        self.report.exit_code = code if code >= 0 else 128 - code
+        self.lived_s = time.monotonic() - job.since
+
+    def _died_of_restore(self) -> RestoreFailed | None:
+        """The error of a job that died of its first instructions here; its image stands."""
+        number = self.report.exit_code - 128
+        if self.report.begun != "restored" or self.lived_s > SECOND_LOOK_S or number not in _BAD_ENDS:
+            return None
+        return RestoreFailed(
+            f"{self.report.image} was restored, but died of {signal.Signals(number).name} within a second",
+            hint="see the job's own log; a lost pipe or CPU feature can be the cause",
+            state=TreeState.DEAD,
+        )
+
+    def _signals_passed_on(self, job: _Running) -> ExitStack:
+        """Until the end of the block, signals that are no notice go to the job."""
+
+        def pass_on(number: int, _frame: FrameType | None) -> None:
+            if job.root.alive():
+                os.kill(job.root.pid, number)
+
+        before = ExitStack()
+        for number in _PASSED_ON:
+            if number not in self.notices.signals:
+                before.callback(signal.signal, number, signal.signal(number, pass_on))
+        resized = signal.signal(signal.SIGWINCH, lambda *_: job.relay.resize())
+        before.callback(signal.signal, signal.SIGWINCH, resized)
+        return before
+
+    # The lease, in a thread of its own.
+
+    def on_lease(self, state: LeaseState) -> None:
+        """The job stands still while the lease has lapsed, and ends when it is lost."""
+        if state is LeaseState.HELD:
+            _write_lease(self.options.name, self.lease)
+            self._let_go_on()
+        elif state is LeaseState.LAPSED:
+            self.tell("the store does not answer: the job stands still until its name is ours again")
+            self._stop()
+        else:
+            self.is_lost = True
+            self._stop()
+            if self.vigil is not None:
+                self.vigil.interrupt()
+
+    def _stop(self) -> None:
+        with self.stopping:
+            self._stop_all(self.job)
+
+    def _stop_all(self, job: _Running | None) -> None:
+        while job is not None and job.root.alive():
+            new = [
+                process.identity for process in scan_tree(job.root) if process.identity not in self.stopped
+            ]
+            if not new:
+                return
+            for one in new:
+                with suppress(ProcessLookupError):
+                    os.kill(one.pid, signal.SIGSTOP)
+            self.stopped += new
+
+    def _let_go_on(self) -> None:
+        with self.stopping:
+            stopped, self.stopped = self.stopped, []
+        for one in reversed(stopped):
+            if one.alive():
+                os.kill(one.pid, signal.SIGCONT)
+
+    def _lost(self) -> NameClaimed:
+        self.report.end = "lost"
+        return NameClaimed(
+            f"the job {self.options.name} was taken over by another `crcli run`, and ended here",
+            hint="`crcli ls` says who has it; nothing that it did here since its last image counts",
+        )
+
+
+def _end_it(job: _Running) -> None:
+    """See the job dead, all of it, and its warden."""
+    with suppress(ProcessLookupError):
+        os.kill(job.child, signal.SIGTERM)
+    with suppress(ChildProcessError):
+        os.waitpid(job.child, 0)
+    os.close(job.ended)
+
+
+# What the job can know of its lease.
+
+
+def _lease_path(name: str) -> str:
+    return os.path.join(LEASES, f"{name}.lease")
+
+
+def _told(name: str) -> dict[str, str]:
+    """What a job finds in its environment; it is restored with these, so they are true on every node."""
+    return {"CRCLI_JOB": name, "CRCLI_LEASE_FILE": _lease_path(name)}
+
+
+def _write_lease(name: str, lease: Lease) -> None:
+    """Have the lease's number where the job can read it: whole at any instant."""
+    path = _lease_path(name)
+    with suppress(OSError):
+        os.makedirs(LEASES, 0o755, exist_ok=True)
+        with open(f"{path}.new", "w") as file:
+            file.write(f"{lease.number}\n")
+        os.replace(f"{path}.new", path)
+
+
+@contextmanager
+def _lease_file(name: str, lease: Lease) -> Iterator[None]:
+    """Within the block the number can be read."""
+    _write_lease(name, lease)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(_lease_path(name))
+
+
+@contextmanager
+def _told_when_slow(tell: Callable[[str], None], what: str) -> Iterator[None]:
+    """Tell what is being waited for if the block takes more than a second."""
+    timer = threading.Timer(1.0, tell, [what])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _may_unshare() -> bool:
+    """Whether this host lets us make a pid namespace: without one a job runs all the same."""
+    from crcli.guard.here import Here
+
+    return bool(Here().capabilities >> _CAP_SYS_ADMIN & 1)
+
+
+def _age(entry: Entry) -> str:
+    """How long ago an image was taken, for people."""
+    return duration(max(0.0, time.time() - entry.created) * 1000)

@@ -1,0 +1,417 @@
+"""`crcli run`: jobs started, brought back, kept; what they read and write; who may have them."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.crcli import Crcli, wait_until
+from tests.support.jobs import Job, job, result_of_steps, steps
+
+SHELL = ("--", "sh", "-c")
+
+
+@pytest.fixture
+def crcli(tmp_path: Path) -> Iterator[Crcli]:
+    """The command, with a store."""
+    command = Crcli(tmp_path)
+    yield command
+    command.clean_up()
+
+
+def to_the_end(crcli: Crcli, folder: Path, *arguments: str, code: int = 0) -> Job:
+    """Run a job to its end."""
+    with job(crcli, folder, *arguments) as one:
+        one.end(code)
+    return one
+
+
+# --- a job by itself --------------------------------------------------------------------------------------
+
+
+def test_a_job_writes_and_ends_as_without_us(crcli: Crcli, tmp_path: Path) -> None:
+    """Output and errors come out where they should, and the exit code is the job's."""
+    done = to_the_end(crcli, tmp_path / "1", *SHELL, "echo out; echo err >&2; exit 7", code=7)
+    assert done.out == "out\n"
+    assert "err\n" in done.err
+    assert done.report["end"] == "ended" and done.report["begun"] == "fresh"
+
+
+def test_output_and_errors_in_one_stay_in_order(crcli: Crcli, tmp_path: Path) -> None:
+    """Where both of ours are one file, what the job writes to either comes in its order."""
+    with job(
+        crcli,
+        tmp_path / "1",
+        *SHELL,
+        "for i in 1 2 3; do echo $i; echo $i >&2; done",
+        stderr=subprocess.STDOUT,
+    ) as one:
+        one.end(0)
+    assert [line for line in one.out.splitlines() if line.isdigit()] == ["1", "1", "2", "2", "3", "3"]
+
+
+def test_a_signal_ends_a_job_as_a_shell_says(crcli: Crcli, tmp_path: Path) -> None:
+    """128 + N for a job that signal N ended."""
+    to_the_end(crcli, tmp_path / "1", *SHELL, "kill -KILL $$", code=128 + 9)
+
+
+def test_a_command_that_is_not_there_is_127(crcli: Crcli, tmp_path: Path) -> None:
+    """As a shell has it, and with the name of what was not found."""
+    done = to_the_end(crcli, tmp_path / "1", "--", "/no/such/program", code=127)
+    assert "/no/such/program" in done.err
+
+
+def test_a_job_reads_our_input(crcli: Crcli, tmp_path: Path) -> None:
+    """From a pipe, and from a file at the place where we stood."""
+    with job(crcli, tmp_path / "1", "--", "cat", stdin=subprocess.PIPE) as one:
+        assert one.process.stdin is not None
+        one.process.stdin.write(b"from a pipe")
+        one.process.stdin.close()
+        one.end(0)
+    assert one.out == "from a pipe"
+    (tmp_path / "input").write_text("first\nsecond\n")
+    with (tmp_path / "input").open("rb") as file:
+        file.seek(6)
+        with job(crcli, tmp_path / "2", "--", "cat", stdin=file) as one:
+            one.end(0)
+    assert one.out == "second\n"
+
+
+def test_what_a_job_leaves_running_ends_with_it(crcli: Crcli, tmp_path: Path) -> None:
+    """A daemon (twice forked, in its own session) stays below the job's init, and goes when the job does."""
+    script = "(setsid sleep 1000 &) ; sleep 0.2; ps -o ppid= -C sleep | tr -d ' ' | sort -u; exit 0"
+    done = to_the_end(crcli, tmp_path / "1", *SHELL, script)
+    assert "2" in done.out.split()  # the init's pid in the job's own namespace
+    assert not [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "1000"]]
+
+
+def test_signals_reach_the_job(crcli: Crcli, tmp_path: Path) -> None:
+    """What is no notice is passed on: the job handles it."""
+    script = "trap 'echo one; exit 3' USR1; echo ready; while :; do sleep 0.05; done"
+    with job(crcli, tmp_path / "1", *SHELL, script) as one:
+        one.wait_for("ready")
+        one.tell(signal.SIGUSR1)
+        one.end(3)
+    assert one.out.splitlines()[-1] == "one"
+
+
+def test_without_notices_sigterm_is_the_job_s(crcli: Crcli, tmp_path: Path) -> None:
+    """`--notice none` leaves every signal to the job."""
+    script = "trap 'echo term; exit 5' TERM; echo ready; while :; do sleep 0.05; done"
+    with job(crcli, tmp_path / "1", "--notice", "none", *SHELL, script) as one:
+        one.wait_for("ready")
+        one.tell(signal.SIGTERM)
+        one.end(5)
+    assert one.out.splitlines()[-1] == "term"
+
+
+@pytest.mark.parametrize("namespace", ["auto", "host"])
+def test_a_job_dies_with_its_supervisor(crcli: Crcli, tmp_path: Path, namespace: str) -> None:
+    """Killed, crcli leaves nothing running: another node may have the job as soon as the lease is out."""
+    with job(
+        crcli,
+        tmp_path / "1",
+        "--pid-namespace",
+        namespace,
+        *SHELL,
+        "(setsid sleep 999 &); echo ready; sleep 999",
+    ) as one:
+        one.wait_for("ready")
+        one.tell(signal.SIGKILL)
+        one.process.wait()
+        wait_until(lambda: not any(p.is_running() and p.status() != "zombie" for p in one.processes), "left")
+
+
+def test_as_the_first_process_of_a_container(crcli: Crcli, tmp_path: Path) -> None:
+    """As pid 1 of a pid namespace it reaps, passes signals on, and ends with the job's code."""
+    folder = tmp_path / "1"
+    folder.mkdir()
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-m", "crcli"]
+    command += [
+        "run",
+        "--name",
+        "job",
+        "--store",
+        crcli.store,
+        *SHELL,
+        "(setsid sh -c 'sleep 0.1' &); exit 9",
+    ]
+    done = subprocess.run(command, env=crcli.environment, capture_output=True, timeout=60)
+    assert done.returncode == 9, done.stderr
+
+
+# --- saved, and brought back ------------------------------------------------------------------------------
+
+
+def test_a_job_that_was_moved_writes_what_it_would_have(crcli: Crcli, tmp_path: Path) -> None:
+    """Saved at a notice (exit 75), started again, twice: its output is that of one that nobody disturbed."""
+    written = ""
+    for number in (1, 2):
+        with job(crcli, tmp_path / str(number), *steps(150, 0.05)) as one:
+            one.lines(8)
+            one.tell(signal.SIGTERM)
+            one.end(75)
+            assert one.report["end"] == "saved" and one.report["saved"].startswith("job@")
+        written += one.out
+    done = to_the_end(crcli, tmp_path / "3", *steps(150, 0.05))
+    assert done.report["begun"] == "restored" and done.report["image"] == one.report["saved"]
+    assert written + done.out == result_of_steps(150)
+
+
+def test_a_job_in_the_host_s_namespace_moves_too(crcli: Crcli, tmp_path: Path) -> None:
+    """--pid-namespace host: its pids are ours, and it comes back."""
+    with job(crcli, tmp_path / "1", "--pid-namespace", "host", *steps(100, 0.05)) as one:
+        one.lines(4)
+        one.tell()
+        one.end(75)
+    done = to_the_end(crcli, tmp_path / "2", *steps(100, 0.05))
+    assert one.out + done.out == result_of_steps(100)
+
+
+def test_a_finished_job_is_not_brought_back(crcli: Crcli, tmp_path: Path) -> None:
+    """With exit code 0 its images are gone, and the next start is a fresh one."""
+    with job(crcli, tmp_path / "1", *steps(150, 0.05)) as one:
+        one.lines(3)
+        one.tell()
+        one.end(75)
+    to_the_end(crcli, tmp_path / "2", *steps(150, 0.05))
+    assert crcli.run("ls", "--store", crcli.store, "--json").json["images"] == []
+    done = to_the_end(crcli, tmp_path / "3", *steps(150, 0.05))
+    assert done.report["begun"] == "fresh" and done.out == result_of_steps(150)
+
+
+def test_a_job_that_failed_goes_on_from_its_image(crcli: Crcli, tmp_path: Path) -> None:
+    """A crash leaves its images: the next start goes on from the newest."""
+    script = f"echo begin; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; echo on; exit 1"
+    for number, expected in ((1, "begin\n"), (2, "")):
+        with job(crcli, tmp_path / str(number), *SHELL, script) as one:
+            wait_until(lambda: "started" in one.err or "restored" in one.err, "not begun")
+            time.sleep(0.3)
+            one.tell()
+            one.end(75)
+        assert one.out == expected
+    (tmp_path / "go").touch()
+    for number in (3, 4):
+        done = to_the_end(crcli, tmp_path / str(number), *SHELL, script, code=1)
+        assert done.report["begun"] == "restored" and done.out == "on\n"
+
+
+def test_the_rest_of_our_input_is_there_afterwards(crcli: Crcli, tmp_path: Path) -> None:
+    """What a moved job has not read of a pipe yet, it reads from the input of its next supervisor."""
+    script = "read a; echo got $a; echo ready; while [ ! -e {go} ]; do sleep 0.05; done; read b; echo got $b"
+    script = script.format(go=tmp_path / "go")
+    with job(crcli, tmp_path / "1", *SHELL, script, stdin=subprocess.PIPE) as one:
+        assert one.process.stdin is not None
+        one.process.stdin.write(b"first\n")
+        one.process.stdin.flush()
+        one.wait_for("ready")
+        one.tell()
+        one.end(75)
+    (tmp_path / "go").touch()
+    with job(crcli, tmp_path / "2", *SHELL, script, stdin=subprocess.PIPE) as one:
+        assert one.process.stdin is not None
+        one.process.stdin.write(b"second\n")
+        one.process.stdin.flush()
+        one.end(0)
+    assert one.out == "got second\n"
+
+
+def test_fresh_starts_from_the_beginning(crcli: Crcli, tmp_path: Path) -> None:
+    """--fresh takes no account of images."""
+    with job(crcli, tmp_path / "1", *steps(150, 0.05)) as one:
+        one.lines(3)
+        one.tell()
+        one.end(75)
+    done = to_the_end(crcli, tmp_path / "2", "--fresh", *steps(150, 0.05))
+    assert done.out == result_of_steps(150)
+
+
+# --- another job, another host ----------------------------------------------------------------------------
+
+
+def saved(crcli: Crcli, folder: Path, *arguments: str) -> str:
+    """Start a job that waits, save it, and return its image."""
+    with job(crcli, folder, *arguments) as one:
+        one.wait_for("ready")
+        one.tell()
+        one.end(75)
+        return str(one.report["saved"])
+
+
+WAITS = "echo ready; while :; do sleep 0.05; done"
+
+
+def test_another_command_is_refused_or_started_afresh(crcli: Crcli, tmp_path: Path) -> None:
+    """An image of another command line is not brought back: exit 24, or a fresh start when asked for."""
+    saved(crcli, tmp_path / "1", *SHELL, WAITS)
+    done = to_the_end(crcli, tmp_path / "2", *SHELL, "echo other", code=24)
+    assert "the command was sh -c" in done.err and done.out == ""
+    done = to_the_end(crcli, tmp_path / "3", "--on-mismatch", "fresh", *SHELL, "echo other")
+    assert done.out == "other\n" and done.report["begun"] == "fresh"
+
+
+def test_a_changed_program_is_another_job(crcli: Crcli, tmp_path: Path) -> None:
+    """A script on the command line, and files and variables that were named, count by what they hold."""
+    script, config = tmp_path / "job.sh", tmp_path / "settings"
+    script.write_text(WAITS)
+    config.write_text("a")
+    line = ("--config", str(config), "--variable", "MODE", "--", "sh", str(script))
+    saved(crcli, tmp_path / "1", *line)
+    script.write_text(WAITS + " # changed")
+    assert f"the file {script} changed" in to_the_end(crcli, tmp_path / "2", *line, code=24).err
+    script.write_text(WAITS)
+    config.write_text("b")
+    assert f"the file {config} changed" in to_the_end(crcli, tmp_path / "3", *line, code=24).err
+    config.write_text("a")
+    with job(crcli, tmp_path / "4", *line) as one:
+        wait_until(lambda: "restored" in one.err or one.process.poll() is not None, "nothing")
+        assert one.process.poll() is None, one.err
+
+
+def test_an_image_that_dump_made_is_not_a_job_s(crcli: Crcli, tmp_path: Path) -> None:
+    """`crcli dump` under the same name is another thing: refused, with the reason."""
+    image = saved(crcli, tmp_path / "1", *SHELL, WAITS)
+    restored = crcli.restore(image)
+    crcli.dump(restored["host_pid"], "--name", "job")
+    done = to_the_end(crcli, tmp_path / "2", *SHELL, WAITS, code=24)
+    assert "not taken by `crcli run`" in done.err
+
+
+def test_an_image_that_does_not_fit_here(crcli: Crcli, tmp_path: Path) -> None:
+    """What restores refuse is the exit code; 75 with retry, and a fresh start with cold. The image stands."""
+    held = tmp_path / "held"
+    held.write_text("x" * 10)
+    line = (*SHELL, f"exec 5<{held}; {WAITS}")
+    image = saved(crcli, tmp_path / "1", *line)
+    held.write_text("y" * 20)
+    assert to_the_end(crcli, tmp_path / "2", *line, code=20).out == ""
+    done = to_the_end(crcli, tmp_path / "3", "--on-failure", "retry", *line, code=75)
+    assert done.out == "" and "start the same command again" in done.err
+    with job(crcli, tmp_path / "4", "--on-failure", "cold", *line) as one:
+        one.wait_for("ready")
+    assert image in crcli.run("ls", "--store", crcli.store).out
+
+
+def test_a_damaged_image_gives_way_to_the_one_before(crcli: Crcli, tmp_path: Path) -> None:
+    """The newest whole image is brought back, and it is said why not the newest."""
+    first = saved(crcli, tmp_path / "1", *SHELL, WAITS)
+    with job(crcli, tmp_path / "2", *SHELL, WAITS) as one:
+        wait_until(lambda: "restored" in one.err, "not restored")
+        time.sleep(0.2)
+        one.tell()
+        one.end(75)
+    newest = one.report["saved"].partition("@")[2]
+    path = tmp_path / "store" / "images" / "job" / newest
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with job(crcli, tmp_path / "3", *SHELL, WAITS) as one:
+        wait_until(lambda: "restored" in one.err or one.process.poll() is not None, "nothing")
+        assert f"restored {first}" in one.err and "damaged" in one.err
+
+
+# --- one live copy ----------------------------------------------------------------------------------------
+
+
+def test_a_name_runs_once(crcli: Crcli, tmp_path: Path) -> None:
+    """A second `crcli run` of the name starts nothing, and says who has it: exit 23."""
+    with job(crcli, tmp_path / "1", *SHELL, WAITS) as one:
+        one.wait_for("ready")
+        other = to_the_end(crcli, tmp_path / "2", *SHELL, WAITS, code=23)
+        assert other.out == "" and str(one.process.pid) in other.err
+        assert one.process.poll() is None
+
+
+def test_a_job_can_read_the_number_of_its_lease(crcli: Crcli, tmp_path: Path) -> None:
+    """$CRCLI_LEASE_FILE holds it, and a larger one after each move."""
+    script = (
+        "cat $CRCLI_LEASE_FILE; echo ready; while [ ! -e {go} ]; do sleep 0.05; done; cat $CRCLI_LEASE_FILE"
+    )
+    line = (*SHELL, script.format(go=tmp_path / "go"))
+    with job(crcli, tmp_path / "1", *line) as one:
+        one.wait_for("ready")
+        one.tell()
+        one.end(75)
+    (tmp_path / "go").touch()
+    done = to_the_end(crcli, tmp_path / "2", *line)
+    assert int(done.out) > int(one.out.split()[0])
+
+
+# --- terminals --------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A terminal that a job is started in."""
+
+    def __init__(self) -> None:
+        self.master, self.slave = pty.openpty()
+        self.seen = b""
+
+    def until(self, text: bytes) -> None:
+        """Read until it shows this."""
+        end = time.monotonic() + 30
+        while text not in self.seen:
+            assert time.monotonic() < end, self.seen
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.seen += os.read(self.master, 65536)
+
+    def size(self, rows: int, columns: int) -> None:
+        """Change its size."""
+        termios.tcsetwinsize(self.master, (rows, columns))
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    """A terminal."""
+    one = Terminal()
+    yield one
+    os.close(one.master)
+    os.close(one.slave)
+
+
+def in_terminal(crcli: Crcli, terminal: Terminal, script: str) -> subprocess.Popen[bytes]:
+    """Start a job there."""
+    command = [sys.executable, "-m", "crcli", "run", "--name", "job", "--store", crcli.store, *SHELL, script]
+    ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.slave)
+    return subprocess.Popen(command, env=crcli.environment, start_new_session=True, **ends)
+
+
+def test_a_terminal_is_passed_on(crcli: Crcli, tmp_path: Path, terminal: Terminal) -> None:
+    """The job has a terminal that controls it: keys, Ctrl-C and the window's size arrive, moved too."""
+    script = (
+        "trap 'echo interrupted' INT; trap 'echo size $(stty size)' WINCH; tty; stty size; echo ready; "
+        'while :; do if read -r line; then echo got $line; fi; [ "$line" = end ] && exit 4; done'
+    )
+    terminal.size(33, 99)
+    process = in_terminal(crcli, terminal, script)
+    try:
+        terminal.until(b"ready")
+        assert b"/dev/pts/" in terminal.seen and b"33 99" in terminal.seen
+        os.write(terminal.master, b"hello\n")
+        terminal.until(b"got hello")
+        os.write(terminal.master, b"\x03")
+        terminal.until(b"interrupted")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+        terminal.seen = b""
+        terminal.size(20, 70)
+        process = in_terminal(crcli, terminal, script)
+        terminal.until(b"restored")
+        os.write(terminal.master, b"again\n")
+        terminal.until(b"got again")
+        os.write(terminal.master, b"end\n")
+        assert process.wait(60) == 4
+    finally:
+        process.kill()
+        process.wait()
