@@ -33,10 +33,10 @@ from crcli.errors import (
 from crcli.image.catalog import list_entries
 from crcli.image.lease import Lease, LeaseState
 from crcli.image.names import check_name
+from crcli.image.retention import retire
 from crcli.job.identity import Identity, identify_job
 from crcli.job.start import start_job
 from crcli.notice import Notices
-from crcli.pipeline.schedule import retire
 from crcli.pipeline.stages import (
     OnFailure,
     OnMismatch,
@@ -46,7 +46,7 @@ from crcli.pipeline.stages import (
     Silent,
     Stdio,
 )
-from crcli.pipeline.vigil import Keeping, Vigil, VigilEnd
+from crcli.pipeline.vigil import Event, Keeping, Vigil, VigilEnd, Why
 from crcli.process.tree import scan_tree
 from crcli.store import open_store
 from crcli.ui.text import duration
@@ -120,7 +120,7 @@ class RunReport:
     end: str = ""
     saved: str = ""
     exit_code: int = 0
-    dumps: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     findings: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -164,12 +164,15 @@ def run(options: RunOptions, tell: Callable[[str], None], progress: Progress | N
         held.callback(store.close)
         with _told_when_slow(tell, f"waiting to see whether who has {options.name} is alive"):
             lease = Lease.claim(store, options.name, "crcli run", wait_s=options.claim_wait_s)
-        held.callback(lease.release)
         report.lease = lease.number
         held.enter_context(notices)
         work = _Run(options, identity, store, lease, notices, report, tell, progress or Silent())
-        lease.keep(work.on_lease)
-        work.to_the_end()
+        try:
+            lease.keep(work.on_lease)
+            work.to_the_end()
+        finally:
+            lease.release()
+        work.say_that_it_is_saved()  # who hears it may start the job elsewhere at once
     return report
 
 
@@ -197,6 +200,7 @@ class _Run:
         self.progress = progress
         self.job: _Running | None = None
         self.vigil: Vigil | None = None
+        self.end: VigilEnd | None = None
         self.stopping = threading.Lock()
         self.stopped: list[ProcessId] = []
         self.is_lost = False
@@ -211,7 +215,7 @@ class _Run:
                 self._live(self._start())
         if self.report.end == "ended" and self.report.exit_code == 0:
             with suppress(StoreError):  # the next run would only do the last part again
-                retire(self.store, self.options.name)
+                retire(self.store, self.options.name, self.identity.as_json(), keep=0)
 
     def _live(self, job: _Running) -> None:
         self.job = job
@@ -336,24 +340,31 @@ class _Run:
             job={**self.identity.as_json(), "lease": self.lease.number},
         )
         keeping = replace(self.options.keeping, dump=dump)
-        with Vigil(keeping, job.root, self.notices, self._on_event) as vigil:
-            self.vigil = vigil
-            end = VigilEnd.STOPPED if self.is_lost else vigil.keep(job.ended)
+        image = self.report.image
+        while True:
+            self.vigil = Vigil(keeping, job.root, self.notices, self._on_event, image=image)
+            end = self.vigil.keep(job.ended) if not self.is_lost else VigilEnd(Why.STOPPED)
             self.vigil = None
-        if self.is_lost:
-            raise self._lost()
-        if end is VigilEnd.SAVED:
-            self._saved(vigil)
+            image = end.image
+            if self.is_lost:
+                raise self._lost()
+            if end.why is not Why.LEFT_BEHIND:  # then it runs on, and may be spared
+                break
+        self.end = end
+        if end.why is Why.SAVED:
+            self.report.end, self.report.saved = "saved", end.image
+            self.report.exit_code = SAVED
         else:
             self._ended(job)
 
-    def _on_event(self, event: Any) -> None:
-        self.tell(str(event))
+    def _on_event(self, event: Event) -> None:
+        self.report.events.append(event.as_json())
+        self.tell(event.message)
 
-    def _saved(self, vigil: Vigil) -> None:
-        assert vigil.saved is not None
-        self.report.end, self.report.saved = "saved", vigil.saved["image"]
-        self.report.exit_code = SAVED
+    def say_that_it_is_saved(self) -> None:
+        """To whoever gave notice, if it is."""
+        if self.end is not None and self.end.notice is not None and self.end.why is Why.SAVED:
+            self.end.notice.on_saved()
 
     def _ended(self, job: _Running) -> None:
         select.select([job.ended], [], [])
