@@ -121,6 +121,12 @@ class UsageError(CrcliError):
     code = "usage"
 
 
+class ImagePinned(UsageError):
+    """An image that is to stay was to be removed."""
+
+    code = "image-pinned"
+
+
 class PreflightRefused(CrcliError):
     """The tree cannot be dumped as it is; it was not touched."""
 
@@ -136,6 +142,12 @@ class DumpFailed(CrcliError):
     @property
     def exit_code(self) -> int:  # type: ignore[override]  # the one error whose code depends on the tree
         return 11 if self.state in (TreeState.RUNNING, TreeState.UNTOUCHED) else 12
+
+
+class TooLate(DumpFailed):
+    """The deadline is out of reach by the forecast; nothing was begun."""
+
+    code = "too-late"
 
 
 class GuardRefused(CrcliError):

@@ -14,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}\Z")
 _ID = re.compile(r"\d{8}T\d{6}\d{3}-[0-9a-f]{6}\Z")
 
 IMAGES, INDEXES, PACKS, SESSIONS = "images/", "indexes/", "packs/", "sessions/"
-WEIGHTS = "weights/"
+WEIGHTS, PINS = "weights/", "pins/"
 LEASES = "leases/"
 
 
@@ -78,6 +78,11 @@ def suggested_name(comm: str) -> str:
 def manifest_key(name: str, image_id: str) -> str:
     """Where the manifest of an image is."""
     return f"{IMAGES}{name}/{image_id}"
+
+
+def pin_key(name: str, image_id: str) -> str:
+    """Where it stands that an image is to stay."""
+    return f"{PINS}{name}/{image_id}"
 
 
 def index_key(image_id: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from crcli.errors import NotFound
 from crcli.image.manifest import resolve
 from crcli.image.names import ImageRef, manifest_key
+from crcli.image.pins import refuse_pinned
 
 if TYPE_CHECKING:
     from crcli.store.base import Store
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 def remove(store: Store, ref: ImageRef) -> ImageRef:
     """Remove one image (the newest of its name when `ref` has no id); return which it was.
 
-    The manifest need not be readable. Raises NotFound when there is no such image.
+    The manifest need not be readable. Raises NotFound when there is no such image, ImagePinned when it is to
+    stay.
     """
     full = resolve(store, ref)
+    refuse_pinned(store, full)
     key = manifest_key(full.name, full.id)
     try:
         store.stat(key)

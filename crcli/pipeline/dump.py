@@ -8,6 +8,7 @@ the kernel lets go of it. After the "yes" the image is durable, and the standby 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from crcli.criu.sandbox import Sandbox
 from crcli.criu.skeleton import has_connections, named_files
 from crcli.criu.standby import AfterDeath, Standby
 from crcli.criu.workspace import OverflowFile, Workspace
-from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TreeState
+from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
 from crcli.findings import Finding, Severity
 from crcli.image.index import KnownPagesOf
 from crcli.image.manifest import Manifest, publish
@@ -52,7 +53,7 @@ from crcli.pipeline.forecast import (
     predict,
 )
 from crcli.pipeline.hashing import Hashing, describe_mounts
-from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
+from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible, seconds_left
 from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.preflight import preflight_here
@@ -85,8 +86,14 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads would only spin beside ours
 
+_RECORD_BYTES = 40
+"""What a chunk or an extent takes in a manifest, about."""
+
 CRIU_LIMIT_S = 600.0
 """How long CRIU itself may work on a dump (seconds), the time that it waits for us left out."""
+
+_HOPELESS = 3.0
+"""A forecast from measured rates that exceeds the time that is left by this factor is believed."""
 
 _NO_TIME_TO_TELL_S = 10.0
 """With less time than this (seconds) before its deadline a dump announces itself to nobody."""
@@ -302,6 +309,7 @@ class _Dump:
             self.room = overflow.limit
             self.load = load
             self._foresee(load)
+            self._compare_with_deadline()
 
     # Whatever should be wrong with a forecast, the dump goes on.
 
@@ -323,6 +331,24 @@ class _Dump:
                 self.report.forecast = predict(load, load_rates(), self.options.store, self.room, spent)
             except Exception:
                 return
+
+    # A deadline that is out of reach is better said than tried: the tree would stand still for nothing.
+
+    def _compare_with_deadline(self) -> None:
+        left_s = seconds_left()
+        if left_s is None or self.report.forecast is None:
+            return
+        needs_s = max(0.0, self.report.forecast.total_ms - self.watch.since_start_ms()) / 1000
+        evidence = {"needs_s": round(needs_s, 3), "left_s": round(left_s, 3)}
+        message = f"the image takes {needs_s:.1f} s more by the forecast, and {left_s:.1f} s are left"
+        self._find([Finding("deadline-forecast", Severity.NOTE, message, evidence)])
+        was_measured = load_rates().step("ship", self.options.store).seen > 0
+        if was_measured and needs_s > _HOPELESS * left_s:
+            raise TooLate(
+                f"the image cannot be durable before its deadline: {message}",
+                hint="take images while there is time; the next one then stores only what has changed",
+                state=tree_state(self.target.evidence.tree),
+            )
 
     # Where rounds are wished for, they send most of the memory while the tree runs.
 
@@ -348,10 +374,10 @@ class _Dump:
 
     def _is_late(self, seconds: float) -> bool:
         """Whether the deadline leaves no time for a round of so many seconds (0: the first) and a dump."""
-        if self.options.deadline_s is None:
+        left_s = seconds_left()
+        if left_s is None:
             return False
         dump_s = self.report.forecast.total_ms / 1000 if self.report.forecast is not None else 0.0
-        left_s = self.options.deadline_s - self.watch.since_start_ms() / 1000
         return left_s < dump_s + max(seconds, dump_s)
 
     def learn(self) -> None:
@@ -559,10 +585,21 @@ class _Dump:
             weights=weights,
             references=references,
         )
+        self._see_time_left(len(manifest.chunks) + sum(map(len, spaces.values())))
         self.interrupts.past_return()
         self.report.stored_bytes = self.writer.stored_bytes + publish(self.store, manifest)
         self._withdraw_if_lapsed(self.store)
         self.published = True
+
+    def _see_time_left(self, records: int) -> None:
+        """Raise Interrupted when the deadline leaves no time for the manifest, which nothing interrupts: it
+        has so many records, and goes to the store as fast as all that went there since the freeze."""
+        left_s = seconds_left()
+        if left_s is None:
+            return
+        rate = self.writer.stored_bytes / (time.monotonic() - self.frozen_at)
+        if left_s < records * _RECORD_BYTES / max(rate, 1.0):
+            raise Interrupted(signal.SIGALRM)
 
     def _withdraw_if_lapsed(self, store: Store) -> None:
         """Take the image back when a collection may have taken us for dead, and removed what it refers to."""

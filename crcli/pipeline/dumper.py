@@ -11,6 +11,7 @@ The supervisor writes lines of JSON into its stdin, and reads lines of JSON:
                                             and last {"report": {…}} or {"error": {…}}
     {"until": T}                          another deadline for the dump under way
     {"stop": true}                        end the dump under way, as SIGTERM ends `crcli dump`
+    {"retire": {name, job, keep}}         remove older images, beside the dumps → {"retired": [image…]}
 
 T is a deadline by the clock that both have, time.monotonic(), or null.
 
@@ -31,9 +32,11 @@ import sys
 import time
 from collections import deque
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import crcli
+from crcli import kernel
 from crcli.errors import Cause, CrcliError, DumpFailed, TreeState
 from crcli.findings import Finding, Severity
 from crcli.pipeline.interrupts import Interrupted
@@ -44,7 +47,7 @@ from crcli.process.identity import identify
 from crcli.process.tree import scan_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
 
     from crcli.pipeline.stages import Progress
@@ -69,10 +72,13 @@ class Dumper:
         self.endpoint_url = endpoint_url
         self._events = select.epoll()
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_left = False
         self._pidfd = -1
         self._heard = bytearray()
         self._asked: DumpOptions | None = None
         self._tree: Tree | None = None
+        self.retired: list[str] = []
+        """The images that were removed; whoever reads of them may clear it."""
         self._start()
 
     @property
@@ -123,6 +129,7 @@ class Dumper:
             if "error" in word:
                 self._asked = None
                 raise error_from_json(word["error"])
+            self.retired += word.get("retired", ())
             _tell(word, progress or Silent())
         if self._process is not None and self._process.poll() is not None:
             self._forget()
@@ -138,12 +145,25 @@ class Dumper:
         """Give the dump under way another deadline, from now."""
         self._say({"until": _until(seconds)})
 
+    def retire(self, name: str, job: Mapping[str, Any], keep: int) -> None:
+        """Have older images of a job removed, once no dump is under way; see image.retention.retire.
+
+        What is removed is told to the `retired` of whoever hears next; what fails is left for the next time.
+        """
+        self._say({"retire": {"name": name, "job": dict(job), "keep": keep}})
+
+    def leave(self) -> None:
+        """Have it end by itself, as `close` does, without waiting for that. Only `close` may follow."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            self._is_left = True
+
     def close(self) -> None:
         """End it. A dump under way is stopped, and waited for: the tree runs on, or its image is durable."""
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
-            while self._process.poll() is None:  # it must not wait for us to read
+            while not self._is_left and self._process.poll() is None:  # it must not wait for us to read
                 select.select([self], [], [], 1.0)
                 for _ in self._words():
                     continue
@@ -187,12 +207,12 @@ class Dumper:
                 process.stdin.close()
             except BrokenPipeError:
                 pass
-            process.wait()
+            if not self._is_left:
+                process.wait()
         self._heard.clear()
 
     def _say(self, word: dict[str, Any]) -> None:
-        if self._process is not None:
-            assert self._process.stdin is not None
+        if self._process is not None and self._process.stdin is not None and not self._process.stdin.closed:
             try:
                 os.write(self._process.stdin.fileno(), _line(word))
             except OSError:
@@ -327,11 +347,14 @@ def _kinds(of: type[CrcliError]) -> dict[str, type[CrcliError]]:
 
 def serve(supervisor: int, store: str, endpoint_url: str | None) -> None:
     """Get ready, and dump what is asked for until the process `supervisor` has nothing more to say."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a thread that blocks signals may have started us
     asked = _Asked(supervisor)
     try:
         with Answers() as answers:
-            _get_ready(asked, store, endpoint_url)
-            while (options := asked.next()) is not None:
+            store_options = DumpOptions(pid=0, store=store, endpoint_url=endpoint_url)
+            _get_ready(asked, store_options)
+            retire = partial(_retire, asked.shared, store_options, answers)
+            while (options := asked.next(retire)) is not None:
                 answers.end(_dumped(options, asked, answers))
                 asked.done()
     except BrokenPipeError:
@@ -339,14 +362,13 @@ def serve(supervisor: int, store: str, endpoint_url: str | None) -> None:
     os._exit(0)  # the interpreter's own end takes a while, and nothing here needs it
 
 
-def _get_ready(asked: _Asked, store: str, endpoint_url: str | None) -> None:
+def _get_ready(asked: _Asked, options: DumpOptions) -> None:
     """Import what a dump needs, and find the way to the store; what is wrong with either, a dump will say."""
     import crcli.pipeline.many as many  # which imports dump.py, and all below it
 
-    options = DumpOptions(pid=0, store=store, endpoint_url=endpoint_url)
     try:
         many.warm(options)
-        if store.startswith("s3:"):
+        if options.store.startswith("s3:"):
             asked.shared.open_store(options).close()  # its client is kept; nothing was connected to
     except Exception:
         asked.shared.forget_store()
@@ -360,6 +382,23 @@ def _dumped(options: DumpOptions, asked: _Asked, answers: Answers) -> dict[str, 
         return {"report": result.report.as_json()}
     assert result.error is not None
     return {"error": error_as_json(result.error)}
+
+
+def _retire(shared: Shared, options: DumpOptions, answers: Answers, wish: Mapping[str, Any]) -> int:
+    """Remove older images in a process of its own, so that no dump ever waits for that; return its pid."""
+    pid = kernel.quiet_fork()
+    if pid:
+        return pid
+    try:
+        from crcli.image.retention import retire
+
+        store = shared.open_store(options)
+        removed = retire(store, wish["name"], wish["job"], wish["keep"])
+        answers.try_to_say({"retired": [str(ref) for ref in removed]})
+    except BaseException:
+        pass  # the next image tries again
+    finally:
+        os._exit(0)
 
 
 class _AskedShared(Shared):
@@ -378,14 +417,14 @@ class _Asked:
     """The words of the supervisor: requests while none is under way, then what SIGIO tells of."""
 
     def __init__(self, supervisor: int) -> None:
-        from crcli import kernel
-
         self.shared: Shared = _AskedShared(self)
         self._supervisor = supervisor
         self._heard = bytearray()
         self._requests: deque[tuple[Mapping[str, Any], float | None]] = deque()
         self._is_busy = self._is_stopped = self._is_over = False
         self._until: float | None = None
+        self._wish: Mapping[str, Any] | None = None
+        self._chore = 0
         self._poll = select.poll()
         self._poll.register(0, select.POLLIN)
         os.set_blocking(0, False)
@@ -399,17 +438,27 @@ class _Asked:
         kernel.die_with_parent(signal.SIGIO)  # others may hold the line open: what the supervisor has forked
         self._look_for_supervisor()
 
-    def next(self) -> DumpOptions | None:
-        """Wait for the next dump; None when there will be none."""
+    def next(self, retire: Callable[[Mapping[str, Any]], int]) -> DumpOptions | None:
+        """Wait for the next dump; None when there will be none. `retire` begins what is to be done beside."""
         while not self._requests:
             if self._is_over:
                 return None
+            self._begin_chore(retire)
             self._poll.poll()
             self._listen()
         self._is_busy = True
         self._listen()  # what came before we were busy was not told of again
         plain, until = self._requests.popleft()
         return _options(plain, until)
+
+    def _begin_chore(self, retire: Callable[[Mapping[str, Any]], int]) -> None:
+        """Have older images removed, if that is wished and not under way: what is left out, the next wish
+        comes to."""
+        if self._chore and os.waitpid(self._chore, os.WNOHANG)[0]:
+            self._chore = 0
+        wish, self._wish = self._wish, None
+        if wish is not None and not self._chore:
+            self._chore = retire(wish)
 
     def done(self) -> None:
         """The dump has ended and was answered."""
@@ -452,6 +501,8 @@ class _Asked:
     def _take(self, word: Mapping[str, Any]) -> None:
         if "dump" in word:
             self._requests.append((word["dump"], word["until"]))
+        elif "retire" in word:
+            self._wish = word["retire"]
         elif not self._is_busy and not self._requests:
             pass  # the dump that it was meant for has ended
         elif "until" in word:
@@ -492,18 +543,18 @@ class Answers:
 
     def phase(self, name: str) -> None:
         """See Progress."""
-        self._try({"phase": name})
+        self.try_to_say({"phase": name})
 
     def amount(self, done: int, total: int) -> None:
         """See Progress."""
         now = time.monotonic()
         if now >= self._next_amount:
             self._next_amount = now + _AMOUNTS_EVERY_S
-            self._try({"amount": [done, total]})
+            self.try_to_say({"amount": [done, total]})
 
     def finding(self, finding: Finding) -> None:
         """See Progress."""
-        self._try({"finding": finding.as_json()})
+        self.try_to_say({"finding": finding.as_json()})
 
     def end(self, answer: Mapping[str, Any]) -> None:
         """Say how the dump ended."""
@@ -512,7 +563,8 @@ class Answers:
             select.select([], [self._fd], [])
             left = left[os.write(self._fd, left) :]
 
-    def _try(self, word: Mapping[str, Any]) -> None:
+    def try_to_say(self, word: Mapping[str, Any]) -> None:
+        """Say it, unless it is long or nobody reads."""
         line = _line(word)
         if len(line) <= select.PIPE_BUF:  # longer ones could be cut
             try:

@@ -104,6 +104,13 @@ def interruptible(
             signal.signal(number, signal.SIG_IGN if ignored else handler)
 
 
+def seconds_left() -> float | None:
+    """Until the deadline of the block that is `interruptible`; None where there is none (any more)."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.getitimer(signal.ITIMER_REAL)[0] or None
+
+
 @contextmanager
 def noted(note: Callable[[int], None], deadline_s: float | None = None) -> Iterator[None]:
     """Within the block the signals that would interrupt are only told to `note`; so is the deadline's.

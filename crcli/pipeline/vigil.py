@@ -1,0 +1,567 @@
+"""Watches over a running tree: images of it by and by, and a dump in time when the node goes away.
+
+One loop waits for whatever comes first: a notice, the tree's end, the next periodic image, an answer of the
+dumper. It never dumps itself (see dumper.py), so it always listens: a second notice with an earlier deadline
+moves the end of the dump under way.
+
+**On notice to leave** the tree is dumped as `crcli dump --deadline` does it, and killed only when its image
+is durable. The dump has until the deadline less a reserve. What fails is tried again while there is time.
+When the dump cannot be in time, that is said at once, and the tree runs on to its end: what is left then is
+the newest whole image. An image that is being taken when the notice comes is given up if the tree was not let
+go yet; otherwise it may use half of the time, for it spares the last dump what it has sent.
+
+**On notice of a risk** an image is taken at once, and the tree runs on.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
+from crcli.findings import Finding, Severity
+from crcli.image.names import ImageRef, new_image_id
+from crcli.notice.base import Urgency
+from crcli.pipeline.dumper import Dumper
+from crcli.pipeline.schedule import Activity, Cost, Schedule, activity_of
+from crcli.pipeline.stages import PRE_COPY_AUTO, Outcome
+from crcli.process.identity import read_stat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from crcli.notice.base import Notice
+    from crcli.notice.notices import Notices
+    from crcli.pipeline.stages import DumpOptions
+    from crcli.process.identity import ProcessId
+
+RESERVE_S = 1.0
+"""What is kept back of the time before a deadline, by default (seconds)."""
+
+_RESERVE_SHARE = 0.2
+"""Of a short time no more than this is kept back."""
+
+_SHORTEST_TRY_S = 0.3
+"""With less time than this (seconds) no dump is begun."""
+
+_PATIENCE_S = 120.0
+"""For how long a dump is tried again where no deadline was said (seconds)."""
+
+_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+"""Between two tries: at first, and at most (seconds)."""
+
+_LOOK_AGAIN_S = 0.05
+"""How often a tree is looked at whose dump should have ended (seconds)."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What is to be kept of a tree. `dump` says how (its `outcome` is what a notice to leave leaves).
+
+    An image is taken every `every_s` seconds, or with `auto` as often as costs least at `failure_rate_per_h`
+    (None: what is usual); with neither, only on notice. `keep` images of the job stay (0: all).
+    """
+
+    dump: DumpOptions
+    every_s: float | None = None
+    auto: bool = False
+    keep: int = 0
+    reserve_s: float = RESERVE_S
+    failure_rate_per_h: float | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened, in a sentence, and as JSON values. `name` is stable."""
+
+    name: str
+    message: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The event as a line of JSON."""
+        return {"event": self.name, "message": self.message, **self.data}
+
+
+class Why(StrEnum):
+    """Why a vigil ended."""
+
+    ENDED = "ended"
+    """The tree ended by itself."""
+
+    SAVED = "saved"
+    """There was notice, and the image is durable."""
+
+    LEFT_BEHIND = "left-behind"
+    """There was notice, and no image in time. The tree runs."""
+
+    STOPPED = "stopped"
+    """`interrupt` was called. The tree runs."""
+
+
+@dataclass(frozen=True)
+class VigilEnd:
+    """How a vigil ended.
+
+    `image` is the newest whole image that is known of (NAME@ID, or empty), `images` how many were taken.
+    `report` is that of the dump that saved the tree; None where the dumper did not live to give it. `error`
+    is why a tree was left behind. `timing` says in seconds after the notice: `deadline`, `forecast` (when the
+    image would be durable), `fact` (when it was, or was given up), and how long the `reserve` was; what was
+    not known is None.
+    """
+
+    why: Why
+    image: str = ""
+    images: int = 0
+    reason: str = ""
+    notice: Notice | None = None
+    report: dict[str, Any] | None = None
+    error: CrcliError | None = None
+    timing: Mapping[str, float | None] = field(default_factory=dict)
+
+
+class Purpose(StrEnum):
+    """What an image is for."""
+
+    PERIODIC = "periodic"
+    RISK = "risk"
+    LEAVE = "leave"
+
+
+@dataclass
+class _UnderWay:
+    """A dump that was begun and not answered. `since` sorts before the id of its image."""
+
+    purpose: Purpose
+    began: float
+    since: str
+    before: Activity
+    phase: str = ""
+    is_stopped: bool = False
+
+    @property
+    def tree_is_free(self) -> bool:
+        """Whether the tree has been let go, and what is left is to be sent."""
+        return self.phase == "store"
+
+
+@dataclass
+class _Leaving:
+    """The notice to leave that counts, and how it is met. Times are of time.monotonic()."""
+
+    notice: Notice
+    at: float
+    limit: float
+    reserve_s: float = 0.0
+    forecast: float | None = None
+    tries: int = 0
+    next_try: float = 0.0
+    error: CrcliError | None = None
+
+    @property
+    def half(self) -> float:
+        """When half of the time is over."""
+        return (self.at + self.limit) / 2
+
+
+class Vigil:
+    """See the module."""
+
+    def __init__(
+        self,
+        keeping: Keeping,
+        root: ProcessId,
+        notices: Notices,
+        tell: Callable[[Event], None],
+        *,
+        image: str = "",
+    ) -> None:
+        """`root` is the tree's; `image` is the newest whole one that is known of, as NAME@ID."""
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._keeping = keeping
+        self._root = root
+        self._notices = notices
+        self._tell = tell
+        self._image = image
+        self._taken = 0
+        self._seen: Activity | None = None
+        """What the tree had done when its newest image was taken."""
+        self._leaving: _Leaving | None = None
+        self._under_way: _UnderWay | None = None
+        self._is_at_risk = False
+        self._has_ended = False
+        self._is_interrupted = False
+        self._schedule = Schedule(
+            time.monotonic(),
+            every_s=keeping.every_s,
+            auto=keeping.auto,
+            rate_per_h=keeping.failure_rate_per_h,
+        )
+
+    def __del__(self) -> None:
+        os.close(self._wake)
+
+    def interrupt(self) -> None:
+        """From any thread: have `keep` stop what is under way, and return with STOPPED."""
+        self._is_interrupted = True
+        os.eventfd_write(self._wake, 1)
+
+    def keep(self, ended: int) -> VigilEnd:
+        """Watch until the tree has ended (`ended` is readable then), is saved, or cannot be.
+
+        On return no dump is under way, unless a deadline has passed while one was.
+        """
+        options = self._keeping.dump
+        with Dumper(options.store, options.endpoint_url) as self._dumper:
+            while True:
+                self._wait(ended)
+                end = self._look_around()
+                if end is not None:
+                    return end
+
+    # What the loop waits for, and what it finds.
+
+    def _wait(self, ended: int) -> None:
+        """Return when there is something to do."""
+        poll = select.poll()
+        for fd in (self._notices.fd, self._dumper.fileno(), self._wake):
+            poll.register(fd, select.POLLIN)
+        if not self._has_ended:
+            poll.register(ended, select.POLLIN)
+        due = self._next_time()
+        timeout = None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1
+        ready = {fd for fd, _ in poll.poll(timeout)}
+        self._has_ended = self._has_ended or ended in ready
+        if self._wake in ready:
+            os.eventfd_read(self._wake)
+
+    def _next_time(self) -> float | None:
+        """When there is something to do even if nothing is heard."""
+        if self._has_ended:
+            return None if self._under_way is not None else time.monotonic()
+        if (leaving := self._leaving) is None:
+            return None if self._under_way is not None else self._schedule.due
+        if self._under_way is None:
+            return leaving.next_try
+        until = leaving.limit if self._under_way.purpose is Purpose.LEAVE else leaving.half
+        return max(until, time.monotonic() + _LOOK_AGAIN_S)
+
+    def _look_around(self) -> VigilEnd | None:
+        """Take in all that is new, and begin what is to be done; return the end, if this is it."""
+        while (notice := self._notices.get(0)) is not None:
+            self._take(notice)
+        if (end := self._hear()) is not None:
+            return end
+        if self._under_way is None:
+            return self._begin_what_is_due()
+        self._hurry(self._under_way)
+        return self._give_up_if_late(self._under_way)
+
+    def _begin_what_is_due(self) -> VigilEnd | None:
+        """Nothing is under way."""
+        now = time.monotonic()
+        if self._has_ended:
+            return VigilEnd(Why.ENDED, self._image, self._taken)
+        if self._is_interrupted:
+            return VigilEnd(Why.STOPPED, self._image, self._taken)
+        if (leaving := self._leaving) is not None:
+            if now < leaving.next_try:
+                return None
+            if leaving.limit - now < _SHORTEST_TRY_S:
+                return self._left_behind(leaving)
+            self._begin_to_leave(leaving)
+        elif self._is_at_risk or (self._schedule.due is not None and now >= self._schedule.due):
+            self._begin_image(now)
+        return None
+
+    # Notices.
+
+    def _take(self, notice: Notice) -> None:
+        now = time.monotonic()
+        left = None if notice.deadline is None else round(notice.deadline - now, 3)
+        in_time = "" if left is None else f", {left:.1f} s are left"
+        self._say(
+            "notice",
+            f"notice of {notice.source}: {notice.reason} ({notice.urgency.value}){in_time}",
+            source=notice.source, reason=notice.reason, urgency=notice.urgency.value, left_s=left,
+        )  # fmt: skip
+        if notice.urgency is not Urgency.LEAVE:
+            self._is_at_risk = True
+            self._schedule.at_risk()
+        elif self._leaving is None:
+            self._leaving = _Leaving(notice, now, 0.0)
+            self._set_limit(self._leaving, notice)
+        elif notice.deadline is not None and notice.deadline < (
+            self._leaving.notice.deadline or float("inf")
+        ):
+            self._leaving.notice = notice
+            self._set_limit(self._leaving, notice)
+            if self._under_way is not None and self._under_way.purpose is Purpose.LEAVE:
+                self._dumper.set_deadline(self._leaving.limit - now)
+
+    def _set_limit(self, leaving: _Leaving, notice: Notice) -> None:
+        """Set when the dump must have ended: the deadline less the reserve."""
+        now = time.monotonic()
+        if notice.deadline is None:
+            leaving.limit = now + _PATIENCE_S
+        else:
+            left = notice.deadline - now
+            leaving.reserve_s = max(0.0, min(self._keeping.reserve_s, left * _RESERVE_SHARE))
+            leaving.limit = notice.deadline - leaving.reserve_s
+
+    # Images while the tree runs.
+
+    def _begin_image(self, now: float) -> None:
+        """Take a periodic image, or one for a risk, unless it would be what the newest one is."""
+        purpose = Purpose.RISK if self._is_at_risk else Purpose.PERIODIC
+        self._is_at_risk = False
+        activity = activity_of(self._root)
+        if self._seen is not None and not activity.matters_since(self._seen):
+            self._schedule.skipped(now)
+            self._say("skipped", "no image was taken: nothing has changed since the last one")
+            return
+        self._begin(purpose, activity, replace(self._keeping.dump, outcome=Outcome.RUNNING))
+
+    def _begin(self, purpose: Purpose, activity: Activity, options: DumpOptions) -> None:
+        self._under_way = _UnderWay(purpose, time.monotonic(), new_image_id(), activity)
+        self._dumper.begin(
+            replace(options, pid=self._root.pid, start_time=self._root.start_time, dry_run=False)
+        )
+
+    def _image_taken(self, under_way: _UnderWay, report: dict[str, Any]) -> None:
+        self._seen = under_way.before
+        cost = Cost(report["frozen_ms"], report["total_ms"])
+        self._schedule.taken(under_way.began, cost)
+        self._say(
+            "image",
+            f"{self._image} taken, the tree stood still for {cost.frozen_ms:.0f} ms",
+            purpose=under_way.purpose.value, image=self._image, frozen_ms=cost.frozen_ms,
+            total_ms=cost.total_ms, stored_bytes=report["stored_bytes"], next_s=self._schedule.interval_s,
+        )  # fmt: skip
+        if self._keeping.keep and self._keeping.dump.job:
+            self._dumper.retire(self._keeping.dump.name, self._keeping.dump.job, self._keeping.keep)
+
+    def _image_failed(self, under_way: _UnderWay, error: CrcliError) -> None:
+        if under_way.is_stopped:
+            return
+        self._schedule.failed(time.monotonic())
+        self._say("image-failed", f"no image could be taken: {error.message}", **_of(error))
+
+    # Leaving.
+
+    def _begin_to_leave(self, leaving: _Leaving) -> None:
+        leaving.tries += 1
+        now = time.monotonic()
+        options = self._keeping.dump
+        left = leaving.limit - now if leaving.notice.deadline is not None else None
+        in_time = "" if left is None else f", which must take no longer than {left:.1f} s"
+        self._say(
+            "saving",
+            f"the tree is being dumped{in_time}",
+            left_s=left and round(left, 3), reserve_s=round(leaving.reserve_s, 3), attempt=leaving.tries,
+        )  # fmt: skip
+        pre_copy = options.pre_copy or PRE_COPY_AUTO
+        self._begin(
+            Purpose.LEAVE,
+            activity_of(self._root),
+            replace(options, deadline_s=left, pre_copy=pre_copy),
+        )
+
+    def _hurry(self, under_way: _UnderWay) -> None:
+        """Have a dump that stands in the way of something else end: see the module."""
+        if under_way.is_stopped:
+            return
+        is_image = under_way.purpose is not Purpose.LEAVE
+        is_in_vain = self._is_interrupted or (is_image and self._has_ended)
+        leaving = self._leaving if is_image else None
+        if is_in_vain or (
+            leaving is not None and (not under_way.tree_is_free or time.monotonic() > leaving.half)
+        ):
+            self._stop(under_way)
+
+    def _stop(self, under_way: _UnderWay) -> None:
+        under_way.is_stopped = True
+        self._dumper.stop()
+
+    def _saved(self, image: str, report: dict[str, Any] | None) -> VigilEnd:
+        leaving = self._leaving
+        assert leaving is not None
+        timing = self._timing(leaving)
+        self._say("saved", f"{image} is durable {_timely(timing)}", image=image, timing=timing)
+        leaving.notice.on_saved()
+        return VigilEnd(
+            Why.SAVED, image, self._taken, leaving.notice.reason, leaving.notice, report, timing=timing
+        )
+
+    def _cannot_save(self, leaving: _Leaving, error: CrcliError) -> VigilEnd | None:
+        """A dump has failed: try again while there is time and hope."""
+        leaving.error = error
+        if error.state is TreeState.STOPPED or not _may_pass(error):
+            return self._left_behind(leaving)
+        leaving.next_try = time.monotonic() + min(_PAUSE_S * 2 ** (leaving.tries - 1), _LONGEST_PAUSE_S)
+        if leaving.limit - leaving.next_try < _SHORTEST_TRY_S:
+            return self._left_behind(leaving)
+        self._say("retry", f"the dump failed and is tried again: {error.message}", **_of(error))
+        return None
+
+    def _left_behind(self, leaving: _Leaving, error: CrcliError | None = None) -> VigilEnd:
+        error = error or leaving.error or DumpFailed(
+            "there was no time for a dump between the notice and its deadline", state=TreeState.RUNNING
+        )  # fmt: skip
+        timing = self._timing(leaving)
+        whole = f"the newest whole image is {self._image}" if self._image else "there is no image of it"
+        reason = f"{error.message}; {whole}"
+        self._say("left-behind", f"the tree could not be saved: {reason}", image=self._image, timing=timing)
+        return VigilEnd(
+            Why.LEFT_BEHIND, self._image, self._taken, reason, leaving.notice, error=error, timing=timing
+        )
+
+    def _give_up_if_late(self, under_way: _UnderWay) -> VigilEnd | None:
+        """The dump has not ended when it had to.
+
+        If the tree runs, it was undone, and what is left is to end requests to the store: nobody waits for
+        that. If the tree stands still, the dump writes its last object.
+        """
+        leaving = self._leaving
+        if leaving is None or leaving.notice.deadline is None or under_way.purpose is not Purpose.LEAVE:
+            return None
+        now = time.monotonic()
+        is_over = now > leaving.limit + leaving.reserve_s / 4 and self._is_undone()
+        if not is_over and now < leaving.notice.deadline - leaving.reserve_s / 4:
+            return None
+        self._dumper.leave()
+        if is_over:
+            error = DumpFailed("the dump was stopped at its deadline", state=TreeState.RUNNING)
+        else:
+            error = DumpFailed(
+                "the store had not confirmed the image when the time was over",
+                hint=f"`crcli ls {self._keeping.dump.name}` says whether it came to be",
+                state=TreeState.STOPPED,
+            )
+        return self._left_behind(leaving, error)
+
+    def _is_undone(self) -> bool:
+        """Whether the tree was to be held until its image is durable, and nobody holds it."""
+        if self._keeping.dump.outcome is Outcome.RUNNING:
+            return False
+        try:
+            stat = read_stat(self._root.pid)
+        except ProcessLookupError:
+            return False
+        return stat.start_time == self._root.start_time and not stat.is_zombie and stat.state not in "tT"
+
+    def _timing(self, leaving: _Leaving) -> dict[str, float | None]:
+        deadline = leaving.notice.deadline
+        return {
+            "deadline": None if deadline is None else round(deadline - leaving.at, 3),
+            "reserve": None if deadline is None else round(leaving.reserve_s, 3),
+            "forecast": None if leaving.forecast is None else round(leaving.forecast - leaving.at, 3),
+            "fact": round(time.monotonic() - leaving.at, 3),
+        }
+
+    # What the dumper says.
+
+    def _hear(self) -> VigilEnd | None:
+        """Take in what the dumper has said; return the end, if this is it."""
+        under_way = self._under_way
+        try:
+            report = self._dumper.hear(self)
+        except CrcliError as error:
+            assert under_way is not None
+            self._under_way = None
+            return self._dump_failed(under_way, error)
+        for image in self._dumper.retired:
+            self._say("retired", f"{image} was removed: newer ones are there", image=image)
+        self._dumper.retired.clear()
+        if report is None:
+            return None
+        assert under_way is not None
+        self._under_way = None
+        self._image = str(report["image"])
+        self._taken += 1
+        if under_way.purpose is Purpose.LEAVE:
+            return self._saved(self._image, report)
+        self._image_taken(under_way, report)
+        return None
+
+    def _dump_failed(self, under_way: _UnderWay, error: CrcliError) -> VigilEnd | None:
+        if self._has_ended or error.state is TreeState.DEAD:
+            return self._ended_in_a_dump(under_way, error)
+        if under_way.purpose is not Purpose.LEAVE:
+            self._image_failed(under_way, error)
+            return None
+        if self._is_interrupted:
+            return None
+        assert self._leaving is not None
+        return self._cannot_save(self._leaving, error)
+
+    def _ended_in_a_dump(self, under_way: _UnderWay, error: CrcliError) -> VigilEnd:
+        """The tree is not there any more. If this dump's image is, the tree was killed on purpose, and only
+        the dumper did not live to say so; otherwise it has ended, of itself or of what `error` says."""
+        if under_way.purpose is Purpose.LEAVE and (image := self._image_since(under_way.since)):
+            self._image = image
+            return self._saved(image, None)
+        return VigilEnd(Why.ENDED, self._image, self._taken, error.message, error=error)
+
+    def _image_since(self, image_id: str) -> str:
+        """The newest image of the name, if it is newer than this id; empty where there is none."""
+        from crcli.image.manifest import resolve
+        from crcli.store.open import open_store
+
+        options = self._keeping.dump
+        store = open_store(options.store, endpoint_url=options.endpoint_url)
+        try:
+            newest = resolve(store, ImageRef(options.name))
+        except StoreError:
+            return ""
+        finally:
+            store.close()
+        return str(newest) if newest.id > image_id else ""
+
+    # It is told of the dump's progress.
+
+    def phase(self, name: str) -> None:
+        """See Progress."""
+        if self._under_way is not None:
+            self._under_way.phase = name
+
+    def amount(self, done: int, total: int) -> None:
+        """See Progress."""
+
+    def finding(self, finding: Finding) -> None:
+        """See Progress."""
+        if finding.name == "deadline-forecast" and self._leaving is not None:
+            needs_s = float(finding.evidence["needs_s"])
+            self._leaving.forecast = time.monotonic() + needs_s
+            is_late = needs_s > finding.evidence["left_s"]
+            self._say("forecast", finding.message, **finding.evidence, fits=not is_late)
+        elif finding.severity is not Severity.NOTE:
+            self._say("finding", finding.message, finding=finding.as_json())
+
+    def _say(self, name: str, message: str, **data: Any) -> None:
+        self._tell(Event(name, message, data))
+
+
+def _may_pass(error: CrcliError) -> bool:
+    """Whether a dump that ended like this may work a moment later, with the tree as it is."""
+    if isinstance(error, PreflightRefused):
+        return True  # some findings last for a moment only, and there is nothing better to do
+    return isinstance(error, DumpFailed | StoreError) and not isinstance(error, TooLate)
+
+
+def _of(error: CrcliError) -> dict[str, Any]:
+    return {"code": error.code, "hint": error.hint, "state": error.state.value}
+
+
+def _timely(timing: Mapping[str, float | None]) -> str:
+    """The words for deadline, forecast and fact."""
+    words = [f"{timing['fact']:.1f} s after the notice"]
+    if timing["forecast"] is not None:
+        words.append(f"forecast {timing['forecast']:.1f} s")
+    if timing["deadline"] is not None:
+        words.append(f"deadline {timing['deadline']:.1f} s")
+    return f"{words[0]} ({', '.join(words[1:])})" if words[1:] else words[0]

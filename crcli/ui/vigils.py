@@ -1,0 +1,72 @@
+"""What a vigil says while it lasts (on stderr), and how it ended."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from crcli.errors import CrcliError, DumpFailed
+from crcli.findings import Finding, Severity
+from crcli.pipeline.vigil import Event, VigilEnd, Why
+from crcli.ui.reports import show_json
+from crcli.ui.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SAVED_CODE = 75
+
+
+def teller(as_json: bool) -> Callable[[Event], None]:
+    """What tells of events: lines of JSON, or sentences."""
+
+    def tell(event: Event) -> None:
+        text = json.dumps(event.as_json()) if as_json else printable(f"crcli: {event.message}")
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except OSError:
+            pass  # a log that went away must not end what is being done
+
+    return tell
+
+
+def show_end(pid: int, end: VigilEnd, as_json: bool) -> int:
+    """Show how a vigil ended, and return the exit code; raises the error of a tree that was left behind."""
+    if end.why is Why.LEFT_BEHIND:
+        raise _explained(end)
+    if as_json:
+        show_json(as_object(pid, end))
+    elif end.why is Why.SAVED:
+        print(printable(f"{end.image}: saved"))
+    else:
+        newest = f"; its newest image is {end.image}" if end.image else ""
+        print(printable(f"the tree of {pid} has {end.why.value}{newest}"))
+    return SAVED_CODE if end.why is Why.SAVED else 0
+
+
+def as_object(pid: int, end: VigilEnd) -> dict[str, Any]:
+    """How a vigil ended, as programs read it."""
+    return {
+        "pid": pid,
+        "outcome": end.why.value,
+        "image": end.image,
+        "images": end.images,
+        "notice": end.notice and {"source": end.notice.source, "reason": end.notice.reason},
+        "timing": dict(end.timing) or None,
+        "dump": end.report,
+    }
+
+
+def _explained(end: VigilEnd) -> CrcliError:
+    """The error that a tree was left behind with, and what was known of the time."""
+    error = end.error or DumpFailed(end.reason)
+    evidence = {"image": end.image, **end.timing}
+    message = f"the tree could not be saved before this node goes away: {end.reason}"
+    error.findings = (
+        *error.findings,
+        Finding("left-behind", Severity.NOTE, message, evidence, "lets the tree run on"),
+    )
+    error.message = message
+    error.args = (message,)
+    return error
