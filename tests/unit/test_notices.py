@@ -879,7 +879,7 @@ def test_the_types_meet() -> None:
 
 
 def test_readme_has_every_source_and_its_time() -> None:
-    """Each name that `--notice` takes stands in the table, and what is said of times is what the code does."""
+    """Each name that `--notice` takes stands in the table; what is said of times is what the code does."""
     from crcli.notice import gcp, kubernetes
     from crcli.notice.base import GRACE_VARIABLE
     from crcli.notice.places import AWS_ENDPOINT, AZURE_ENDPOINT, GCE_HOST
