@@ -2,18 +2,21 @@
 
 https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events
 
-An acknowledged event happens at once, for every VM that it names. So it is acknowledged only once the job is
-saved, and only where it names this VM alone.
+An acknowledged event happens at once, for every VM that it names and everything on it. So it is acknowledged
+only where it names this VM alone, once the last job that hears of events on it is saved: each holds a shared
+lock for as long as it is not. A pod does not know the others on its VM, and acknowledges nothing.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from crcli.notice.base import Notice, Urgency, nothing
 from crcli.notice.metadata import ANSWER_S, LINK_LOCAL, Metadata, ServiceSilent, keep_looking
-from crcli.notice.places import AZURE_ENDPOINT
+from crcli.notice.places import AZURE_ENDPOINT, in_kubernetes
 
 if TYPE_CHECKING:
     import threading
@@ -27,6 +30,7 @@ EVERY_S = 1.0
 _EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
 _NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
 _HEADERS = {"Metadata": "true"}
+LOCK = "/run/crcli/azure-events.lock"
 _FIRST_ANSWER_S = 125.0
 """The first question of a VM switches its events on, which takes up to two minutes."""
 
@@ -48,11 +52,13 @@ class AzureEvents:
         self._service = Metadata(surroundings.environ.get(AZURE_ENDPOINT) or LINK_LOCAL, AZURE_ENDPOINT)
         self._surroundings, self._every_s = surroundings, every_s
         self._patience_s = _FIRST_ANSWER_S
+        self._unsaved = _Unsaved(LOCK)
         self._vm = ""
         self._told: set[str] = set()
 
     def watch(self, tell: Tell, stopped: threading.Event) -> None:
         """Look every second."""
+        self._unsaved.enter()
 
         def look() -> None:
             answer = self._service.ask(
@@ -81,7 +87,7 @@ class AzureEvents:
 
     def _notice(self, event: dict[str, Any], deadline: float | None) -> Notice:
         kind, status = event["EventType"], event.get("EventStatus")
-        alone = _vms(event) == [self._vm.lower()]
+        alone = _vms(event) == [self._vm.lower()] and not in_kubernetes(self._surroundings)
         return Notice(
             self.name,
             f"Azure event {kind}{' has begun' if status == 'Started' else ''}",
@@ -92,6 +98,8 @@ class AzureEvents:
 
     def _acknowledge(self, event_id: str) -> Callable[[], None]:
         def acknowledge() -> None:
+            if not self._unsaved.leave():
+                return
             body = json.dumps({"StartRequests": [{"EventId": event_id}]}).encode()
             headers = {**_HEADERS, "Content-Type": "application/json"}
             status = self._service.ask(_EVENTS, method="POST", headers=headers, body=body).status
@@ -99,6 +107,35 @@ class AzureEvents:
                 raise ServiceSilent(f"the service answers {status}")
 
         return acknowledge
+
+
+class _Unsaved:
+    """Those on this machine who are not saved yet, as a lock that they share. Who dies is out of it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = -1
+
+    def enter(self) -> None:
+        """Be one of them. Where there is no place for a lock, be alone and never the last."""
+        try:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+        except OSError:
+            pass
+
+    def leave(self) -> bool:
+        """Be none of them any more; return whether nobody is left. Of two who leave at once, one is last."""
+        if self._fd < 0:
+            return False
+        try:
+            # What fails here has given the shared lock up all the same (flock(2): not atomic).
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            return True
+        except OSError:
+            return False
 
 
 def _vms(event: dict[str, Any]) -> list[str]:

@@ -42,8 +42,9 @@ class Notice:
     """Word that this node goes away, or may.
 
     `deadline` is when, on the clock of `time.monotonic()`; None where that was not said. `on_saved` is to be
-    called once the image is durable and the tree gone. It may take seconds, and never raises when it comes
-    from `Notices.get`.
+    called once the image is durable and the tree gone, and after everything else that is to be done here
+    (a lease to be released): who is told may take the node away at once. It may take seconds, and never
+    raises when it comes from `Notices.get`.
     """
 
     source: str

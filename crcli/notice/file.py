@@ -23,8 +23,9 @@ class FileAppears:
     """Tells when a file is there, each time that it appears; one that is there already counts.
 
     Its first line may hold the seconds that are left, or any words, which are the reason then. Whoever
-    waits for the job to be saved finds PATH.saved when it is. Nothing removes the file but who made it: for
-    as long as it is there, this node is one that goes away.
+    waits for the job to be saved finds PATH.saved when it is (of several jobs that share a file, when the
+    first is). Nothing removes the file but who made it: for as long as it is there, this node is one that
+    goes away.
     """
 
     def __init__(self, name: str, path: str, surroundings: Surroundings, says: str = "") -> None:
@@ -73,7 +74,8 @@ class FileAppears:
         return Notice(self.name, says, deadline=deadline, on_saved=self._saved)
 
     def _saved(self) -> None:
-        os.close(os.open(self._path + SAVED, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(self._path + SAVED, flags, 0o644))
 
 
 def make(name: str, argument: str, surroundings: Surroundings) -> list[Source]:

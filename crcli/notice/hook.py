@@ -58,6 +58,9 @@ class HttpHook:
                 TCPServer.server_bind(self)  # HTTPServer's asks the network for our name
                 self.server_name, self.server_port = self.socket.getsockname()[:2]
 
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """A client that went away in the middle; the job's terminal is not ours."""
+
         with Server(self.address, _Handler) as server:
             while not stopped.is_set():
                 server.handle_request()
@@ -128,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing: the job's terminal is not ours."""
+        """Say nothing."""
 
 
 def make(name: str, argument: str, surroundings: Surroundings) -> list[Source]:

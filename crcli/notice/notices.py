@@ -136,7 +136,10 @@ class Notices:
     def _report(self, finding: Finding) -> None:
         self.findings.append(finding)
         if self._found is not None:
-            self._found(finding)
+            try:
+                self._found(finding)
+            except Exception:  # a terminal that has gone is no reason to stop listening
+                pass
 
     def _stop(self) -> None:
         self._stopped.set()

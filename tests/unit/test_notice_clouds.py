@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from crcli.errors import UsageError
 from crcli.notice import Notices, Source, Surroundings, Urgency
+from crcli.notice import azure as azure_module
 from crcli.notice.aws import AwsSpot
 from crcli.notice.azure import AzureEvents
 from crcli.notice.gcp import MAINTENANCE, PREEMPTED, GcpKey
@@ -20,6 +24,7 @@ from crcli.notice.metadata import Answer, Metadata, ServiceSilent, epoch_of
 from tests.support.metadata_servers import TOKEN, Aws, Azure, Gcp, Service
 from tests.support.notices import ENOUGH_S, Reported, next_of, watching
 
+ROOT = Path(__file__).parents[2]
 EVERY_S = 0.01
 SOON, LATER = "2026-11-26T02:00:00Z", "2026-11-26T02:02:00Z"
 SOON_HTTP = "Thu, 26 Nov 2026 02:00:00 GMT"
@@ -408,6 +413,62 @@ def test_azure_an_acknowledgement_that_fails_is_a_finding() -> None:
     assert "500" in notices.findings[0].message
 
 
+def test_azure_the_last_job_on_a_vm_acknowledges() -> None:
+    """An event that one job's image sets free would take the others away unsaved."""
+    service = Azure()
+    service.schedule("A-1", "Preempt")
+    with service.serving(), ExitStack() as stack:
+        jobs = [stack.enter_context(watching(*azure(service, Reported()))) for _ in range(3)]
+        told = [next_of(job) for job in jobs]
+        for notice in told[:2]:
+            notice.on_saved()
+            assert service.started == []
+        told[2].on_saved()
+    assert service.started == ["A-1"]
+
+
+def test_azure_a_job_that_was_killed_is_not_waited_for() -> None:
+    """Who is dead holds no lock."""
+    hold = (
+        "import sys; from crcli.notice.azure import _Unsaved; one = _Unsaved(sys.argv[1]); one.enter();"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, azure_module.LOCK]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    service = Azure()
+    service.schedule("A-1", "Preempt")
+    with service.serving(), subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with watching(*azure(service, Reported())) as first, watching(*azure(service, Reported())) as second:
+            told = [next_of(first), next_of(second)]
+            told[0].on_saved()
+            other.kill()
+            other.wait(ENOUGH_S)
+            told[1].on_saved()
+    assert service.started == ["A-1"]
+
+
+def test_azure_without_a_place_for_a_lock_nothing_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether others are unsaved cannot be known then; the event happens when it was to."""
+    monkeypatch.setattr(azure_module, "LOCK", "/proc/no/lock")
+    service = Azure()
+    service.schedule("A-1", "Preempt")
+    with service.serving(), watching(*azure(service, Reported())) as notices:
+        next_of(notices).on_saved()
+    assert service.started == [] and notices.findings == []
+
+
+def test_azure_a_pod_acknowledges_nothing() -> None:
+    """It does not know the other pods of its VM."""
+    service = Azure()
+    service.schedule("A-1", "Preempt")
+    with service.serving():
+        environ = {"CRCLI_AZURE_METADATA_ENDPOINT": service.url, "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+        with watching(AzureEvents(Surroundings(None, environ), EVERY_S)) as notices:
+            next_of(notices).on_saved()
+    assert service.started == []
+
+
 @pytest.mark.parametrize("others", [["other"], [], None, "vm-1x"])
 def test_azure_events_of_others_are_none_of_ours(others: Any) -> None:
     """An availability set's events come to all of its VMs."""
@@ -490,8 +551,9 @@ def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(autouse=True)
-def nobody_else(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test speaks to anything but loopback."""
+def nobody_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No test speaks to anything but loopback, or leaves a lock on this machine."""
+    monkeypatch.setattr(azure_module, "LOCK", str(tmp_path / "run" / "azure.lock"))
     real = socket.create_connection
 
     def only_loopback(address: tuple[str, int], *arguments: Any, **named: Any) -> socket.socket:

@@ -876,3 +876,22 @@ def test_the_types_meet() -> None:
     sources: list[Source] = choose(specs, here, Hooks([]))
     assert all(isinstance(source.name, str) and callable(source.watch) for source in sources)
     assert isinstance(known_kinds(Hooks([]))[0], SourceKind)
+
+
+def test_readme_has_every_source_and_its_time() -> None:
+    """Each name that `--notice` takes stands in the table; what is said of times is what the code does."""
+    from crcli.notice import gcp, kubernetes
+    from crcli.notice.base import GRACE_VARIABLE
+    from crcli.notice.places import AWS_ENDPOINT, AZURE_ENDPOINT, GCE_HOST
+
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("**Notice that the node goes away.**")[2].partition("**Keep house.**")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    named = {name.partition(":")[0] for row in rows for name in row[0].strip("| ").replace("`", "").split()}
+    assert named == {name for kind in known_kinds(Hooks([])) for name in kind.names}
+    for word in (GRACE_VARIABLE, kubernetes.FILE_VARIABLE, kubernetes.DEFAULT_FILE, GCE_HOST):
+        assert word in section
+    assert AWS_ENDPOINT in section and AZURE_ENDPOINT in section
+    (of_gcp,) = (row[2] for row in rows if row[0] == "| `gcp`")
+    preempted, stopped = gcp.PREEMPTED["TRUE"], gcp.MAINTENANCE["TERMINATE_ON_HOST_MAINTENANCE"]
+    assert of_gcp.strip(" |") == f"{preempted[2]:.0f} s; {stopped[2]:.0f} s"
