@@ -78,6 +78,7 @@ def race(url: str, processes: str, at_once: str, rounds: str, ttl_s: str, settle
                 names = [f"race-{turn}-{one}" for one in range(int(at_once))]
                 start.wait(60)
                 won += compress(names, threads.map(claim, names))
+        start.wait(60)  # whose winners had ended by then would be followed
         results.put(won)
 
     racers = [context.Process(target=run, args=(number,)) for number in range(int(processes))]
