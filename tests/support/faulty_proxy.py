@@ -197,6 +197,11 @@ class FaultyProxy:
         with self._lock:
             self._rules.append(Rule(fault, method, containing, times))
 
+    def forgive(self) -> None:
+        """Forget the faults that have not come yet."""
+        with self._lock:
+            self._rules.clear()
+
     def count(self, method: str, containing: str = "") -> int:
         """How many such requests came."""
         return sum(line.startswith(method) and containing in line for line in self.requests)

@@ -70,11 +70,15 @@ class Node(ABC):
 
     def run(self, command: str, limit_s: float = 60.0, code: int | None = None) -> Done:
         """Run a command of the shell to its end; with `code`, assert that this is its exit code."""
-        variables = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "PYTHONDONTWRITEBYTECODE": "1"}
-        words = " ".join(f"{key}={shlex.quote(value)}" for key, value in (variables | self.environment).items())
-        done = self.execute(f"export {words}; {command}", limit_s * self.slowness)
+        done = self.execute(self.with_environment(command), limit_s * self.slowness)
         assert code is None or done.code == code, f"{self.name}: exit {done.code}: {command}\n{done.out}"
         return done
+
+    def with_environment(self, command: str) -> str:
+        """The command, preceded by what sets its environment."""
+        variables = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "PYTHONDONTWRITEBYTECODE": "1"}
+        words = (f"{key}={shlex.quote(value)}" for key, value in (variables | self.environment).items())
+        return f"export {' '.join(words)}; {command}"
 
     def python(self, module: str, *arguments: str) -> str:
         """The command that runs a module of this checkout there."""
@@ -101,12 +105,14 @@ class Node(ABC):
 
     def launch(self, name: str, code: str, environment: Mapping[str, str] | None = None) -> Job:
         """Start a Python program as a service is started; return once it says `ready`."""
-        job = Job(self, name)
-        self.write(f"{job.folder}/{name}.py", code.encode())
+        folder = f"{JOBS}/{name}"
+        self.write(f"{folder}/{name}.py", code.encode())
         words = shlex.join([*(f"{key}={value}" for key, value in (environment or {}).items())])
-        program = f"exec env {words} {shlex.quote(sys.executable)} -u {name}.py <&- >>output 2>&1"
-        start = shlex.quote(f"echo $$ >pid; exec </dev/null; {program.replace('<&- ', '')}")
-        self.run(f"cd {job.folder} && setsid --fork sh -c {start} >/dev/null 2>&1", code=0)
+        program = f"exec env {words} {shlex.quote(sys.executable)} -u {name}.py </dev/null >>output 2>&1"
+        start = shlex.quote(f"echo $$ >pid; {program}")
+        self.run(f"cd {folder} && setsid --fork sh -c {start} >/dev/null 2>&1", code=0)
+        wait = f"while ! [ -s {folder}/pid ]; do sleep 0.01; done; cat {folder}/pid"
+        job = Job(self, name, int(self.run(wait, code=0).out))
         job.wait_for(lambda text: "ready" in text.splitlines())
         return job
 
@@ -117,6 +123,8 @@ class Job:
 
     node: Node
     name: str
+    pid: int
+    """Its pid there: when it started, or after a restore on the host's pids."""
 
     @property
     def folder(self) -> str:
@@ -124,18 +132,13 @@ class Job:
         return f"{JOBS}/{self.name}"
 
     @property
-    def pid(self) -> int:
-        """Its pid, as it was when it started."""
-        return int(self.node.read(f"{self.folder}/pid"))
-
-    @property
     def output(self) -> str:
         """What it has printed so far."""
         return self.node.read(f"{self.folder}/output")
 
-    def on(self, node: Node) -> Job:
-        """The job as it is on another node."""
-        return Job(node, self.name)
+    def on(self, node: Node, pid: int = 0) -> Job:
+        """The job as it is on another node, where it has this pid, or still the one that it had."""
+        return Job(node, self.name, pid or self.pid)
 
     def wait_for(self, true: Any, seconds: float = 20.0) -> str:
         """Return the output once `true` says so of it; fail with it when that does not come."""

@@ -68,28 +68,17 @@ class NamespaceNode(Node):
 
     def execute(self, command: str, limit_s: float) -> Done:
         """See Node."""
-        with self._started(command) as process:
-            try:
-                out, _ = process.communicate(timeout=limit_s)
-            except subprocess.TimeoutExpired as late:
-                raise NodeFailed(f"{self.name}: no end within {limit_s} s: {command}\n{late.output!r}") from None
+        process = self._enter(command)
+        try:
+            out, _ = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired as late:
+            process.kill()
+            raise NodeFailed(f"{self.name}: no end within {limit_s} s: {command}\n{late.output!r}") from None
         return Done(process.returncode, out)
 
-    @contextmanager
-    def _started(self, command: str) -> Iterator[subprocess.Popen[str]]:
-        process = subprocess.Popen(
-            [*self._enter(), "setsid", "--wait", "sh", "-c", command],
-            env={},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
+    def start(self, command: str) -> subprocess.Popen[str]:
+        """Start a command; it ends with the node at the latest. Its output is in the stream's hands."""
+        return self._enter(self.with_environment(command))
 
     def take_address(self, address: str) -> None:
         """Give it an address (one more), and tell everybody on the network where that is now."""
@@ -104,6 +93,10 @@ class NamespaceNode(Node):
         """See Node."""
         _ip("link", "set", self._port, "up")
 
+    def is_alive(self) -> bool:
+        """Whether nobody has killed it yet."""
+        return self._keeper.poll() is None
+
     def kill(self) -> None:
         """See Node: the kernel ends what is in a pid namespace with its first process."""
         self._keeper.kill()
@@ -111,9 +104,17 @@ class NamespaceNode(Node):
         if self._keeper.stdout is not None:
             self._keeper.stdout.close()
 
-    def _enter(self) -> list[str]:
+    def _enter(self, command: str) -> subprocess.Popen[str]:
         target = ["nsenter", "--target", str(self.init_pid)]
-        return [*target, "--mount", "--uts", "--ipc", "--net", "--pid", "--root", "--wd"]
+        spaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--root", "--wd"]
+        return subprocess.Popen(
+            [*target, *spaces, "setsid", "--wait", "sh", "-c", command],
+            env={},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
 
 class Lan:
@@ -121,18 +122,28 @@ class Lan:
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self._count = 1
+        self._count = 0
         _ip("link", "add", "lan", "type", "bridge")
         _ip("addr", "add", f"{OUTSIDE}/24", "dev", "lan")
         _ip("link", "set", "lan", "up")
 
     def node(self, name: str) -> NamespaceNode:
-        """A new node; it ends with the network."""
-        self._count += 1
+        """A new node; it ends with the network, or with the block of `only_for_now`."""
+        self._count = self._count % 90 + 2
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="crcli-node-"))
         node = NamespaceNode(name, self._count, folder)
         self._stack.callback(node.kill)
         return node
+
+    @contextmanager
+    def only_for_now(self) -> Iterator[None]:
+        """Nodes that are made in the block end with it."""
+        before, self._stack = self._stack, ExitStack()
+        try:
+            with self._stack:
+                yield
+        finally:
+            self._stack = before
 
 
 @contextmanager
