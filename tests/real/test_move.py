@@ -127,7 +127,7 @@ def test_a_tree_moves_again_and_again(site: Site) -> None:
 
 
 def test_files_are_laid_out_on_the_other_machine(site: Site) -> None:
-    """A log, a transaction in progress, a deleted file, mapped memory and a named file are there, and go on."""
+    """A log, a transaction in progress, a deleted file, mapped memory and a named file are there."""
     move_files(site.node("one"), site.node, site.store)
 
 
@@ -179,8 +179,7 @@ def with_weights(site: Site) -> Job:
     node = site.node("one")
     node.run("mkdir -p /models", code=0)
     (node.root / "models/model.bin").write_bytes(MODEL)
-    job = node.launch("reader", dedent(READER_OF_WEIGHTS), {"MODEL": "/models/model.bin"})
-    return job
+    return node.launch("reader", dedent(READER_OF_WEIGHTS), {"MODEL": "/models/model.bin"})
 
 
 def dumped_without_weights(job: Job, store: str) -> None:

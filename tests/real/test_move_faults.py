@@ -1,6 +1,6 @@
 """Whatever fails between two machines: the tree runs where it was, or its image brings it back elsewhere.
 
-The store is behind a proxy on the network, so that a machine can be killed, or cut off, at a moment that is known:
+The store is behind a proxy on the network, so that a machine can be killed, or cut off, at a known moment:
 when a certain request comes in.
 """
 
@@ -125,7 +125,7 @@ def test_a_network_that_is_away_for_a_moment_during_a_dump(site: Site) -> None:
 
 
 def test_a_network_that_stays_away_during_a_dump(site: Site) -> None:
-    """At its deadline the dump ends with the tree running, and no image; once the network is back it works."""
+    """At its deadline the dump ends with the tree running and no image; with the network back it works."""
     one = site.node("one")
     job = one.launch("counter", counter(kilobytes=LARGE_KIB))
     site.proxy.inject(then(one.cut), method="PUT", containing="partNumber=2")
@@ -165,7 +165,7 @@ def test_a_network_that_stays_away_during_a_restore(site: Site) -> None:
 
 
 def test_a_network_that_is_away_during_a_lazy_restore(site: Site) -> None:
-    """The tree runs on what it has; who touches what is missing waits, and goes on when the network is back."""
+    """The tree runs on what it has; who touches what is missing waits until the network is back."""
     one, other = site.node("one"), site.node("other")
     job = one.launch("counter", counter(kilobytes=LARGE_KIB))
     dumped(job, site.store)
@@ -173,7 +173,9 @@ def test_a_network_that_is_away_during_a_lazy_restore(site: Site) -> None:
     through = threading.Event()
 
     def hold_back(exchange: Exchange) -> None:
-        begin, _, end = exchange.handler.headers.get("Range", "bytes=0-0").removeprefix("bytes=").partition("-")
+        begin, _, end = (
+            exchange.handler.headers.get("Range", "bytes=0-0").removeprefix("bytes=").partition("-")
+        )
         if int(end) - int(begin) >= MOST_ON_DEMAND:
             through.wait(60)
         pass_on(exchange)
@@ -192,7 +194,7 @@ def test_a_network_that_is_away_during_a_lazy_restore(site: Site) -> None:
 
 
 def test_a_store_that_answers_with_errors(site: Site) -> None:
-    """503, broken connections and lost answers, in the middle of everything: the move takes longer, no more."""
+    """503, broken connections and lost answers, in the middle of everything: the move only takes longer."""
     one, other = site.node("one"), site.node("other")
     job = one.launch("counter", counter(kilobytes=LARGE_KIB))
     for method in ("PUT", "POST", "GET"):
@@ -215,7 +217,7 @@ FAULTS: dict[str, Callable[[Site, NamespaceNode], Callable[[Exchange], None]]] =
 
 
 def test_moves_under_random_faults(site: Site) -> None:
-    """One tree, move after move, each with a fault at some request: it is never lost, and never anywhere twice.
+    """One tree, move after move, each with a fault at some request: never lost, and never twice.
 
     When a machine dies the newest image brings the tree back; otherwise not one number of it is left out.
     CRCLI_FAULT_ROUNDS=100 for a hundred moves; CRCLI_FAULT_SEED repeats a failure.

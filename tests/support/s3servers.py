@@ -4,7 +4,7 @@
         subprocess.run([..., "--store", server.url("images")], env=os.environ | server.env)
 
 moto is quick and believes everybody; Swift enforces signatures and digests. Both listen on a random port (of
-127.0.0.1, if not told otherwise), hold one bucket, and are gone with `close` (or with the process that started them).
+127.0.0.1, if not told otherwise), hold one bucket, and are gone with `close` (or with whoever started them).
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ class S3Server:
         self.close()
 
 
-def start_moto(
-    tls: bool = False, *, conditions: str = "honoured", address: str = "127.0.0.1"
-) -> S3Server:
+def start_moto(tls: bool = False, *, conditions: str = "honoured", address: str = "127.0.0.1") -> S3Server:
     """Start moto; `conditions` is `honoured`, `ignored` or `refused` (see moto_server.py).
 
     With another `address`, one of this thread's network, machines of a test (tests/support/nodes) reach it.

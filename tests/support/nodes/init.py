@@ -1,8 +1,8 @@
 """The first process of a namespace node: `unshare … python init.py FOLDER NAME PIDS BINDS…`.
 
-It makes the node's root (a writable layer over this host's), says `ready`, and reaps until it is killed, which
-ends all that runs there. FOLDER is an empty folder, which only this node's mounts fill; PIDS is where its pids
-begin; BINDS are folders of the host that the node is to see as they are, wherever they are mounted here.
+It makes the node's root (a writable layer over this host's), says `ready`, and reaps until it is killed: that
+ends all that runs there. FOLDER is empty, and only this node's mounts fill it. PIDS is where its pids begin.
+BINDS are folders of the host that the node is to see as they are, wherever they are mounted here.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _root_in(folder: str) -> str:
     kernel.mount("proc", f"{root}/proc", "proc")
     kernel.mount("sysfs", f"{root}/sys", "sysfs")
     for path in ("sys/fs/cgroup", "dev"):
-        kernel.mount(f"/{path}", f"{root}/{path}", "", kernel.MS_BIND | (kernel.MS_REC if path != "dev" else 0))
+        kernel.mount(
+            f"/{path}", f"{root}/{path}", "", kernel.MS_BIND | (kernel.MS_REC if path != "dev" else 0)
+        )
     kernel.mount("devpts", f"{root}/dev/pts", "devpts", 0, "newinstance,ptmxmode=0666,mode=0620")
     for path in ("dev/shm", "tmp", "run"):
         kernel.mount("tmpfs", f"{root}/{path}", "tmpfs", 0, "mode=1777")

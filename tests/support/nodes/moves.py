@@ -118,7 +118,7 @@ def move_a_family(source: Node, make_other: MakeNode, store: str, kilobytes: int
 
 
 def move_files(source: Node, make_other: MakeNode, store: str) -> None:
-    """What a tree wrote, has open, deleted or mapped travels in the image, and lies on the other's own disk."""
+    """What a tree wrote, has open, deleted or mapped travels in the image, onto the other's own disk."""
     job = source.launch("files", dedent(KEEPER_OF_FILES))
     source.write("/etc/files.conf", b"included")
     dumped(job, store, "--include", "/etc/files.conf")

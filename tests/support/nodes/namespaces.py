@@ -1,7 +1,7 @@
 """Nodes made of namespaces: a tenth of a second each, on this host's kernel and processor.
 
-A node has processes, mounts, an address, a name and System V objects of its own, and a writable layer in memory
-over this host's root. Nodes of one `Lan` reach each other and whoever made it, and nothing else.
+A node has processes, mounts, an address, a name and System V objects of its own, and a writable layer in
+memory over this host's root. Nodes of one `Lan` reach each other and whoever made it, and nothing else.
 """
 
 from __future__ import annotations
