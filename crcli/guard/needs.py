@@ -74,6 +74,17 @@ class Needs:
         found: dict[str, Any] = self.manifest.meta.get("host", {})
         return found
 
+    @property
+    def cpu_promise(self) -> frozenset[str] | None:
+        """The only features of a CPU that the job was started to use; None where nobody promised that."""
+        return cpu_promise(self.manifest.meta)
+
+
+def cpu_promise(meta: Mapping[str, Any]) -> frozenset[str] | None:
+    """What `crcli run --cpu-baseline` noted in an image's facts; None where it did not."""
+    flags = (meta.get("job") or {}).get("cpu_baseline")
+    return frozenset(map(str, flags)) if isinstance(flags, list) else None
+
 
 class StoredImages:
     """Those of CRIU's images that say what a restore needs, fetched from the store at once and checked."""

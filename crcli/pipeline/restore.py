@@ -36,7 +36,7 @@ from crcli.errors import CrcliError, RestoreFailed, TreeState
 from crcli.findings import Finding, Severity
 from crcli.guard.here import Here
 from crcli.guard.host import forced_paths, guard, guard_machine
-from crcli.guard.needs import Asked, needs_of
+from crcli.guard.needs import Asked, cpu_promise, needs_of
 from crcli.image.cached import load_near, open_cached
 from crcli.image.manifest import Manifest
 from crcli.image.names import parse_image
@@ -440,7 +440,7 @@ class _Restore:
             tcp_close=self.options.tcp == TcpPolicy.CLOSE,
             external=tuple(self.replacements.external),
             inherit=self.replacements.inherit,
-            any_cpu="cpu-features" in self.options.forced,
+            any_cpu="cpu-features" in self.options.forced or cpu_promise(self.manifest.meta) is not None,
         )
         if plan.manage_cgroups:
             plan = replace(plan, work_fd=self._mountable_folder())

@@ -143,9 +143,12 @@ class Rule:
 
 
 class FaultyProxy:
-    """Listens on a random port until closed. `requests` lists `METHOD PATH` of everything that came."""
+    """Listens on a random port until closed. `requests` lists `METHOD PATH` of everything that came.
 
-    def __init__(self, server: S3Server) -> None:
+    `address` is one of this host's; other than on loopback, machines of a test can reach it too.
+    """
+
+    def __init__(self, server: S3Server, address: str = "127.0.0.1") -> None:
         parts = urlsplit(server.endpoint_url)
         upstream = (str(parts.hostname), int(parts.port or 80))
         self.requests: list[str] = []
@@ -176,7 +179,8 @@ class FaultyProxy:
             def handle_error(self, *_: object) -> None:
                 """A connection that we broke ourselves is no news."""
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._address = address
+        self._server = Server((address, 0), Handler)
         threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         ).start()
@@ -184,7 +188,7 @@ class FaultyProxy:
     @property
     def endpoint_url(self) -> str:
         """Where the proxy listens."""
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http://{self._address}:{self._server.server_port}"
 
     def inject(
         self, fault: Callable[[Exchange], None], *, method: str = "", containing: str = "", times: float = 1
@@ -192,6 +196,11 @@ class FaultyProxy:
         """Break the next `times` requests of `method` whose path contains `containing`."""
         with self._lock:
             self._rules.append(Rule(fault, method, containing, times))
+
+    def forgive(self) -> None:
+        """Forget the faults that have not come yet."""
+        with self._lock:
+            self._rules.clear()
 
     def count(self, method: str, containing: str = "") -> int:
         """How many such requests came."""

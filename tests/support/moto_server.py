@@ -1,4 +1,4 @@
-"""moto's S3 in a process of its own: `python -m tests.support.moto_server CONDITIONS [CERT KEY]`.
+"""moto's S3 in a process of its own: `python -m tests.support.moto_server CONDITIONS ADDRESS [CERT KEY]`.
 
 Prints its port when it is ready. CONDITIONS says what becomes of `If-None-Match` on writes: `honoured`, as in
 AWS; `ignored`, as by stores that never heard of it; `refused` with 501, as by stores that know their limits.
@@ -72,12 +72,12 @@ class Handler(MotoRequestHandler):
         """Say nothing."""
 
 
-def main(conditions: str, tls: list[str]) -> None:
+def main(conditions: str, address: str, tls: list[str]) -> None:
     """Serve until killed, or until whoever started us is gone."""
     serve_ranges_alone()
     app = Conditions(DomainDispatcherApplication(create_backend_app), conditions)
     context = (tls[0], tls[1]) if tls else None
-    server = make_server("127.0.0.1", 0, app, threaded=True, ssl_context=context, request_handler=Handler)
+    server = make_server(address, 0, app, threaded=True, ssl_context=context, request_handler=Handler)
     starter = os.getppid()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_port, flush=True)
@@ -86,4 +86,4 @@ def main(conditions: str, tls: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

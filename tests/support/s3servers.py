@@ -3,8 +3,8 @@
     with start_moto() as server:
         subprocess.run([..., "--store", server.url("images")], env=os.environ | server.env)
 
-moto is quick and believes everybody; Swift enforces signatures and digests. Both listen on a random port of
-127.0.0.1, hold one bucket, and are gone with `close` (or with the process that started them).
+moto is quick and believes everybody; Swift enforces signatures and digests. Both listen on a random port (of
+127.0.0.1, if not told otherwise), hold one bucket, and are gone with `close` (or with whoever started them).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class S3Server:
 
     @property
     def port(self) -> int:
-        """The port on 127.0.0.1."""
+        """The port on which it listens."""
         return int(self.endpoint_url.rpartition(":")[2])
 
     def url(self, prefix: str = "") -> str:
@@ -88,9 +88,13 @@ class S3Server:
         self.close()
 
 
-def start_moto(tls: bool = False, *, conditions: str = "honoured") -> S3Server:
-    """Start moto; `conditions` is `honoured`, `ignored` or `refused` (see moto_server.py)."""
-    return _start("tests.support.moto_server", [conditions], tls, "anyone", "anything")
+def start_moto(tls: bool = False, *, conditions: str = "honoured", address: str = "127.0.0.1") -> S3Server:
+    """Start moto; `conditions` is `honoured`, `ignored` or `refused` (see moto_server.py).
+
+    With another `address`, one of this thread's network, machines of a test (tests/support/nodes) reach it.
+    """
+    arguments = [conditions, address]
+    return _start("tests.support.moto_server", arguments, tls, "anyone", "anything", address=address)
 
 
 def start_swift(tls: bool = False) -> S3Server:
@@ -100,7 +104,13 @@ def start_swift(tls: bool = False) -> S3Server:
 
 
 def _start(
-    module: str, arguments: list[str], tls: bool, access_key: str, secret_key: str, folder: Path | None = None
+    module: str,
+    arguments: list[str],
+    tls: bool,
+    access_key: str,
+    secret_key: str,
+    folder: Path | None = None,
+    address: str = "127.0.0.1",
 ) -> S3Server:
     folder = folder or Path(tempfile.mkdtemp(prefix="crcli-moto-"))
     ca_bundle, certificate = _make_certificate(folder) if tls else (None, [])
@@ -116,7 +126,7 @@ def _start(
             text=True,
         )
     port = _read_port(process, log)
-    endpoint_url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+    endpoint_url = f"{'https' if tls else 'http'}://{address}:{port}"
     env = {
         "AWS_ACCESS_KEY_ID": access_key,
         "AWS_SECRET_ACCESS_KEY": secret_key,
@@ -125,7 +135,7 @@ def _start(
         "AWS_CONFIG_FILE": "/dev/null",
         "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "NO_PROXY": "127.0.0.1",
+        "NO_PROXY": address,
     }
     if ca_bundle:
         env["AWS_CA_BUNDLE"] = ca_bundle

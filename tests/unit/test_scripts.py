@@ -67,7 +67,17 @@ def fake_criu(folder: Path, version: str, complaint: str = "") -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["install-criu", "fetch-kernel", "quickstart", "test", "check", "lib/apt.sh", "lib/setup.sh"]
+    "name",
+    [
+        "install-criu",
+        "fetch-kernel",
+        "quickstart",
+        "test",
+        "check",
+        "lib/apt.sh",
+        "lib/debian.sh",
+        "lib/setup.sh",
+    ],
 )
 def test_every_script_is_valid_bash(name: str) -> None:
     """A script with a syntax error would only be noticed on somebody's fresh machine."""
