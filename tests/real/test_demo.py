@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,28 +14,26 @@ import pytest
 
 from crcli.image.manifest import list_images
 from crcli.store.file import FileStore
-from tests.support.crcli import Crcli, counter
+from tests.support.crcli import COMMAND_LIMIT_SECONDS, Crcli, counter, wait_until
 from tests.support.programs import spawn_python
 
 ROOT = Path(__file__).parents[2]
 
 
-def agents() -> set[int]:
-    """Processes that are a demo's agent."""
+def agents(folder: Path) -> set[int]:
+    """The agents of demos whose temporary folders are in this one."""
     found = set()
-    for process in psutil.process_iter(["cmdline", "status"]):
-        words = process.info["cmdline"] or []
-        if any(word.endswith("demo/agent.py") for word in words):
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words, environment = process.info["cmdline"] or [], process.info["environ"] or {}
+        if any(word.endswith("demo/agent.py") for word in words) and environment.get("TMPDIR") == str(folder):
             found.add(process.pid)
     return found
 
 
-def wait_for_no_agents(before: set[int]) -> None:
-    """Return once no agent runs that did not before."""
-    end = time.monotonic() + 10
-    while agents() - before:
-        assert time.monotonic() < end, agents() - before
-        time.sleep(0.05)
+def assert_nothing_stays(folder: Path) -> None:
+    """Assert that the agents of demos with this temporary folder end, and that nothing is in it."""
+    wait_until(lambda: not agents(folder), f"an agent stays: {agents(folder)}")
+    assert list(folder.iterdir()) == []
 
 
 @pytest.fixture
@@ -50,7 +47,6 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_demo_works_and_leaves_nothing(crcli: Crcli, temporary: Path) -> None:
     """The agent is dumped, gone, restored and goes on; afterwards there is no agent and no folder left."""
-    before = agents()
     report = crcli.run("demo", "--json").json
     assert report["ok"]
     assert [step["name"] for step in report["steps"]] == [
@@ -62,8 +58,7 @@ def test_the_demo_works_and_leaves_nothing(crcli: Crcli, temporary: Path) -> Non
     ]
     assert report["dump"]["outcome"] == "killed"
     assert report["dump"]["memory_bytes"] > 60 << 20 > report["dump"]["stored_bytes"]
-    wait_for_no_agents(before)
-    assert list(temporary.iterdir()) == []
+    assert_nothing_stays(temporary)
 
 
 def test_the_demo_uses_the_store_that_it_is_given(crcli: Crcli, temporary: Path) -> None:
@@ -78,27 +73,24 @@ def test_the_demo_uses_the_store_that_it_is_given(crcli: Crcli, temporary: Path)
 @pytest.mark.parametrize("step", ["agent started", "crcli dump", "crcli restore"])
 def test_a_demo_that_is_ended_cleans_up(step: str, crcli: Crcli, temporary: Path) -> None:
     """SIGTERM at any step ends it with 143, and neither the agent nor its restored copy lives on."""
-    before = agents()
     with crcli.start("demo") as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(step):
                 break
+        assert step != "agent started" or agents(temporary)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=COMMAND_LIMIT_SECONDS)
     assert process.returncode != 0
-    wait_for_no_agents(before)
-    assert list(temporary.iterdir()) == []
+    assert_nothing_stays(temporary)
 
 
 def test_a_failing_demo_says_why(crcli: Crcli, temporary: Path) -> None:
     """Where the store cannot be used, the demo ends as the dump does, and the agent does not stay."""
-    before = agents()
     (crcli.folder / "file").write_text("in the way")
     error = crcli.run("demo", "--json", "--store", f"{crcli.folder}/file", code=30).json["error"]
     assert error["code"] == "demo-failed"
-    wait_for_no_agents(before)
-    assert list(temporary.iterdir()) == []
+    assert_nothing_stays(temporary)
 
 
 def test_the_journal_of_a_real_night(crcli: Crcli, monkeypatch: pytest.MonkeyPatch) -> None:

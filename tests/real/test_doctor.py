@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.crcli import ROOT
+from tests.support.crcli import COMMAND_LIMIT_SECONDS, ROOT
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
@@ -37,7 +37,7 @@ def doctor(
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=COMMAND_LIMIT_SECONDS,
     )
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
     return {check["name"]: check for check in json.loads(done.stdout)["checks"]}

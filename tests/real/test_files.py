@@ -14,7 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.crcli import Crcli, assert_goes_on, counted, counter, reap, tree_of, wait_until
+from tests.support.crcli import (
+    COMMAND_LIMIT_SECONDS,
+    Crcli,
+    assert_goes_on,
+    counted,
+    counter,
+    reap,
+    tree_of,
+    wait_until,
+)
 from tests.support.programs import Program, spawn_python
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
@@ -136,6 +145,7 @@ def assert_moves_on(program: Program) -> None:
     wait_until(lambda: number(program) > before + 5, "they stand still:\n" + program.output[-2000:])
 
 
+@pytest.mark.alone
 def test_shared_memory_and_semaphores_live_on(crcli: Crcli, tmp_path: Path) -> None:
     """multiprocessing's SharedMemory and semaphores, which have names in /dev/shm, work after a restore."""
     before = set(os.listdir("/dev/shm"))
@@ -148,6 +158,7 @@ def test_shared_memory_and_semaphores_live_on(crcli: Crcli, tmp_path: Path) -> N
         remove_new(before)
 
 
+@pytest.mark.alone
 def test_shared_memory_of_a_running_tree_can_be_restored_later(crcli: Crcli, tmp_path: Path) -> None:
     """An image taken with --leave-running comes back after the original, and its files, are gone."""
     before = set(os.listdir("/dev/shm"))
@@ -163,6 +174,7 @@ def test_shared_memory_of_a_running_tree_can_be_restored_later(crcli: Crcli, tmp
         remove_new(before)
 
 
+@pytest.mark.alone
 def test_shared_memory_of_a_killed_tree_comes_back_on_a_clean_host(crcli: Crcli, tmp_path: Path) -> None:
     """A tree that was killed comes back although nothing of it is left in /dev/shm, as on another host."""
     before = set(os.listdir("/dev/shm"))
@@ -472,7 +484,7 @@ def test_stdio_inherit_joins_a_program_to_our_pipe(crcli: Crcli) -> None:
             assert restore.stdout is not None
             words = restore.stdout.readline().split()
             restore.terminate()
-            restore.communicate(timeout=20)
+            restore.communicate(timeout=COMMAND_LIMIT_SECONDS)
         assert words[0].isdigit() and len(words[1]) == 16
 
 

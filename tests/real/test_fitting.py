@@ -24,7 +24,7 @@ from crcli.image.names import ImageRef, parse_image
 from crcli.image.packs import ChunkReader
 from crcli.pipeline import check as check_story
 from crcli.store.file import FileStore
-from tests.support.crcli import ROOT, Crcli, assert_goes_on, counter, wait_until
+from tests.support.crcli import COMMAND_LIMIT_SECONDS, ROOT, Crcli, assert_goes_on, counter, wait_until
 from tests.support.images import forge
 from tests.support.programs import Program, spawn_python, then_wait
 
@@ -369,7 +369,7 @@ def test_capabilities_that_cannot_be_given_back(crcli: Crcli) -> None:
             env=crcli.environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=COMMAND_LIMIT_SECONDS,
         )
         error = json.loads(done.stdout)["error"]
         assert (done.returncode, error["state"]) == (20, "untouched")

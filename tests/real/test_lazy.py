@@ -22,7 +22,15 @@ import psutil
 import pytest
 
 from crcli.memory.userfault import is_available
-from tests.support.crcli import Crcli, assert_goes_on, counter, end, tree_of, wait_until
+from tests.support.crcli import (
+    COMMAND_LIMIT_SECONDS,
+    Crcli,
+    assert_goes_on,
+    counter,
+    end,
+    tree_of,
+    wait_until,
+)
 from tests.support.faulty_proxy import Exchange, FaultyProxy, answer, pass_on
 from tests.support.programs import Program, spawn_python
 from tests.support.s3servers import start_moto
@@ -364,7 +372,7 @@ def test_the_pager_keeps_nothing_of_its_caller_open(far: Far) -> None:
         arguments = ("restore", image, "--store", far.url, "--lazy", "--json")
         with far.crcli.start(*arguments, pass_fds=[writer]) as process:
             os.close(writer)
-            out, _ = process.communicate(timeout=60)
+            out, _ = process.communicate(timeout=COMMAND_LIMIT_SECONDS)
         far.crcli.adopt(json.loads(out)["host_pid"])
         assert pagers()
         ready, _, _ = select.select([reader], [], [], 5)

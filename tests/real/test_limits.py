@@ -11,8 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
 from crcli.process.settings import RLIM64_INFINITY, read_limits
 from crcli.store.open import open_store
+from tests.support.crcli import COMMAND_LIMIT_SECONDS, wait_until
 from tests.support.programs import Program, spawn_python
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def dump_without_sys_resource(pid: int, store: Path, before: str = "") -> subpro
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=COMMAND_LIMIT_SECONDS,
     )
 
 
@@ -112,14 +112,6 @@ def assert_goes_on(program: Program) -> None:
     wait_until(lambda: program.output != before, "the program stands still")
     status = Path(f"/proc/{program.pid}/status")
     wait_until(lambda: "TracerPid:\t0\n" in status.read_text(), "CRIU holds the program")
-
-
-def wait_until(true: Callable[[], bool], otherwise: str) -> None:
-    """Return once `true` says so; fail, saying what is the case instead, when it does not within 5 s."""
-    end = time.monotonic() + 5
-    while not true():
-        assert time.monotonic() < end, otherwise
-        time.sleep(0.01)
 
 
 def has_ended(pid: int) -> bool:
@@ -228,7 +220,7 @@ def test_other_calls_are_not_touched() -> None:
             print("fine")
         """
     with asking(code) as process:
-        assert process.communicate(timeout=10)[0] == "fine\n"
+        assert process.communicate(timeout=COMMAND_LIMIT_SECONDS)[0] == "fine\n"
 
 
 def test_the_answering_ends_with_the_last_who_could_ask() -> None:
@@ -244,7 +236,7 @@ def test_the_answering_ends_with_the_last_who_could_ask() -> None:
         assert process.wait(10) == 0
         answering = [thread for thread in threading.enumerate() if thread.name == "limits"]
         assert len(answering) == 1
-        assert process.communicate(timeout=10)[0] == "True\n"
+        assert process.communicate(timeout=COMMAND_LIMIT_SECONDS)[0] == "True\n"
         answering[0].join(5)
     assert not answering[0].is_alive()
     assert seccomp_state() == before

@@ -14,7 +14,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.crcli import ROOT, Crcli, assert_goes_on, counted, counter, end, reap, tree_of, wait_until
+from tests.support.crcli import (
+    COMMAND_LIMIT_SECONDS,
+    ROOT,
+    Crcli,
+    assert_goes_on,
+    counted,
+    counter,
+    end,
+    reap,
+    tree_of,
+    wait_until,
+)
 from tests.support.programs import Program, spawn_python, then_wait
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
@@ -153,7 +164,12 @@ def test_the_shell_that_crcli_was_started_from_is_refused_alone(crcli: Crcli) ->
         )
         command = ["sh", "-c", line, crcli.store]
         done = subprocess.run(
-            command, cwd=ROOT, env=crcli.environment, capture_output=True, text=True, timeout=60
+            command,
+            cwd=ROOT,
+            env=crcli.environment,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_LIMIT_SECONDS,
         )
         assert done.returncode == 10, done.stderr
         ours, other = json.loads(done.stdout)["dumps"]
@@ -194,7 +210,7 @@ def test_a_signal_ends_what_is_under_way_and_begins_no_more(crcli: Crcli, number
             begun = programs[:workers]
             wait_until(lambda: all("told" in program.output for program in begun), "not begun", 20)
             command.send_signal(number)
-            out, err = command.communicate(timeout=30)
+            out, err = command.communicate(timeout=COMMAND_LIMIT_SECONDS)
         assert command.returncode == 11, err
         errors = [one["error"] for one in json.loads(out)["dumps"]]
         assert {error["state"] for error in errors} == {"untouched"}  # none had been frozen
@@ -226,7 +242,7 @@ def test_a_process_of_ours_that_is_killed_costs_one_tree(crcli: Crcli) -> None:
         with crcli.start("dump", *pids_of([slow, *programs]), *options) as command:
             wait_until(lambda: "told" in slow.output, "not begun", 20)
             last_at_work(command.pid, crcli).kill()
-            out, err = command.communicate(timeout=30)
+            out, err = command.communicate(timeout=COMMAND_LIMIT_SECONDS)
         assert command.returncode == 11, err
         lost, *others = json.loads(out)["dumps"]
         assert lost["error"]["state"] == "running" and "was killed" in lost["error"]["message"]

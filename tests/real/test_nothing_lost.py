@@ -21,6 +21,7 @@ import pytest
 
 from crcli import kernel
 from crcli.criu import netlock
+from tests.support.crcli import COMMAND_LIMIT_SECONDS, wait_until
 from tests.support.faults import Attempt, Looks, Victim, end_marked, network_of_our_own, victim
 from tests.support.programs import Program, spawn_python
 from tests.support.s3servers import start_moto
@@ -406,7 +407,7 @@ def test_a_tree_that_forks_madly_is_taken_whole_or_left(forking: Program, tmp_pa
         if attempt.code == 0:
             assert forking.process.wait(10) is not None
             back = Attempt(tmp_path, ("restore", "mad", "--store", f"file://{tmp_path}/store"))
-            out, _ = back.process.communicate(timeout=60)
+            out, _ = back.process.communicate(timeout=COMMAND_LIMIT_SECONDS)
             assert back.code == 0, out
         else:
             assert attempt.json["error"]["state"] in ("running", "untouched"), attempt.describe()
@@ -418,10 +419,7 @@ def test_a_tree_that_forks_madly_is_taken_whole_or_left(forking: Program, tmp_pa
 def assert_prints_on(program: Program, otherwise: str) -> None:
     """Wait until a program, or what was restored of it, has printed more."""
     lines = len(program.output)
-    end = time.monotonic() + 10
-    while len(program.output) == lines:
-        assert time.monotonic() < end, otherwise
-        time.sleep(0.01)
+    wait_until(lambda: len(program.output) > lines, otherwise)
 
 
 # --- restores that are disturbed ---------------------------------------------------------------------------

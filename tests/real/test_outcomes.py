@@ -18,6 +18,7 @@ import pytest
 from crcli import kernel
 from crcli.criu import netlock
 from tests.support.crcli import (
+    COMMAND_LIMIT_SECONDS,
     Crcli,
     assert_goes_on,
     counted,
@@ -268,7 +269,7 @@ def test_two_restores_at_once_both_work(crcli: Crcli) -> None:
         image = crcli.dump(program.pid)["image"]
         arguments = ("restore", image, "--store", crcli.store, "--json")
         with crcli.start(*arguments) as one, crcli.start(*arguments) as other:
-            done = [process.communicate(timeout=60) for process in (one, other)]
+            done = [process.communicate(timeout=COMMAND_LIMIT_SECONDS) for process in (one, other)]
         reports = [json.loads(out) for out, _ in done]
         for report in reports:
             assert "error" not in report, done
@@ -339,7 +340,7 @@ def test_wait_passes_signals_on_and_the_exit_code_back(crcli: Crcli) -> None:
             waiting.send_signal(signal.SIGUSR1)
             wait_until(lambda: "usr1" in program.output, "SIGUSR1 did not arrive")
             waiting.terminate()
-            assert waiting.wait(timeout=20) == 7
+            assert waiting.wait(timeout=COMMAND_LIMIT_SECONDS) == 7
         assert not psutil.pid_exists(program.pid)
 
 
@@ -350,7 +351,7 @@ def test_wait_passes_on_what_comes_early(crcli: Crcli) -> None:
         with crcli.start("restore", image, "--store", crcli.store, "--wait", "--json") as waiting:
             wait_until(lambda: runs(program.pid), "it does not start", 30)
             waiting.terminate()
-            assert waiting.wait(timeout=20) == 7
+            assert waiting.wait(timeout=COMMAND_LIMIT_SECONDS) == 7
 
 
 def runs(pid: int) -> bool:
@@ -370,7 +371,7 @@ def test_wait_in_a_namespace_works_the_same(crcli: Crcli) -> None:
             assert waiting.stdout is not None
             assert json.loads(waiting.stdout.readline())["pid"] == program.pid
             waiting.terminate()
-            assert waiting.wait(timeout=20) == 7
+            assert waiting.wait(timeout=COMMAND_LIMIT_SECONDS) == 7
 
 
 def test_wait_reports_a_killed_root(crcli: Crcli) -> None:
@@ -380,7 +381,7 @@ def test_wait_reports_a_killed_root(crcli: Crcli) -> None:
         with crcli.start("restore", image, "--store", crcli.store, "--wait", "--json") as waiting:
             assert waiting.stdout is not None
             os.kill(json.loads(waiting.stdout.readline())["host_pid"], signal.SIGKILL)
-            assert waiting.wait(timeout=20) == 128 + signal.SIGKILL
+            assert waiting.wait(timeout=COMMAND_LIMIT_SECONDS) == 128 + signal.SIGKILL
 
 
 def test_a_stopped_tree_comes_back_stopped(crcli: Crcli) -> None:

@@ -34,7 +34,7 @@ ECHO = """
         threading.Thread(target=function, args=arguments, daemon=True).start()
 
     """
-FOREVER = "\n    print('ready')\n    while True: time.sleep(0.05)\n"
+FOREVER = "\n    os.write(1, b'ready\\n')\n    while True: time.sleep(0.05)\n"
 
 
 def free_ports(count: int) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.crcli import Crcli, crcli_in, wait_until
+from tests.support.crcli import COMMAND_LIMIT_SECONDS, Crcli, crcli_in, wait_until
 from tests.support.programs import Program, spawn_python
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
@@ -224,7 +224,7 @@ def test_a_file_that_changes_during_the_dump_is_not_relied_on(crcli: Crcli, weig
                 time.sleep(moment)
                 kept = weights.read_bytes()
                 other_byte(weights)
-                out, err = dump.communicate(timeout=60)
+                out, err = dump.communicate(timeout=COMMAND_LIMIT_SECONDS)
             assert dump.returncode == 0, out + err
             done = json.loads(out)
             if done["weights_bytes"]:  # all was read before, or the new bytes were compared with memory

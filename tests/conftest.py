@@ -1,0 +1,27 @@
+"""What all lanes share: limits that suit the machine, and how tests run beside each other.
+
+`scripts/test` runs as many tests at once as there are processors, and one more: a test often waits.
+One with `@pytest.mark.alone` judges the whole machine, or needs all of it: it runs afterwards, by itself.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.support.programs import SLOWNESS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many workers `-n auto` means."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give every test longer where everything takes longer."""
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        seconds = float(marker.args[0] if marker else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(seconds * SLOWNESS), append=False)
