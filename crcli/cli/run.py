@@ -8,10 +8,23 @@ from typing import Annotated, Any
 
 import typer
 
+from crcli.cli.keeping import (
+    KEEP,
+    RESERVE_S,
+    EveryOption,
+    GraceOption,
+    IncludeOption,
+    KeepOption,
+    MtbfOption,
+    NoticeOption,
+    ReserveOption,
+    WeightsOption,
+    keeping_of,
+)
 from crcli.cli.options import EndpointOption, StoreOption, parse_pair
 from crcli.config import choose_store, weights_folders
 from crcli.errors import CrcliError
-from crcli.pipeline.stages import OnFailure, OnMismatch, PidNamespace, RestoreOptions
+from crcli.pipeline.stages import DumpOptions, OnFailure, OnMismatch, PidNamespace, RestoreOptions
 
 
 def run(
@@ -62,14 +75,27 @@ def run(
         ),
     ] = None,
     lazy: Annotated[bool, typer.Option("--lazy", help="Let it run before all its memory is here.")] = False,
-    notice: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SOURCE", help="Who may say that this node goes away.", show_default=False),
-    ] = None,
+    every: EveryOption = "",
+    keep: KeepOption = KEEP,
+    mtbf: MtbfOption = "",
+    notice: NoticeOption = None,
+    grace: GraceOption = None,
+    reserve: ReserveOption = RESERVE_S,
+    weights: WeightsOption = None,
+    include: IncludeOption = None,
     pid_namespace: Annotated[
         PidNamespace,
         typer.Option(help="auto: one of its own where allowed, so that its pids are free everywhere."),
     ] = PidNamespace.AUTO,
+    cpu_baseline: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="What a fleet's CPUs have in common (`crcli doctor --cpu-baseline`): the job is started so "
+            "that it uses no more, and its images fit them all.",
+            show_default=False,
+        ),
+    ] = "",
     claim_wait: Annotated[
         float | None,
         typer.Option(
@@ -93,16 +119,22 @@ def run(
     elsewhere, goes on with it. Otherwise crcli ends as the job does, with its exit code.
     """
     chosen = choose_store(store, endpoint_url)
+    from crcli.guard.baseline import read_baseline
     from crcli.pipeline import run as story
     from crcli.ui.errors import as_object
-    from crcli.pipeline.stages import DumpOptions
-    from crcli.pipeline.vigil import Keeping
 
+    dump = DumpOptions(
+        pid=0,
+        store=chosen.url,
+        include=tuple(include or ()),
+        weights=tuple(weights or ()),
+        endpoint_url=chosen.endpoint_url,
+    )
     options = story.RunOptions(
         name=name,
         store=chosen.url,
         command=tuple(command),
-        keeping=Keeping(DumpOptions(pid=0, store=chosen.url)),
+        keeping=keeping_of(dump, every, keep, mtbf, reserve),
         restore=RestoreOptions(
             image=name,
             store=chosen.url,
@@ -115,6 +147,8 @@ def run(
         on_mismatch=on_mismatch,
         on_failure=on_failure,
         notices=tuple(notice or ()),
+        grace_s=grace,
+        baseline=read_baseline(cpu_baseline) if cpu_baseline else None,
         config=tuple(config or ()),
         variables=tuple(variable or ()),
         pid_namespace=pid_namespace,

@@ -30,6 +30,7 @@ from crcli.errors import (
     TreeState,
     TryAgain,
 )
+from crcli.guard.baseline import environment_for
 from crcli.image.catalog import list_entries
 from crcli.image.lease import Lease, LeaseState
 from crcli.image.names import check_name
@@ -52,9 +53,10 @@ from crcli.store import open_store
 from crcli.ui.text import duration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
+    from crcli.guard.baseline import Baseline
     from crcli.image.catalog import Entry
     from crcli.job.relay import Relay
     from crcli.pipeline.stages import Progress
@@ -86,7 +88,7 @@ class RunOptions:
 
     `keeping` says which images are taken while it runs, `restore` how one is brought back (their own names,
     pids and outcomes do not count). `config` are files and `variables` names of environment variables that
-    make it another job when they change. `environment` is added to the job's when it is started.
+    make it another job when they change. A job with a `baseline` is told to use no more of the CPU.
     """
 
     name: str
@@ -102,7 +104,7 @@ class RunOptions:
     grace_s: float | None = None
     config: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
+    baseline: Baseline | None = None
     pid_namespace: PidNamespace = PidNamespace.AUTO
     claim_wait_s: float | None = None
 
@@ -234,34 +236,35 @@ class _Run:
     # An image of the same job is brought back; without one the job starts.
 
     def _begin(self) -> _Running:
+        failure: CrcliError | None = None
         for entry in [] if self.options.fresh else self._images():
             try:
                 return self._bring_back(entry)
             except ImageDamaged as error:
-                self.tell(f"{entry.ref} is damaged, looking for an older one: {error.message}")
+                failure = error
+                self.tell(f"{entry.ref} is damaged: {error.message}")
             except (GuardRefused, RestoreFailed, HostLacks) as error:
-                self._heed(error)
+                failure = error
                 break
+        if failure is not None:
+            self._heed(failure)
         return self._start()
 
     def _images(self) -> list[Entry]:
-        """The images to try, the newest first; none when the job is to start afresh."""
+        """The job's images, the newest first; none when it is to start afresh."""
         entries = list_entries(self.store, self.options.name)[::-1]
-        for entry in entries:
-            if entry.damage:
-                continue
-            different = self._differences(entry)
-            if different and self.options.on_mismatch is OnMismatch.FRESH:
-                self.tell(f"{entry.ref} is of another job ({different[0]}): starting afresh")
-                return []
-            if different:
-                raise JobMismatch(
-                    f"{entry.ref} is of another job: {'; '.join(different)}",
-                    hint="choose another --name, start afresh with --fresh (--on-mismatch fresh does so each "
-                    "time), or bring it back with `crcli restore`",
-                )
-            break
-        return entries
+        readable = [entry for entry in entries if not entry.damage]
+        different = self._differences(readable[0]) if readable else []
+        if different and self.options.on_mismatch is OnMismatch.FRESH:
+            self.tell(f"starting afresh: {readable[0].ref} is of another job: {different[0]}")
+            return []
+        if different:
+            raise JobMismatch(
+                f"{readable[0].ref} is of another job: {'; '.join(different)}",
+                hint="choose another --name, start afresh with --fresh (--on-mismatch fresh does so each "
+                "time), or bring it back with `crcli restore`",
+            )
+        return [entry for entry in entries if entry.damage or not self._differences(entry)]
 
     def _differences(self, entry: Entry) -> list[str]:
         facts = entry.meta.get("job")
@@ -317,7 +320,9 @@ class _Run:
 
     def _start(self) -> _Running:
         own_namespace = self._namespace() is PidNamespace.NEW
-        environment = {**os.environ, **self.options.environment, **_told(self.options.name)}
+        environment = {**os.environ, **_told(self.options.name)}
+        if self.options.baseline is not None:
+            environment |= environment_for(self.options.baseline)
         try:
             job = start_job(self.options.command, environment, own_namespace)
         except HostLacks:
@@ -337,7 +342,7 @@ class _Run:
             store=self.options.store,
             endpoint_url=self.options.endpoint_url,
             outcome=Outcome.KILLED,
-            job={**self.identity.as_json(), "lease": self.lease.number},
+            job=self._facts(),
         )
         keeping = replace(self.options.keeping, dump=dump)
         image = self.report.image
@@ -356,6 +361,13 @@ class _Run:
             self.report.exit_code = SAVED
         else:
             self._ended(job)
+
+    def _facts(self) -> dict[str, Any]:
+        """What its images say of the job."""
+        facts = {**self.identity.as_json(), "lease": self.lease.number}
+        if self.options.baseline is not None:
+            facts["cpu_baseline"] = self.options.baseline.kept_here()
+        return facts
 
     def _on_event(self, event: Event) -> None:
         self.report.events.append(event.as_json())

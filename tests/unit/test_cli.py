@@ -118,6 +118,7 @@ def test_help_of_a_command_imports_no_pipeline(command: str) -> None:
     loaded = loaded_by(command, "--help")
     assert {name for name in loaded if name.startswith("crcli.cli.")} <= {
         COMMANDS[command][0].partition(":")[0],
+        "crcli.cli.keeping",
         "crcli.cli.options",
         "crcli.cli.stores",
     }

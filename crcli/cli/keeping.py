@@ -1,0 +1,114 @@
+"""What `run` and `watch` have in common: which images are kept, and who may say that the node goes away."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from crcli.pipeline.stages import DumpOptions
+    from crcli.pipeline.vigil import Keeping
+
+KEEP = 3
+"""How many images `--every` keeps by default."""
+
+RESERVE_S = 1.0
+
+EveryOption = Annotated[
+    str,
+    typer.Option(
+        "--every",
+        metavar="TIME|auto",
+        help="Take an image so often (90s, 10m, 2h) while the tree runs and does something. auto: as "
+        "often as costs least, by what images cost and nodes fail. Default: only on notice.",
+        show_default=False,
+    ),
+]
+
+KeepOption = Annotated[
+    int,
+    typer.Option("--keep", metavar="N", help="How many images stay, the newest (0: all).", min=0),
+]
+
+MtbfOption = Annotated[
+    str,
+    typer.Option(
+        "--mtbf",
+        metavar="TIME",
+        help="How long this node runs between failures that nobody announces, for --every auto. "
+        "Default: a day.",
+        show_default=False,
+    ),
+]
+
+NoticeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--notice",
+        metavar="SOURCE",
+        help="Who says that this node goes away: auto, sigterm, sigusr1, aws, gcp, azure, slurm, "
+        "kubernetes, file:PATH, http:HOST:PORT, none; may be repeated. Default: auto.",
+        show_default=False,
+    ),
+]
+
+GraceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--grace",
+        metavar="SECONDS",
+        help="How long there is after a notice that does not say.",
+        min=0,
+        show_default=False,
+    ),
+]
+
+ReserveOption = Annotated[
+    float,
+    typer.Option(
+        "--reserve",
+        metavar="SECONDS",
+        help="By how much a dump must be done before the deadline; of a short time a fifth.",
+        min=0,
+    ),
+]
+
+WeightsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        metavar="PATH|auto",
+        help="Files of model weights whose bytes need not be stored, as of `dump`; may be repeated.",
+        show_default=False,
+    ),
+]
+
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="PATH",
+        help="A file or folder to take along; may be repeated.",
+        show_default=False,
+    ),
+]
+
+
+def keeping_of(dump: DumpOptions, every: str, keep: int, mtbf: str, reserve: float) -> Keeping:
+    """What those options ask for; raise UsageError when that makes no sense."""
+    from crcli.pipeline.vigil import Keeping
+    from crcli.pipeline.watching import parse_time
+
+    if mtbf and every != "auto":
+        raise UsageError("--mtbf goes with --every auto")
+    return Keeping(
+        dump,
+        every_s=parse_time(every, "--every") if every not in ("", "auto") else None,
+        auto=every == "auto",
+        keep=keep,
+        reserve_s=reserve,
+        failure_rate_per_h=3600 / parse_time(mtbf, "--mtbf") if mtbf else None,
+    )
