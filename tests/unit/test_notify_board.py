@@ -29,7 +29,7 @@ AGENT = """
     notify.on_resume(say("resume"))
     notify.on_restore(say("restore"))
     """
-WAITING = "\nprint('ready', flush=True)\nimport time\ntime.sleep(60)\n"
+WAITING = "\nimport os\nos.write(1, b'ready\\n')\nimport time\ntime.sleep(60)\n"
 
 
 @contextmanager
