@@ -1,6 +1,6 @@
 """A Slurm cluster on this machine, for as long as a block lasts: a controller and two nodes that preempt.
 
-    with cluster(folder) as slurm:
+    with cluster() as slurm:
         job = slurm.submit(script, "--partition=low")
         slurm.wait_for(job, "RUNNING")
 
@@ -16,21 +16,23 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crcli import kernel
 from tests.support.faults import network_of_our_own
+from tests.support.programs import SLOWNESS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 GRACE_S = 20
-READY_S = 30.0
-SLOW_S = 60.0
+SLOW_S = 60.0 * SLOWNESS
+"""How long anything may take (seconds)."""
 _CONTROLLER = "10.77.1.254"
 _NODES = {"n1": "10.77.1.1", "n2": "10.77.1.2"}
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "ip", "unshare")
@@ -88,9 +90,10 @@ class SlurmFailed(Exception):
 
 @dataclass
 class Slurm:
-    """A cluster that runs, in `folder`."""
+    """A cluster that runs; its state, logs and sockets are in `folder`."""
 
     folder: Path
+    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def submit(self, script: Path, *options: str, env: Mapping[str, str] | None = None) -> str:
         """Submit a batch script; return the job's id."""
@@ -103,12 +106,16 @@ class Slurm:
 
     def wait_for(self, job: str, *states: str) -> dict[str, str]:
         """Return what Slurm says of a job once it is in one of these states."""
-        deadline = time.monotonic() + SLOW_S
-        while (facts := self.job(job)).get("JobState") not in states:
-            if time.monotonic() > deadline:
-                raise SlurmFailed(f"job {job} is not {states}: {facts}\n{self.logs()}")
-            time.sleep(0.1)
-        return facts
+        self.wait_until(lambda: self.job(job)["JobState"] in states, f"job {job} is {' or '.join(states)}")
+        return self.job(job)
+
+    def wait_until(self, true: Callable[[], bool], what: str, seconds: float = SLOW_S) -> None:
+        """Return once it is so."""
+        deadline = time.monotonic() + seconds
+        while not true():
+            if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self.daemons):
+                raise SlurmFailed(f"{what}: not in {seconds} s\n{self.logs()}")
+            time.sleep(0.05)
 
     def cancel(self, job: str) -> None:
         """End a job, whatever it is doing."""
@@ -120,6 +127,28 @@ class Slurm:
             f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}"
             for path in sorted(self.folder.glob("*.log"))
         )
+
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+        """Start a daemon, which ends with us at the latest."""
+        with (self.folder / f"{Path(command[0]).name}.out.log").open("ab") as log:
+            daemon = subprocess.Popen(
+                command,
+                env={**os.environ, **_environment(self.folder)},
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=lambda: kernel.die_with_parent(signal.SIGKILL),
+            )
+        self.daemons.append(daemon)
+        return daemon
+
+    def _end(self) -> None:
+        """Kill all daemons, and with the nodes' first processes whatever runs there."""
+        for daemon in reversed(self.daemons):
+            daemon.kill()
+            daemon.wait()
 
     def _run(self, *command: str, env: Mapping[str, str] | None = None) -> str:
         done = subprocess.run(
@@ -137,9 +166,20 @@ class Slurm:
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Slurm]:
-    """A cluster whose state, logs and sockets are in `folder`; its daemons and jobs end with the block."""
-    folder.chmod(0o755)
+def cluster() -> Iterator[Slurm]:
+    """A cluster; its daemons and jobs end with the block."""
+    with tempfile.TemporaryDirectory(prefix="crcli-slurm-") as folder, network_of_our_own():
+        slurm = Slurm(Path(folder))
+        try:
+            _bring_up(slurm)
+            yield slurm
+        finally:
+            slurm._end()
+
+
+def _bring_up(slurm: Slurm) -> None:
+    folder = slurm.folder
+    folder.chmod(0o755)  # munge insists
     for name in ("state", "spool.n1", "spool.n2"):
         (folder / name).mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
@@ -153,17 +193,17 @@ def cluster(folder: Path) -> Iterator[Slurm]:
         grace=GRACE_S,
     )
     (folder / "slurm.conf").write_text(text)
-    slurm = Slurm(folder)
-    with network_of_our_own(), ExitStack() as daemons:
-        _start(daemons, folder, "munged", *_munge_options(folder))
-        _wait_for(lambda: (folder / "munge.socket").exists(), slurm, "munged")
-        _ip("link add lan type bridge", f"addr add {_CONTROLLER}/24 dev lan", "link set lan up")
-        _start(daemons, folder, "slurmctld", "-D", "-f", str(folder / "slurm.conf"))
-        for name, address in _NODES.items():
-            keeper = _start(daemons, folder, *_NODE, "sh", "-c", _NODE_INIT, name, address)
-            _join(keeper.pid, name)
-        _wait_for(lambda: _idle(slurm) == len(_NODES), slurm, "both nodes")
-        yield slurm
+    slurm._start("munged", *_munge_options(folder))
+    slurm.wait_until((folder / "munge.socket").exists, "munged is there")
+    _ip("link add lan type bridge", f"addr add {_CONTROLLER}/24 dev lan", "link set lan up")
+    slurm._start("slurmctld", "-D", "-f", str(folder / "slurm.conf"))
+    for name, address in _NODES.items():
+        keeper = slurm._start(*_NODE, "sh", "-c", _NODE_INIT, name, address)
+        inside = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children")
+        slurm.wait_until(lambda inside=inside: inside.read_text() != "", f"{name} has a first process")
+        _ip(f"link add to-{name} type veth peer name eth0 netns {inside.read_text().split()[0]}")
+        _ip(f"link set to-{name} master lan up")
+    slurm.wait_until(lambda: _idle(slurm) == len(_NODES), "both nodes are there")
 
 
 _NODE = ("unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -175,7 +215,7 @@ ip link set lo up; ip link set eth0 up
 slurmd -D -N "$0" -f "$SLURM_CONF" &
 while :; do wait; sleep 1; done
 """
-"""The first process of a node: it waits for its network, and reaps what jobs leave behind. All end with it."""
+"""The first process of a node: it waits for its network and reaps what jobs leave behind; all end with it."""
 
 
 def _path() -> str:
@@ -191,42 +231,6 @@ def _munge_options(folder: Path) -> list[str]:
     return ["--foreground", *(f"--{option}={folder}/munge.{end}" for option, end in files.items())]
 
 
-def _start(daemons: ExitStack, folder: Path, *command: str) -> subprocess.Popen[bytes]:
-    """Start a daemon that ends with the block, or with us."""
-    with (folder / f"{Path(command[0]).name}.out.log").open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **_environment(folder)},
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=lambda: kernel.die_with_parent(signal.SIGKILL),
-        )
-
-    def end() -> None:
-        process.kill()
-        process.wait()
-
-    daemons.callback(end)
-    return process
-
-
-def _join(keeper: int, name: str) -> None:
-    """Give a node an interface that leads to the bridge."""
-    inside = f"/proc/{keeper}/task/{keeper}/children"
-    deadline = time.monotonic() + READY_S
-    while not (children := Path(inside).read_text().split()):
-        if time.monotonic() > deadline:
-            raise SlurmFailed(f"{name} does not start")
-        time.sleep(0.02)
-    _ip(
-        f"link add to-{name} type veth peer name eth0 netns {children[0]}",
-        f"link set to-{name} master lan up",
-    )
-
-
 def _ip(*commands: str) -> None:
     for words in commands:
         subprocess.run(["ip", *words.split()], check=True, stdin=subprocess.DEVNULL)
@@ -238,11 +242,3 @@ def _idle(slurm: Slurm) -> int:
     except SlurmFailed:
         return 0
     return said.count("State=IDLE ")
-
-
-def _wait_for(true: Callable[[], bool], slurm: Slurm, what: str) -> None:
-    deadline = time.monotonic() + READY_S
-    while not true():
-        if time.monotonic() > deadline:
-            raise SlurmFailed(f"{what}: not there\n{slurm.logs()}")
-        time.sleep(0.1)
