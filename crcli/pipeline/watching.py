@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from crcli.errors import PreflightRefused, UsageError
 from crcli.image.names import check_name, suggested_name
 from crcli.notice.notices import Notices
-from crcli.pipeline.vigil import Event, Keeping, Vigil, VigilEnd
+from crcli.pipeline.vigil import Ending, Event, Keeping, Vigil
 from crcli.process.identity import read_stat
 from crcli.process.tree import refuse_bad_target
 
@@ -33,7 +33,7 @@ def parse_time(text: str, option: str) -> float:
 
 def watch_tree(
     keeping: Keeping, notices: Sequence[str], grace_s: float | None, tell: Callable[[Event], None]
-) -> VigilEnd:
+) -> Ending:
     """Watch the tree of `keeping.dump.pid` until it ends, is saved on notice, or cannot be.
 
     Its images are noted as of one job, known by the process that was watched. Raises UsageError or
@@ -52,9 +52,13 @@ def watch_tree(
     try:
         name = check_name(keeping.dump.name or suggested_name(stat.comm))
         dump = replace(keeping.dump, name=name, job=_job(root))
-        # Here `name` is to be claimed (image.lease), once names can be.
-        with Notices(notices, grace_s, found=found) as heard:
-            return Vigil(replace(keeping, dump=dump), root, heard, tell).keep(ended)
+        with (
+            Notices(notices, grace_s, found=found) as heard,
+            Vigil(replace(keeping, dump=dump), root, heard, tell) as vigil,
+        ):
+            vigil.keep(ended)
+        assert vigil.ending is not None
+        return vigil.ending
     finally:
         os.close(ended)
 
