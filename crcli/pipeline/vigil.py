@@ -18,10 +18,10 @@ from __future__ import annotations
 import os
 import select
 import time
-from contextlib import ExitStack
+import weakref
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
 from crcli.findings import Finding, Severity
@@ -91,8 +91,8 @@ class Event:
         return {"event": self.name, "message": self.message, **self.data}
 
 
-class VigilEnd(StrEnum):
-    """VigilEnd a vigil ended."""
+class Why(StrEnum):
+    """Why a vigil ended."""
 
     ENDED = "ended"
     """The tree ended by itself."""
@@ -108,8 +108,8 @@ class VigilEnd(StrEnum):
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How a vigil ended, in full.
+class VigilEnd:
+    """How a vigil ended.
 
     `image` is the newest whole image that is known of (NAME@ID, or empty), `images` how many were taken.
     `report` is that of the dump that saved the tree; None where the dumper did not live to give it. `error`
@@ -118,7 +118,7 @@ class Ending:
     not known is None.
     """
 
-    why: VigilEnd
+    why: Why
     image: str = ""
     images: int = 0
     reason: str = ""
@@ -173,7 +173,7 @@ class _Leaving:
 
 
 class Vigil:
-    """See the module. A context manager: on exit no dump is under way, unless its deadline has passed."""
+    """See the module."""
 
     def __init__(
         self,
@@ -199,9 +199,8 @@ class Vigil:
         self._has_ended = False
         self._is_interrupted = False
         self._told: set[str] = set()
-        self._held = ExitStack()
-        self.ending: Ending | None = None
-        """How it ended, once `keep` has returned."""
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._wake)
         self._schedule = Schedule(
             time.monotonic(),
             every_s=keeping.every_s,
@@ -209,42 +208,23 @@ class Vigil:
             rate_per_h=keeping.failure_rate_per_h,
         )
 
-    def __enter__(self) -> Self:
-        """Start the dumper, which gets ready."""
-        options = self._keeping.dump
-        with ExitStack() as held:
-            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            held.callback(os.close, self._wake)
-            self._dumper = held.enter_context(Dumper(options.store, options.endpoint_url))
-            self._held = held.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
-
-    @property
-    def saved(self) -> dict[str, Any] | None:
-        """The report of the dump that saved the tree (only its `image`, where the dumper did not live to give
-        it); None where nothing did."""
-        if self.ending is None or self.ending.why is not VigilEnd.SAVED:
-            return None
-        return self.ending.report or {"image": self.ending.image}
-
     def interrupt(self) -> None:
         """From any thread: have `keep` stop what is under way, and return STOPPED."""
         self._is_interrupted = True
         os.eventfd_write(self._wake, 1)
 
     def keep(self, ended: int) -> VigilEnd:
-        """Watch until the tree has ended (`ended` is readable then), is saved, or cannot be; return which.
+        """Watch until the tree has ended (`ended` is readable then), is saved, or cannot be.
 
-        `ending` says more of it.
+        On return no dump is under way, unless its deadline has passed. The notice's `on_saved` is the
+        caller's to call.
         """
-        while True:
-            self._wait(ended)
-            if (ending := self._look_around()) is not None:
-                self.ending = ending
-                return ending.why
+        options = self._keeping.dump
+        with Dumper(options.store, options.endpoint_url) as self._dumper:
+            while True:
+                self._wait(ended)
+                if (end := self._look_around()) is not None:
+                    return end
 
     # What the loop waits for, and what it finds.
 
@@ -273,24 +253,24 @@ class Vigil:
         until = leaving.limit if self._under_way.purpose is Purpose.LEAVE else leaving.half
         return max(until, time.monotonic() + _LOOK_AGAIN_S)
 
-    def _look_around(self) -> Ending | None:
+    def _look_around(self) -> VigilEnd | None:
         """Take in all that is new, and begin what is to be done; return the end, if this is it."""
         while (notice := self._notices.get(0)) is not None:
             self._take(notice)
-        if (ending := self._hear()) is not None:
-            return ending
+        if (end := self._hear()) is not None:
+            return end
         if self._under_way is None:
             return self._begin_what_is_due()
         self._hurry(self._under_way)
         return self._give_up_if_late(self._under_way)
 
-    def _begin_what_is_due(self) -> Ending | None:
+    def _begin_what_is_due(self) -> VigilEnd | None:
         """Nothing is under way."""
         now = time.monotonic()
         if self._has_ended:
-            return Ending(VigilEnd.ENDED, self._image, self._taken)
+            return VigilEnd(Why.ENDED, self._image, self._taken)
         if self._is_interrupted:
-            return Ending(VigilEnd.STOPPED, self._image, self._taken)
+            return VigilEnd(Why.STOPPED, self._image, self._taken)
         if (leaving := self._leaving) is not None:
             if now < leaving.next_try:
                 return None
@@ -410,17 +390,16 @@ class Vigil:
         under_way.is_stopped = True
         self._dumper.stop()
 
-    def _saved(self, image: str, report: dict[str, Any] | None) -> Ending:
+    def _saved(self, image: str, report: dict[str, Any] | None) -> VigilEnd:
         leaving = self._leaving
         assert leaving is not None
         timing = self._timing(leaving)
         self._say("saved", f"{image} is durable {_timely(timing)}", image=image, timing=timing)
-        leaving.notice.on_saved()
-        return Ending(
-            VigilEnd.SAVED, image, self._taken, leaving.notice.reason, leaving.notice, report, timing=timing
+        return VigilEnd(
+            Why.SAVED, image, self._taken, leaving.notice.reason, leaving.notice, report, timing=timing
         )
 
-    def _cannot_save(self, leaving: _Leaving, error: CrcliError) -> Ending | None:
+    def _cannot_save(self, leaving: _Leaving, error: CrcliError) -> VigilEnd | None:
         """A dump has failed: try again while there is time and hope."""
         leaving.error = error
         if error.state is TreeState.STOPPED or not _may_pass(error):
@@ -431,7 +410,7 @@ class Vigil:
         self._say("retry", f"the dump failed and is tried again: {error.message}", **_of(error))
         return None
 
-    def _left_behind(self, leaving: _Leaving, error: CrcliError | None = None) -> Ending:
+    def _left_behind(self, leaving: _Leaving, error: CrcliError | None = None) -> VigilEnd:
         error = error or leaving.error or DumpFailed(
             "there was no time for a dump between the notice and its deadline", state=TreeState.RUNNING
         )  # fmt: skip
@@ -439,11 +418,11 @@ class Vigil:
         whole = f"the newest whole image is {self._image}" if self._image else "there is no image of it"
         reason = f"{error.message}; {whole}"
         self._say("left-behind", f"the tree could not be saved: {reason}", image=self._image, timing=timing)
-        return Ending(
-            VigilEnd.LEFT_BEHIND, self._image, self._taken, reason, leaving.notice, error=error, timing=timing
+        return VigilEnd(
+            Why.LEFT_BEHIND, self._image, self._taken, reason, leaving.notice, error=error, timing=timing
         )
 
-    def _give_up_if_late(self, under_way: _UnderWay) -> Ending | None:
+    def _give_up_if_late(self, under_way: _UnderWay) -> VigilEnd | None:
         """The dump has not ended when it had to.
 
         If the tree runs, it was undone, and what is left is to end requests to the store: nobody waits for
@@ -488,7 +467,7 @@ class Vigil:
 
     # What the dumper says.
 
-    def _hear(self) -> Ending | None:
+    def _hear(self) -> VigilEnd | None:
         """Take in what the dumper has said; return the end, if this is it."""
         under_way = self._under_way
         try:
@@ -511,7 +490,7 @@ class Vigil:
         self._image_taken(under_way, report)
         return None
 
-    def _dump_failed(self, under_way: _UnderWay, error: CrcliError) -> Ending | None:
+    def _dump_failed(self, under_way: _UnderWay, error: CrcliError) -> VigilEnd | None:
         if self._has_ended or error.state is TreeState.DEAD:
             return self._ended_in_a_dump(under_way, error)
         if under_way.purpose is not Purpose.LEAVE:
@@ -522,13 +501,13 @@ class Vigil:
         assert self._leaving is not None
         return self._cannot_save(self._leaving, error)
 
-    def _ended_in_a_dump(self, under_way: _UnderWay, error: CrcliError) -> Ending:
+    def _ended_in_a_dump(self, under_way: _UnderWay, error: CrcliError) -> VigilEnd:
         """The tree is not there any more. If this dump's image is, the tree was killed on purpose, and only
         the dumper did not live to say so; otherwise it has ended, of itself or of what `error` says."""
         if under_way.purpose is Purpose.LEAVE and (image := self._image_since(under_way.since)):
             self._image = image
             return self._saved(image, None)
-        return Ending(VigilEnd.ENDED, self._image, self._taken, error.message, error=error)
+        return VigilEnd(Why.ENDED, self._image, self._taken, error.message, error=error)
 
     def _image_since(self, image_id: str) -> str:
         """The newest image of the name, if it is newer than this id; empty where there is none."""

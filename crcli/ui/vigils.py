@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.errors import CrcliError, DumpFailed
 from crcli.findings import Finding, Severity
-from crcli.pipeline.vigil import Ending, Event, VigilEnd
+from crcli.pipeline.vigil import Event, VigilEnd, Why
 from crcli.ui.reports import show_json
 from crcli.ui.text import printable
 
@@ -31,21 +31,21 @@ def teller(as_json: bool) -> Callable[[Event], None]:
     return tell
 
 
-def show_end(pid: int, end: Ending, as_json: bool) -> int:
+def show_end(pid: int, end: VigilEnd, as_json: bool) -> int:
     """Show how a vigil ended, and return the exit code; raises the error of a tree that was left behind."""
-    if end.why is VigilEnd.LEFT_BEHIND:
+    if end.why is Why.LEFT_BEHIND:
         raise _explained(end)
     if as_json:
         show_json(as_object(pid, end))
-    elif end.why is VigilEnd.SAVED:
+    elif end.why is Why.SAVED:
         print(printable(f"{end.image}: saved"))
     else:
         newest = f"; its newest image is {end.image}" if end.image else ""
         print(printable(f"the tree of {pid} has {end.why.value}{newest}"))
-    return SAVED_CODE if end.why is VigilEnd.SAVED else 0
+    return SAVED_CODE if end.why is Why.SAVED else 0
 
 
-def as_object(pid: int, end: Ending) -> dict[str, Any]:
+def as_object(pid: int, end: VigilEnd) -> dict[str, Any]:
     """How a vigil ended, as programs read it."""
     return {
         "pid": pid,
@@ -58,7 +58,7 @@ def as_object(pid: int, end: Ending) -> dict[str, Any]:
     }
 
 
-def _explained(end: Ending) -> CrcliError:
+def _explained(end: VigilEnd) -> CrcliError:
     """The error that a tree was left behind with, and what was known of the time."""
     error = end.error or DumpFailed(end.reason)
     evidence = {"image": end.image, **end.timing}
