@@ -1,7 +1,8 @@
-"""What `run` and `watch` have in common: which images are kept, and who may say that the node goes away."""
+"""Options of what keeps images of a running tree, and dumps it in time: `watch` and `run` share them."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from crcli.pipeline.vigil import Keeping
 
 KEEP = 3
-"""How many images `--every` keeps by default."""
+"""How many images stay by default."""
 
 RESERVE_S = 1.0
 
@@ -22,15 +23,20 @@ EveryOption = Annotated[
     typer.Option(
         "--every",
         metavar="TIME|auto",
-        help="Take an image so often (90s, 10m, 2h) while the tree runs and does something. auto: as "
-        "often as costs least, by what images cost and nodes fail. Default: only on notice.",
+        help="Take an image so often (90s, 10m, 2h) while the tree runs and does something. auto: as often "
+        "as costs least, by what images cost and nodes fail. Default: only on notice.",
         show_default=False,
     ),
 ]
 
 KeepOption = Annotated[
     int,
-    typer.Option("--keep", metavar="N", help="How many images stay, the newest (0: all).", min=0),
+    typer.Option(
+        "--keep",
+        metavar="N",
+        help="How many images of this job stay, the newest, when another is taken (0: all).",
+        min=0,
+    ),
 ]
 
 MtbfOption = Annotated[
@@ -38,8 +44,8 @@ MtbfOption = Annotated[
     typer.Option(
         "--mtbf",
         metavar="TIME",
-        help="How long this node runs between failures that nobody announces, for --every auto. "
-        "Default: a day.",
+        help="How long this node runs between failures that nobody announces, for --every auto. Default: "
+        "a day.",
         show_default=False,
     ),
 ]
@@ -49,8 +55,8 @@ NoticeOption = Annotated[
     typer.Option(
         "--notice",
         metavar="SOURCE",
-        help="Who says that this node goes away: auto, sigterm, sigusr1, aws, gcp, azure, slurm, "
-        "kubernetes, file:PATH, http:HOST:PORT, none; may be repeated. Default: auto.",
+        help="Who says that this node goes away: auto (those that apply here), sigterm, sigusr1…, aws, gcp, "
+        "azure, slurm, kubernetes, systemd, file:PATH, http:HOST:PORT, none; may be repeated. Default: auto.",
         show_default=False,
     ),
 ]
@@ -60,7 +66,7 @@ GraceOption = Annotated[
     typer.Option(
         "--grace",
         metavar="SECONDS",
-        help="How long there is after a notice that does not say.",
+        help="How long there is after a notice that does not say. Default: $CRCLI_GRACE.",
         min=0,
         show_default=False,
     ),
@@ -71,7 +77,7 @@ ReserveOption = Annotated[
     typer.Option(
         "--reserve",
         metavar="SECONDS",
-        help="By how much a dump must be done before the deadline; of a short time a fifth.",
+        help="By how much a dump must have ended before the deadline; a fifth of the time, if that is less.",
         min=0,
     ),
 ]
@@ -96,11 +102,20 @@ IncludeOption = Annotated[
     ),
 ]
 
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
-def keeping_of(dump: DumpOptions, every: str, keep: int, mtbf: str, reserve: float) -> Keeping:
-    """What those options ask for; raise UsageError when that makes no sense."""
+
+def parse_time(text: str, option: str) -> float:
+    """Return the seconds that `90s`, `10m`, `2h`, `1.5d` or `90` stand for; raise UsageError for others."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([smhd]?)", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise UsageError(f"{option} takes a time such as 90s, 10m or 2h, not {text!r}")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def keeping(dump: DumpOptions, every: str, keep: int, mtbf: str, reserve: float) -> Keeping:
+    """What these options ask for. Raises UsageError where they make no sense."""
     from crcli.pipeline.vigil import Keeping
-    from crcli.pipeline.watching import parse_time
 
     if mtbf and every != "auto":
         raise UsageError("--mtbf goes with --every auto")

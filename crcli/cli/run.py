@@ -19,7 +19,7 @@ from crcli.cli.keeping import (
     NoticeOption,
     ReserveOption,
     WeightsOption,
-    keeping_of,
+    keeping,
 )
 from crcli.cli.options import EndpointOption, StoreOption, parse_pair
 from crcli.config import choose_store, weights_folders
@@ -134,7 +134,7 @@ def run(
         name=name,
         store=chosen.url,
         command=tuple(command),
-        keeping=keeping_of(dump, every, keep, mtbf, reserve),
+        keeping=keeping(dump, every, keep, mtbf, reserve),
         restore=RestoreOptions(
             image=name,
             store=chosen.url,

@@ -17,11 +17,11 @@ from crcli.cli.keeping import (
     NoticeOption,
     ReserveOption,
     WeightsOption,
-    keeping_of,
+    keeping,
 )
 from crcli.cli.options import EndpointOption, JsonOption, StoreOption
 from crcli.config import choose_store
-from crcli.pipeline.stages import NOTIFY_WAIT_S, DumpOptions, Outcome
+from crcli.pipeline.stages import DumpOptions, Outcome
 
 
 def watch(
@@ -48,7 +48,7 @@ def watch(
     """Keep images of a running process tree, and dump it in time when this node goes away.
 
     On notice the tree is killed once its image is durable (exit 75). When that cannot be in time, it runs on,
-    and the exit code is 11, as of `dump`; ended by itself, it is 0.
+    and the exit code is that of the dump. If the tree ends by itself, it is 0.
     """
     from crcli.pipeline.watching import watch_tree
     from crcli.ui import vigils
@@ -61,9 +61,8 @@ def watch(
         outcome=Outcome.RUNNING if leave_running else Outcome.KILLED,
         include=tuple(include or ()),
         weights=tuple(weights or ()),
-        notify_wait_s=NOTIFY_WAIT_S,
         endpoint_url=chosen.endpoint_url,
     )
-    keeping = keeping_of(options, every, keep, mtbf, reserve)
-    end = watch_tree(keeping, notice or [], grace, vigils.teller(as_json))
+    wish = keeping(options, every, keep, mtbf, reserve)
+    end = watch_tree(wish, notice or [], grace, vigils.teller(as_json))
     return vigils.show_end(pid, end, as_json)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from crcli.image.names import ImageRef
     from crcli.store.base import Store
 
-_OF_A_JOB = ("identity", "started", "watched")
+_OF_A_JOB = ("identity", "watched")
 """What the images of one job say alike, wherever it has run; see FORMAT.md, `job`."""
 
 
@@ -38,9 +38,9 @@ def retire(store: Store, name: str, job: Mapping[str, Any], keep: int) -> list[I
 def superfluous(
     images: Sequence[Entry], job: Mapping[str, Any], keep: int, pinned: Collection[str]
 ) -> list[Entry]:
-    """Those of `images`, the oldest first, that may go. At least one of the job's stays, whatever `keep`."""
+    """Those of `images`, the oldest first, that may go."""
     ours = [one for one in images if one.ref.id not in pinned and is_of_job(one.meta.get("job"), job)]
-    return ours[: max(0, len(ours) - max(1, keep))]
+    return ours[: max(0, len(ours) - keep)]
 
 
 def is_of_job(noted: object, job: Mapping[str, Any]) -> bool:

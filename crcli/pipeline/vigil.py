@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import select
 import time
+import weakref
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,9 @@ class Event:
     name: str
     message: str
     data: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
 
     def as_json(self) -> dict[str, Any]:
         """The event as a line of JSON."""
@@ -181,7 +185,6 @@ class Vigil:
         image: str = "",
     ) -> None:
         """`root` is the tree's; `image` is the newest whole one that is known of, as NAME@ID."""
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._keeping = keeping
         self._root = root
         self._notices = notices
@@ -195,6 +198,9 @@ class Vigil:
         self._is_at_risk = False
         self._has_ended = False
         self._is_interrupted = False
+        self._told: set[str] = set()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._wake)
         self._schedule = Schedule(
             time.monotonic(),
             every_s=keeping.every_s,
@@ -202,25 +208,22 @@ class Vigil:
             rate_per_h=keeping.failure_rate_per_h,
         )
 
-    def __del__(self) -> None:
-        os.close(self._wake)
-
     def interrupt(self) -> None:
-        """From any thread: have `keep` stop what is under way, and return with STOPPED."""
+        """From any thread: have `keep` stop what is under way, and return STOPPED."""
         self._is_interrupted = True
         os.eventfd_write(self._wake, 1)
 
     def keep(self, ended: int) -> VigilEnd:
         """Watch until the tree has ended (`ended` is readable then), is saved, or cannot be.
 
-        On return no dump is under way, unless a deadline has passed while one was.
+        On return no dump is under way, unless its deadline has passed. The notice's `on_saved` is the
+        caller's to call.
         """
         options = self._keeping.dump
         with Dumper(options.store, options.endpoint_url) as self._dumper:
             while True:
                 self._wait(ended)
-                end = self._look_around()
-                if end is not None:
+                if (end := self._look_around()) is not None:
                     return end
 
     # What the loop waits for, and what it finds.
@@ -392,7 +395,6 @@ class Vigil:
         assert leaving is not None
         timing = self._timing(leaving)
         self._say("saved", f"{image} is durable {_timely(timing)}", image=image, timing=timing)
-        leaving.notice.on_saved()
         return VigilEnd(
             Why.SAVED, image, self._taken, leaving.notice.reason, leaving.notice, report, timing=timing
         )
@@ -539,7 +541,8 @@ class Vigil:
             self._leaving.forecast = time.monotonic() + needs_s
             is_late = needs_s > finding.evidence["left_s"]
             self._say("forecast", finding.message, **finding.evidence, fits=not is_late)
-        elif finding.severity is not Severity.NOTE:
+        elif finding.severity is not Severity.NOTE and finding.message not in self._told:
+            self._told.add(finding.message)  # each image finds the same
             self._say("finding", finding.message, finding=finding.as_json())
 
     def _say(self, name: str, message: str, **data: Any) -> None:

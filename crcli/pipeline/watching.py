@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from crcli.errors import PreflightRefused, UsageError
+from crcli.errors import NameClaimed, PreflightRefused
+from crcli.image.lease import Lease, LeaseState
 from crcli.image.names import check_name, suggested_name
-from crcli.notice.notices import Notices
-from crcli.pipeline.vigil import Event, Keeping, Vigil, VigilEnd
+from crcli.notice import Notices
+from crcli.pipeline.vigil import Event, Keeping, Vigil, VigilEnd, Why
 from crcli.process.identity import read_stat
 from crcli.process.tree import refuse_bad_target
+from crcli.store import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,43 +22,70 @@ if TYPE_CHECKING:
     from crcli.findings import Finding
     from crcli.process.identity import ProcessId
 
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def parse_time(text: str, option: str) -> float:
-    """Return the seconds that `90s`, `10m`, `2h`, `1.5d` or `90` stand for; raise UsageError for others."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([smhd]?)", text.strip())
-    if found is None or float(found[1]) <= 0:
-        raise UsageError(f"{option} takes a time such as 90s, 10m or 2h, not {text!r}")
-    return float(found[1]) * _UNITS[found[2]]
-
 
 def watch_tree(
     keeping: Keeping, notices: Sequence[str], grace_s: float | None, tell: Callable[[Event], None]
 ) -> VigilEnd:
     """Watch the tree of `keeping.dump.pid` until it ends, is saved on notice, or cannot be.
 
-    Its images are noted as of one job, known by the process that was watched. Raises UsageError or
-    PreflightRefused, with nothing touched, when there is no such tree; call it from the main thread.
+    The images' name is claimed meanwhile. The tree is not stopped when the store cannot be reached and the
+    claim lapses, for it is somebody else's; it may then run here and elsewhere. Raises UsageError,
+    PreflightRefused (no such tree), NameClaimed and StoreError, with the tree as it was. Call it from the
+    main thread.
     """
 
     def found(finding: Finding) -> None:
         tell(Event("finding", finding.message, {"finding": finding.as_json()}))
 
-    root = refuse_bad_target(keeping.dump.pid)
+    with ExitStack() as held:
+        root, ended, comm = _find(keeping.dump.pid)
+        held.callback(os.close, ended)
+        name = check_name(keeping.dump.name or suggested_name(comm))
+        heard = Notices(notices, grace_s, found=found)
+        store = open_store(keeping.dump.store, endpoint_url=keeping.dump.endpoint_url)
+        held.callback(store.close)
+        lease = Lease.claim(store, name, "crcli watch")
+        held.callback(lease.release)
+        held.enter_context(heard)
+        dump = replace(keeping.dump, name=name, job={**_job(root), "lease": lease.number})
+        vigil = Vigil(replace(keeping, dump=dump), root, heard, tell)
+
+        def on_lease(state: LeaseState) -> None:
+            tell(Event("lease", f"the name {name} is {_WORDS[state]}", {"lease": state.value}))
+            if state is LeaseState.LOST:
+                vigil.interrupt()
+
+        lease.keep(on_lease)
+        tell(Event("watching", f"watching process {root.pid} as {name}", {"pid": root.pid, "name": name}))
+        end = vigil.keep(ended)
+        if end.why is Why.SAVED and end.notice is not None:
+            end.notice.on_saved()
+        if end.why is Why.STOPPED:
+            raise NameClaimed(
+                f"the name {name} was taken over by another; the tree runs on, unwatched",
+                hint="`crcli lease ls` says who has it",
+            )
+        return end
+
+
+_WORDS = {
+    LeaseState.HELD: "ours",
+    LeaseState.LAPSED: "not ours for now: the store does not answer, so another may take it",
+    LeaseState.LOST: "another's",
+}
+
+
+def _find(pid: int) -> tuple[ProcessId, int, str]:
+    """The process, a descriptor that is readable when it has ended, and its command's name."""
+    root = refuse_bad_target(pid)
     try:
-        stat = read_stat(root.pid)
-        ended = os.pidfd_open(root.pid)
+        ended, stat = os.pidfd_open(pid), read_stat(pid)
     except ProcessLookupError as error:
-        raise PreflightRefused(f"process {root.pid} has ended") from error
-    try:
-        name = check_name(keeping.dump.name or suggested_name(stat.comm))
-        dump = replace(keeping.dump, name=name, job=_job(root))
-        # Here `name` is to be claimed (image.lease), once names can be.
-        with Notices(notices, grace_s, found=found) as heard:
-            return Vigil(replace(keeping, dump=dump), root, heard, tell).keep(ended)
-    finally:
+        raise PreflightRefused(f"process {pid} has ended") from error
+    if not root.alive():
         os.close(ended)
+        raise PreflightRefused(f"process {pid} has ended")
+    return root, ended, stat.comm
 
 
 def _job(root: ProcessId) -> dict[str, Any]:
