@@ -35,6 +35,8 @@ class Job:
     process: subprocess.Popen[bytes]
     folder: Path
     processes: list[Any] = field(default_factory=list)
+    port: int = 0
+    """Where its HTTP hook listens, if it has one."""
 
     @property
     def out(self) -> str:
@@ -45,6 +47,11 @@ class Job:
     def err(self) -> str:
         """What it, and crcli, said beside that."""
         return (self.folder / "err").read_text()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it was started, or brought back."""
+        return any(f"crcli: {how} " in self.err for how in ("started", "restored"))
 
     @property
     def report(self) -> dict[str, Any]:
@@ -103,9 +110,14 @@ def _runs(process: Any) -> bool:
         return False
 
 
+def python_job(code: str, *arguments: str) -> tuple[str, ...]:
+    """The end of the command line of a job that is Python code."""
+    return ("--", sys.executable, "-c", code, *arguments)
+
+
 def steps(count: int, pause: float) -> tuple[str, ...]:
     """The command line of a job that makes so many steps, with a pause (seconds) after each."""
-    return ("--", sys.executable, "-c", STEPS, str(count), str(pause))
+    return python_job(STEPS, str(count), str(pause))
 
 
 def result_of_steps(count: int) -> str:
