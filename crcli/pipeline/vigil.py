@@ -138,12 +138,13 @@ class Purpose(StrEnum):
 
 @dataclass
 class _UnderWay:
-    """A dump that was begun and not answered. `since` sorts before the id of its image."""
+    """A dump that was begun and not answered. `since` sorts before the id of its image; `seen` is what the
+    tree had done when it was let go, or when this began."""
 
     purpose: Purpose
     began: float
     since: str
-    before: Activity
+    seen: Activity
     phase: str = ""
     is_stopped: bool = False
 
@@ -336,7 +337,7 @@ class Vigil:
         )
 
     def _image_taken(self, under_way: _UnderWay, report: dict[str, Any]) -> None:
-        self._seen = under_way.before
+        self._seen = under_way.seen
         cost = Cost(report["frozen_ms"], report["total_ms"])
         self._schedule.taken(under_way.began, cost)
         self._say(
@@ -530,6 +531,8 @@ class Vigil:
         """See Progress."""
         if self._under_way is not None:
             self._under_way.phase = name
+            if self._under_way.tree_is_free:
+                self._under_way.seen = activity_of(self._root)  # a dump makes the tree busy, too
 
     def amount(self, done: int, total: int) -> None:
         """See Progress."""

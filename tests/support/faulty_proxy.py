@@ -13,6 +13,7 @@ import http.client
 import socket
 import struct
 import threading
+import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
@@ -126,6 +127,33 @@ def hold_until(released: threading.Event) -> Callable[[Exchange], None]:
         exchange.answer(*exchange.forward(body))
 
     return fault
+
+
+class Throttle:
+    """A fault: all requests together bring so many bytes a second, as over a slow line."""
+
+    _PIECE = 64 << 10
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._rate = bytes_per_s
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Take the body slowly, and hand it on."""
+        left = int(exchange.handler.headers.get("Content-Length") or 0)
+        body = bytearray()
+        while left and (piece := exchange.handler.rfile.read(min(left, self._PIECE))):
+            body += piece
+            left -= len(piece)
+            time.sleep(max(0.0, self._turn(len(piece)) - time.monotonic()))
+        exchange.answer(*exchange.forward(bytes(body)))
+
+    def _turn(self, size: int) -> float:
+        """When so many bytes, of one request, have passed."""
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic()) + size / self._rate
+            return self._free_at
 
 
 @dataclass
