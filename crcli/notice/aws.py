@@ -50,12 +50,12 @@ class AwsSpot:
             try:
                 look_at_both()
             except ServiceSilent:
-                self._token = None  # it may be what the service stumbles over
+                self._token = None  # forgotten, or what the service stumbles over
                 raise
 
         def look_at_both() -> None:
             for path, notice_of in ((_ACTION, _interruption), (_REBALANCE, _recommendation)):
-                answer = self._get(path, stopped)
+                answer = self._service.ask(path, headers=self._with_token(stopped), stopped=stopped)
                 if answer.status == 404:  # nothing of the kind
                     continue
                 said = answer.text()
@@ -65,14 +65,6 @@ class AwsSpot:
                     tell(notice)
 
         keep_looking(look, self._every_s, stopped, self._silent)
-
-    def _get(self, path: str, stopped: threading.Event) -> Answer:
-        """Ask with a token (IMDSv2), and with a new one should the service not take it."""
-        answer = self._service.ask(path, headers=self._with_token(stopped), stopped=stopped)
-        if answer.status == 401:
-            self._token = None
-            answer = self._service.ask(path, headers=self._with_token(stopped), stopped=stopped)
-        return answer
 
     def _with_token(self, stopped: threading.Event) -> dict[str, str]:
         if self._token is None or time.monotonic() > self._token_until:

@@ -61,11 +61,7 @@ class GcpKey:
         """Wait for one change after another."""
 
         def look() -> None:
-            try:
-                value, at = self._next(stopped)
-            except ServiceSilent:
-                self._etag = "0"
-                raise
+            value, at = self._next(stopped)
             before, self._value = self._value, value
             if value != before and value in self._meanings:
                 says, urgency, seconds = self._meanings[value]

@@ -1,6 +1,6 @@
 """The restart tax: what evictions make a job cost, with and without `crcli run`.
 
-    python -m tests.bench.restart_tax [--jobs 10] [--steps 60] [--rates 10 30 50] [--parallel 1] [--out]
+    python -m tests.bench.restart_tax [--jobs 10] [--steps 100] [--rates 10 30 50] [--parallel 1] [--out]
 
 A job is tests/bench/step_agent.py. Each time that it starts it is evicted with a probability of 10, 30 or
 50 %, at a moment that is equally likely anywhere in what is left of it; both ways draw the same lots. To be
@@ -164,12 +164,14 @@ class Bench:
 
     def _below_crcli(self, name: str, command: list[str]) -> list[str]:
         crcli = [sys.executable, "-m", "crcli", "run", "--name", name, "--store", self.store]
-        return [*crcli, "--notice", "sigterm", "--grace", str(GRACE_S), *self.options, "--", *command]
+        return [*crcli, "--notice", "sigterm", *self.options, "--", *command]
 
     def _attempt(self, command: Sequence[str], evict_at_s: float | None, output: Path) -> Attempt:
         """Start a command, evict it at that time, and wait for its end."""
         limit_s = max(60.0, _LIMIT * self.undisturbed_s)
-        environ = {**os.environ, "CRCLI_STATE_DIR": str(self.folder / "state")}
+        places = {"CRCLI_STATE_DIR": "state", "CRCLI_LOG_DIR": "logs", "CRCLI_RATES": "rates.json"}
+        environ = {name: str(self.folder / place) for name, place in places.items()}
+        environ |= {**os.environ, **environ, "CRCLI_GRACE": str(GRACE_S)}
         with open(output, "ab") as file:
             began = time.monotonic()
             process = subprocess.Popen(
@@ -332,7 +334,7 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.restart_tax", description=__doc__)
     parser.add_argument("--jobs", type=int, default=10, help="of each kind (default: 10)")
-    parser.add_argument("--steps", type=int, default=60, help="of an agent (default: 60)")
+    parser.add_argument("--steps", type=int, default=100, help="of an agent (default: 100)")
     parser.add_argument("--wait", type=float, default=0.8, help="seconds a step waits (default: 0.8)")
     parser.add_argument("--mebibytes", type=int, default=2, help="that a step adds (default: 2)")
     parser.add_argument("--rates", type=int, nargs="+", default=[10, 30, 50], help="in percent")
