@@ -17,6 +17,10 @@ import pytest
 
 from crcli import kernel
 from crcli.criu import netlock
+from crcli.image import lease
+from crcli.image.lease import Lease
+from crcli.image.owner import describe_owner
+from crcli.store import open_store
 from tests.support.crcli import (
     COMMAND_LIMIT_SECONDS,
     Crcli,
@@ -237,6 +241,21 @@ def test_a_tree_that_ends_at_once(crcli: Crcli, code: int) -> None:
 
 
 # --- copies ------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_somebody_holds_is_warned_of(crcli: Crcli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restore of a name that a holder elsewhere has claimed works, and says that two copies may run; check
+    says it too. What was given up is no matter."""
+    monkeypatch.setattr(lease, "describe_owner", lambda: describe_owner() | {"boot": "another"})
+    with spawn_python(counter()) as program:
+        image = crcli.dump(program.pid, "--name", "job")["image"]
+    held = Lease.claim(open_store(crcli.store), "job", "a test")
+    warned = [one for one in crcli.restore(image)["findings"] if one["name"] == "name-claimed"]
+    assert [one["severity"] for one in warned] == ["change"] and "a test on" in warned[0]["message"]
+    checked = crcli.run("check", image, "--store", crcli.store, "--json").json["findings"]
+    assert "name-claimed" in {one["name"] for one in checked}
+    held.release()
+    assert "name-claimed" not in {one["name"] for one in crcli.restore(image)["findings"]}
 
 
 def test_two_restores_of_one_image_run_side_by_side(crcli: Crcli) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -46,6 +47,7 @@ SETTLE_S = 1.0
 QUICK, SLOW = 2.0, 6.0
 """How long leases are good for in tests that wait for their end (seconds): in folders, in all others."""
 
+two_stores = pytest.mark.parametrize("place", ["file", "moto"], indirect=True)
 some_stores = pytest.mark.parametrize("place", ["file", "moto", "swift"], indirect=True)
 
 needs_namespaces = pytest.mark.skipif(
@@ -74,7 +76,7 @@ class Holder:
             env=os.environ | place.env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            bufsize=0,
             start_new_session=True,
         )
 
@@ -84,6 +86,16 @@ class Holder:
         said: dict[str, Any] = json.loads(self.process.stdout.readline())
         return said
 
+    def claims(self) -> int:
+        """The number that it gets; not the first, should the store have been slow."""
+        return int(self.says()["number"])
+
+    def stop(self) -> None:
+        """Stop all of it; what it has said until then is forgotten."""
+        self.send(signal.SIGSTOP)
+        while select.select([self.process.stdout], [], [], 0.2)[0]:
+            self.says()
+
     def send(self, number: int) -> None:
         """Send a signal to all of it."""
         os.killpg(self.process.pid, number)
@@ -91,9 +103,10 @@ class Holder:
     def release(self) -> dict[str, Any]:
         """Have it let go."""
         assert self.process.stdin is not None
-        self.process.stdin.write("release\n")
-        self.process.stdin.flush()
-        return self.says()
+        self.process.stdin.write(b"release\n")
+        while "released" not in (said := self.says()):
+            pass
+        return said
 
     def end(self) -> None:
         """Kill it."""
@@ -145,9 +158,9 @@ def numbers(store: Store) -> list[int]:
 
 def test_of_many_claimers_one_wins(place: Place) -> None:
     """Processes that claim a name at the same instant: one gets it, every time."""
-    at_once, rounds = {"file": (8, 40), "swift": (2, 2)}.get(place.leg, (3, 3))
+    at_once, rounds = (8, 40) if place.leg == "file" else (4, 1)
     done = subprocess.run(
-        [*PYTHON, "race", place.url, "4", str(at_once), str(rounds), "120", "5"],
+        [*PYTHON, "race", place.url, "4", str(at_once), str(rounds), "120", "4"],
         cwd=ROOT,
         env=os.environ | place.env,
         capture_output=True,
@@ -209,62 +222,64 @@ def assert_exclusive(lines: list[dict[str, Any]]) -> None:
 
 def test_claim_release_claim(store: Store) -> None:
     """A name that was released can be had at once, with the next number; its objects are keys."""
-    for number in (1, 2, 3):
-        lease = Lease.claim(store, "job", "a test", ttl_s=60)
-        assert (lease.number, lease.state) == (number, LeaseState.HELD)
-        assert is_key(lease_key("job", number))
+    had = []
+    for _ in range(2):
+        lease = Lease.claim(store, "job", "a test", ttl_s=6)
+        had.append(lease.number)
+        assert is_key(lease_key("job", lease.number))
         lease.release()
         assert claimed_by(store, "job") is None
-    assert numbers(store) == [1, 2, 3]
+    assert had[0] < had[1] == max(numbers(store))
 
 
 @some_stores
 def test_a_living_holder_is_not_followed(store: Store, holder: Callable[..., Holder]) -> None:
     """A claim is refused (exit 23) once the holder is seen to live, and says who that is."""
     other = holder(ttl_s=8, here=True)
-    assert other.says() == {"number": 1}
+    number = other.claims()
     with pytest.raises(NameClaimed, match="job is claimed by a test on") as caught:
         Lease.claim(store, "job", "another")
     assert caught.value.exit_code == 23
-    assert (caught.value.claim["number"], caught.value.claim["seen"]) == (1, "alive")
-    assert other.release() == {"released": 1}
-    assert Lease.claim(store, "job", "another").number == 2
+    assert (caught.value.claim["number"], caught.value.claim["seen"]) == (number, "alive")
+    assert other.release() == {"released": number}
+    assert Lease.claim(store, "job", "another").number > number
 
 
-@some_stores
+@two_stores
 @needs_namespaces
 def test_a_holder_elsewhere_shows_that_it_lives(store: Store, holder: Callable[..., Holder]) -> None:
     """Who cannot see the holder waits for its next renewal, and is refused then; clocks do not matter."""
     other = holder(ttl_s=8, skew_s=-3600)
-    assert other.says() == {"number": 1}
+    other.claims()
     with pytest.raises(NameClaimed):
         Lease.claim(store, "job", "another")
     with pytest.raises(NameClaimed):
         Lease.claim(store, "job", "another", wait_s=0)
 
 
-@some_stores
 @needs_namespaces
-@pytest.mark.parametrize("skew_s", [3600, -3600])
+@pytest.mark.parametrize(
+    ("place", "skew_s"), [("file", 3600), ("file", -3600), ("moto", 3600)], indirect=["place"]
+)
 def test_a_holder_that_was_killed_is_followed(
     store: Store, holder: Callable[..., Holder], skew_s: float
 ) -> None:
     """A holder elsewhere that ended without a word is followed when its time is over, though its clock is an
     hour off."""
     other = holder(skew_s=skew_s)
-    assert other.says() == {"number": 1}
+    number = other.claims()
     other.end()
-    assert Lease.claim(store, "job", "another").number == 2
+    assert Lease.claim(store, "job", "another").number > number
 
 
 @some_stores
 def test_a_holder_that_ended_here_is_followed_at_once(store: Store, holder: Callable[..., Holder]) -> None:
     """Nobody waits for a process of this host that is seen to have ended, however long its lease."""
     other = holder(ttl_s=600, here=True)
-    assert other.says() == {"number": 1}
+    number = other.claims()
     other.end()
     assert claimed_by(store, "job") is None
-    assert Lease.claim(store, "job", "another", wait_s=0).number == 2
+    assert Lease.claim(store, "job", "another", wait_s=SOON_S).number > number
 
 
 def test_a_job_that_outlives_its_holder_keeps_the_name(
@@ -292,9 +307,9 @@ def test_a_job_that_outlives_its_holder_keeps_the_name(
 def test_waiting_for_a_name(store: Store, holder: Callable[..., Holder]) -> None:
     """With a time to wait, a claimer gets the name when its living holder lets go."""
     other = holder(ttl_s=8, here=True)
-    assert other.says() == {"number": 1}
+    number = other.claims()
     threading.Timer(0.5, lambda: other.release()).start()
-    assert Lease.claim(store, "job", "another", wait_s=SOON_S).number == 2
+    assert Lease.claim(store, "job", "another", wait_s=SOON_S).number > number
 
 
 def test_words_that_nobody_can_read_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,35 +326,35 @@ def test_words_that_nobody_can_read_are_waited_for(tmp_path: Path, monkeypatch: 
 # --- keeping ----------------------------------------------------------------------------------------------
 
 
-@some_stores
+@two_stores
 @needs_namespaces
 def test_a_suspended_holder_learns_of_it_first(store: Store, holder: Callable[..., Holder]) -> None:
     """A holder that was stopped for longer than its lease finds it lapsed or lost when it wakes, not held."""
     other = holder()
-    assert other.says() == {"number": 1}
-    other.send(signal.SIGSTOP)
+    number = other.claims()
+    other.stop()
     ours = Lease.claim(store, "job", "another", ttl_s=60)
-    assert ours.number == 2
+    assert ours.number > number
     other.send(signal.SIGCONT)
     states = [other.says()["state"]]
     while states[-1] != "lost":
         states.append(other.says()["state"])
     assert states in (["lapsed", "lost"], ["lost"])
-    assert ours._is_ours(2)
+    assert ours._is_ours(ours.number)
 
 
-@some_stores
+@two_stores
 @needs_namespaces
 def test_a_suspended_holder_whom_nobody_followed_goes_on(place: Place, holder: Callable[..., Holder]) -> None:
     """When nobody has taken the name meanwhile, it is claimed again, with a new number."""
     other = holder()
-    assert other.says() == {"number": 1}
-    other.send(signal.SIGSTOP)
+    number = other.claims()
+    other.stop()
     time.sleep(QUICK if place.leg == "file" else SLOW)
     other.send(signal.SIGCONT)
     assert other.says()["state"] == "lapsed"
     again = other.says()
-    assert again["state"] == "held" and again["number"] > 1
+    assert again["state"] == "held" and again["number"] > number
 
 
 def test_a_store_that_does_not_answer_lets_the_lease_lapse(
@@ -564,7 +579,7 @@ def test_a_holder_whose_object_was_removed_has_lost(tmp_path: Path) -> None:
     assert numbers(store) == [3]
 
 
-@some_stores
+@two_stores
 def test_gc_leaves_leases_alone(store: Store) -> None:
     """A collection removes no lease, held or released."""
     Lease.claim(store, "one", "a test", ttl_s=60).release()
@@ -573,7 +588,7 @@ def test_gc_leaves_leases_alone(store: Store) -> None:
     assert numbers(store) == [1, 1]
 
 
-@some_stores
+@two_stores
 def test_breaking_a_lease(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken lease is lost to its holder, and free for the next; not one whose holder is seen to live."""
     with pytest.raises(NotFound, match="nobody has claimed"):
@@ -591,7 +606,7 @@ def test_breaking_a_lease(store: Store, monkeypatch: pytest.MonkeyPatch) -> None
     assert Lease.claim(store, "other", "a test", ttl_s=60, wait_s=0).number == 3
 
 
-@some_stores
+@two_stores
 def test_who_has_what(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """All claims that stand are listed by name, with the time of the last renewal by the store's clock."""
     Lease.claim(store, "released", "a test", ttl_s=60).release()
