@@ -1,16 +1,17 @@
 """A virtual machine under software emulation: boot a kernel, run commands there, kill it.
 
 The machine's root is this host's, read-only (QEMU itself refuses to write), with memory over the folders that
-programs write to: the same .venv and the same CRIU run there, on another kernel and another processor. It reaches
-what listens on an address of this thread's network, and nobody reaches it. Nothing that happens inside changes
-the host, and the machine ends with the block that booted it, or with us. Software emulation is ten to thirty times
-slower than the processor, and takes one core of it.
+programs write to: the same .venv and the same CRIU run there, on another kernel and another processor. It
+reaches what listens on an address of this thread's network, and nobody reaches it. Nothing that happens inside
+changes the host, and the machine ends with the block that booted it, or with us. Software emulation is ten to
+thirty times slower than the processor, and takes one core of it.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -102,7 +103,8 @@ class Machine(Node):
     def execute(self, command: str, limit_s: float) -> Done:
         """See Node."""
         assert "\n" not in command
-        self._channel.sendall(command.encode() + b"\n")
+        words = " ".join(f"{key}={shlex.quote(value)}" for key, value in self.variables().items())
+        self._channel.sendall(f"export {words}; {command}\n".encode())
         return self.answer(limit_s)
 
     def cut(self) -> None:
