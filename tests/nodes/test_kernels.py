@@ -48,12 +48,12 @@ USER_OF_THE_CPU = """
         print(number, digest.hexdigest()[:16])
         time.sleep(0.01)
     """
-"""Counts, with what chooses its code by the CPU: OpenBLAS, NumPy, OpenSSL, and glibc's functions of memory."""
+"""Counts, with what chooses its code by the CPU: OpenBLAS, NumPy, OpenSSL, and glibc."""
 
 
 @dataclass
 class Site:
-    """A network, a store in it, and what was dumped there so far: jobs, and the kernels that they ran on."""
+    """A network, a store, and what was dumped there so far."""
 
     lan: Lan
     server: S3Server
@@ -165,7 +165,7 @@ def test_a_cpu_that_lacks_something_is_refused(visit: Visit, site: Site) -> None
 
 @at("6.12")
 def test_a_job_started_for_the_fleets_baseline_fits(visit: Visit, site: Site) -> None:
-    """Started with the variables of what both CPUs have, the same job goes on where this host's CPU is not."""
+    """Started with the variables of what both CPUs have, the same job goes on, on the other."""
     node = machine_here(site, "this-host-too")
     baseline = common_to([host_of(node), host_of(visit.machine)])
     job = node.launch("careful-user", dedent(USER_OF_THE_CPU), environment_for(baseline))

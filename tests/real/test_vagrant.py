@@ -20,7 +20,7 @@ VAGRANT = ROOT / "vagrant"
 
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_the_demo_moves_an_agent(tmp_path: Path) -> None:
-    """Two machines that were told of a store: the agent of one goes on, on the other, with the same memory."""
+    """Two machines that were told of a store: the agent of one goes on, on the other."""
     with lan() as network, start_moto(address=OUTSIDE) as server:
         make_bucket = [sys.executable, str(VAGRANT / "provision" / "make_bucket.py"), server.endpoint_url]
         subprocess.run(make_bucket, check=True, timeout=60)

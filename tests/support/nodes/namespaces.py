@@ -128,8 +128,8 @@ class Lan:
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._count = 0
-        # With an address of its own the bridge keeps it: else it has that of one of its ports, and when that node
-        # dies the others send to where nobody is.
+        # With an address of its own the bridge keeps it: else it has that of one of its ports, and when that
+        # node dies the others send to where nobody is.
         _ip("link", "add", "lan", "address", "02:00:00:00:00:01", "type", "bridge")
         _ip("addr", "add", f"{OUTSIDE}/24", "dev", "lan")
         _ip("link", "set", "lan", "up")

@@ -1,9 +1,9 @@
 """A virtual machine under software emulation: boot a kernel, run commands there, kill it.
 
 The machine's root is this host's, read-only (QEMU itself refuses to write), with memory over the folders that
-programs write to: the same .venv and the same CRIU run there, on another kernel and another processor. It
-reaches what listens on an address of this thread's network, and nobody reaches it. Nothing that happens inside
-changes the host, and the machine ends with the block that booted it, or with us. Software emulation is ten to
+programs write to: the same .venv and the same CRIU run there, on another kernel and processor. It
+reaches what listens in this thread's network, and nobody reaches it. Nothing that happens inside changes
+the host, and the machine ends with the block that booted it, or with us. Software emulation is ten to
 thirty times slower than the processor, and takes one core of it.
 """
 
