@@ -58,15 +58,10 @@ def cpu_features(needs: Needs, here: Here) -> Iterator[Finding]:
     then = cpu.used_by_programs(set(needs.host.get("cpu_flags", [])), here.machine)
     missing = then - here.cpu_flags | cpu.missing_words(needs.cpu_words, here.cpu_words)
     promise = needs.cpu_promise
-    if promise is not None and missing - promise:
-        yield note(
-            "cpu-baseline",
-            f"the CPU of the dump had more than this one: {', '.join(sorted(missing - promise))}",
-            {"missing": sorted(missing - promise), "baseline": sorted(promise)},
-            "restores: the job was started to use only what its fleet has in common (--cpu-baseline)",
-            "code that chooses by itself dies of SIGILL here: crcli doctor --cpu-baseline names what that is",
-        )
-        missing &= promise
+    if promise is not None:
+        beyond, missing = missing - promise, missing & promise - here.cpu_flags
+        if beyond:
+            yield _beyond_the_baseline(beyond, promise)
     if missing:
         named = sorted(missing)
         yield blocker(
@@ -79,6 +74,16 @@ def cpu_features(needs: Needs, here: Here) -> Iterator[Finding]:
             },
             "restore on a host whose CPU has them; or dump on the oldest CPU of your fleet",
         )
+
+
+def _beyond_the_baseline(flags: set[str], baseline: frozenset[str]) -> Finding:
+    return note(
+        "cpu-baseline",
+        f"the CPU of the dump had more than this one: {', '.join(sorted(flags))}",
+        {"missing": sorted(flags), "baseline": sorted(baseline)},
+        "restores: the job was started to use only what its fleet has in common (--cpu-baseline)",
+        "code that chooses by itself dies of SIGILL here: crcli doctor --cpu-baseline names what that is",
+    )
 
 
 def kernel(needs: Needs, here: Here) -> Iterator[Finding]:

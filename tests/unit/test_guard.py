@@ -107,6 +107,26 @@ def test_the_words_of_criu_count_as_well(here: Here) -> None:
     assert found.evidence["missing"] == ["avx2"]  # not bit 10, which only the kernel uses
 
 
+def test_a_job_started_for_a_baseline_fits_what_has_the_baseline(here: Here) -> None:
+    """What the dump's CPU had beyond it is a note; what of the baseline is missing is refused, by name."""
+    here.machine = "x86_64"
+    here.cpu_flags = {"sse2", "avx2"}
+    here.cpu_words = {9: 1 << 5}  # avx2
+    host = {"cpu_flags": ["sse2", "avx2", "avx512f"], "machine": "x86_64"}
+    words = (0,) * 9 + (1 << 5 | 1 << 16,)  # avx2, avx512f
+    job = {"job": {"cpu_baseline": ["sse2", "avx2"]}}
+    found = only(examine(needs(host, meta=job, cpu_words=words), here))
+    assert (found.name, found.severity, found.evidence["missing"]) == (
+        "cpu-baseline",
+        Severity.NOTE,
+        ["avx512f"],
+    )
+    here.cpu_flags, here.cpu_words = {"sse2"}, {9: 0}
+    assert blocked_by(needs(host, meta=job, cpu_words=words), here) == {"cpu-features"}
+    refused = [one for one in examine(needs(host, meta=job), here) if one.name == "cpu-features"]
+    assert only(refused).evidence["missing"] == ["avx2"]
+
+
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="CPUID is x86's")
 def test_the_cpu_is_asked_as_criu_asks_it() -> None:
     """The words that the CPUID instruction gives hold what the kernel says of the CPU."""

@@ -57,6 +57,42 @@ def install_criu(commands: str, given: str = "", **environment: str) -> subproce
     )
 
 
+KERNELS = """\
+linux-image-6.1.0-9-amd64
+linux-image-6.1.0-50-amd64
+linux-image-6.1.0-50-cloud-amd64
+linux-image-6.1.0-50-amd64-dbg
+linux-image-6.18.9+deb13-amd64
+linux-image-6.18.15+deb13-amd64
+linux-image-6.18.15+deb13-rt-amd64
+linux-image-6.18.15+deb13-amd64-unsigned
+linux-image-6.10.1-amd64
+"""
+
+
+@pytest.mark.skipif(not shutil.which("dpkg"), reason="dpkg names the architecture")
+@pytest.mark.parametrize(
+    ("version", "package"),
+    [
+        ("6.1", "linux-image-6.1.0-50-"),
+        ("6.18", "linux-image-6.18.15+deb13-"),
+        ("6.10", "linux-image-6.10.1-"),
+        ("6.17", ""),
+    ],
+)
+def test_the_newest_kernel_for_ordinary_machines_is_fetched(version: str, package: str) -> None:
+    """Of a version's packages, by number: not those of clouds, nor for real time, debugging or signing."""
+    stubs = 'dpkg() { echo amd64; }; apt-cache() { grep "^${!#}"; }'
+    command = f'source "$1"; {stubs}; newest_of {version}'
+    found = subprocess.run(
+        ["bash", "-c", command, "a-test", str(SCRIPTS / "fetch-kernel")],
+        input=KERNELS,
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.strip() == (f"{package}amd64" if package else "")
+
+
 def fake_criu(folder: Path, version: str, complaint: str = "") -> Path:
     binary = folder / "sbin" / "criu"
     binary.parent.mkdir(parents=True)
@@ -77,6 +113,10 @@ def fake_criu(folder: Path, version: str, complaint: str = "") -> Path:
         "lib/apt.sh",
         "lib/debian.sh",
         "lib/setup.sh",
+        "../vagrant/demo-move",
+        "../vagrant/provision/node",
+        "../vagrant/provision/store",
+        "../vagrant/provision/use-store",
     ],
 )
 def test_every_script_is_valid_bash(name: str) -> None:

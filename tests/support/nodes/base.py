@@ -54,7 +54,10 @@ class Node(ABC):
 
     @abstractmethod
     def execute(self, command: str, limit_s: float) -> Done:
-        """Run one line of the shell in a session of its own; wait for its end. Raises NodeFailed."""
+        """Run one line of the shell in a session and with the variables of its own; wait for its end.
+
+        Raises NodeFailed.
+        """
 
     @abstractmethod
     def cut(self) -> None:
@@ -70,15 +73,14 @@ class Node(ABC):
 
     def run(self, command: str, limit_s: float = 60.0, code: int | None = None) -> Done:
         """Run a command of the shell to its end; with `code`, assert that this is its exit code."""
-        done = self.execute(self.with_environment(command), limit_s * self.slowness)
+        done = self.execute(command, limit_s * self.slowness)
         assert code is None or done.code == code, f"{self.name}: exit {done.code}: {command}\n{done.out}"
         return done
 
-    def with_environment(self, command: str) -> str:
-        """The command, preceded by what sets its environment."""
-        variables = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "PYTHONDONTWRITEBYTECODE": "1"}
-        words = (f"{key}={shlex.quote(value)}" for key, value in (variables | self.environment).items())
-        return f"export {' '.join(words)}; {command}"
+    def variables(self) -> dict[str, str]:
+        """The environment of what runs there."""
+        usual = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "PYTHONDONTWRITEBYTECODE": "1"}
+        return usual | self.environment
 
     def python(self, module: str, *arguments: str) -> str:
         """The command that runs a module of this checkout there."""

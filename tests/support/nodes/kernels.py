@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import lzma
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ BUSYBOX = Path("/bin/busybox")
 
 MODULES = (
     *("virtio_pci", "9pnet_virtio", "9p"),  # the root
+    "virtio_net",
     "overlay",  # the trial
     "crc32c_generic",  # which nf_tables wants, and does not name
     *("nf_tables", "unix_diag", "tcp_diag", "udp_diag", "raw_diag", "netlink_diag", "af_packet_diag"),  # CRIU
@@ -63,6 +65,12 @@ class Kernel:
 def kernels() -> list[Kernel]:
     """Every kernel that is here, by its folder's name."""
     return [Kernel(path) for path in sorted(KERNELS.glob("*")) if list(path.glob("boot/vmlinuz-*"))]
+
+
+def kernel_like(version: str) -> Kernel | None:
+    """The newest kernel of a version (`6.12`) that is here."""
+    found = [kernel for kernel in kernels() if re.match(rf"{re.escape(version)}[.-]", kernel.release)]
+    return found[-1] if found else None
 
 
 def initramfs(kernel: Kernel, init: str) -> bytes:

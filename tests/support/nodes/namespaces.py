@@ -41,13 +41,14 @@ class NamespaceNode(Node):
     def __init__(self, name: str, number: int, folder: str) -> None:
         super().__init__(name)
         self.address = f"10.77.0.{number}"
-        self._port = f"to-{name}"
+        self._port = f"port-{number}"
         command = ("unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
         first = (sys.executable, "-S", str(Path(__file__).with_name("init.py")))
         self._keeper = subprocess.Popen(
             [*command, *first, folder, name, str(number * 1000), *_binds()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # where unshare complains when its child is killed
             start_new_session=True,
             preexec_fn=lambda: kernel.die_with_parent(signal.SIGKILL),
         )
@@ -78,7 +79,7 @@ class NamespaceNode(Node):
 
     def start(self, command: str) -> subprocess.Popen[str]:
         """Start a command; it ends with the node at the latest. Its output is in the stream's hands."""
-        return self._enter(self.with_environment(command))
+        return self._enter(command)
 
     def take_address(self, address: str) -> None:
         """Give it an address (one more), and tell everybody on the network where that is now."""
@@ -104,12 +105,16 @@ class NamespaceNode(Node):
         if self._keeper.stdout is not None:
             self._keeper.stdout.close()
 
-    def _enter(self, command: str) -> subprocess.Popen[str]:
-        target = ["nsenter", "--target", str(self.init_pid)]
+    def command_there(self) -> list[str]:
+        """What runs there the line of the shell that is added to it, in its environment."""
         spaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--root", "--wd"]
+        enter = ["nsenter", "--target", str(self.init_pid), *spaces]
+        variables = [f"{key}={value}" for key, value in self.variables().items()]
+        return [*enter, "env", "-i", *variables, "setsid", "--wait", "sh", "-c"]
+
+    def _enter(self, command: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*target, *spaces, "setsid", "--wait", "sh", "-c", command],
-            env={},
+            [*self.command_there(), command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -123,7 +128,9 @@ class Lan:
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._count = 0
-        _ip("link", "add", "lan", "type", "bridge")
+        # With an address of its own the bridge keeps it: else it has that of one of its ports, and when that
+        # node dies the others send to where nobody is.
+        _ip("link", "add", "lan", "address", "02:00:00:00:00:01", "type", "bridge")
         _ip("addr", "add", f"{OUTSIDE}/24", "dev", "lan")
         _ip("link", "set", "lan", "up")
 
