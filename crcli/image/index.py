@@ -3,8 +3,7 @@
 Read are the indexes that tell of what the newest images of the same name consist of, which their manifests
 name; only where that is little, those of other images as well, the newest first. So it costs the same
 whatever else a store holds. Pages, and groups of them, are looked up by the first 8 bytes of their BLAKE3
-digest in one sorted array and then compared in full, so that a lookup of a whole block is a few vectorised
-operations.
+digest and then compared in full.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from array import array
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from blake3 import blake3
 
@@ -23,7 +22,7 @@ from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, peek_section, unpack_container
 from crcli.image.names import IMAGES, INDEXES, PACKS, index_key, is_id, manifest_key, pack_key, pages_key
 from crcli.image.tables import Chunk, Group, MixedGroup, read_chunks, read_groups, read_mixed, read_packs
-from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, Location
+from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
 from crcli.memory.extents import PAGE
 
 if TYPE_CHECKING:
@@ -42,6 +41,9 @@ OTHERS_LIMIT = 32
 
 LINEAGES = 16
 """So many of the newest images of a name are asked what they consist of, where several trees share it."""
+
+_FEW_DIGESTS = 1 << 19
+"""Up to so many pages (2 GiB of memory) are looked up without numpy, whose import takes 0.1 s."""
 
 _MIXED = 1 << 63
 """Set in the place of a group whose pages come from several chunks."""
@@ -139,8 +141,8 @@ class KnownChunks:
 
     def finish(self) -> None:
         """Sort: `find_pages` and `find_groups` work from now on."""
-        self._pages = _Digests(self._page_digests)
-        self._groups = _Digests(self._group_digests)
+        self._pages = _digests(self._page_digests)
+        self._groups = _digests(self._group_digests)
         self._page_digests, self._group_digests = [], []
         if self._mixed:
             self._chunk_at = {
@@ -209,17 +211,51 @@ class KnownPagesOf:
         number = self._numbers.get(known)
         if number is None:
             number = self._numbers[known] = self._adopt(known)
-        return Location(number, page).place
+        return place_in(number, page)
 
 
-class _Digests:
-    """Digests in an array, sorted by their first 8 bytes."""
+class _Digests(Protocol):
+    """Digests that can be looked up."""
 
-    def __init__(self, parts: list[bytes]) -> None:
-        joined = b"".join(parts)
-        self._count = len(joined) // DIGEST
-        if not self._count:
-            return
+    def find(self, digests: Sequence[bytes]) -> list[int | None]:
+        """For each digest the row in which it stands, or None."""
+        ...
+
+
+def _digests(parts: list[bytes]) -> _Digests:
+    joined = b"".join(parts)
+    return (_FewDigests if len(joined) <= _FEW_DIGESTS * DIGEST else _ManyDigests)(joined)
+
+
+class _FewDigests:
+    """Digests in a dictionary: 100 bytes for each, which is less trouble than to import numpy."""
+
+    def __init__(self, joined: bytes) -> None:
+        self._joined = joined
+        keys = _keys(joined)
+        self._rows = dict(
+            zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True)
+        )  # the first one wins
+
+    def find(self, digests: Sequence[bytes]) -> list[int | None]:
+        """See _Digests."""
+        joined = self._joined
+        rows = map(self._rows.get, _keys(b"".join(digests)))
+        return [
+            row if row is not None and joined.startswith(digest, row * DIGEST) else None
+            for row, digest in zip(rows, digests, strict=True)
+        ]
+
+
+def _keys(joined: bytes) -> list[int]:
+    """The first 8 bytes of each digest, as a number."""
+    return memoryview(joined).cast("Q")[:: DIGEST // 8].tolist()
+
+
+class _ManyDigests:
+    """Digests in an array, sorted by their first 8 bytes: 12 bytes more for each."""
+
+    def __init__(self, joined: bytes) -> None:
         import numpy as np
 
         self._np: Any = np
@@ -229,13 +265,13 @@ class _Digests:
         self._keys: Any = self._rows[order, 0]
 
     def find(self, digests: Sequence[bytes]) -> list[int | None]:
-        """For each digest the row in which it stands, or None."""
-        if not self._count or not digests:
-            return [None] * len(digests)
+        """See _Digests."""
+        if not digests:
+            return []
         np = self._np
         asked = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, DIGEST // 8)
         at = np.searchsorted(self._keys, asked[:, 0])
-        at[at == self._count] = 0
+        at[at == len(self._keys)] = 0
         rows = self._order[at]
         same = (self._rows[rows] == asked).all(axis=1)
         return [row if here else None for row, here in zip(rows.tolist(), same.tolist(), strict=True)]

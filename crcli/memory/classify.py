@@ -55,15 +55,15 @@ class Location(NamedTuple):
     chunk: int
     page: int
 
-    @property
-    def place(self) -> int:
-        """The same as one number."""
-        return self.chunk << _CHUNK_SHIFT | self.page
-
     @classmethod
     def of(cls, place: int) -> Location:
         """The location of a page whose place is in a chunk."""
         return cls(*divmod(place, 1 << _CHUNK_SHIFT))
+
+
+def place_in(chunk: int, page: int) -> int:
+    """The place of a page of a chunk."""
+    return chunk << _CHUNK_SHIFT | page
 
 
 class Part(NamedTuple):
@@ -255,7 +255,7 @@ class Classifier:
             fresh = {digest: page for page, digest in unknown.items() if digest not in self._twins}
             chunks = self._cut(set(fresh.values()), groups)
             for chunk in chunks:
-                for place, page in enumerate(chunk.pages, chunk.number << _CHUNK_SHIFT):
+                for place, page in enumerate(chunk.pages, place_in(chunk.number, 0)):
                     places[page] = fresh[unknown[page]] = place
             if len(fresh) < len(unknown):
                 for page, digest in unknown.items():

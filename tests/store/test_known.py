@@ -178,8 +178,12 @@ def taken(store: FileStore, memory: Sequence[bytes]) -> tuple[Classified, int]:
     return found, pages_of.asked
 
 
-def test_a_group_of_which_pages_changed_is_found_whole_the_next_time(store: FileStore) -> None:
+@pytest.mark.parametrize("few", [0, index._FEW_DIGESTS], ids=["many digests", "few"])
+def test_a_group_of_which_pages_changed_is_found_whole_the_next_time(
+    store: FileStore, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whether its pages came from earlier dumps, from this one, or are zero; and only the new are stored."""
+    monkeypatch.setattr(index, "_FEW_DIGESTS", few)
     memory = [*pages(1, 3 * GROUP_PAGES), *[ZERO_PAGE] * 5, *pages(2, GROUP_PAGES - 5)]
     taken(store, memory)
     for generation in range(4):

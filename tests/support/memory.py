@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, Location, Part
+from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, Part, place_in
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
 from crcli.store.base import Buffer
 
@@ -102,7 +102,7 @@ class KnownFrom:
         if (parts := self.sink.mixed.get(digest)) is None:
             return None
         return [
-            ZERO if part.place == ZERO else Location(self.first, 0).place + part.place + number
+            ZERO if part.place == ZERO else place_in(self.first, 0) + part.place + number
             for part in parts
             for number in range(part.pages)
         ]
@@ -111,7 +111,7 @@ class KnownFrom:
         self, digests: Sequence[bytes], table: Mapping[int, list[bytes]], step: int
     ) -> list[int | None]:
         places = {
-            digest: Location(self.first + number, place * step).place
+            digest: place_in(self.first + number, place * step)
             for number, listed in table.items()
             for place, digest in enumerate(listed)
         }
