@@ -3,8 +3,7 @@
 Read are the indexes that tell of what the newest images of the same name consist of, which their manifests
 name; only where that is little, those of other images as well, the newest first. So it costs the same
 whatever else a store holds. Pages, and groups of them, are looked up by the first 8 bytes of their BLAKE3
-digest in one sorted array and then compared in full, so that a lookup of a whole block is a few vectorised
-operations.
+digest and then compared in full.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from array import array
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, peek_section, unpack_container
 from crcli.image.names import IMAGES, INDEXES, PACKS, index_key, is_id, manifest_key, pack_key, pages_key
-from crcli.image.tables import Chunk, Group, read_chunks, read_groups, read_packs
-from crcli.memory.classify import DIGEST, GROUP_PAGES, Location
+from crcli.image.tables import Chunk, Group, MixedGroup, read_chunks, read_groups, read_mixed, read_packs
+from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
 from crcli.memory.extents import PAGE
 
 if TYPE_CHECKING:
@@ -43,9 +42,23 @@ OTHERS_LIMIT = 32
 LINEAGES = 16
 """So many of the newest images of a name are asked what they consist of, where several trees share it."""
 
+_FEW_DIGESTS = 1 << 19
+"""Up to so many pages (2 GiB of memory) are looked up without numpy, whose import takes 0.1 s."""
+
+_MIXED = 1 << 63
+"""Set in the place of a group whose pages come from several chunks."""
+
 _READERS = 8
 _LISTED_AT_ONCE = 1000
 _FEW_PACKS = 200
+
+
+class Stretch(NamedTuple):
+    """Pages of a known chunk that follow one another; a chunk of None stands for zero pages."""
+
+    chunk: int | None
+    page: int
+    pages: int
 
 
 class KnownChunks:
@@ -60,7 +73,9 @@ class KnownChunks:
         self._first_pages: list[int] = []
         self._page_digests: list[bytes] = []
         self._page_count = 0
-        self._group_places = array("Q")  # chunk << 16 | page
+        self._group_places = array("Q")  # chunk << 16 | page, or _MIXED | number in _mixed
+        self._mixed: list[tuple[list[bytes], MixedGroup]] = []
+        self._chunk_at: dict[tuple[bytes, int], int] = {}
         self._group_digests: list[bytes] = []
         self._pages: _Digests | None = None
         self._groups: _Digests | None = None
@@ -87,6 +102,7 @@ class KnownChunks:
         chunks: list[Chunk],
         digests: bytes,
         groups: Sequence[Group] = (),
+        mixed: Sequence[MixedGroup] = (),
     ) -> None:
         """Take in the index of a dump: its tables, and its pages' digests in the order of its chunks.
 
@@ -112,6 +128,11 @@ class KnownChunks:
             if group.pages == GROUP_PAGES:
                 self._group_places.append(first + group.chunk << 16 | group.page)
                 self._group_digests.append(group.digest)
+        for several in mixed:
+            if several.pages == GROUP_PAGES:
+                self._group_places.append(_MIXED | len(self._mixed))
+                self._group_digests.append(several.digest)
+                self._mixed.append((packs, several))
 
     @property
     def page_count(self) -> int:
@@ -120,22 +141,38 @@ class KnownChunks:
 
     def finish(self) -> None:
         """Sort: `find_pages` and `find_groups` work from now on."""
-        self._pages = _Digests(self._page_digests)
-        self._groups = _Digests(self._group_digests)
+        self._pages = _digests(self._page_digests)
+        self._groups = _digests(self._group_digests)
         self._page_digests, self._group_digests = [], []
+        if self._mixed:
+            self._chunk_at = {
+                (pack, chunk.offset): number for number, (pack, chunk) in enumerate(self._chunks)
+            }
 
     def find_pages(self, digests: Sequence[bytes]) -> list[tuple[int, int] | None]:
         """For each digest of a page the known chunk and the page in it, or None."""
         return [None if row is None else self._page_place(row) for row in self._rows(self._pages, digests)]
 
-    def find_groups(self, digests: Sequence[bytes]) -> list[tuple[int, int] | None]:
-        """For each digest of a group the known chunk and the group's first page in it, or None."""
-        found = self._rows(self._groups, digests)
-        return [None if row is None else divmod(self._group_places[row], 1 << 16) for row in found]
+    def find_groups(self, digests: Sequence[bytes]) -> list[Sequence[Stretch] | None]:
+        """For each digest of a group the known chunks that it consists of, or None."""
+        return [None if row is None else self._group(row) for row in self._rows(self._groups, digests)]
 
     def _page_place(self, row: int) -> tuple[int, int]:
         owner = bisect_right(self._first_pages, row) - 1
         return self._memory_chunks[owner], row - self._first_pages[owner]
+
+    def _group(self, row: int) -> Sequence[Stretch] | None:
+        place = self._group_places[row]
+        if not place & _MIXED:
+            return (Stretch(place >> 16, place & 0xFFFF, GROUP_PAGES),)
+        packs, group = self._mixed[place & ~_MIXED]
+        found: list[Stretch] = []
+        for pack, offset, page, pages in group.parts:
+            number = None if pack is None else self._chunk_at.get((packs[pack], offset), -1)
+            if number is not None and (number < 0 or self._chunks[number][1].raw < (page + pages) * PAGE):
+                return None  # of an index that is not known here
+            found.append(Stretch(number, page, pages))
+        return found
 
     def _rows(self, table: _Digests | None, digests: Sequence[bytes]) -> list[int | None]:
         return table.find(digests) if table is not None else [None] * len(digests)
@@ -147,27 +184,78 @@ class KnownPagesOf:
     def __init__(self, known: KnownChunks, adopt: Callable[[int], int]) -> None:
         self._known = known
         self._adopt = adopt
+        self._numbers: dict[int, int] = {}
 
-    def find(self, digests: Sequence[bytes]) -> list[Location | None]:
+    def find(self, digests: Sequence[bytes]) -> list[int]:
         """See memory.classify.KnownPages."""
-        return self._adopted(self._known.find_pages(digests))
+        return [
+            NOWHERE if found is None else self._place(*found) for found in self._known.find_pages(digests)
+        ]
 
-    def find_groups(self, digests: Sequence[bytes]) -> list[Location | None]:
+    def find_groups(self, digests: Sequence[bytes]) -> list[Sequence[int] | None]:
         """See memory.classify.KnownPages."""
-        return self._adopted(self._known.find_groups(digests))
+        return [None if found is None else self._places(found) for found in self._known.find_groups(digests)]
 
-    def _adopted(self, places: list[tuple[int, int] | None]) -> list[Location | None]:
-        return [None if place is None else Location(self._adopt(place[0]), place[1]) for place in places]
+    def _places(self, stretches: Sequence[Stretch]) -> Sequence[int]:
+        if len(stretches) == 1:
+            return self._places_in(*stretches[0])
+        return [place for stretch in stretches for place in self._places_in(*stretch)]
+
+    def _places_in(self, chunk: int | None, page: int, pages: int) -> Sequence[int]:
+        if chunk is None:
+            return [ZERO] * pages
+        first = self._place(chunk, page)
+        return range(first, first + pages)
+
+    def _place(self, known: int, page: int) -> int:
+        number = self._numbers.get(known)
+        if number is None:
+            number = self._numbers[known] = self._adopt(known)
+        return place_in(number, page)
 
 
-class _Digests:
-    """Digests in an array, sorted by their first 8 bytes."""
+class _Digests(Protocol):
+    """Digests that can be looked up."""
 
-    def __init__(self, parts: list[bytes]) -> None:
-        joined = b"".join(parts)
-        self._count = len(joined) // DIGEST
-        if not self._count:
-            return
+    def find(self, digests: Sequence[bytes]) -> list[int | None]:
+        """For each digest the row in which it stands, or None."""
+        ...
+
+
+def _digests(parts: list[bytes]) -> _Digests:
+    joined = b"".join(parts)
+    return (_FewDigests if len(joined) <= _FEW_DIGESTS * DIGEST else _ManyDigests)(joined)
+
+
+class _FewDigests:
+    """Digests in a dictionary: 100 bytes for each, which is less trouble than to import numpy."""
+
+    def __init__(self, joined: bytes) -> None:
+        self._joined = joined
+        keys = _keys(joined)
+        self._rows = dict(
+            zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True)
+        )  # the first one wins
+
+    def find(self, digests: Sequence[bytes]) -> list[int | None]:
+        """See _Digests."""
+        joined = self._joined
+        rows = map(self._rows.get, _keys(b"".join(digests)))
+        return [
+            row if row is not None and joined.startswith(digest, row * DIGEST) else None
+            for row, digest in zip(rows, digests, strict=True)
+        ]
+
+
+def _keys(joined: bytes) -> list[int]:
+    """The first 8 bytes of each digest, as a number."""
+    return memoryview(joined).cast("Q")[:: DIGEST // 8].tolist()
+
+
+class _ManyDigests:
+    """Digests in an array, sorted by their first 8 bytes: 12 bytes more for each."""
+
+    def __init__(self, joined: bytes) -> None:
         import numpy as np
 
         self._np: Any = np
@@ -177,13 +265,13 @@ class _Digests:
         self._keys: Any = self._rows[order, 0]
 
     def find(self, digests: Sequence[bytes]) -> list[int | None]:
-        """For each digest the row in which it stands, or None."""
-        if not self._count or not digests:
-            return [None] * len(digests)
+        """See _Digests."""
+        if not digests:
+            return []
         np = self._np
         asked = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, DIGEST // 8)
         at = np.searchsorted(self._keys, asked[:, 0])
-        at[at == self._count] = 0
+        at[at == len(self._keys)] = 0
         rows = self._order[at]
         same = (self._rows[rows] == asked).all(axis=1)
         return [row if here else None for row, here in zip(rows.tolist(), same.tolist(), strict=True)]
@@ -279,6 +367,7 @@ class _Index(NamedTuple):
     chunks: list[Chunk]
     digests: bytes
     groups: list[Group]
+    mixed: list[MixedGroup]
 
     @property
     def used_packs(self) -> set[bytes]:
@@ -340,4 +429,6 @@ def _read_index(store: Store, image_id: str) -> _Index:
     digests = store.get(pages_key(image_id)) if any(chunk.is_memory for chunk in chunks) else b""
     if blake3(digests).digest() != sections["PGHS"]:
         raise ImageDamaged(f"{pages_key(image_id)} is not what {name} says")
-    return _Index(image_id, packs, chunks, digests, read_groups(sections.get("GRPS", b""), chunks, name))
+    groups = read_groups(sections.get("GRPS", b""), chunks, name)
+    mixed = read_mixed(sections.get("MGRP", b""), sections.get("MPRT", b""), len(packs), name)
+    return _Index(image_id, packs, chunks, digests, groups, mixed)

@@ -18,14 +18,25 @@ from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.codec import Codec, compress, decompress
 from crcli.image.container import ContainerKind, pack_container
 from crcli.image.names import PACKS, index_key, pack_key, pages_key
-from crcli.image.tables import PACK_ID, Chunk, Group, write_chunks, write_groups, write_packs
-from crcli.memory.classify import GROUP_PAGES
+from crcli.image.tables import (
+    PACK_ID,
+    Chunk,
+    Group,
+    MixedGroup,
+    MixedPart,
+    write_chunks,
+    write_groups,
+    write_mixed,
+    write_packs,
+)
+from crcli.memory.classify import GROUP_PAGES, ZERO, Location
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from crcli.image.index import KnownChunks
+    from crcli.memory.classify import Part
     from crcli.memory.weights.references import Reference
     from crcli.store.base import Buffer, ObjectWriter, Store
 
@@ -74,6 +85,7 @@ class PackWriter:
         self._chunks: list[Chunk] = []
         self._new: list[int] = []
         self._groups: list[Group] = []
+        self._mixed: dict[bytes, Sequence[Part]] = {}
         self._references: list[Reference] = []
         self._reference_numbers: dict[Reference, int] = {}
         self._adopted: dict[int, int] = {}
@@ -159,6 +171,10 @@ class PackWriter:
         raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self._append(number, raw, page_digests, group_digests, is_memory=True, hurry=hurry)
 
+    def note_mixed(self, digest: bytes, parts: Sequence[Part]) -> None:
+        """Note a group whose pages come from several places; see memory.classify.ChunkSink."""
+        self._mixed[digest] = parts
+
     def add_blob(self, raw: Buffer) -> int:
         """Store one chunk that is not memory, unless the store has it; give its number."""
         if self._known is not None and (there := self._known.find_blob(blake3(raw).digest())) is not None:
@@ -198,6 +214,7 @@ class PackWriter:
         self._commits.clear()
         seen = self._committer.submit(self._see_packs)
         if self._new:
+            mixed, parts = write_mixed(self._mixed_groups())
             index = pack_container(
                 ContainerKind.INDEX,
                 {
@@ -205,11 +222,25 @@ class PackWriter:
                     "CHNK": write_chunks(self._chunks[number] for number in self._new),
                     "PGHS": self._pages_hash.digest(),
                     "GRPS": write_groups(self._groups),
+                    "MGRP": mixed,
+                    "MPRT": parts,
                 },
             )
             self._store.put(index_key(self._image_id), index)
             self.stored_bytes += len(index)
         seen.result()
+
+    def _mixed_groups(self) -> Iterator[MixedGroup]:
+        """The mixed groups as others can read them: chunks are named by where they are."""
+        for digest, parts in self._mixed.items():
+            yield MixedGroup(digest, tuple(self._mixed_part(*part) for part in parts))
+
+    def _mixed_part(self, place: int, pages: int) -> MixedPart:
+        if place == ZERO:
+            return MixedPart(None, 0, 0, pages)
+        location = Location.of(place)
+        chunk = self._chunks[location.chunk]
+        return MixedPart(chunk.pack, chunk.offset, location.page, pages)
 
     def _see_packs(self) -> None:
         """Make sure that all packs of the image are in the store, by a listing where that takes less."""

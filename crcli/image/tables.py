@@ -23,6 +23,9 @@ _CHUNK = struct.Struct("<IIQIHH32s")
 _SPACE = struct.Struct("<IQI")
 _EXTENT = struct.Struct("<QIIHBB")
 _GROUP = struct.Struct("<IHH32s")
+_MIXED = struct.Struct("<I32s")
+_MIXED_PART = struct.Struct("<IQHH")
+_NO_PACK = 0xFFFF_FFFF
 _REFERENCE = struct.Struct("<II32s")
 _PIECE = struct.Struct("<IHHQI")
 _FLAG_LAZY = 1
@@ -51,6 +54,30 @@ class Group(NamedTuple):
     page: int
     pages: int
     digest: bytes
+
+
+class MixedPart(NamedTuple):
+    """Pages of a mixed group: `pages` of them, from page `page` on of the chunk at `offset` in a pack.
+
+    `pack` indexes the pack table beside this table; it is None for zero pages.
+    """
+
+    pack: int | None
+    offset: int
+    page: int
+    pages: int
+
+
+class MixedGroup(NamedTuple):
+    """Pages of several chunks that one digest finds."""
+
+    digest: bytes
+    parts: tuple[MixedPart, ...]
+
+    @property
+    def pages(self) -> int:
+        """How many there are."""
+        return sum(part.pages for part in self.parts)
 
 
 def write_chunks(chunks: Iterable[Chunk]) -> bytes:
@@ -87,6 +114,35 @@ def read_groups(data: bytes, chunks: list[Chunk], name: str) -> list[Group]:
     for group in groups:
         if group.chunk >= len(chunks) or (group.page + group.pages) * 4096 > chunks[group.chunk].raw:
             raise ImageDamaged(f"{name}: a group of pages lies outside of its chunk")
+    return groups
+
+
+def write_mixed(groups: Iterable[MixedGroup]) -> tuple[bytes, bytes]:
+    """Encode mixed groups: their table, and the parts of all in that order."""
+    table, parts = bytearray(), bytearray()
+    for group in groups:
+        table += _MIXED.pack(len(group.parts), group.digest)
+        for pack, offset, page, pages in group.parts:
+            parts += _MIXED_PART.pack(_NO_PACK if pack is None else pack, offset, page, pages)
+    return bytes(table), bytes(parts)
+
+
+def read_mixed(table: bytes, rows: bytes, packs: int, name: str) -> list[MixedGroup]:
+    """Decode mixed groups; raise ImageDamaged when one names a pack that is not among the `packs`."""
+    _check_size(table, _MIXED, name)
+    _check_size(rows, _MIXED_PART, name)
+    parts = [
+        MixedPart(None if pack == _NO_PACK else pack, *rest) for pack, *rest in _MIXED_PART.iter_unpack(rows)
+    ]
+    if any(part.pack is not None and part.pack >= packs for part in parts):
+        raise ImageDamaged(f"{name} names a pack that it does not list")
+    groups: list[MixedGroup] = []
+    at = 0
+    for count, digest in _MIXED.iter_unpack(table):
+        groups.append(MixedGroup(digest, tuple(parts[at : at + count])))
+        at += count
+    if at != len(parts):
+        raise ImageDamaged(f"{name}: the parts of mixed groups are not whole")
     return groups
 
 

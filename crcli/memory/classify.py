@@ -3,13 +3,15 @@
 A page is known by its BLAKE3 digest. Sixteen pages that lie together at a border of 64 KiB, a group, are
 looked for first, by one digest of them all: that takes a quarter of the time, and in most of a tree that was
 dumped before nothing changed. Pages of other groups are looked for one by one, so that what moved is found as
-well. What is left becomes chunks, whole groups first.
+well. What is left becomes chunks, whole groups first. A group whose pages come from several chunks is noted,
+so that the next dump finds it whole.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blake3 import blake3
@@ -18,7 +20,7 @@ from crcli.memory.extents import PAGE, ZERO_PAGE, Extent, Source, SpaceKey
 from crcli.memory.weights.references import Reference
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from crcli.memory.weights.match import Matcher
     from crcli.store.base import Buffer
@@ -35,12 +37,16 @@ _ZERO_GROUP = ZERO_PAGE * GROUP_PAGES
 _TWIN_LIMIT = 1 << 18
 """New pages of this dump that are remembered for finding their twins (about 50 MB when full)."""
 
-_ZERO = -1
+ZERO, NOWHERE = -1, -2
+"""The places of a zero page, and of one that is in no chunk."""
+
 _CHUNK_SHIFT = 17
 _WEIGHTS = 1 << 60
 """A place is one number, `chunk << _CHUNK_SHIFT | page`, or the same of a reference with this bit set. An
 extent's offset has 16 bits, so that the last page of one chunk and the first of the next are never
 neighbours."""
+
+_ALL_ZERO = [ZERO] * GROUP_PAGES
 
 
 class Location(NamedTuple):
@@ -49,21 +55,33 @@ class Location(NamedTuple):
     chunk: int
     page: int
 
-    @property
-    def place(self) -> int:
-        """The same as one number."""
-        return self.chunk << _CHUNK_SHIFT | self.page
+    @classmethod
+    def of(cls, place: int) -> Location:
+        """The location of a page whose place is in a chunk."""
+        return cls(*divmod(place, 1 << _CHUNK_SHIFT))
+
+
+def place_in(chunk: int, page: int) -> int:
+    """The place of a page of a chunk."""
+    return chunk << _CHUNK_SHIFT | page
+
+
+class Part(NamedTuple):
+    """Pages of a group that follow one another in a chunk from `place` on, or zero pages."""
+
+    place: int
+    pages: int
 
 
 class KnownPages(Protocol):
     """What the store has already. Called from several threads."""
 
-    def find(self, digests: Sequence[bytes]) -> list[Location | None]:
-        """For each BLAKE3 digest of a page, where the store has that page (None where it does not)."""
+    def find(self, digests: Sequence[bytes]) -> list[int]:
+        """For each BLAKE3 digest of a page, the place where the store has it (NOWHERE where it does not)."""
         ...
 
-    def find_groups(self, digests: Sequence[bytes]) -> list[Location | None]:
-        """For each BLAKE3 digest of a group, where the store has its first page, and the others after it."""
+    def find_groups(self, digests: Sequence[bytes]) -> list[Sequence[int] | None]:
+        """For each BLAKE3 digest of a group, the places of its pages; None where it is not known."""
         ...
 
 
@@ -88,6 +106,10 @@ class ChunkSink(Protocol):
         It begins with as many whole groups as there are `group_digests`. `hurry` says that the source is
         being held back, so that speed matters more than size.
         """
+        ...
+
+    def note_mixed(self, digest: bytes, parts: Sequence[Part]) -> None:
+        """Note a group that consists of these parts, so that a later dump finds it by this digest."""
         ...
 
     def refer(self, reference: Reference) -> int:
@@ -159,9 +181,9 @@ class Classifier:
         Without `weights` nothing is looked for in files.
         """
         view = memoryview(memory)
-        places: dict[int, int] = {}
+        places = [NOWHERE] * max((run.at + run.pages for run in runs), default=0)
         files = self._place_weights(memory, runs, places) if weights and self._matcher is not None else set()
-        heads, pages = _divide(runs, places)
+        heads, pages = _divide(runs, places if files else None)
         groups = self._place_groups(memory, heads, places)
         pages += [page for head in groups for page in range(head, head + GROUP_PAGES)]
         unknown = self._place_pages(memory, pages, places)
@@ -174,11 +196,13 @@ class Classifier:
                 [groups[head] for head in chunk.groups],
                 hurry=hurry,
             )
+        for head in set(groups).difference(*(chunk.groups for chunk in chunks)):
+            self._sink.note_mixed(groups[head], _parts(places[head : head + GROUP_PAGES]))
         extents = [(run.space, extent) for run in runs for extent in _extents(run, places)]
-        counts = _count(places.values(), sum(len(chunk.pages) for chunk in chunks))
+        counts = _count(places, sum(len(chunk.pages) for chunk in chunks), bool(files))
         return Classified(extents, counts, frozenset(files))
 
-    def _place_weights(self, memory: bytearray, runs: Sequence[Run], places: dict[int, int]) -> set[int]:
+    def _place_weights(self, memory: bytearray, runs: Sequence[Run], places: list[int]) -> set[int]:
         """Place the pages that are found in files of weights; return the numbers of those files."""
         assert self._matcher is not None
         view = memoryview(memory)
@@ -186,63 +210,56 @@ class Classifier:
         for stretch in self._matcher.stretches(memory, runs):
             raw = view[stretch.at * PAGE : (stretch.at + stretch.pages) * PAGE]
             number = self._sink.refer(Reference(stretch.pieces, len(raw), blake3(raw).digest()))
-            pages = range(stretch.at, stretch.at + stretch.pages)
-            places.update(_neighbours(pages, _WEIGHTS | number << _CHUNK_SHIFT))
+            first = _WEIGHTS | number << _CHUNK_SHIFT
+            places[stretch.at : stretch.at + stretch.pages] = range(first, first + stretch.pages)
             files.update(piece.file for piece in stretch.pieces)
         return files
 
-    def _place_groups(self, memory: bytearray, heads: list[int], places: dict[int, int]) -> dict[int, bytes]:
+    def _place_groups(self, memory: bytearray, heads: list[int], places: list[int]) -> dict[int, bytes]:
         """Place the groups that are zero or known; return the digests of the others, by first page."""
         view, is_zero = memoryview(memory), memory.startswith
-        digests = {
-            head: blake3(view[head * PAGE : (head + GROUP_PAGES) * PAGE]).digest()
-            for head in heads
-            if not is_zero(_ZERO_GROUP, head * PAGE)
-        }
+        digests: dict[int, bytes] = {}
         for head in heads:
-            if head not in digests:
-                places.update(dict.fromkeys(range(head, head + GROUP_PAGES), _ZERO))
+            if is_zero(_ZERO_GROUP, head * PAGE):
+                places[head : head + GROUP_PAGES] = _ALL_ZERO
+            else:
+                digests[head] = blake3(view[head * PAGE : (head + GROUP_PAGES) * PAGE]).digest()
         if self._known is not None:
             found = self._known.find_groups(list(digests.values()))
-            for head, location in zip(list(digests), found, strict=True):
-                if location is not None:
+            for head, there in zip(list(digests), found, strict=True):
+                if there is not None:
                     del digests[head]
-                    places.update(_neighbours(range(head, head + GROUP_PAGES), location.place))
+                    places[head : head + GROUP_PAGES] = there
         return digests
 
-    def _place_pages(self, memory: bytearray, pages: list[int], places: dict[int, int]) -> dict[int, bytes]:
+    def _place_pages(self, memory: bytearray, pages: list[int], places: list[int]) -> dict[int, bytes]:
         """Place the pages that are zero or known; return the digests of the others."""
         view, is_zero = memoryview(memory), memory.startswith
-        digests = {
-            page: blake3(view[page * PAGE : (page + 1) * PAGE]).digest()
-            for page in pages
-            if not is_zero(ZERO_PAGE, page * PAGE)
-        }
-        places.update((page, _ZERO) for page in pages if page not in digests)
+        digests: dict[int, bytes] = {}
+        for page in pages:
+            if is_zero(ZERO_PAGE, page * PAGE):
+                places[page] = ZERO
+            else:
+                digests[page] = blake3(view[page * PAGE : (page + 1) * PAGE]).digest()
         if self._known is not None:
             found = self._known.find(list(digests.values()))
-            for page, location in zip(list(digests), found, strict=True):
-                if location is not None:
+            for page, place in zip(list(digests), found, strict=True):
+                if place != NOWHERE:
                     del digests[page]
-                    places[page] = location.place
+                    places[page] = place
         return digests
 
-    def _claim(
-        self, unknown: dict[int, bytes], groups: dict[int, bytes], places: dict[int, int]
-    ) -> list[_Chunk]:
+    def _claim(self, unknown: dict[int, bytes], groups: dict[int, bytes], places: list[int]) -> list[_Chunk]:
         """Place the other pages: where their twins are, or in new chunks, which are ours to store."""
         with self._claims:
             fresh = {digest: page for page, digest in unknown.items() if digest not in self._twins}
             chunks = self._cut(set(fresh.values()), groups)
             for chunk in chunks:
-                placed = _neighbours(chunk.pages, chunk.number << _CHUNK_SHIFT)
-                places.update(placed)
-                fresh.update((unknown[page], place) for page, place in placed.items())
+                for place, page in enumerate(chunk.pages, place_in(chunk.number, 0)):
+                    places[page] = fresh[unknown[page]] = place
             if len(fresh) < len(unknown):
-                places.update(
-                    (page, fresh[digest] if digest in fresh else self._twins[digest])
-                    for page, digest in unknown.items()
-                )
+                for page, digest in unknown.items():
+                    places[page] = fresh[digest] if digest in fresh else self._twins[digest]
             if len(self._twins) < _TWIN_LIMIT:
                 self._twins.update(fresh)
         return chunks
@@ -263,8 +280,9 @@ class Classifier:
         ]
 
 
-def _divide(runs: Sequence[Run], placed: Container[int]) -> tuple[list[int], list[int]]:
-    """The first pages of the whole groups in a block, and the pages in none; without those already placed."""
+def _divide(runs: Sequence[Run], places: list[int] | None) -> tuple[list[int], list[int]]:
+    """The first pages of the whole groups in a block, and the pages in none; without those that `places`, if
+    it is given, has a place for."""
     heads: list[int] = []
     loose: list[int] = []
     for run in runs:
@@ -274,17 +292,12 @@ def _divide(runs: Sequence[Run], placed: Container[int]) -> tuple[list[int], lis
         heads += range(first, last, GROUP_PAGES)
         loose += range(run.at, first)
         loose += range(last, end)
-    if placed:
-        broken = [head for head in heads if any(page in placed for page in range(head, head + GROUP_PAGES))]
+    if places is not None:
+        broken = [head for head in heads if places[head : head + GROUP_PAGES].count(NOWHERE) < GROUP_PAGES]
         loose += (page for head in broken for page in range(head, head + GROUP_PAGES))
         heads = sorted(set(heads).difference(broken))
-        loose = [page for page in loose if page not in placed]
+        loose = [page for page in loose if places[page] == NOWHERE]
     return heads, loose
-
-
-def _neighbours(pages: Sequence[int], place: int) -> dict[int, int]:
-    """Places for pages that are stored one after another from `place` on."""
-    return dict(zip(pages, range(place, place + len(pages)), strict=True))
 
 
 def _pieces(view: memoryview, pages: list[int]) -> list[memoryview]:
@@ -300,32 +313,38 @@ def _pieces(view: memoryview, pages: list[int]) -> list[memoryview]:
     return pieces
 
 
-def _extents(run: Run, places: dict[int, int]) -> list[Extent]:
+def _stretches(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where, in these places, each stretch of pages that follow one another begins and ends."""
+    begin = 0
+    for at, (one, next_one) in enumerate(pairwise(places), 1):
+        if next_one != one + 1 if one != ZERO else next_one != ZERO:
+            yield begin, at
+            begin = at
+    yield begin, len(places)
+
+
+def _parts(places: Sequence[int]) -> list[Part]:
+    """The parts that a group with these places consists of."""
+    return [Part(places[begin], end - begin) for begin, end in _stretches(places)]
+
+
+def _extents(run: Run, places: list[int]) -> list[Extent]:
     """One run's pages as extents, neighbours of one source joined."""
-    extents: list[Extent] = []
-    begin, expected = run.at, places[run.at]
-    for page in range(run.at, run.at + run.pages):
-        place = places[page]
-        if place != expected:
-            extents.append(_extent(run, begin, page, places[begin]))
-            begin = page
-        expected = place + 1 if place != _ZERO else _ZERO
-    extents.append(_extent(run, begin, run.at + run.pages, places[begin]))
-    return extents
+    own = places[run.at : run.at + run.pages]
+    return [_extent(run, run.at + begin, run.at + end, own[begin]) for begin, end in _stretches(own)]
 
 
 def _extent(run: Run, begin: int, end: int, place: int) -> Extent:
     start = run.start + begin - run.at
-    if place == _ZERO:
+    if place == ZERO:
         return Extent(start, end - begin, Source.ZERO, 0, 0, run.lazy)
     source = Source.WEIGHTS if place & _WEIGHTS else Source.CHUNK
     number, page = divmod(place & ~_WEIGHTS, 1 << _CHUNK_SHIFT)
     return Extent(start, end - begin, source, number, page, run.lazy)
 
 
-def _count(places: Iterable[int], new: int) -> MemoryCounts:
-    pages = list(places)
-    zero = pages.count(_ZERO)
-    weights = sum(place >= _WEIGHTS for place in pages)
-    reused = len(pages) - zero - weights - new
-    return MemoryCounts(*(count * PAGE for count in (len(pages), zero, weights, reused, new)))
+def _count(places: Sequence[int], new: int, with_weights: bool) -> MemoryCounts:
+    zero = places.count(ZERO)
+    weights = sum(place >= _WEIGHTS for place in places) if with_weights else 0
+    reused = len(places) - zero - weights - new
+    return MemoryCounts(*(count * PAGE for count in (len(places), zero, weights, reused, new)))

@@ -114,7 +114,6 @@ def _choose(pid: int, options: DumpOptions) -> Call | TreeResult:
 
 def warm(options: DumpOptions) -> None:
     """Import once what every dump needs, before there are workers to do so each for itself."""
-    import numpy  # noqa: F401
     import zstandard  # noqa: F401
 
     if options.store.startswith("s3:"):

@@ -8,10 +8,9 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,6 @@ from tests.support.crcli import (
     counted,
     counter,
     end,
-    launched,
     reap,
     tree_of,
     wait_until,
@@ -135,10 +133,9 @@ def test_images_are_taken_while_it_works(crcli: Crcli) -> None:
 
 def test_no_image_is_taken_of_a_tree_that_does_nothing(crcli: Crcli) -> None:
     """After the first one, which it has not yet."""
-    with spawn_python(then_wait()) as program:
-        with watching(crcli, program.pid, "--every", "0.2s") as watch:
-            watch.wait_for("skipped", 2)
-            assert len(watch.named("image")) == 1
+    with spawn_python(then_wait()) as program, watching(crcli, program.pid, "--every", "0.2s") as watch:
+        watch.wait_for("skipped", 2)
+        assert len(watch.named("image")) == 1
 
 
 def test_what_is_pinned_or_anothers_stays(crcli: Crcli) -> None:
@@ -287,14 +284,13 @@ def refused(watch: Watch, seconds: float, code: int = 11) -> dict[str, Any]:
 
 def test_a_tree_that_ends_while_it_is_saved_has_ended(crcli: Crcli) -> None:
     """Its end is its own; there is nothing to try again."""
-    with spawn_python(WAITS) as program:
-        with watching(crcli, program.pid) as watch:
-            watch.notice(60)
-            watch.wait_for("saving")
-            time.sleep(0.3)
-            program.process.kill()
-            program.process.wait()
-            assert watch.ends(0)["outcome"] == "ended"
+    with spawn_python(WAITS) as program, watching(crcli, program.pid) as watch:
+        watch.notice(60)
+        watch.wait_for("saving")
+        time.sleep(0.3)
+        program.process.kill()
+        program.process.wait()
+        assert watch.ends(0)["outcome"] == "ended"
 
 
 def test_a_store_that_is_gone_is_said_in_time(crcli: Crcli) -> None:

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from blake3 import blake3
 
+from crcli.errors import ImageDamaged
 from crcli.image import index, manifest
-from crcli.image.index import load_known
-from crcli.image.names import manifest_key
+from crcli.image.index import KnownPagesOf, load_known
+from crcli.image.names import manifest_key, new_image_id
+from crcli.image.packs import ChunkReader, PackWriter
 from crcli.image.remove import remove
+from crcli.image.tables import MixedGroup, MixedPart, read_mixed, write_mixed
+from crcli.memory.classify import GROUP_PAGES, Classified, Classifier, Run
+from crcli.memory.extents import PAGE, ZERO_PAGE, Source, SpaceKey, SpaceKind
 from crcli.store.file import FileStore
 from tests.support.images import make_image, pages
 from tests.support.stores import WatchedStore
@@ -131,3 +136,91 @@ def test_what_an_image_claims_is_not_trusted(
     monkeypatch.setattr(manifest.Manifest, "encode", encode)
     generations(store, "agent", 2)
     load_known(store, "agent", wanted=20, is_same=lambda head: True)
+
+
+# --- groups of pages that several chunks have --------------------------------------------------------------
+
+
+class CountingKnown(KnownPagesOf):
+    """What is known, and how many single pages were asked for."""
+
+    asked = 0
+
+    def find(self, digests: Sequence[bytes]) -> list[int]:
+        """Look up pages, and count them."""
+        self.asked += len(digests)
+        return super().find(digests)
+
+
+def taken(store: FileStore, memory: Sequence[bytes]) -> tuple[Classified, int]:
+    """Take this memory into the store, as one process's from page 0 on, and see that it can be had again.
+
+    Returns what was made of it, and how many single pages were looked for.
+    """
+    store.warm(for_writing=True)
+    known = load_known(store, "agent")
+    writer = PackWriter(store, new_image_id(), known)
+    try:
+        pages_of = CountingKnown(known, writer.adopt)
+        space = SpaceKey(SpaceKind.PROCESS, 1)
+        classifier = Classifier(pages_of, writer)
+        found = classifier.classify(bytearray(b"".join(memory)), [Run(space, 0, len(memory), True, 0)])
+        writer.seal()
+    finally:
+        writer.close()
+    reader = ChunkReader(store, writer.packs, writer.chunks)
+    for _, extent in found.extents:
+        raw = bytes(extent.pages * PAGE)
+        if extent.source == Source.CHUNK:
+            ((_, chunk),) = reader.read([extent.chunk])
+            raw = bytes(chunk)[extent.offset * PAGE : (extent.offset + extent.pages) * PAGE]
+        assert raw == b"".join(memory[extent.start : extent.end])
+    return found, pages_of.asked
+
+
+@pytest.mark.parametrize("few", [0, index._FEW_DIGESTS], ids=["many digests", "few"])
+def test_a_group_of_which_pages_changed_is_found_whole_the_next_time(
+    store: FileStore, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its pages came from earlier dumps, from this one, or are zero; and only the new are stored."""
+    monkeypatch.setattr(index, "_FEW_DIGESTS", few)
+    memory = [*pages(1, 3 * GROUP_PAGES), *[ZERO_PAGE] * 5, *pages(2, GROUP_PAGES - 5)]
+    taken(store, memory)
+    for generation in range(4):
+        memory[generation], memory[2 * GROUP_PAGES + 2 * generation] = pages(10 + generation, 2)
+        found, asked_for = taken(store, memory)
+        assert found.counts.new == 2 * PAGE
+        assert asked_for == 2 * GROUP_PAGES  # of the two groups that changed
+    found, asked_for = taken(store, memory)
+    assert (found.counts.new, asked_for) == (0, 0)
+
+
+def test_a_group_whose_chunks_are_not_known_is_looked_for_page_by_page(store: FileStore) -> None:
+    """An index that is gone takes no page with it but its own."""
+    memory = pages(1, GROUP_PAGES)
+    taken(store, memory)
+    (first,) = (info for info in store.list("indexes/") if info.key.endswith(".index"))
+    memory[3] = pages(2, 1)[0]
+    taken(store, memory)
+    store.delete(first.key)
+    found, asked_for = taken(store, memory)
+    assert (found.counts.new, found.counts.reused, asked_for) == (15 * PAGE, PAGE, GROUP_PAGES)
+
+
+def test_mixed_groups_are_written_and_read() -> None:
+    """Parts belong to groups in their order; tables that do not fit together are damage."""
+    groups = [
+        MixedGroup(b"a" * 32, (MixedPart(1, 8, 0, 15), MixedPart(None, 0, 0, 1))),
+        MixedGroup(b"b" * 32, (MixedPart(0, 1 << 40, 3, 16),)),
+    ]
+    table, parts = write_mixed(groups)
+    assert read_mixed(table, parts, 2, "an index") == groups
+    assert groups[0].pages == groups[1].pages == GROUP_PAGES
+    for damaged in (
+        (table, parts, 1),
+        (table[:-1], parts, 2),
+        (table, parts[:-16], 2),
+        (table[36:], parts, 2),
+    ):
+        with pytest.raises(ImageDamaged):
+            read_mixed(*damaged, "an index")

@@ -13,6 +13,7 @@ from crcli.image.manifest import Manifest, StoredFile, load, publish
 from crcli.image.names import ImageRef, new_image_id
 from crcli.image.packs import PackWriter
 from crcli.image.session import Session
+from crcli.memory.classify import NOWHERE, Location
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ def add_memory(writer: PackWriter, known: KnownPagesOf, memory: Sequence[bytes])
     digests = [blake3(page).digest() for page in memory]
     extents = []
     for number, place in enumerate(known.find(digests)):
-        if place is not None:
-            extents.append(Extent(number, 1, Source.CHUNK, place.chunk, place.page))
+        if place != NOWHERE:
+            extents.append(Extent(number, 1, Source.CHUNK, *Location.of(place)))
         else:
             chunk = writer.reserve()
             writer.add(chunk, [memory[number]], [digests[number]])

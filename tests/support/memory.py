@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from crcli.memory.classify import DIGEST, GROUP_PAGES, Location
+from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, Part, place_in
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
 from crcli.store.base import Buffer
 
@@ -41,6 +41,7 @@ class KeepingSink:
     chunks: dict[int, bytes] = field(default_factory=dict)
     page_digests: dict[int, list[bytes]] = field(default_factory=dict)
     group_digests: dict[int, list[bytes]] = field(default_factory=dict)
+    mixed: dict[bytes, Sequence[Part]] = field(default_factory=dict)
     reserved: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -69,6 +70,12 @@ class KeepingSink:
             self.page_digests[number] = list(page_digests)
             self.group_digests[number] = list(group_digests)
 
+    def note_mixed(self, digest: bytes, parts: Sequence[Part]) -> None:
+        """See ChunkSink."""
+        assert sum(part.pages for part in parts) == GROUP_PAGES
+        with self._lock:
+            self.mixed[digest] = parts
+
 
 @dataclass
 class KnownFrom:
@@ -77,19 +84,34 @@ class KnownFrom:
     sink: KeepingSink
     first: int
 
-    def find(self, digests: Sequence[bytes]) -> list[Location | None]:
+    def find(self, digests: Sequence[bytes]) -> list[int]:
         """See KnownPages."""
-        return self._found(digests, self.sink.page_digests, 1)
+        found = self._found(digests, self.sink.page_digests, 1)
+        return [NOWHERE if place is None else place for place in found]
 
-    def find_groups(self, digests: Sequence[bytes]) -> list[Location | None]:
+    def find_groups(self, digests: Sequence[bytes]) -> list[Sequence[int] | None]:
         """See KnownPages."""
-        return self._found(digests, self.sink.group_digests, GROUP_PAGES)
+        return [
+            self._mixed(digest) if place is None else range(place, place + GROUP_PAGES)
+            for digest, place in zip(
+                digests, self._found(digests, self.sink.group_digests, GROUP_PAGES), strict=True
+            )
+        ]
+
+    def _mixed(self, digest: bytes) -> list[int] | None:
+        if (parts := self.sink.mixed.get(digest)) is None:
+            return None
+        return [
+            ZERO if part.place == ZERO else place_in(self.first, 0) + part.place + number
+            for part in parts
+            for number in range(part.pages)
+        ]
 
     def _found(
         self, digests: Sequence[bytes], table: Mapping[int, list[bytes]], step: int
-    ) -> list[Location | None]:
+    ) -> list[int | None]:
         places = {
-            digest: Location(self.first + number, place * step)
+            digest: place_in(self.first + number, place * step)
             for number, listed in table.items()
             for place, digest in enumerate(listed)
         }

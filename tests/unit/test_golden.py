@@ -18,13 +18,14 @@ from blake3 import blake3
 from crcli.errors import ImageDamaged
 from crcli.image import tables
 from crcli.image.catalog import list_entries
-from crcli.image.index import load_known
+from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.manifest import Manifest, list_images, load
-from crcli.image.names import ImageRef, check_name, manifest_key, parse_image
-from crcli.image.packs import ChunkReader
+from crcli.image.names import ImageRef, check_name, index_key, manifest_key, new_image_id, parse_image
+from crcli.image.packs import ChunkReader, PackWriter
 from crcli.image.verify import verify
 from crcli.image.weights import MemoryReader
-from crcli.memory.extents import PAGE, Origin, Source
+from crcli.memory.classify import Classifier, Run
+from crcli.memory.extents import PAGE, Origin, Source, SpaceKey, SpaceKind
 from crcli.memory.weights.references import Piece, Reference
 from crcli.memory.weights.views import View
 from crcli.store.file import FileStore
@@ -304,6 +305,38 @@ def test_a_second_reader_reads_what_is_written_today(tmp_path: Path) -> None:
         assert reader.files() == files_of(store, manifest)
     assert len(manifest.packs) == 2  # its own, and that of the first
     assert list(reader.page_digests(second.id)) == [blake3(memory[4]).hexdigest()]
+
+
+def test_a_second_reader_finds_mixed_groups(tmp_path: Path) -> None:
+    """Each digest of an index's mixed groups is that of the pages which its parts name, zero pages too."""
+    store = FileStore(str(tmp_path))
+    store.warm(for_writing=True)
+    space = SpaceKey(SpaceKind.PROCESS, 4711)
+    memory = [*pages(1, 15), bytes(PAGE)]
+    chunks: dict[tuple[str, int], list[Any]] = {}
+    for number in range(2):
+        memory[3 * number] = pages(2 + number, 1)[0]
+        known = load_known(store, "agent")
+        writer = PackWriter(store, image_id := new_image_id(), known)
+        classifier = Classifier(KnownPagesOf(known, writer.adopt), writer)
+        classifier.classify(bytearray(b"".join(memory)), [Run(space, 0, 16, True, 0)])
+        writer.seal()
+        writer.close()
+        sections = take_apart(store.get(index_key(image_id)))
+        packs = pack_ids(sections)
+        for pack, raw, offset, stored, codec, _, digest in sections.records("CHNK", "<IIQIHH32s"):
+            chunks[packs[pack], offset] = [stored, codec, raw, digest]
+    parts = list(sections.records("MPRT", "<IQHH"))
+    ((count, digest),) = sections.records("MGRP", "<I32s")
+    found = b""
+    for pack, offset, page, length in parts:
+        if pack == 0xFFFFFFFF:
+            found += bytes(4096 * length)
+            continue
+        stored, codec, raw, proof = chunks[packs[pack], offset]
+        body = (tmp_path / "packs" / packs[pack][:2] / packs[pack]).read_bytes()[offset : offset + stored]
+        found += restored(codec, body, raw, proof)[4096 * page : 4096 * (page + length)]
+    assert count == len(parts) == 4 and found == b"".join(memory) and blake3(found).digest() == digest
 
 
 @pytest.mark.parametrize(("number", "count"), [(0, 5), (1, 2)])

@@ -29,6 +29,7 @@ from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.manifest import Manifest, StoredFile, Weights, publish
 from crcli.image.packs import PackWriter
 from crcli.image.weights import push
+from crcli.memory.classify import NOWHERE, Location
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
 from crcli.memory.weights.references import Piece, Reference
 from crcli.memory.weights.views import View, apply
@@ -158,8 +159,8 @@ class Image:
     def find(self, page: bytes) -> tuple[int, int]:
         """The chunk, and the page in it, that an earlier image has; adopted into this one."""
         place = KnownPagesOf(self.known, self.writer.adopt).find([blake3(page).digest()])[0]
-        assert place is not None
-        return place.chunk, place.page
+        assert place != NOWHERE
+        return Location.of(place)
 
     def file(self, name: str, *pieces: bytes, role: str = "", mtime_ns: int = 0) -> StoredFile:
         """Store a file, one chunk for each piece."""
