@@ -168,7 +168,7 @@ class Bench:
 
     def _attempt(self, command: Sequence[str], evict_at_s: float | None, output: Path) -> Attempt:
         """Start a command, evict it at that time, and wait for its end."""
-        limit_s = max(60.0, _LIMIT * self.undisturbed_s)
+        limit_s = _LIMIT * max(self.undisturbed_s, self.agent.steps * (self.agent.wait_s + 1))
         places = {"CRCLI_STATE_DIR": "state", "CRCLI_LOG_DIR": "logs", "CRCLI_RATES": "rates.json"}
         environ = {name: str(self.folder / place) for name, place in places.items()}
         environ |= {**os.environ, **environ, "CRCLI_GRACE": str(GRACE_S)}
