@@ -65,6 +65,8 @@ class KnownChunks:
     """The chunks of earlier dumps, and the pages in them."""
 
     def __init__(self) -> None:
+        self.newest_image = ""
+        """The id of the newest image of the name that was asked for; empty where there is none."""
         self._chunks: list[tuple[bytes, Chunk]] = []
         self._first_chunks: list[int] = []
         self._indexes: list[str] = []
@@ -295,6 +297,7 @@ def load_known(
     known = KnownChunks()
     loading = _Loading(store, known, limit)
     same_name = _newest(store, f"{IMAGES}{name}/", LINEAGES)
+    known.newest_image = same_name[0].key.rpartition("/")[2] if same_name else ""
     loading.take(_lineages(store, name, same_name[:LINEAGES], is_same)[:SAME_NAME_LIMIT])
     if wanted is None or known.page_count < wanted:
         loading.take([info.key.rpartition("/")[2] for info in same_name[:SAME_NAME_LIMIT]])

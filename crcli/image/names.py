@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from calendar import timegm
 from dataclasses import dataclass
 
 from crcli.errors import UsageError
@@ -29,11 +30,26 @@ class ImageRef:
         return f"{self.name}@{self.id}" if self.id else self.name
 
 
-def new_image_id() -> str:
-    """Return an id that sorts by time (UTC, milliseconds) and does not collide."""
-    now = time.time()
-    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
-    return f"{stamp}{int(now * 1000) % 1000:03d}-{os.urandom(3).hex()}"
+def new_image_id(after: str = "") -> str:
+    """Return an id that sorts by time (UTC, milliseconds), after the id `after`, and does not collide.
+
+    What is newer is decided by ids: where the clock is behind that of whoever made `after`, the new one says
+    a millisecond after that.
+    """
+    now_ms = int(time.time() * 1000)
+    if after and after[:18] >= _stamp(now_ms):
+        now_ms = _milliseconds(after) + 1
+    return f"{_stamp(now_ms)}-{os.urandom(3).hex()}"
+
+
+def _stamp(now_ms: int) -> str:
+    """The time part of an id, from milliseconds since the epoch."""
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now_ms // 1000))}{now_ms % 1000:03d}"
+
+
+def _milliseconds(image_id: str) -> int:
+    """The reverse of `_stamp`."""
+    return timegm(time.strptime(image_id[:15], "%Y%m%dT%H%M%S")) * 1000 + int(image_id[15:18])
 
 
 def parse_image(text: str) -> tuple[str | None, ImageRef]:

@@ -137,23 +137,22 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
         report.phases = watch.phases
         return report
     hooks = load_hooks()
-    described = _describe(options, target)
     with interruptible(_left_s(options, watch)) as interrupts:
         work = _Dump(options, target, watch, report, interrupts, progress)
         work.shared = shared or work.shared
-        work.on_frozen = lambda: hooks.call("dump_frozen", target=described)
+        work.on_frozen = lambda: hooks.call("dump_frozen", target=work.described())
         work.plugins = [one for one in hooks.plugins if not one.error]
         work.shared.see_caller()
         try:
-            hooks.call("dump_before_freeze", target=described)
+            hooks.call("dump_before_freeze", target=work.described())
             work.run()
         except BaseException as error:
-            hooks.call("dump_failed", target=described, failure=failure_of(error))
+            hooks.call("dump_failed", target=work.described(), failure=failure_of(error))
             raise
     report.phases = watch.phases
     report.total_ms = watch.since_start_ms()
     work.learn()
-    hooks.call("dump_finished", target=described, report=report.as_json())
+    hooks.call("dump_finished", target=work.described(), report=report.as_json())
     report.findings = (*report.findings, *hooks.findings)
     return report
 
@@ -161,16 +160,6 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
 def _left_s(options: DumpOptions, watch: Stopwatch) -> float | None:
     """The time until the deadline (seconds), which counts from the start of the dump."""
     return None if options.deadline_s is None else options.deadline_s - watch.since_start_ms() / 1000
-
-
-def _describe(options: DumpOptions, target: Target) -> DumpTarget:
-    return DumpTarget(
-        pid=options.pid,
-        processes=tuple(process.pid for process in target.evidence.tree),
-        image=f"{target.name}@{target.image_id}",
-        store=options.store,
-        outcome=options.outcome.value,
-    )
 
 
 def look(options: DumpOptions) -> Target:
@@ -267,6 +256,16 @@ class _Dump:
                     self.store.give_up()  # it may be what failed: nobody waits for it a second time
                 raise
 
+    def described(self) -> DumpTarget:
+        """The dump as plug-ins are told of it."""
+        return DumpTarget(
+            pid=self.options.pid,
+            processes=tuple(process.pid for process in self.target.evidence.tree),
+            image=self.report.image,
+            store=self.options.store,
+            outcome=self.options.outcome.value,
+        )
+
     # Everything that takes time and does not need the tree frozen comes first.
 
     def _prepare(self, held: ExitStack) -> None:
@@ -292,6 +291,7 @@ class _Dump:
             self.store = store
             self.session = held.enter_context(Session(store, self.target.image_id))
             known = known_for(self.target.evidence, store, self.target.name)
+            self._date_after(known.newest_image)
             self.writer = PackWriter(store, self.target.image_id, known)
             held.callback(self.writer.close)
             pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
@@ -310,6 +310,13 @@ class _Dump:
             self.load = load
             self._foresee(load)
             self._compare_with_deadline()
+
+    def _date_after(self, newest: str) -> None:
+        """Have the image be newer than the newest of its name, though another host's clock was ahead."""
+        if self.target.image_id <= newest:
+            self.target = replace(self.target, image_id=new_image_id(newest))
+            self.report.id = self.target.image_id
+            self.report.image = f"{self.target.name}@{self.report.id}"
 
     # Whatever should be wrong with a forecast, the dump goes on.
 

@@ -38,6 +38,7 @@ from crcli.image.retention import retire
 from crcli.job.identity import Identity, identify_job
 from crcli.job.start import start_job
 from crcli.notice import Notices
+from crcli.pipeline.interrupts import Interrupted
 from crcli.pipeline.stages import (
     OnFailure,
     OnMismatch,
@@ -276,19 +277,16 @@ class _Run:
         """An image that cannot be restored here: raise, or return when the job is to start all the same."""
         if self.is_lost:
             raise self._lost()
-        if self.options.on_failure is OnFailure.COLD:
+        is_interrupted = isinstance(error.__cause__, Interrupted)
+        if self.options.on_failure is OnFailure.COLD and not is_interrupted:
             self.tell(f"starting afresh, for the image cannot be restored here: {error.message}")
             return
-        if self.options.on_failure is OnFailure.RETRY or self._leaves():
+        if self.options.on_failure is OnFailure.RETRY or is_interrupted:
             raise TryAgain(
                 f"the job was not started here: {error.message}",
                 hint="its image stands: start the same command again, here or elsewhere",
             ) from error
         raise error
-
-    def _leaves(self) -> bool:
-        """Whether this node goes away already: then a restore that a signal ended is no failure."""
-        return select.select([self.notices.fd], [], [], 0)[0] != []
 
     def _bring_back(self, entry: Entry) -> _Running:
         from crcli.pipeline.restore import Stay, bring_back

@@ -36,7 +36,10 @@ PREFIX = "crcli_"
 
 @dataclass(frozen=True)
 class DumpTarget:
-    """A tree that is to be dumped. `image` is NAME@ID, `outcome` is killed, running or stopped."""
+    """A tree that is to be dumped. `image` is NAME@ID, `outcome` is killed, running or stopped.
+
+    Before the freeze ID can be an earlier one, where the clock is behind that of an image's host.
+    """
 
     pid: int
     processes: tuple[int, ...]

@@ -227,6 +227,24 @@ def test_the_rest_of_our_input_is_there_afterwards(crcli: Crcli, tmp_path: Path)
     assert one.out == "got second\n"
 
 
+def test_a_notice_at_any_moment_of_a_start_loses_nothing(crcli: Crcli, tmp_path: Path) -> None:
+    """While crcli starts, claims, and brings the job back: saved (75), or not begun (143); it goes on then."""
+    written = ""
+    with job(crcli, tmp_path / "0", *steps(100, 0.05)) as one:
+        one.lines(2)
+        one.tell()
+        one.end(75)
+    written += one.out
+    for number in range(1, 7):
+        with job(crcli, tmp_path / str(number), *steps(100, 0.05)) as one:
+            time.sleep(0.2 * number)
+            one.tell()
+            assert one.end() in (75, 128 + signal.SIGTERM, -signal.SIGTERM), one.err
+        written += one.out
+    done = to_the_end(crcli, tmp_path / "7", *steps(100, 0.05))
+    assert written + done.out == result_of_steps(100)
+
+
 def test_fresh_starts_from_the_beginning(crcli: Crcli, tmp_path: Path) -> None:
     """--fresh takes no account of images."""
     with job(crcli, tmp_path / "1", *steps(150, 0.05)) as one:
