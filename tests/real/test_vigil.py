@@ -1,5 +1,5 @@
-"""A job that is given notice of every kind, at random times, again and again, comes to the same end as one that
-nobody disturbed. And what a vigil does that `crcli watch` does not show."""
+"""A job that is given notice of every kind, at random times, again and again, ends as one that nobody disturbed.
+And what a vigil does that `crcli watch` does not show."""
 
 from __future__ import annotations
 
@@ -333,7 +333,7 @@ def test_a_tree_that_ends_is_no_failure(crcli: Crcli) -> None:
 def test_saved_even_if_the_dumper_does_not_live_to_say_so(
     crcli: Crcli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tree is dead and its image is there: the store knows, also when the dumper did not live to answer."""
+    """The tree is dead and its image is there: the store knows, if the dumper did not live to answer."""
     from crcli.pipeline import dumper as module
 
     heard = module.Dumper.hear
