@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -64,5 +65,5 @@ def watch(
         endpoint_url=chosen.endpoint_url,
     )
     wish = keeping(options, every, keep, mtbf, reserve)
-    end = watch_tree(wish, notice or [], grace, vigils.teller(as_json))
-    return vigils.show_end(pid, end, as_json)
+    answer = partial(vigils.show_end, pid, as_json)
+    return watch_tree(wish, notice or [], grace, vigils.teller(as_json), answer)

@@ -141,6 +141,11 @@ class Dumper:
         """Have the dump under way end as SIGTERM ends `crcli dump`; `hear` says how it ended."""
         self._say({"stop": True})
 
+    def kill(self) -> None:
+        """Kill it: CRIU lets go of the tree, and what was not durable is nothing. `hear` says so."""
+        if self._process is not None:
+            self._process.kill()
+
     def set_deadline(self, seconds: float) -> None:
         """Give the dump under way another deadline, from now."""
         self._say({"until": _until(seconds)})

@@ -55,6 +55,9 @@ _PATIENCE_S = 120.0
 _PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 """Between two tries: at first, and at most (seconds)."""
 
+_LONGEST_STOP_S, _STOP_SHARE = 5.0, 0.15
+"""How long a dump that was stopped may take to end (seconds), and which share of a short time."""
+
 _LOOK_AGAIN_S = 0.05
 """How often a tree is looked at whose dump should have ended (seconds)."""
 
@@ -146,7 +149,7 @@ class _UnderWay:
     since: str
     seen: Activity
     phase: str = ""
-    is_stopped: bool = False
+    stopped_at: float | None = None
 
     @property
     def tree_is_free(self) -> bool:
@@ -245,6 +248,8 @@ class Vigil:
 
     def _next_time(self) -> float | None:
         """When there is something to do even if nothing is heard."""
+        if self._under_way is not None and self._under_way.stopped_at is not None:
+            return max(self._under_way.stopped_at + self._patience_s(), time.monotonic() + _LOOK_AGAIN_S)
         if self._has_ended:
             return None if self._under_way is not None else time.monotonic()
         if (leaving := self._leaving) is None:
@@ -350,7 +355,7 @@ class Vigil:
             self._dumper.retire(self._keeping.dump.name, self._keeping.dump.job, self._keeping.keep)
 
     def _image_failed(self, under_way: _UnderWay, error: CrcliError) -> None:
-        if under_way.is_stopped:
+        if under_way.stopped_at is not None:
             return
         self._schedule.failed(time.monotonic())
         self._say("image-failed", f"no image could be taken: {error.message}", **_of(error))
@@ -377,7 +382,9 @@ class Vigil:
 
     def _hurry(self, under_way: _UnderWay) -> None:
         """Have a dump that stands in the way of something else end: see the module."""
-        if under_way.is_stopped:
+        if under_way.stopped_at is not None:
+            if time.monotonic() > under_way.stopped_at + self._patience_s():
+                self._dumper.kill()  # which loses nothing: it waits for a store that does not answer, maybe
             return
         is_image = under_way.purpose is not Purpose.LEAVE
         is_in_vain = self._is_interrupted or (is_image and self._has_ended)
@@ -388,8 +395,14 @@ class Vigil:
             self._stop(under_way)
 
     def _stop(self, under_way: _UnderWay) -> None:
-        under_way.is_stopped = True
+        under_way.stopped_at = time.monotonic()
         self._dumper.stop()
+
+    def _patience_s(self) -> float:
+        """How long a dump that was stopped may take to end (seconds)."""
+        if (leaving := self._leaving) is None:
+            return _LONGEST_STOP_S
+        return min(_LONGEST_STOP_S, (leaving.limit - leaving.at) * _STOP_SHARE)
 
     def _saved(self, image: str, report: dict[str, Any] | None) -> VigilEnd:
         leaving = self._leaving

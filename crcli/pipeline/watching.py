@@ -24,9 +24,16 @@ if TYPE_CHECKING:
 
 
 def watch_tree(
-    keeping: Keeping, notices: Sequence[str], grace_s: float | None, tell: Callable[[Event], None]
-) -> VigilEnd:
+    keeping: Keeping,
+    notices: Sequence[str],
+    grace_s: float | None,
+    tell: Callable[[Event], None],
+    answer: Callable[[VigilEnd], int],
+) -> int:
     """Watch the tree of `keeping.dump.pid` until it ends, is saved on notice, or cannot be.
+
+    Returns what `answer` made of the end, which it is told at once: to give the name back takes a while where
+    the store is slow, and there may be no time for that.
 
     The images' name is claimed meanwhile. The tree is not stopped when the store cannot be reached and the
     claim lapses, for it is somebody else's; it may then run here and elsewhere. Raises UsageError,
@@ -58,14 +65,15 @@ def watch_tree(
         lease.keep(on_lease)
         tell(Event("watching", f"watching process {root.pid} as {name}", {"pid": root.pid, "name": name}))
         end = vigil.keep(ended)
-        if end.why is Why.SAVED and end.notice is not None:
-            end.notice.on_saved()
         if end.why is Why.STOPPED:
             raise NameClaimed(
                 f"the name {name} was taken over by another; the tree runs on, unwatched",
                 hint="`crcli lease ls` says who has it",
             )
-        return end
+        code = answer(end)
+        if end.why is Why.SAVED and end.notice is not None:
+            end.notice.on_saved()
+        return code
 
 
 _WORDS = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from crcli.errors import CrcliError, DumpFailed
 from crcli.findings import Finding, Severity
 from crcli.pipeline.vigil import Event, VigilEnd, Why
+from crcli.ui import errors
 from crcli.ui.reports import show_json
 from crcli.ui.text import printable
 
@@ -31,10 +32,10 @@ def teller(as_json: bool) -> Callable[[Event], None]:
     return tell
 
 
-def show_end(pid: int, end: VigilEnd, as_json: bool) -> int:
-    """Show how a vigil ended, and return the exit code; raises the error of a tree that was left behind."""
+def show_end(pid: int, as_json: bool, end: VigilEnd) -> int:
+    """Show how a vigil ended, and return the exit code."""
     if end.why is Why.LEFT_BEHIND:
-        raise _explained(end)
+        return errors.show(_explained(end), as_json)
     if as_json:
         show_json(as_object(pid, end))
     elif end.why is Why.SAVED:

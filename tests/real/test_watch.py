@@ -24,7 +24,6 @@ from tests.support.crcli import (
     assert_goes_on,
     counted,
     counter,
-    end,
     reap,
     tree_of,
     wait_until,
@@ -101,11 +100,6 @@ def images(crcli: Crcli) -> list[str]:
     """The images that there are."""
     found = crcli.run("ls", "--store", crcli.store, "--json").json["images"]
     return [one["image"] for one in found]
-
-
-def assert_dead(trees: list[psutil.Process]) -> None:
-    """Assert that a tree was killed, and reap it."""
-    reap(trees)
 
 
 # --- images while it runs ----------------------------------------------------------------------------------
@@ -345,6 +339,17 @@ def test_the_watcher_can_be_killed(crcli: Crcli) -> None:
 # --- a slow store ------------------------------------------------------------------------------------------
 
 
+BIG = """
+import hashlib, itertools, os, time
+memory = [os.urandom(1 << 20) for _ in range({mib})]
+print('ready')
+for number in itertools.count():
+    print(number, hashlib.blake2b(memory[0], digest_size=8).hexdigest())
+    time.sleep(0.02)
+"""
+"""A counter with so much memory."""
+
+
 @contextmanager
 def slow_store(crcli: Crcli, monkeypatch: pytest.MonkeyPatch, mib_per_s: float) -> Iterator[str]:
     """The URL of an S3 store that takes so much."""
@@ -361,7 +366,7 @@ def test_a_gibibyte_and_three_seconds(crcli: Crcli, monkeypatch: pytest.MonkeyPa
     no image, not even half of one."""
     with (
         slow_store(crcli, monkeypatch, 20) as store,
-        spawn_python(counter(kilobytes=1 << 20)) as program,
+        spawn_python(BIG.format(mib=1024)) as program,
         watching(crcli, program.pid, store=store) as watch,
     ):
         time.sleep(1.5)  # for the dumper to be ready
@@ -377,7 +382,7 @@ def test_three_seconds_are_enough_with_an_image_before(crcli: Crcli, monkeypatch
     earlier image named."""
     with (
         slow_store(crcli, monkeypatch, 20) as store,
-        spawn_python(counter(kilobytes=200 << 10)) as program,
+        spawn_python(BIG.format(mib=100)) as program,
     ):
         tree = tree_of(program.pid)
         with watching(crcli, program.pid, "--every", "1s", store=store) as watch:
@@ -388,9 +393,9 @@ def test_three_seconds_are_enough_with_an_image_before(crcli: Crcli, monkeypatch
                 saved = watch.ends(75)
                 assert saved["timing"]["fact"] < 6
                 reap(tree)
-                crcli.run("restore", saved["image"], "--store", store)
+                restored = crcli.run("restore", saved["image"], "--store", store, "--json").json
+                crcli.adopt(restored["host_pid"])
                 assert_goes_on(program)
-                end(tree_of(next(one.pid for one in psutil.Process().children() if one.is_running())))
             else:
                 error = refused(watch, 6)
                 assert error["state"] == "running" and image in error["message"]
