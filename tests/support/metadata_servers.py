@@ -87,8 +87,13 @@ class Service:
             def log_message(self, format: str, *arguments: object) -> None:
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """A client that has gone: one that was stopped does not wait for its answer."""
+
+        server = Server(("127.0.0.1", port), Handler)
         self.port = server.server_port
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,3 +51,10 @@ def next_of(notices: Notices) -> Notice:
 def handlers(numbers: Sequence[signal.Signals]) -> list[object]:
     """What this process does upon signals."""
     return [signal.getsignal(number) for number in numbers]
+
+
+def free_port() -> int:
+    """A port that nobody has at this moment."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port: int = one.getsockname()[1]
+        return port

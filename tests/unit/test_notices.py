@@ -22,7 +22,7 @@ import pytest
 
 from crcli.errors import UsageError
 from crcli.notice import Notice, Notices, Source, SourceKind, Surroundings, Urgency
-from crcli.notice.base import Tell, grace_of, nothing, seconds
+from crcli.notice.base import Tell, grace_of, note, nothing, seconds
 from crcli.notice.choose import choose, known_kinds
 from crcli.notice.file import FileAppears
 from crcli.notice.hook import HttpHook
@@ -30,7 +30,7 @@ from crcli.notice.signals import NAMES, OnSignal
 from crcli.notice.slurm import _local
 from crcli.plugins import load_hooks, spec
 from crcli.plugins.loader import Hooks
-from tests.support.notices import ENOUGH_S, Reported, handlers, next_of, watching
+from tests.support.notices import ENOUGH_S, Reported, free_port, handlers, next_of, watching
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,6 +103,38 @@ def test_a_broken_source_is_a_finding_and_the_others_go_on() -> None:
     assert {finding.evidence["source"] for finding in notices.findings} == {"broken", "exits"}
     assert {finding.name for finding in notices.findings} == {"notice-failed"}
     assert notices.findings == list(reported)
+
+
+def test_who_listens_for_findings_may_fail() -> None:
+    """A terminal that has gone ends no source: it is heard after a finding that nobody could be told of."""
+
+    def fail(finding: object) -> None:
+        raise BrokenPipeError
+
+    class Reports(Says):
+        def watch(self, tell: Tell, stopped: threading.Event) -> None:
+            notices._report(note("notice-silent", "says", "hears nothing", "tries on"))
+            super().watch(tell, stopped)
+
+    notices = Notices(["none"], found=fail)
+    notices.sources = [Reports(Notice("says", "go"))]
+    with notices:
+        assert next_of(notices).reason == "go"
+    assert len(notices.findings) == 1
+
+
+def test_threads_leave_signals_to_the_main_thread() -> None:
+    """One that is delivered to another thread would not end the main thread's wait."""
+    with Notices(["sigusr1"], environ={}) as notices:
+        for thread in notices._threads:
+            for _ in range(1000):
+                status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+                blocked = int(re.findall(r"SigBlk:\s*(\w+)", status)[0], 16)
+                if blocked >> (signal.SIGUSR1 - 1) & 1 and blocked >> (signal.SIGTERM - 1) & 1:
+                    break
+                time.sleep(0.01)
+            else:
+                raise AssertionError(f"{thread.name} takes signals")
 
 
 def test_everybody_who_gave_notice_is_told_that_the_job_is_saved() -> None:
@@ -404,13 +436,6 @@ class Client:
         content = answer.read()
         connection.close()
         return answer.status, json.loads(content) if content.startswith(b"{") else content
-
-
-def free_port() -> int:
-    """A port that nobody has at this moment."""
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        port: int = one.getsockname()[1]
-        return port
 
 
 def wait_until_open(port: int) -> None:
