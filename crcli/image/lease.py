@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import threading
 import time
 from enum import StrEnum
@@ -83,14 +84,15 @@ class LeaseState(StrEnum):
 class Lease:
     """A name that is ours, until it lapses or is lost. `number` grows when it lapsed and was claimed again.
 
-    `good_until` is when it lapses, in seconds of CLOCK_BOOTTIME: whoever must not rely on this process being
-    scheduled (the job's own init) can watch it by itself.
+    `good_until` is when it lapses, in seconds of CLOCK_BOOTTIME. Whoever must not rely on this process being
+    scheduled reads it, a double, from the descriptor `deadline`.
     """
 
     def __init__(self, store: Store, name: str, holder: str, ttl_s: float) -> None:
         """Of a name that is not ours yet; see `claim`."""
         self.name = check_name(name)
         self.number = 0
+        self.deadline = os.memfd_create("crcli-lease")
         self.good_until = 0.0
         self._store = store
         self._ttl_s = ttl_s
@@ -134,6 +136,16 @@ class Lease:
             if watch.holder_lives if give_up is None else clock() >= give_up:
                 raise _refusal(newest)
             time.sleep(_pause(newest, give_up))
+
+    @property
+    def good_until(self) -> float:
+        """When it lapses."""
+        return self._good_until
+
+    @good_until.setter
+    def good_until(self, value: float) -> None:
+        self._good_until = value
+        os.pwrite(self.deadline, struct.pack("d", value), 0)
 
     @property
     def nonce(self) -> str:

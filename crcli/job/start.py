@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from crcli import kernel
 from crcli.errors import HostLacks
-from crcli.job import init
+from crcli.job import init, sentry
 from crcli.job.relay import Relay
 from crcli.process import warden
 from crcli.process.identity import ProcessId, identify
 from crcli.process.tree import child_pids
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,30 @@ def _only_child(pid: int) -> ProcessId | None:
         return identify(child)
     except (ValueError, ProcessLookupError):
         return None
+
+
+@contextmanager
+def watched(deadline: int, root: ProcessId) -> Iterator[None]:
+    """Until the end of the block a sentry stops the tree of this root while the lease has lapsed.
+
+    `deadline` is a descriptor of the time until which it is good (`Lease.deadline`).
+    """
+    ours = os.pidfd_open(os.getpid())
+    words = (deadline, ours, root.pid, root.start_time)
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-E", sentry.__file__, *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(deadline, ours),
+        start_new_session=True,
+    )
+    os.close(ours)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 class _Stdio:

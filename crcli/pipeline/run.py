@@ -36,7 +36,7 @@ from crcli.image.lease import Lease, LeaseState
 from crcli.image.names import check_name
 from crcli.image.retention import retire
 from crcli.job.identity import Identity, identify_job
-from crcli.job.start import start_job
+from crcli.job.start import start_job, watched
 from crcli.notice import Notices
 from crcli.pipeline.interrupts import Interrupted
 from crcli.pipeline.stages import (
@@ -226,7 +226,11 @@ class _Run:
             self.lease.covers([job.root])
             if self.lease.state is LeaseState.LAPSED:
                 self._stop()
-            with self._signals_passed_on(job), job.relay.raw_terminal():
+            with (
+                watched(self.lease.deadline, job.root),
+                self._signals_passed_on(job),
+                job.relay.raw_terminal(),
+            ):
                 job.relay.start()
                 self._keep(job)
                 job.relay.finish(_LAST_WORDS_S)

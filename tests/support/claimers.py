@@ -99,11 +99,11 @@ class Journalled(Lease):
     @property
     def good_until(self) -> float:
         """As it was set."""
-        return self._good_until
+        return super().good_until
 
     @good_until.setter
     def good_until(self, value: float) -> None:
-        self._good_until = value
+        Lease.good_until.__set__(self, value)  # type: ignore[attr-defined]
         if value:
             self._note(good_until=value)
 
