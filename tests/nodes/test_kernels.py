@@ -27,6 +27,7 @@ from tests.support.s3servers import S3Server, start_moto
 pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=f"{why_not()}: ./scripts/test nodes installs what it takes"),
     pytest.mark.timeout(1800),
+    pytest.mark.alone,  # a machine under emulation takes a core, and as much memory as there may be
 ]
 
 PRE_COPY = "tests/real/test_pre_copy.py"
