@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from crcli.guard.baseline import Baseline
     from crcli.image.catalog import Entry
     from crcli.job.relay import Relay
+    from crcli.notice import Notice
     from crcli.pipeline.stages import Progress
     from crcli.process.identity import ProcessId
     from crcli.store.base import Store
@@ -203,7 +204,8 @@ class _Run:
         self.progress = progress
         self.job: _Running | None = None
         self.vigil: Vigil | None = None
-        self.end: VigilEnd | None = None
+        self.notice: Notice | None = None
+        """Because of which the job was dumped."""
         self.stopping = threading.Lock()
         self.stopped: list[ProcessId] = []
         self.is_lost = False
@@ -347,26 +349,26 @@ class _Run:
             job=self._facts(),
         )
         keeping = replace(self.options.keeping, dump=dump)
-        image = self.report.image
-        while True:
-            self.vigil = Vigil(keeping, job.root, self.notices, self._on_event, image=image)
+        end = VigilEnd(Why.LEFT_BEHIND, image=self.report.image)
+        while end.why is Why.LEFT_BEHIND:  # it runs on, and may be spared
+            self.notice = end.notice
+            self.vigil = Vigil(keeping, job.root, self.notices, self._on_event, image=end.image)
             end = self.vigil.keep(job.ended) if not self.is_lost else VigilEnd(Why.STOPPED)
             self.vigil = None
-            image = end.image
             if self.is_lost:
                 raise self._lost()
-            if end.why is not Why.LEFT_BEHIND:  # then it runs on, and may be spared
-                break
-        self.end = end
         if end.why is Why.SAVED:
-            self.report.end, self.report.saved = "saved", end.image
-            self.report.exit_code = SAVED
+            self.notice = end.notice
+            self._is_saved_as(end.image)
         else:
-            self._ended(job)
+            self._ended(job, end.image)
+
+    def _is_saved_as(self, image: str) -> None:
+        self.report.end, self.report.saved, self.report.exit_code = "saved", image, SAVED
 
     def _facts(self) -> dict[str, Any]:
         """What its images say of the job."""
-        facts = {**self.identity.as_json(), "lease": self.lease.number}
+        facts = {**self.identity.as_json(), "lease": self.report.lease}
         if self.options.baseline is not None:
             facts["cpu_baseline"] = self.options.baseline.kept_here()
         return facts
@@ -377,16 +379,28 @@ class _Run:
 
     def say_that_it_is_saved(self) -> None:
         """To whoever gave notice, if it is."""
-        if self.end is not None and self.end.notice is not None and self.end.why is Why.SAVED:
-            self.end.notice.on_saved()
+        if self.report.end == "saved" and self.notice is not None:
+            self.notice.on_saved()
 
-    def _ended(self, job: _Running) -> None:
+    def _ended(self, job: _Running, newest: str) -> None:
+        """The job's end is its own, unless a dump killed it that we had given up waiting for."""
         select.select([job.ended], [], [])
         word = os.read(job.ended, 64)
         code = int(word) if word else -signal.SIGKILL
         self.report.end = "ended"
         self.report.exit_code = code if code >= 0 else 128 - code
         self.lived_s = time.monotonic() - job.since
+        if code == -signal.SIGKILL and (image := self._newer_than(newest)):
+            self._is_saved_as(image)
+
+    def _newer_than(self, image: str) -> str:
+        """The newest image, if it was taken under our lease and is not that one; empty where it is not."""
+        try:
+            newest = next(iter(list_entries(self.store, self.options.name)[::-1]), None)
+        except StoreError:
+            return ""
+        is_ours = newest is not None and (newest.meta.get("job") or {}).get("lease") == self.report.lease
+        return str(newest.ref) if newest is not None and is_ours and str(newest.ref) != image else ""
 
     def _died_of_restore(self) -> RestoreFailed | None:
         """The error of a job that died of its first instructions here; its image stands."""
