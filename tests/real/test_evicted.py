@@ -15,12 +15,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.crcli import Crcli, wait_until
+from tests.support.crcli import Crcli, tree_of, wait_until
 from tests.support.jobs import Job, job, python_job
 
 EVICTIONS = int(os.environ.get("CRCLI_FAULT_ROUNDS", "3"))
@@ -95,9 +96,10 @@ def dumper_killed(one: Job) -> None:
     """Notice, and the process that dumps is killed meanwhile: it is tried again."""
     one.tell(signal.SIGTERM)
     time.sleep(random.Random(SEED + one.port).uniform(0, 0.4))
-    for process in psutil.Process(one.process.pid).children():
-        if "crcli.pipeline.dumper" in " ".join(process.cmdline()):
-            process.kill()
+    for process in tree_of(one.process.pid):
+        with suppress(psutil.Error):
+            if "crcli.pipeline.dumper" in " ".join(process.cmdline()):
+                process.kill()
 
 
 EVICTED_BY: dict[str, Callable[[Job], None]] = {
