@@ -1,4 +1,4 @@
-"""A job that is given notice of every kind, at random times, again and again, ends as one that nobody disturbed.
+"""A job that is given notice of every kind, at random times, again and again, ends as if there had been none.
 And what a vigil does that `crcli watch` does not show."""
 
 from __future__ import annotations
