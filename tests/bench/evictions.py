@@ -29,7 +29,7 @@ from tests.support.jobs import result_of_steps, steps
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-STEPS, PAUSE_S = 40, 0.05
+STEPS, PAUSE_S = 100, 0.05
 _LONGEST_S = 8.0
 """An eviction comes so late at most: a little later than the job takes."""
 _MOST_EVICTIONS = 3

@@ -6,8 +6,8 @@ A job is tests/bench/step_agent.py. Each time that it starts it is evicted with 
 50 %, at a moment that is equally likely anywhere in what is left of it; both ways draw the same lots. To be
 evicted is to get SIGTERM, and SIGKILL after the grace time. Without crcli the job begins anew, with it the
 same command is started again. Its cost is the time that a machine was taken for it, from each start to
-each end, in units of what it costs undisturbed and without crcli. Every job's result must be the undisturbed
-one's.
+each end, in units of what the same job costs undisturbed and without crcli, which runs beside the others:
+what slows the machine down slows down all. Every job's result must be the undisturbed one's.
 
 Without crcli a job costs 1 + r / (1 - r) / 2 at the rate r, since half of every lost attempt is lost on the
 average. An eviction is drawn for each start, also for one that has little left to do: with crcli, which
@@ -39,13 +39,12 @@ from tests.bench.plot import Curve, plot
 from tests.support.crcli import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 PROGRAM = Path(__file__).parent / "step_agent.py"
 SAVED = 75
 GOAL = 1.05
 GRACE_S = 30.0
-_UNDISTURBED = 3
 _LIMIT = 20.0
 """An attempt that takes this many times the undisturbed job's time hangs."""
 
@@ -125,17 +124,10 @@ class Bench:
     undisturbed_s: float = 0.0
     result: str = ""
 
-    def measure_undisturbed(self) -> None:
-        """Run the job plainly some times; their median is the unit of every cost."""
-        jobs = [
-            self.run(f"undisturbed-{number}", iter([None]), with_crcli=False)
-            for number in range(_UNDISTURBED)
-        ]
-        self.undisturbed_s = median(job.wall_s for job in jobs)
-        results = {job.result for job in jobs}
-        if len(results) != 1:
-            raise BenchError(f"undisturbed runs differ: {results}")
-        self.result = results.pop()
+    def learn(self) -> None:
+        """Run the job plainly once: what it comes to, and how long that takes (evictions fall into it)."""
+        job = self.run("first", iter([None]), with_crcli=False)
+        self.undisturbed_s, self.result = job.wall_s, job.result
 
     def run(self, name: str, evictions: Iterator[float | None], *, with_crcli: bool) -> Job:
         """Run one job to its end, however often it is evicted; raise BenchError where it ends otherwise."""
@@ -223,6 +215,7 @@ class Row:
     """What one rate of evictions made jobs cost."""
 
     rate: float
+    undisturbed_s: float
     evictions_without: int
     evictions_with: int
     expected: float
@@ -232,41 +225,42 @@ class Row:
     same_results: int
 
 
-def measure(
-    bench: Bench, rate: float, jobs: int, parallel: int, say: Callable[[str], None]
-) -> tuple[Row, dict[str, Any]]:
+WAYS = ("undisturbed", "without", "with")
+
+
+def measure(bench: Bench, rate: float, jobs: int, parallel: int) -> tuple[Row, dict[str, list[Job]]]:
     """Run so many jobs each way at one rate."""
-    found: dict[bool, list[Job]] = {}
-    for with_crcli in (False, True):
 
-        def one(number: int, with_crcli: bool = with_crcli) -> Job:
-            name = f"tax-{rate * 100:.0f}-{number}-{'with' if with_crcli else 'without'}"
-            return bench.run(name, lots(rate, number), with_crcli=with_crcli)
+    def one(task: tuple[int, str]) -> Job:
+        number, way = task
+        evictions = iter([None]) if way == "undisturbed" else lots(rate, number)
+        return bench.run(f"tax-{rate * 100:.0f}-{number}-{way}", evictions, with_crcli=way == "with")
 
-        with ThreadPoolExecutor(parallel) as threads:
-            found[with_crcli] = list(threads.map(one, range(jobs)))
-        way, cost_s = "with" if with_crcli else "without", mean(job.wall_s for job in found[with_crcli])
-        say(f"{rate:.0%} {way}: {cost_s:.1f} s a job")
-    costs = {way: mean(job.wall_s for job in done) / bench.undisturbed_s for way, done in found.items()}
-    saves = [
-        one.after_notice_s for job in found[True] for one in job.attempts if one.evicted and one.code == SAVED
-    ]
-    row = Row(
-        rate,
-        *(sum(job.evictions for job in found[way]) for way in (False, True)),
-        expected_without(rate),
-        costs[False],
-        costs[True],
-        median(saves) if saves else 0.0,
-        sum(job.result == bench.result for done in found.values() for job in done),
+    with ThreadPoolExecutor(parallel) as threads:
+        done = list(threads.map(one, [(number, way) for number in range(jobs) for way in WAYS]))
+    found = {way: done[place :: len(WAYS)] for place, way in enumerate(WAYS)}
+    return summarise(rate, found, bench.result), found
+
+
+def summarise(rate: float, found: dict[str, list[Job]], result: str) -> Row:
+    """The figures of one rate."""
+    undisturbed_s, *walls_s = (mean(job.wall_s for job in found[way]) for way in WAYS)
+    without, with_crcli = (wall_s / undisturbed_s for wall_s in walls_s)
+    saves = [one.after_notice_s for job in found["with"] for one in job.attempts if one.code == SAVED]
+    return Row(
+        rate=rate,
+        undisturbed_s=undisturbed_s,
+        evictions_without=sum(job.evictions for job in found["without"]),
+        evictions_with=sum(job.evictions for job in found["with"]),
+        expected=expected_without(rate),
+        without=without,
+        with_crcli=with_crcli,
+        after_notice_s=median(saves) if saves else 0.0,
+        same_results=sum(job.result == result for jobs in found.values() for job in jobs),
     )
-    return row, {
-        way: [asdict(job) for job in done]
-        for way, done in zip(("without", "with"), found.values(), strict=True)
-    }
 
 
-def as_table(rows: Sequence[Row], undisturbed_s: float, jobs: int) -> str:
+def as_table(rows: Sequence[Row], jobs: int) -> str:
     """The figures as a Markdown table."""
     lines = [
         "| Evicted, of starts | without crcli (expected) | with `crcli run` "
@@ -278,10 +272,10 @@ def as_table(rows: Sequence[Row], undisturbed_s: float, jobs: int) -> str:
         f"| {row.evictions_without}, {row.evictions_with} | {row.after_notice_s:.2f} s |"
         for row in rows
     ]
-    same = sum(row.same_results for row in rows)
+    same, undisturbed_s = sum(row.same_results for row in rows), mean(row.undisturbed_s for row in rows)
     lines.append(
-        f"\nCost of a job in units of an undisturbed one ({undisturbed_s:.1f} s), means of {jobs} jobs each; "
-        f"{same} of {2 * jobs * len(rows)} results are the undisturbed one's."
+        f"\nCost of a job in units of an undisturbed one ({undisturbed_s:.0f} s), means of {jobs} jobs; "
+        f"{same} of {len(WAYS) * jobs * len(rows)} results are the undisturbed one's."
     )
     return "\n".join(lines)
 
@@ -317,17 +311,18 @@ def main() -> int:
     try:
         agent = Agent(options.steps, options.wait, options.mebibytes)
         bench = Bench(agent, folder, options.store or f"file://{folder}/store", options.run_option)
-        bench.measure_undisturbed()
+        bench.learn()
         say(f"undisturbed: {bench.undisturbed_s:.1f} s, {options.steps * options.mebibytes} MiB at the end")
         for percent in options.rates:
-            row, detail = measure(bench, percent / 100, options.jobs, options.parallel, say)
+            row, found = measure(bench, percent / 100, options.jobs, options.parallel)
+            say(f"{percent} %: {row}")
             rows.append(row)
-            details[f"{percent}"] = detail
+            details[f"{percent}"] = {way: [asdict(job) for job in jobs] for way, jobs in found.items()}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(as_table(rows, bench.undisturbed_s, options.jobs))
+    print(as_table(rows, options.jobs))
     if options.out:
-        print(f"\nwritten to {_write(options, rows, details, bench.undisturbed_s)}")
+        print(f"\nwritten to {_write(options, rows, details)}")
     return int(any(row.with_crcli > GOAL for row in rows))
 
 
@@ -346,16 +341,13 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _write(
-    options: argparse.Namespace, rows: Sequence[Row], details: dict[str, Any], undisturbed_s: float
-) -> Path:
+def _write(options: argparse.Namespace, rows: Sequence[Row], details: dict[str, Any]) -> Path:
     now = datetime.now(UTC)
     names = ("jobs", "steps", "wait", "mebibytes", "parallel", "run_option")
     text = {
         "taken": now.isoformat(timespec="seconds"),
         "machine": {"cpus": os.cpu_count(), "kernel": os.uname().release},
         "options": {name: getattr(options, name) for name in names},
-        "undisturbed_s": undisturbed_s,
         "rows": [asdict(row) for row in rows],
         "jobs": details,
     }

@@ -9,10 +9,25 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.bench.commands import BenchError
-from tests.bench.restart_tax import Agent, Bench, Row, as_plot, as_table, expected_without, lots
+from tests.bench.restart_tax import (
+    SAVED,
+    Agent,
+    Attempt,
+    Bench,
+    Job,
+    Row,
+    as_plot,
+    as_table,
+    expected_without,
+    lots,
+    summarise,
+)
 
 AGENT = Agent(steps=4, wait_s=0.02, mebibytes=1)
-ROWS = [Row(0.1, 1, 2, 1.06, 1.05, 1.01, 0.9, 20), Row(0.5, 9, 8, 1.5, 1.62, 1.04, 0.8, 20)]
+ROWS = [
+    Row(0.1, 54.0, 1, 2, 1.06, 1.05, 1.01, 0.9, 30),
+    Row(0.5, 54.6, 9, 8, 1.5, 1.62, 1.04, 0.8, 30),
+]
 
 
 def test_both_ways_draw_the_same_lots() -> None:
@@ -46,7 +61,7 @@ def test_what_is_expected_is_what_the_lots_give() -> None:
 def test_a_job_that_is_evicted_begins_anew_and_comes_to_the_same_result(tmp_path: Path) -> None:
     """Two evictions, three attempts, one result; the cost is the time of all three."""
     bench = Bench(AGENT, tmp_path, "file:///none")
-    bench.measure_undisturbed()
+    bench.learn()
     bench.undisturbed_s = 0.1  # so that the evictions come before its end
     job = bench.run("job", iter([0.5, 0.9, None]), with_crcli=False)
     assert [attempt.evicted for attempt in job.attempts] == [True, True, False]
@@ -87,11 +102,27 @@ def test_how_much_is_left_is_read_from_the_progress(tmp_path: Path) -> None:
     assert AGENT.left(tmp_path) == 0.25
 
 
+def test_costs_are_in_units_of_the_jobs_that_ran_beside() -> None:
+    """Means of machine time, over that of undisturbed jobs; what was saved is what ended with 75."""
+    found = {
+        "undisturbed": [Job([Attempt(10.0, False, 0)], "x"), Job([Attempt(30.0, False, 0)], "x")],
+        "without": [Job([Attempt(5.0, True, -15), Attempt(20.0, False, 0)], "x")],
+        "with": [
+            Job([Attempt(5.0, True, SAVED, 0.7), Attempt(16.0, False, 0)], "x"),
+            Job([Attempt(21.0, False, 0)], "y"),
+        ],
+    }
+    row = summarise(0.5, found, "x")
+    assert (row.undisturbed_s, row.without, row.with_crcli) == (20, 1.25, 1.05)
+    assert (row.evictions_without, row.evictions_with, row.after_notice_s) == (1, 1, 0.7)
+    assert row.same_results == 4
+
+
 def test_the_table_and_the_plot_say_what_was_measured() -> None:
     """Every figure stands in the table; the plot is SVG with a curve for each way."""
-    table = as_table(ROWS, 54.3, 10)
+    table = as_table(ROWS, 10)
     assert "| 50% | 1.62 (1.50) | 1.040 | 9, 8 | 0.80 s |" in table
-    assert "40 of 40 results" in table and "54.3 s" in table
+    assert "60 of 60 results" in table and "(54 s)" in table
     svg = ElementTree.fromstring(as_plot(ROWS))
     curves = svg.findall("{http://www.w3.org/2000/svg}polyline")
     assert len(curves) == 3
