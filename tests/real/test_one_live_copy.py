@@ -33,7 +33,8 @@ for step in range(steps):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(os.open(f"{folder}/overlap", os.O_CREAT | os.O_WRONLY))
+            with open(f"{folder}/overlap", "a") as overlap:
+                overlap.write(f"step {step}, lease {open(os.environ['CRCLI_LEASE_FILE']).read()}")
         with open(os.environ["CRCLI_LEASE_FILE"]) as number, open(f"{folder}/numbers", "a") as numbers:
             numbers.write(number.read())
         time.sleep(pause)
@@ -112,7 +113,8 @@ def supervisor(
 
 def assert_never_two(folder: Path) -> None:
     """No copy has met another."""
-    assert not (folder / "overlap").exists()
+    overlap = folder / "overlap"
+    assert not overlap.exists(), overlap.read_text()
 
 
 def numbers(folder: Path) -> list[int]:
