@@ -25,6 +25,7 @@ from crcli.errors import (
     ImageDamaged,
     JobMismatch,
     NameClaimed,
+    PreflightRefused,
     RestoreFailed,
     StoreError,
     TreeState,
@@ -313,6 +314,8 @@ class _Run:
         )
         self.lease_file.follow(entry.meta.get("job", {}))
         restored = bring_back(options, self.progress, Stay(later, bound=True))
+        if restored.stopped:
+            _wake(restored.root)
         self.report.begun, self.report.image = "restored", restored.report.image
         self.tell(f"restored {restored.report.image} ({_age(entry)} old)")
         return _Running(restored.root, restored.child, restored.ended, restored.relay)
@@ -479,6 +482,16 @@ class _Run:
             f"the job {self.options.name} was taken over by another `crcli run`, and ended here",
             hint="`crcli ls` says who has it; nothing that it did here since its last image counts",
         )
+
+
+def _wake(root: ProcessId) -> None:
+    """Have a tree go on that was dumped while it stood still because its lease had lapsed.
+
+    Then its root, which is the init of ours, is stopped too, and nobody else would do that.
+    """
+    with suppress(ProcessLookupError, PreflightRefused):
+        for process in scan_tree(root):
+            os.kill(process.pid, signal.SIGCONT)
 
 
 def _end_it(job: _Running) -> None:

@@ -158,6 +158,21 @@ def test_a_supervisor_that_is_stopped_does_not_let_its_job_run_on(crcli: Crcli) 
     assert (crcli.folder / "result").read_text() == result(300)
 
 
+def test_a_job_that_was_dumped_while_it_stood_still_goes_on(crcli: Crcli) -> None:
+    """A job that stands still because its lease has lapsed may be dumped so; who brings it back wakes it."""
+    with supervisor(crcli, 1, 300, 0.02) as first:
+        wait_until(lambda: bool(numbers(crcli.folder)), "the job does not run", 30)
+        job = [one for one in tree_of(first.pid()) if "CRCLI_JOB" in one.environ()]
+        for one in job:
+            one.suspend()
+        os.kill(first.pid(), signal.SIGTERM)
+        assert first.end() == 75, first.log.read_text()
+    with supervisor(crcli, 2, 300, 0.02) as second:
+        assert second.end() == 0, second.log.read_text()
+    assert "restored" in second.log.read_text()
+    assert (crcli.folder / "result").read_text() == result(300)
+
+
 def test_nodes_that_go_away_at_random(crcli: Crcli) -> None:
     """Nodes are told to go, or are gone without a word; at any time one copy runs, and the result is that of
     a run that nobody interrupted."""
