@@ -100,7 +100,8 @@ class Restored:
 
     `relay` passes on what it writes, when that is to come here. `ended` becomes readable when the root has
     ended, and then says how, where we stay with it (else -1): its exit code in decimal, negative for a
-    signal's number; nothing when its warden was killed.
+    signal's number; nothing when its warden was killed. `stopped` says whether job control had stopped the
+    root.
     """
 
     report: RestoreReport
@@ -108,6 +109,7 @@ class Restored:
     child: int
     relay: Relay
     ended: int
+    stopped: bool
 
 
 class _PassedOn:
@@ -262,7 +264,8 @@ class _Restore:
         if self.options.signal:
             self._signal(first)
         ended = self.residence.end_of_root() if self.residence is not None and self.stay is not None else -1
-        return Restored(self._report(root, ready_ms), first, self.child, self.replacements.relay, ended)
+        report, stopped = self._report(root, ready_ms), self.members[0].stopped
+        return Restored(report, first, self.child, self.replacements.relay, ended, stopped)
 
     # The manifest is whole, and this host can take the image.
 

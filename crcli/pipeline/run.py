@@ -25,6 +25,7 @@ from crcli.errors import (
     ImageDamaged,
     JobMismatch,
     NameClaimed,
+    PreflightRefused,
     RestoreFailed,
     StoreError,
     TreeState,
@@ -36,6 +37,7 @@ from crcli.image.lease import Lease, LeaseState
 from crcli.image.names import check_name
 from crcli.image.retention import retire
 from crcli.job.identity import Identity, identify_job
+from crcli.job.lease_file import LeaseFile
 from crcli.job.start import start_job, watched
 from crcli.notice import Notices
 from crcli.pipeline.interrupts import Interrupted
@@ -66,9 +68,6 @@ if TYPE_CHECKING:
     from crcli.store.base import Store
 
 SAVED = TryAgain.exit_code
-
-LEASES = "/run/crcli/jobs"
-"""Where the number of a job's lease can be read, in a file called after the job: $CRCLI_LEASE_FILE."""
 
 _PASSED_ON = tuple(
     signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "CONT", "TSTP")
@@ -198,6 +197,7 @@ class _Run:
         self.identity = identity
         self.store = store
         self.lease = lease
+        self.lease_file = LeaseFile(lease)
         self.notices = notices
         self.report = report
         self.tell = tell
@@ -213,7 +213,7 @@ class _Run:
 
     def to_the_end(self) -> None:
         """Begin, keep, end; start afresh if that is wished for a job that its restore was the end of."""
-        with _lease_file(self.options.name, self.lease):
+        with self.lease_file:
             self._live(self._begin())
             if (error := self._died_of_restore()) is not None:
                 self._heed(error)
@@ -312,7 +312,10 @@ class _Run:
             stdio=Stdio.INHERIT,
             pid_namespace=self._namespace(),
         )
+        self.lease_file.follow(entry.meta.get("job", {}))
         restored = bring_back(options, self.progress, Stay(later, bound=True))
+        if restored.stopped:
+            _wake(restored.root)
         self.report.begun, self.report.image = "restored", restored.report.image
         self.tell(f"restored {restored.report.image} ({_age(entry)} old)")
         return _Running(restored.root, restored.child, restored.ended, restored.relay)
@@ -324,7 +327,8 @@ class _Run:
 
     def _start(self) -> _Running:
         own_namespace = self._namespace() is PidNamespace.NEW
-        environment = {**os.environ, **_told(self.options.name)}
+        told = {"CRCLI_JOB": self.options.name, "CRCLI_LEASE_FILE": self.lease_file.path}
+        environment = {**os.environ, **told}
         if self.options.baseline is not None:
             environment |= environment_for(self.options.baseline)
         try:
@@ -368,7 +372,11 @@ class _Run:
 
     def _facts(self) -> dict[str, Any]:
         """What its images say of the job."""
-        facts = {**self.identity.as_json(), "lease": self.report.lease}
+        facts = {
+            **self.identity.as_json(),
+            "lease": self.report.lease,
+            "lease_file": self.lease_file.name,
+        }
         if self.options.baseline is not None:
             facts["cpu_baseline"] = self.options.baseline.kept_here()
         return facts
@@ -417,7 +425,8 @@ class _Run:
         """Until the end of the block, signals that are no notice go to the job."""
 
         def pass_on(number: int, _frame: FrameType | None) -> None:
-            if job.root.alive():
+            must_stand_still = number == signal.SIGCONT and self.lease.state is not LeaseState.HELD
+            if job.root.alive() and not must_stand_still:  # we may have been stopped until the lease lapsed
                 os.kill(job.root.pid, number)
 
         before = ExitStack()
@@ -433,7 +442,7 @@ class _Run:
     def on_lease(self, state: LeaseState) -> None:
         """The job stands still while the lease has lapsed, and ends when it is lost."""
         if state is LeaseState.HELD:
-            _write_lease(self.options.name, self.lease)
+            self.lease_file.write()
             self._let_go_on()
         elif state is LeaseState.LAPSED:
             self.tell("the store does not answer: the job stands still until its name is ours again")
@@ -475,6 +484,16 @@ class _Run:
         )
 
 
+def _wake(root: ProcessId) -> None:
+    """Have a tree go on that was dumped while it stood still because its lease had lapsed.
+
+    Then its root, which is the init of ours, is stopped too, and nobody else would do that.
+    """
+    with suppress(ProcessLookupError, PreflightRefused):
+        for process in scan_tree(root):
+            os.kill(process.pid, signal.SIGCONT)
+
+
 def _end_it(job: _Running) -> None:
     """See the job dead, all of it, and its warden."""
     with suppress(ProcessLookupError):
@@ -482,39 +501,6 @@ def _end_it(job: _Running) -> None:
     with suppress(ChildProcessError):
         os.waitpid(job.child, 0)
     os.close(job.ended)
-
-
-# What the job can know of its lease.
-
-
-def _lease_path(name: str) -> str:
-    return os.path.join(LEASES, f"{name}.lease")
-
-
-def _told(name: str) -> dict[str, str]:
-    """What a job finds in its environment; it is restored with these, so they are true on every node."""
-    return {"CRCLI_JOB": name, "CRCLI_LEASE_FILE": _lease_path(name)}
-
-
-def _write_lease(name: str, lease: Lease) -> None:
-    """Have the lease's number where the job can read it: whole at any instant."""
-    path = _lease_path(name)
-    with suppress(OSError):
-        os.makedirs(LEASES, 0o755, exist_ok=True)
-        with open(f"{path}.new", "w") as file:
-            file.write(f"{lease.number}\n")
-        os.replace(f"{path}.new", path)
-
-
-@contextmanager
-def _lease_file(name: str, lease: Lease) -> Iterator[None]:
-    """Within the block the number can be read."""
-    _write_lease(name, lease)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.unlink(_lease_path(name))
 
 
 @contextmanager

@@ -33,7 +33,8 @@ for step in range(steps):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(os.open(f"{folder}/overlap", os.O_CREAT | os.O_WRONLY))
+            with open(f"{folder}/overlap", "a") as overlap:
+                overlap.write(f"step {step}, lease {open(os.environ['CRCLI_LEASE_FILE']).read()}")
         with open(os.environ["CRCLI_LEASE_FILE"]) as number, open(f"{folder}/numbers", "a") as numbers:
             numbers.write(number.read())
         time.sleep(pause)
@@ -112,7 +113,8 @@ def supervisor(
 
 def assert_never_two(folder: Path) -> None:
     """No copy has met another."""
-    assert not (folder / "overlap").exists()
+    overlap = folder / "overlap"
+    assert not overlap.exists(), overlap.read_text()
 
 
 def numbers(folder: Path) -> list[int]:
@@ -153,6 +155,21 @@ def test_a_supervisor_that_is_stopped_does_not_let_its_job_run_on(crcli: Crcli) 
             assert second.end() == 0, second.log.read_text()
     assert_never_two(crcli.folder)
     assert numbers(crcli.folder) == sorted(numbers(crcli.folder))
+    assert (crcli.folder / "result").read_text() == result(300)
+
+
+def test_a_job_that_was_dumped_while_it_stood_still_goes_on(crcli: Crcli) -> None:
+    """A job that stands still because its lease has lapsed may be dumped so; who brings it back wakes it."""
+    with supervisor(crcli, 1, 300, 0.02) as first:
+        wait_until(lambda: bool(numbers(crcli.folder)), "the job does not run", 30)
+        job = [one for one in tree_of(first.pid()) if "CRCLI_JOB" in one.environ()]
+        for one in job:
+            one.suspend()
+        os.kill(first.pid(), signal.SIGTERM)
+        assert first.end() == 75, first.log.read_text()
+    with supervisor(crcli, 2, 300, 0.02) as second:
+        assert second.end() == 0, second.log.read_text()
+    assert "restored" in second.log.read_text()
     assert (crcli.folder / "result").read_text() == result(300)
 
 
