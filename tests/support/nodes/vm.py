@@ -92,7 +92,7 @@ class Machine(Node):
         self._channel, self._monitor = channels.ours
         self._heard = bytearray()
         self._process = subprocess.Popen(
-            ["nice", "-n", "19", *command],
+            ["nice", "-n", "5", *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=(folder / "qemu.log").open("wb"),
