@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from crcli.errors import Cause
     from crcli.job.relay import Relay
     from crcli.memory.extents import Origin
+    from crcli.pipeline.handover import Handover
     from crcli.pipeline.pager import Pager
     from crcli.pipeline.stages import Progress, RestoreOptions
     from crcli.plugins.loader import Hooks
@@ -232,6 +233,7 @@ class _Restore:
         self.described: RestoreTarget | None = None
         self.replay: Replay | None = None
         self.pager: Pager | None = None
+        self.handover: Handover | None = None
         self.missing_bytes = 0
         self.residence: Residence | None = None
         self.stay = stay
@@ -444,10 +446,16 @@ class _Restore:
         )
         if plan.manage_cgroups:
             plan = replace(plan, work_fd=self._mountable_folder())
+        folder = plan.work_fd if plan.work_fd >= 0 else self.images.fd
         if self.pager is not None:
             plan = replace(plan, lazy=True)
-            living = sum(member.alive for member in self.members)
-            self.pager.listen_in(plan.work_fd if plan.work_fd >= 0 else self.images.fd, living)
+            self.pager.listen_in(folder, sum(member.alive for member in self.members))
+        elif self._is_handed_over():
+            from crcli.pipeline.handover import Handover
+
+            plan = replace(plan, lazy=True)
+            self.handover = Handover(folder)
+            self.held.callback(self.handover.close)
         options = restore_options(plan, f"/proc/self/fd/{self.images.fd}")
         assert self.residence is not None
         with self.residence.criu as criu:
@@ -469,6 +477,13 @@ class _Restore:
             if self.stay:
                 self.pager.reap()
         return self.members[0].pid
+
+    def _is_handed_over(self) -> bool:
+        """Whether memory is filled in before the tree runs, rather than written."""
+        from crcli.pipeline.handover import pays
+
+        late = sum(extent.pages for extents in self.divided.late.values() for extent in extents)
+        return not self.options.root and pays(late * PAGE, len(self.members))
 
     def _take_locks_again(self) -> None:
         """Have the owners of locks that CRIU lost take them, and go on."""
@@ -531,7 +546,10 @@ class _Restore:
         try:
             for space in self.late_spaces:
                 memories[space] = os.open(f"/proc/{self.host[space.number]}/mem", os.O_WRONLY | os.O_CLOEXEC)
-            self.replay.write_to(memories, self.watch.progress.amount)
+            missing = self.handover.take() if self.handover is not None else None
+            self.replay.write_to(memories, self.watch.progress.amount, missing)
+            if self.handover is not None:
+                self.handover.let_go()
         finally:
             for fd in memories.values():
                 os.close(fd)
