@@ -2,32 +2,22 @@
 
 With userfaultfd(2) the kernel puts pages where there are none, in two thirds of the time that writing into
 /proc/PID/mem takes: that clears each page before it is written, and copies what is written twice. CRIU hands
-memory over as it does to its lazy-pages daemon. Only one process's, and only much of it: children share pages
-with their parents, and for little memory the arrangements take longer than they save.
+memory over as it does to its lazy-pages daemon.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 from typing import TYPE_CHECKING
 
 from crcli.criu.lazy_socket import listen_in, receive_memories
 from crcli.memory.extents import SpaceKey, SpaceKind
-from crcli.memory.userfault import Userfault, is_available
+from crcli.memory.userfault import Userfault
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-WORTH_IT_BYTES = int(os.environ.get("CRCLI_FILL_IN_BYTES", 256 << 20))
-"""How much must be missing (bytes) for this to pay."""
-
 _LIMIT_S = 10.0
-
-
-def pays(missing_bytes: int, processes: int) -> bool:
-    """Whether memory is to be handed over: much, of one process, and the kernel has the means."""
-    return missing_bytes >= WORTH_IT_BYTES and processes == 1 and is_available()
 
 
 class Handover:

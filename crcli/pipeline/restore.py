@@ -43,7 +43,7 @@ from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey
-from crcli.memory.replay import Replay, Split, split, targets, write_all
+from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets, write_all
 from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
@@ -480,10 +480,12 @@ class _Restore:
 
     def _is_handed_over(self) -> bool:
         """Whether memory is filled in before the tree runs, rather than written."""
-        from crcli.pipeline.handover import pays
+        late = sum(extent.pages for extents in self.divided.late.values() for extent in extents) * PAGE
+        if late < FILL_IN_BYTES or len(self.members) > 1 or self.options.root:
+            return False
+        from crcli.memory.userfault import is_available
 
-        late = sum(extent.pages for extents in self.divided.late.values() for extent in extents)
-        return not self.options.root and pays(late * PAGE, len(self.members))
+        return is_available()
 
     def _take_locks_again(self) -> None:
         """Have the owners of locks that CRIU lost take them, and go on."""
