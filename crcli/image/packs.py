@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
+from array import array
 from collections import Counter
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -85,7 +87,7 @@ class PackWriter:
         self._chunks: list[Chunk] = []
         self._new: list[int] = []
         self._groups: list[Group] = []
-        self._mixed: dict[bytes, Sequence[Part]] = {}
+        self._mixed: dict[bytes, array[int]] = {}
         self._references: list[Reference] = []
         self._reference_numbers: dict[Reference, int] = {}
         self._adopted: dict[int, int] = {}
@@ -173,7 +175,7 @@ class PackWriter:
 
     def note_mixed(self, digest: bytes, parts: Sequence[Part]) -> None:
         """Note a group whose pages come from several places; see memory.classify.ChunkSink."""
-        self._mixed[digest] = parts
+        self._mixed[digest] = array("q", chain.from_iterable(parts))
 
     def add_blob(self, raw: Buffer) -> int:
         """Store one chunk that is not memory, unless the store has it; give its number."""
@@ -233,7 +235,8 @@ class PackWriter:
     def _mixed_groups(self) -> Iterator[MixedGroup]:
         """The mixed groups as others can read them: chunks are named by where they are."""
         for digest, parts in self._mixed.items():
-            yield MixedGroup(digest, tuple(self._mixed_part(*part) for part in parts))
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            yield MixedGroup(digest, tuple(self._mixed_part(place, pages) for place, pages in pairs))
 
     def _mixed_part(self, place: int, pages: int) -> MixedPart:
         if place == ZERO:

@@ -3,7 +3,8 @@
 CRIU reads pages with one thread, one system call a run. So it is given only those that it needs itself:
 pages that are not private anonymous memory, pages that a parent and its child still share since the fork
 (restored through CRIU they stay shared), and pages that the kernel writes to while CRIU works. All others
-are written straight into `/proc/PID/mem` by several threads while CRIU holds the finished tree still.
+are written straight into `/proc/PID/mem`, or filled in through userfaultfd(2), by several threads while CRIU
+holds the finished tree still.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from crcli.memory.weights.views import source_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from crcli.memory.userfault import Userfault
     from crcli.memory.weights.references import Reference
     from crcli.store.base import Buffer
 
 AMOUNT_EVERY_S = 0.25
 """How often those who watch are told how far it is (seconds)."""
+
+FILL_IN_BYTES = int(os.environ.get("CRCLI_FILL_IN_BYTES", 256 << 20))
+"""How much memory a process must have (bytes) for it to be filled in rather than written: for less, the
+arrangements take longer than they save. Only one process's is: children share pages with their parents."""
 
 AHEAD_BYTES = 192 << 20
 """Raw bytes that are fetched and held before the tree is ready to take them, at most."""
@@ -183,6 +189,7 @@ class Replay:
         self._lock = threading.Lock()
         self._held = 0
         self._memories: Mapping[SpaceKey, int] = {}
+        self._missing: Mapping[SpaceKey, Userfault] = {}
         self.written_bytes = 0
         self._failure: BaseException | None = None
         count = min(threads, len(plan))
@@ -194,14 +201,18 @@ class Replay:
             thread.start()
 
     def write_to(
-        self, memories: Mapping[SpaceKey, int], amount: Callable[[int, int], None] = lambda done, total: None
+        self,
+        memories: Mapping[SpaceKey, int],
+        amount: Callable[[int, int], None] = lambda done, total: None,
+        missing: Mapping[SpaceKey, Userfault] | None = None,
     ) -> None:
         """Write everything into these `/proc/PID/mem` descriptors; return when all of it is there.
 
-        `amount` is told now and then how many bytes are written, of how many. Raises whatever fetching,
-        checking or writing raised first.
+        Memory that is `missing` is filled in instead, where it can be. `amount` is told now and then how many
+        bytes are written, of how many. Raises whatever fetching, checking or writing raised first.
         """
         self._memories = memories
+        self._missing = missing or {}
         self._ready.set()
         total = sum(target.pages * PAGE for wanted in self._wanted.values() for target in wanted)
         for thread in self._threads:
@@ -254,9 +265,36 @@ class Replay:
         view = memoryview(raw)
         for target in self._wanted[origin]:
             piece = view[target.offset * PAGE : (target.offset + target.pages) * PAGE]
-            write_all(self._memories[target.space], piece, target.start * PAGE)
+            memory = self._memories[target.space]
+            if (gap := self._missing.get(target.space)) is not None:
+                _fill_in(gap, memory, piece, target.start)
+            else:
+                write_all(memory, piece, target.start * PAGE)
             with self._lock:
                 self.written_bytes += target.pages * PAGE
+
+
+def _fill_in(gap: Userfault, memory: int, piece: memoryview, start: int) -> None:
+    """Fill in pages from `start` on; one that is there, or that nothing can be filled in for, is written."""
+    from crcli.memory.userfault import MemoryMoves, NoPlace
+
+    while piece:
+        pages = len(piece) // PAGE
+        try:
+            done = gap.copy(start, piece)
+        except NoPlace:
+            done = 0
+            if pages > 1:  # in several mappings: each is filled in by itself
+                done = pages // 2
+                _fill_in(gap, memory, piece[: done * PAGE], start)
+        except MemoryMoves as stop:  # before a page that is there
+            if not (done := stop.pages):
+                raise OSError("the memory of a process that stands still moves") from None
+        if not done:
+            write_all(memory, piece[:PAGE], start * PAGE)
+            done = 1
+        piece = piece[done * PAGE :]
+        start += done
 
 
 def write_all(fd: int, piece: memoryview, at: int) -> None:

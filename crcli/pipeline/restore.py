@@ -43,7 +43,7 @@ from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey
-from crcli.memory.replay import Replay, Split, split, targets, write_all
+from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets, write_all
 from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from crcli.errors import Cause
     from crcli.job.relay import Relay
     from crcli.memory.extents import Origin
+    from crcli.pipeline.handover import Handover
     from crcli.pipeline.pager import Pager
     from crcli.pipeline.stages import Progress, RestoreOptions
     from crcli.plugins.loader import Hooks
@@ -234,6 +235,7 @@ class _Restore:
         self.described: RestoreTarget | None = None
         self.replay: Replay | None = None
         self.pager: Pager | None = None
+        self.handover: Handover | None = None
         self.missing_bytes = 0
         self.residence: Residence | None = None
         self.stay = stay
@@ -447,10 +449,16 @@ class _Restore:
         )
         if plan.manage_cgroups:
             plan = replace(plan, work_fd=self._mountable_folder())
+        folder = plan.work_fd if plan.work_fd >= 0 else self.images.fd
         if self.pager is not None:
             plan = replace(plan, lazy=True)
-            living = sum(member.alive for member in self.members)
-            self.pager.listen_in(plan.work_fd if plan.work_fd >= 0 else self.images.fd, living)
+            self.pager.listen_in(folder, sum(member.alive for member in self.members))
+        elif self._is_handed_over():
+            from crcli.pipeline.handover import Handover
+
+            plan = replace(plan, lazy=True)
+            self.handover = Handover(folder)
+            self.held.callback(self.handover.close)
         options = restore_options(plan, f"/proc/self/fd/{self.images.fd}")
         assert self.residence is not None
         with self.residence.criu as criu:
@@ -472,6 +480,15 @@ class _Restore:
             if self.stay:
                 self.pager.reap()
         return self.members[0].pid
+
+    def _is_handed_over(self) -> bool:
+        """Whether memory is filled in before the tree runs, rather than written."""
+        late = sum(extent.pages for extents in self.divided.late.values() for extent in extents) * PAGE
+        if late < FILL_IN_BYTES or len(self.members) > 1 or self.options.root:
+            return False
+        from crcli.memory.userfault import is_available
+
+        return is_available()
 
     def _take_locks_again(self) -> None:
         """Have the owners of locks that CRIU lost take them, and go on."""
@@ -534,7 +551,10 @@ class _Restore:
         try:
             for space in self.late_spaces:
                 memories[space] = os.open(f"/proc/{self.host[space.number]}/mem", os.O_WRONLY | os.O_CLOEXEC)
-            self.replay.write_to(memories, self.watch.progress.amount)
+            missing = self.handover.take() if self.handover is not None else None
+            self.replay.write_to(memories, self.watch.progress.amount, missing)
+            if self.handover is not None:
+                self.handover.let_go()
         finally:
             for fd in memories.values():
                 os.close(fd)

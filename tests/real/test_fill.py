@@ -22,7 +22,8 @@ import pytest
 
 from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey, SpaceKind
 from crcli.memory.lazy import LazyFill
-from crcli.memory.userfault import is_available
+from crcli.memory.replay import Replay, targets
+from crcli.memory.userfault import Userfault, is_available
 from tests.support.crcli import wait_until
 
 pytestmark = [
@@ -258,3 +259,30 @@ def test_of_children_that_ended_nothing_is_kept() -> None:
         before = len(os.listdir("/proc/self/fd"))
         process.do("[in_child(lambda: 1) for _ in range(400)]")
         assert len(os.listdir("/proc/self/fd")) < before + 200
+
+
+def test_pages_that_are_there_and_memory_of_nobody_are_written() -> None:
+    """A restore that fills in what is missing writes what is there already, or was never handed over."""
+    process = Process(4 * CHUNK)
+    try:
+        key, source = SpaceKey(SpaceKind.PROCESS, 1), Bytes()
+        other = process.do("libc.mmap(None, n(16), READ | WRITE, PRIVATE | ANONYMOUS, -1, 0) // PAGE")
+        assert isinstance(other, int)
+        gap = Userfault(process.fd)
+        gap.zero(process.first + 3)
+        gap.zero(process.first + CHUNK)
+        extents = [Extent(process.first + at * CHUNK, CHUNK, Source.CHUNK, at) for at in range(3)]
+        wanted = targets({key: [*extents, Extent(other, CHUNK, Source.CHUNK, 3)]})
+        source.let()
+        memory = os.open(f"/proc/{process.process.pid}/mem", os.O_WRONLY)
+        replay = Replay(wanted, [[origin] for origin in wanted], source.read, 2)
+        replay.write_to({key: memory}, missing={key: gap})
+        os.close(memory)
+        gap.close()
+        there = process.do(f"[first_byte(page) for page in range({4 * CHUNK})]")
+        assert there == [value(page) for page in range(3 * CHUNK)] + [0] * CHUNK
+        there = process.do(f"[first_byte({other} - first + page) for page in range(16)]")
+        assert there == [value(page) for page in range(3 * CHUNK, 4 * CHUNK)]
+        assert replay.written_bytes == 4 * CHUNK * PAGE
+    finally:
+        process.close()

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.crcli import Crcli, assert_goes_on, counter, tree_of, wait_until
+from crcli.memory.userfault import is_available
+from tests.support.crcli import (
+    COMMAND_LIMIT_SECONDS,
+    ROOT,
+    Crcli,
+    assert_goes_on,
+    counter,
+    tree_of,
+    wait_until,
+)
 from tests.support.programs import Program, spawn_python
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
@@ -140,6 +152,58 @@ def test_no_wait_is_interrupted_by_a_restore(crcli: Crcli, tmp_path: Path) -> No
         assert program.value_of("futex") == f"-1 {os.strerror(errno.ETIMEDOUT)}"
 
 
+MEMORY_OF_MANY_KINDS = """
+    import ctypes, hashlib, mmap, os, random, tempfile, time
+    libc = ctypes.CDLL(None)
+    source = random.Random(3)
+    def mapped(pages, fd=-1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
+        memory = mmap.mmap(fd, pages << 12, flags=flags)
+        return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    def protect(address, pages, how):
+        assert libc.mprotect(ctypes.c_void_p(address), pages << 12, how) == 0
+    scattered, at = mapped(600)
+    for page in range(0, 600, 7):
+        scattered[page << 12 : (page + 1) << 12] = source.randbytes(4096)
+    for page in range(1, 600, 50):
+        scattered[page << 12 : (page + 1) << 12] = bytes(4096)
+    protect(at + (100 << 12), 100, 1)
+    protect(at + (300 << 12), 1, 1)
+    dense, at = mapped(3000)
+    dense[:] = source.randbytes(3000 << 12)
+    protect(at + (1000 << 12), 1, 1)
+    libc.madvise(ctypes.c_void_p(at + (2000 << 12)), 100 << 12, 4)
+    huge, at = mapped(2048)
+    libc.madvise(ctypes.c_void_p(at), 2048 << 12, 14)
+    huge[:] = source.randbytes(2048 << 12)
+    file = tempfile.TemporaryFile()
+    file.write(source.randbytes(50 << 12))
+    file.flush()
+    of_file, _ = mapped(50, file.fileno(), mmap.MAP_PRIVATE)
+    of_file[:] = of_file[:]
+    of_file[5000:9000] = bytes(4000)
+    shared, _ = mapped(50, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+    shared[:100] = source.randbytes(100)
+    everything = (scattered, dense, huge, of_file, shared)
+    print("ready")
+    while True:
+        print("hash=" + hashlib.blake2b(b"".join(memory[:] for memory in everything)).hexdigest(), flush=True)
+        time.sleep(0.05)
+        dense[0] = dense[0]
+    """
+
+HANDED_OVER = """
+import pathlib, sys
+from crcli.main import main
+from crcli.pipeline import handover
+take = handover.Handover.take
+def taken(self):
+    pathlib.Path({path!r}).touch()
+    return take(self)
+handover.Handover.take = taken
+sys.exit(main())
+"""
+
+
 def lines(program: Program) -> list[str]:
     """Return the whole lines that a program has printed after it was ready."""
     return program.output.rpartition("\n")[0].partition("ready\n")[2].splitlines()
@@ -201,6 +265,36 @@ def test_memory_shared_since_a_fork_stays_shared(crcli: Crcli) -> None:
         assert after < before * 1.1, f"{before >> 10} KiB before, {after >> 10} KiB after"
         turns = program.value_of("turns")
         wait_until(lambda: program.value_of("turns") != turns, "the family stands still after the restore")
+
+
+@pytest.mark.skipif(not is_available(), reason="needs userfaultfd")
+def test_memory_that_is_filled_in_is_what_it_was(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process gets its memory through userfaultfd before it runs, and can be dumped and restored again."""
+    with spawn_python(MEMORY_OF_MANY_KINDS, "ready") as program:
+        wait_until(lambda: "hash=" in program.output, "it does not begin")
+        expected = program.value_of("hash")
+        for pays in ("0", "0", str(1 << 60)):
+            marker = tmp_path / "handed-over"
+            monkeypatch.setenv("CRCLI_FILL_IN_BYTES", pays)
+            image = crcli.dump(program.pid)["image"]
+            command = ("restore", image, "--store", crcli.store, "--json")
+            done = subprocess.run(
+                [sys.executable, "-c", HANDED_OVER.format(path=str(marker)), *command],
+                cwd=ROOT,
+                env=crcli.environment,
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_LIMIT_SECONDS,
+            )
+            assert done.returncode == 0, done.stdout
+            crcli.adopt(json.loads(done.stdout)["host_pid"])
+            assert marker.exists() == (pays == "0")
+            marker.unlink(missing_ok=True)
+            count = program.output.count("hash=")
+            wait_until(lambda more=count + 2: program.output.count("hash=") > more, "it stands still")
+            assert {line for line in lines(program) if line.startswith("hash=")} == {f"hash={expected}"}
 
 
 def test_a_second_dump_stores_only_what_changed(crcli: Crcli) -> None:
