@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,14 +47,6 @@ os.rename(result + '.new', result)
 """A job that sums up and changes its memory with the help of a child, and writes its result at the end."""
 
 STEPS = 100 + 50 * EVICTIONS
-
-
-@pytest.fixture
-def crcli(tmp_path: Path) -> Iterator[Crcli]:
-    """The command, with a store."""
-    command = Crcli(tmp_path)
-    yield command
-    command.clean_up()
 
 
 def sigterm(one: Job) -> None:
@@ -109,7 +101,7 @@ EVICTED_BY: dict[str, Callable[[Job], None]] = {
 
 
 @pytest.mark.timeout(120 + 60 * EVICTIONS)
-@pytest.mark.parametrize("by", [*EVICTED_BY, "anything"])
+@pytest.mark.parametrize("by", ["no_time", "sigkill", "sigkill_in_a_dump", "dumper_killed", "anything"])
 def test_an_evicted_job_has_the_result_of_an_undisturbed_one(by: str, crcli: Crcli, tmp_path: Path) -> None:
     """At random moments, several times over; whatever was lost is done again, and nothing twice."""
     source = random.Random(f"{SEED}-{by}")

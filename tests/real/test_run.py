@@ -22,14 +22,6 @@ from tests.support.jobs import Job, job, result_of_steps, steps
 SHELL = ("--", "sh", "-c")
 
 
-@pytest.fixture
-def crcli(tmp_path: Path) -> Iterator[Crcli]:
-    """The command, with a store."""
-    command = Crcli(tmp_path)
-    yield command
-    command.clean_up()
-
-
 def to_the_end(crcli: Crcli, folder: Path, *arguments: str, code: int = 0) -> Job:
     """Run a job to its end."""
     with job(crcli, folder, *arguments) as one:
@@ -228,7 +220,7 @@ def test_the_rest_of_our_input_is_there_afterwards(crcli: Crcli, tmp_path: Path)
 
 
 def test_a_notice_at_any_moment_of_a_start_loses_nothing(crcli: Crcli, tmp_path: Path) -> None:
-    """While crcli starts, claims, and brings the job back: saved (75), or not begun (143); it goes on then."""
+    """While crcli starts, claims, and brings the job back: saved (75), or not begun (143); it goes on."""
     written = ""
     with job(crcli, tmp_path / "0", *steps(100, 0.05)) as one:
         one.lines(2)
