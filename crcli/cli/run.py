@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +24,11 @@ from crcli.cli.options import EndpointOption, StoreOption, parse_pair
 from crcli.config import choose_store, weights_folders
 from crcli.errors import CrcliError
 from crcli.pipeline.stages import DumpOptions, OnFailure, OnMismatch, PidNamespace, RestoreOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from crcli.pipeline.vigil import Event
 
 
 def run(
@@ -122,7 +126,9 @@ def run(
     from crcli.guard.baseline import read_baseline
     from crcli.pipeline import run as story
     from crcli.ui.errors import as_object
+    from crcli.ui.vigils import teller
 
+    tell = teller(as_json=False)
     dump = DumpOptions(
         pid=0,
         store=chosen.url,
@@ -155,24 +161,21 @@ def run(
         claim_wait_s=claim_wait,
     )
     try:
-        done = story.run(options, _say)
+        done = story.run(options, tell)
     except CrcliError as error:
-        _write(report, {"error": as_object(error)})
+        _write(report, {"error": as_object(error)}, tell)
         raise
-    _write(report, done.as_json())
+    _write(report, done.as_json(), tell)
     return done.exit_code
 
 
-def _say(what: str) -> None:
-    """A line for people, beside what the job writes: its terminal may be raw."""
-    os.write(2, f"crcli: {what}\r\n".encode() if os.isatty(2) else f"crcli: {what}\n".encode())
-
-
-def _write(path: str, done: dict[str, Any]) -> None:
+def _write(path: str, done: dict[str, Any], tell: Callable[[Event], None]) -> None:
     if not path:
         return
     try:
         with open(path, "w") as file:
             json.dump(done, file)
     except OSError as error:
-        _say(f"the report cannot be written to {path}: {error.strerror}")
+        from crcli.pipeline.vigil import Event
+
+        tell(Event("report", f"the report cannot be written to {path}: {error.strerror}"))

@@ -53,7 +53,6 @@ from crcli.pipeline.stages import (
 from crcli.pipeline.vigil import Event, Keeping, Vigil, VigilEnd, Why
 from crcli.process.tree import scan_tree
 from crcli.store import open_store
-from crcli.ui.text import duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -143,7 +142,7 @@ class _Running:
     since: float = field(default_factory=time.monotonic)
 
 
-def run(options: RunOptions, tell: Callable[[str], None], progress: Progress | None = None) -> RunReport:
+def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress | None = None) -> RunReport:
     """Run a job to its end, or until it is saved because this node goes away; return what was done.
 
     Raises NameClaimed (another has the job), JobMismatch (the image is of another job), TryAgain and what a
@@ -165,7 +164,8 @@ def run(options: RunOptions, tell: Callable[[str], None], progress: Progress | N
     with ExitStack() as held:
         store = open_store(options.store, endpoint_url=options.endpoint_url)
         held.callback(store.close)
-        with _told_when_slow(tell, f"waiting to see whether who has {options.name} is alive"):
+        waiting = Event("waiting", f"waiting to see whether who has {options.name} is alive")
+        with _told_when_slow(tell, waiting):
             lease = Lease.claim(store, options.name, "crcli run", wait_s=options.claim_wait_s)
         report.lease = lease.number
         held.enter_context(notices)
@@ -190,7 +190,7 @@ class _Run:
         lease: Lease,
         notices: Notices,
         report: RunReport,
-        tell: Callable[[str], None],
+        tell: Callable[[Event], None],
         progress: Progress,
     ) -> None:
         self.options = options
@@ -249,7 +249,7 @@ class _Run:
                 return self._bring_back(entry)
             except ImageDamaged as error:
                 failure = error
-                self.tell(f"{entry.ref} is damaged: {error.message}")
+                self._say("damaged", f"{entry.ref} is damaged: {error.message}", image=str(entry.ref))
             except (GuardRefused, RestoreFailed, HostLacks) as error:
                 failure = error
                 break
@@ -263,7 +263,8 @@ class _Run:
         readable = [entry for entry in entries if not entry.damage]
         different = self._differences(readable[0]) if readable else []
         if different and self.options.on_mismatch is OnMismatch.FRESH:
-            self.tell(f"starting afresh: {readable[0].ref} is of another job: {different[0]}")
+            other = readable[0].ref
+            self._say("mismatch", f"{other} is of another job: {'; '.join(different)}", image=str(other))
             return []
         if different:
             raise JobMismatch(
@@ -285,7 +286,7 @@ class _Run:
             raise self._lost()
         is_interrupted = isinstance(error.__cause__, Interrupted)
         if self.options.on_failure is OnFailure.COLD and not is_interrupted:
-            self.tell(f"starting afresh, for the image cannot be restored here: {error.message}")
+            self._say("not-restored", f"the image cannot be restored here: {error.message}")
             return
         if self.options.on_failure is OnFailure.RETRY or is_interrupted:
             raise TryAgain(
@@ -317,7 +318,14 @@ class _Run:
         if restored.stopped:
             _wake(restored.root)
         self.report.begun, self.report.image = "restored", restored.report.image
-        self.tell(f"restored {restored.report.image} ({_age(entry)} old)")
+        age_s = max(0.0, time.time() - entry.created)
+        self._say(
+            "restored",
+            f"restored {entry.ref}, which was taken {age_s:.0f} s ago",
+            image=str(entry.ref),
+            age_s=round(age_s, 3),
+            ready_ms=restored.report.ready_ms,
+        )
         return _Running(restored.root, restored.child, restored.ended, restored.relay)
 
     def _namespace(self) -> PidNamespace:
@@ -338,7 +346,7 @@ class _Run:
                 raise
             job = start_job(self.options.command, environment, own_namespace=False)
         self.report.begun = "fresh"
-        self.tell(f"started {self.options.name}")
+        self._say("started", f"started {self.options.name}")
         return _Running(job.root, job.child, job.ended, job.relay)
 
     # It runs: images are taken, and notices heeded, until it ends.
@@ -383,7 +391,10 @@ class _Run:
 
     def _on_event(self, event: Event) -> None:
         self.report.events.append(event.as_json())
-        self.tell(event.message)
+        self.tell(event)
+
+    def _say(self, name: str, message: str, **data: Any) -> None:
+        self._on_event(Event(name, message, data))
 
     def say_that_it_is_saved(self) -> None:
         """To whoever gave notice, if it is."""
@@ -445,7 +456,9 @@ class _Run:
             self.lease_file.write()
             self._let_go_on()
         elif state is LeaseState.LAPSED:
-            self.tell("the store does not answer: the job stands still until its name is ours again")
+            self._say(
+                "lapsed", "the store does not answer: the job stands still until it does"
+            )
             self._stop()
         else:
             self.is_lost = True
@@ -504,7 +517,7 @@ def _end_it(job: _Running) -> None:
 
 
 @contextmanager
-def _told_when_slow(tell: Callable[[str], None], what: str) -> Iterator[None]:
+def _told_when_slow(tell: Callable[[Event], None], what: Event) -> Iterator[None]:
     """Tell what is being waited for if the block takes more than a second."""
     timer = threading.Timer(1.0, tell, [what])
     timer.start()
@@ -519,8 +532,3 @@ def _may_unshare() -> bool:
     from crcli.guard.here import Here
 
     return bool(Here().capabilities >> _CAP_SYS_ADMIN & 1)
-
-
-def _age(entry: Entry) -> str:
-    """How long ago an image was taken, for people."""
-    return duration(max(0.0, time.time() - entry.created) * 1000)

@@ -21,11 +21,12 @@ SAVED_CODE = 75
 
 def teller(as_json: bool) -> Callable[[Event], None]:
     """What tells of events: lines of JSON, or sentences."""
+    end = "\r\n" if sys.stderr.isatty() else "\n"  # a terminal may be raw: it is the job's
 
     def tell(event: Event) -> None:
         text = json.dumps(event.as_json()) if as_json else printable(f"crcli: {event.message}")
         try:
-            print(text, file=sys.stderr, flush=True)
+            print(text, end=end, file=sys.stderr, flush=True)
         except OSError:
             pass  # a log that went away must not end what is being done
 
