@@ -45,7 +45,7 @@ MtbfOption = Annotated[
         "--mtbf",
         metavar="TIME",
         help="How long this node runs between failures that nobody announces, for --every auto. Default: "
-        "a day.",
+        "a day, corrected by the history of a job of `run`.",
         show_default=False,
     ),
 ]

@@ -41,6 +41,7 @@ from crcli.job.lease_file import LeaseFile
 from crcli.job.start import start_job, watched
 from crcli.notice import Notices
 from crcli.pipeline.interrupts import Interrupted
+from crcli.pipeline.schedule import History
 from crcli.pipeline.stages import (
     OnFailure,
     OnMismatch,
@@ -210,6 +211,7 @@ class _Run:
         self.stopped: list[ProcessId] = []
         self.is_lost = False
         self.lived_s = 0.0
+        self.history = History()
 
     def to_the_end(self) -> None:
         """Begin, keep, end; start afresh if that is wished for a job that its restore was the end of."""
@@ -318,6 +320,7 @@ class _Run:
         if restored.stopped:
             _wake(restored.root)
         self.report.begun, self.report.image = "restored", restored.report.image
+        self.history = History.after(entry.meta.get("job"))
         age_s = max(0.0, time.time() - entry.created)
         self._say(
             "restored",
@@ -384,6 +387,7 @@ class _Run:
             **self.identity.as_json(),
             "lease": self.report.lease,
             "lease_file": self.lease_file.name,
+            **self.history.__dict__,
         }
         if self.options.baseline is not None:
             facts["cpu_baseline"] = self.options.baseline.kept_here()

@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from crcli.process.identity import ProcessId, read_proc
 from crcli.process.tree import PID_GONE, child_pids
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LEAVE = "leave"
+"""The purpose of an image that was taken because the node went away."""
 
 FAILURES_PER_H = 1 / 24
 """How often a node fails without notice, where nobody says and nothing was seen."""
@@ -43,9 +50,35 @@ def optimal_interval(cost_s: float, mtbf_s: float) -> float:
     return math.sqrt(2 * cost_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost_s
 
 
-def observed_rate(failures: int, hours: float) -> float:
-    """Failures an hour, from how many there were in how long; a short time says little."""
-    return (failures + 1) / (hours + 1 / FAILURES_PER_H)
+@dataclass(frozen=True)
+class History:
+    """What is known of a job: how often it was lost without notice, and how long it ran (seconds)."""
+
+    failures: int = 0
+    ran_s: float = 0.0
+
+    @classmethod
+    def noted(cls, job: Mapping[str, Any] | None) -> History:
+        """What `job`, the note of a job in an image, says; nothing where it says nothing."""
+        noted = job or {}
+        return cls(int(noted.get("failures", 0)), float(noted.get("ran_s", 0.0)))
+
+    @classmethod
+    def after(cls, image_job: Mapping[str, Any] | None) -> History:
+        """That of a job which is brought back from an image that notes this of it: it was lost, unless the
+        image was taken because its node went away."""
+        before = cls.noted(image_job)
+        was_lost = image_job is not None and image_job.get("purpose") not in (None, LEAVE)
+        return replace(before, failures=before.failures + was_lost)
+
+    def and_ran(self, seconds: float) -> History:
+        """The same, so much later."""
+        return replace(self, ran_s=round(self.ran_s + seconds, 1))
+
+    @property
+    def rate_per_h(self) -> float:
+        """Failures an hour, if one a day is usual: a short time says little against that."""
+        return (self.failures + 1) / (self.ran_s / 3600 + 1 / FAILURES_PER_H)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from crcli.findings import Finding, Severity
 from crcli.image.names import ImageRef, new_image_id
 from crcli.notice.base import Urgency
 from crcli.pipeline.dumper import Dumper
-from crcli.pipeline.schedule import Activity, Cost, Schedule, activity_of
+from crcli.pipeline.schedule import LEAVE, Activity, Cost, History, Schedule, activity_of
 from crcli.pipeline.stages import PRE_COPY_AUTO, Outcome
 from crcli.process.identity import read_stat
 
@@ -67,7 +67,8 @@ class Keeping:
     """What is to be kept of a tree. `dump` says how (its `outcome` is what a notice to leave leaves).
 
     An image is taken every `every_s` seconds, or with `auto` as often as costs least at `failure_rate_per_h`
-    (None: what is usual); with neither, only on notice. `keep` images of the job stay (0: all).
+    (None: as the job's history has it, which stands in `dump.job`); with neither, only on notice. `keep`
+    images of the job stay (0: all).
     """
 
     dump: DumpOptions
@@ -136,7 +137,7 @@ class Purpose(StrEnum):
 
     PERIODIC = "periodic"
     RISK = "risk"
-    LEAVE = "leave"
+    LEAVE = LEAVE
 
 
 @dataclass
@@ -205,11 +206,14 @@ class Vigil:
         self._told: set[str] = set()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         weakref.finalize(self, os.close, self._wake)
+        self._began = time.monotonic()
+        self._history = History.noted(keeping.dump.job)
+        rate = keeping.failure_rate_per_h
         self._schedule = Schedule(
-            time.monotonic(),
+            self._began,
             every_s=keeping.every_s,
             auto=keeping.auto,
-            rate_per_h=keeping.failure_rate_per_h,
+            rate_per_h=self._history.rate_per_h if rate is None else rate,
         )
 
     def interrupt(self) -> None:
@@ -338,8 +342,21 @@ class Vigil:
     def _begin(self, purpose: Purpose, activity: Activity, options: DumpOptions) -> None:
         self._under_way = _UnderWay(purpose, time.monotonic(), new_image_id(), activity)
         self._dumper.begin(
-            replace(options, pid=self._root.pid, start_time=self._root.start_time, dry_run=False)
+            replace(
+                options,
+                pid=self._root.pid,
+                start_time=self._root.start_time,
+                dry_run=False,
+                job=self._note(purpose),
+            )
         )
+
+    def _note(self, purpose: Purpose) -> Mapping[str, Any] | None:
+        """What the image says of the job."""
+        if self._keeping.dump.job is None:
+            return None
+        history = self._history.and_ran(time.monotonic() - self._began)
+        return {**self._keeping.dump.job, "purpose": purpose.value, **history.__dict__}
 
     def _image_taken(self, under_way: _UnderWay, report: dict[str, Any]) -> None:
         self._seen = under_way.seen

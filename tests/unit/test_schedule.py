@@ -23,9 +23,9 @@ from crcli.pipeline.schedule import (
     LONGEST_S,
     SHORTEST_S,
     Cost,
+    History,
     Schedule,
     activity_of,
-    observed_rate,
     optimal_interval,
 )
 from crcli.process.identity import identify
@@ -115,10 +115,19 @@ def test_after_failures_it_tries_again_less_and_less_soon() -> None:
 
 
 def test_a_rate_that_was_observed() -> None:
-    """A short look changes little of the usual one failure a day; a long one counts for what it says."""
-    assert observed_rate(0, 0.0) == pytest.approx(1 / 24)
-    assert observed_rate(0, 1000.0) < 1 / 500
-    assert observed_rate(100, 100.0) == pytest.approx(0.8, rel=0.1)
+    """A short time changes little of the usual one failure a day; a long one counts for what it says."""
+    assert History().rate_per_h == pytest.approx(1 / 24)
+    assert History(0, 1000 * 3600.0).rate_per_h < 1 / 500
+    assert History(100, 100 * 3600.0).rate_per_h == pytest.approx(0.8, rel=0.1)
+
+
+def test_what_happened_to_a_job_stands_in_its_images() -> None:
+    """Brought back from a periodic image it was lost; from one of a notice or by hand it was not."""
+    ran = History(2, 50.0).and_ran(10.0).__dict__
+    assert History.noted(ran) == History(2, 60.0)
+    assert History.after({**ran, "purpose": "periodic"}) == History(3, 60.0)
+    assert History.after({**ran, "purpose": "leave"}) == History(2, 60.0)
+    assert History.after({"identity": "x"}) == History.after(None) == History.noted({}) == History()
 
 
 @pytest.mark.parametrize(
