@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     from crcli.process.tree import Tree
 
 _CHUNK = 1 << 16
+CLOSE_LIMIT_S = 30.0
+"""How long a dump may take to be undone (seconds): a store that does not answer holds up its end."""
+
 _AMOUNTS_EVERY_S = 0.05
 """How often (seconds) a dump says how many bytes are done."""
 
@@ -164,14 +167,20 @@ class Dumper:
             self._is_left = True
 
     def close(self) -> None:
-        """End it. A dump under way is stopped, and waited for: the tree runs on, or its image is durable."""
+        """End it. A dump under way is stopped, and waited for: the tree runs on, or its image is durable.
+
+        What does not end within CLOSE_LIMIT_S is killed.
+        """
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
+            until = time.monotonic() + CLOSE_LIMIT_S
             while not self._is_left and self._process.poll() is None:  # it must not wait for us to read
                 select.select([self], [], [], 1.0)
                 for _ in self._words():
                     continue
+                if time.monotonic() > until:
+                    self._process.kill()
             self._forget()
         self._asked = None
         self._events.close()

@@ -304,7 +304,7 @@ def test_who_lost_the_name_stops(crcli: Crcli) -> None:
 def test_a_dump_that_does_not_stop_is_killed(crcli: Crcli) -> None:
     """An image whose store hangs gives way to the dump that counts."""
     with (
-        spawn_python(counter(kilobytes=32 << 10)) as program,
+        spawn_python(counter(kilobytes=4 << 10)) as program,
         kept(crcli, program, every_s=0.5) as (vigil, notices),
     ):
         tree = tree_of(program.pid)

@@ -220,7 +220,7 @@ def test_the_tree_may_be_left_running(crcli: Crcli) -> None:
 
 def test_an_image_under_way_gives_way(crcli: Crcli) -> None:
     """Notice while a periodic image is taken: the tree is saved all the same, and nothing is lost."""
-    with spawn_python(counter(kilobytes=64 << 10)) as program:
+    with spawn_python(counter(kilobytes=8 << 10)) as program:
         tree = tree_of(program.pid)
         with watching(crcli, program.pid, "--every", "0.1s") as watch:
             watch.wait_for("image")
@@ -233,7 +233,7 @@ def test_an_image_under_way_gives_way(crcli: Crcli) -> None:
 
 def test_a_dump_that_fails_is_tried_again(crcli: Crcli) -> None:
     """The process that dumps is killed; another saves the tree."""
-    with spawn_python(counter(kilobytes=64 << 10)) as program:
+    with spawn_python(counter(kilobytes=8 << 10)) as program:
         tree = tree_of(program.pid)
         with watching(crcli, program.pid) as watch:
             dumper = next(one for one in psutil.Process(watch.process.pid).children() if one.is_running())
@@ -316,7 +316,7 @@ def test_no_time_at_all_is_said_at_once(crcli: Crcli) -> None:
 
 def test_the_watcher_can_be_killed(crcli: Crcli) -> None:
     """Even while it saves the tree: that runs on, and can be watched by another at once."""
-    with spawn_python(counter(kilobytes=64 << 10)) as program:
+    with spawn_python(counter(kilobytes=8 << 10)) as program:
         tree = tree_of(program.pid)
         with watching(crcli, program.pid) as watch:
             dumpers = psutil.Process(watch.process.pid).children()
@@ -366,12 +366,13 @@ def test_a_gibibyte_and_three_seconds(crcli: Crcli, monkeypatch: pytest.MonkeyPa
     no image, not even half of one."""
     with (
         slow_store(crcli, monkeypatch, 20) as store,
-        spawn_python(BIG.format(mib=1024)) as program,
-        watching(crcli, program.pid, store=store) as watch,
+        spawn_python(BIG.format(mib=1024), ready_line="") as program,
     ):
-        time.sleep(1.5)  # for the dumper to be ready
-        watch.notice(3)
-        error = refused(watch, 3)
+        program.wait_for("ready", LIMIT_S)
+        with watching(crcli, program.pid, store=store) as watch:
+            time.sleep(1.5)  # for the dumper to be ready
+            watch.notice(3 * SLOWNESS)
+            error = refused(watch, 3 * SLOWNESS)
         assert error["state"] == "running"
         assert_goes_on(program)
         assert crcli.run("ls", "--store", store, "--json").json["images"] == []
