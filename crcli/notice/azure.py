@@ -30,7 +30,7 @@ EVERY_S = 1.0
 _EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
 _NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
 _HEADERS = {"Metadata": "true"}
-LOCK = "/run/crcli/azure-events.lock"
+LOCKS = "/run/crcli"
 _FIRST_ANSWER_S = 125.0
 """The first question of a VM switches its events on, which takes up to two minutes."""
 
@@ -52,7 +52,7 @@ class AzureEvents:
         self._service = Metadata(surroundings.environ.get(AZURE_ENDPOINT) or LINK_LOCAL, AZURE_ENDPOINT)
         self._surroundings, self._every_s = surroundings, every_s
         self._patience_s = _FIRST_ANSWER_S
-        self._unsaved = _Unsaved(LOCK)
+        self._unsaved = _Unsaved(os.path.join(LOCKS, f"azure-{self._service.address}.lock"))
         self._vm = ""
         self._told: set[str] = set()
 

@@ -101,6 +101,11 @@ class Metadata:
         self._host = parts.hostname
         self._prefix = parts.path.rstrip("/")
 
+    @property
+    def address(self) -> str:
+        """Where it is, HOST:PORT."""
+        return f"{self._host}:{self._port}"
+
     def ask(
         self,
         path: str,

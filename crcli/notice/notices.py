@@ -93,6 +93,15 @@ class Notices:
             if not poll.poll(left_ms) and left_ms is not None:
                 return None
 
+    def deafen(self) -> None:
+        """From here on, also after the block, the signals that were notices are ignored.
+
+        For whoever has done his work and has yet to say how it ended: killed in that moment, a job that has
+        ended would be taken for one that was interrupted, and be run once more.
+        """
+        for number in self.signals:
+            signal.signal(number, signal.SIG_IGN)
+
     def _start(self, source: Source) -> None:
         thread = threading.Thread(
             target=self._watch, args=(source,), name=f"notice-{source.name}", daemon=True

@@ -175,6 +175,7 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
             lease.keep(work.on_lease)
             work.to_the_end()
         finally:
+            notices.deafen()
             lease.release()
         work.say_that_it_is_saved()  # who hears it may start the job elsewhere at once
     return report

@@ -65,6 +65,7 @@ def watch_tree(
         lease.keep(on_lease)
         tell(Event("watching", f"watching process {root.pid} as {name}", {"pid": root.pid, "name": name}))
         end = vigil.keep(ended)
+        heard.deafen()
         if end.why is Why.STOPPED:
             raise NameClaimed(
                 f"the name {name} was taken over by another; the tree runs on, unwatched",

@@ -434,11 +434,14 @@ def test_azure_a_job_that_was_killed_is_not_waited_for() -> None:
         "import sys; from crcli.notice.azure import _Unsaved; one = _Unsaved(sys.argv[1]); one.enter();"
         "print('held', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", hold, azure_module.LOCK]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     service = Azure()
     service.schedule("A-1", "Preempt")
-    with service.serving(), subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as other:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with ExitStack() as stack:
+        stack.enter_context(service.serving())
+        lock = f"{azure_module.LOCKS}/azure-127.0.0.1:{service.port}.lock"
+        command = [sys.executable, "-c", hold, lock]
+        other = stack.enter_context(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with watching(*azure(service, Reported())) as first, watching(*azure(service, Reported())) as second:
             told = [next_of(first), next_of(second)]
@@ -451,7 +454,7 @@ def test_azure_a_job_that_was_killed_is_not_waited_for() -> None:
 
 def test_azure_without_a_place_for_a_lock_nothing_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether others are unsaved cannot be known then; the event happens when it was to."""
-    monkeypatch.setattr(azure_module, "LOCK", "/proc/no/lock")
+    monkeypatch.setattr(azure_module, "LOCKS", "/proc/no/lock")
     service = Azure()
     service.schedule("A-1", "Preempt")
     with service.serving(), watching(*azure(service, Reported())) as notices:
@@ -554,7 +557,7 @@ def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(autouse=True)
 def nobody_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No test speaks to anything but loopback, or leaves a lock on this machine."""
-    monkeypatch.setattr(azure_module, "LOCK", str(tmp_path / "run" / "azure.lock"))
+    monkeypatch.setattr(azure_module, "LOCKS", str(tmp_path / "run"))
     real = socket.create_connection
 
     def only_loopback(address: tuple[str, int], *arguments: Any, **named: Any) -> socket.socket:

@@ -311,6 +311,21 @@ def test_a_story_within_has_the_signals_for_itself() -> None:
         assert next_of(notices).reason == "SIGTERM"
 
 
+def test_who_is_done_is_not_killed_before_saying_so() -> None:
+    """Between the end of a job and that of crcli a notice changes nothing: the exit code is the job's."""
+    code = """
+        import os, signal, sys
+        from crcli.notice import Notices
+        with Notices(["sigterm", "sigusr1"], environ={}) as notices:
+            notices.deafen()
+            os.kill(os.getpid(), signal.SIGUSR1)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        sys.exit(7)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT).returncode == 7
+
+
 def test_outside_of_the_main_thread_signals_are_a_finding() -> None:
     """They cannot be taken there; other sources watch."""
     found: list[Any] = []
