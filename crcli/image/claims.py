@@ -133,6 +133,12 @@ def claimed_by(store: Store, name: str) -> Claim | None:
     return _standing(store, newest) if newest is not None else None
 
 
+def is_held_by(store: Store, name: str, nonce: str) -> bool:
+    """Whether a name is that holder's, as it knows itself: nobody has followed, and it has not let go."""
+    newest = newest_claim(store, name)
+    return newest is not None and newest.nonce == nonce and not newest.is_released
+
+
 def all_claims(store: Store) -> list[Claim]:
     """Who holds which name, in the order of names; see `claimed_by`."""
     newest: dict[str, int] = {}

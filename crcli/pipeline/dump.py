@@ -30,6 +30,7 @@ from crcli.criu.standby import AfterDeath, Standby
 from crcli.criu.workspace import OverflowFile, Workspace
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
 from crcli.findings import Finding, Severity
+from crcli.image.claims import is_held_by
 from crcli.image.index import KnownPagesOf
 from crcli.image.manifest import Manifest, publish
 from crcli.image.names import ImageRef, check_name, new_image_id, suggested_name
@@ -592,11 +593,23 @@ class _Dump:
             weights=weights,
             references=references,
         )
+        self._see_that_the_name_is_ours(self.store)
         self._see_time_left(len(manifest.chunks) + sum(map(len, spaces.values())))
         self.interrupts.past_return()
         self.report.stored_bytes = self.writer.stored_bytes + publish(self.store, manifest)
         self._withdraw_if_lapsed(self.store)
         self.published = True
+
+    def _see_that_the_name_is_ours(self, store: Store) -> None:
+        """A job that was taken over publishes nothing more: its image would be newer than those of the one
+        that counts. A dump that was suspended gets here before anybody has told it."""
+        holder = (self.options.job or {}).get("holder")
+        if holder and not is_held_by(store, self.target.name, holder):
+            raise DumpFailed(
+                f"the name {self.target.name} was taken over by another, so nothing was published",
+                hint="`crcli lease ls` says who has it",
+                state=TreeState.RUNNING,
+            )
 
     def _see_time_left(self, records: int) -> None:
         """Raise Interrupted when the deadline leaves no time for the manifest, which nothing interrupts: it

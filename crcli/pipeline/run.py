@@ -387,6 +387,7 @@ class _Run:
         facts = {
             **self.identity.as_json(),
             "lease": self.report.lease,
+            "holder": self.lease.nonce,
             "lease_file": self.lease_file.name,
             **self.history.__dict__,
         }
@@ -461,9 +462,7 @@ class _Run:
             self.lease_file.write()
             self._let_go_on()
         elif state is LeaseState.LAPSED:
-            self._say(
-                "lapsed", "the store does not answer: the job stands still until it does"
-            )
+            self._say("lapsed", "the store does not answer: the job stands still until it does")
             self._stop()
         else:
             self.is_lost = True

@@ -54,7 +54,9 @@ def watch_tree(
         lease = Lease.claim(store, name, "crcli watch")
         held.callback(lease.release)
         held.enter_context(heard)
-        dump = replace(keeping.dump, name=name, job={**_job(root), "lease": lease.number})
+        dump = replace(
+            keeping.dump, name=name, job={**_job(root), "lease": lease.number, "holder": lease.nonce}
+        )
         vigil = Vigil(replace(keeping, dump=dump), root, heard, tell)
 
         def on_lease(state: LeaseState) -> None:

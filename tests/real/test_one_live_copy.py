@@ -16,7 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.crcli import ROOT, Crcli, tree_of, wait_until
+from crcli.image.lease import Lease
+from crcli.store import open_store
+from tests.support.crcli import ROOT, Crcli, counted, counter, tree_of, wait_until
+from tests.support.programs import spawn_python
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
@@ -171,6 +174,34 @@ def test_a_job_that_was_dumped_while_it_stood_still_goes_on(crcli: Crcli) -> Non
         assert second.end() == 0, second.log.read_text()
     assert "restored" in second.log.read_text()
     assert (crcli.folder / "result").read_text() == result(300)
+
+
+def test_who_was_taken_over_publishes_nothing(crcli: Crcli) -> None:
+    """A dump that was under way when another took the name ends without an image, and its tree runs on."""
+    store = open_store(crcli.store)
+
+    def dump(pid: int, nonce: str) -> subprocess.CompletedProcess[str]:
+        words = f"pid={pid}, name='job', store={crcli.store!r}, job={{'holder': {nonce!r}}}"
+        code = f"""
+from crcli.pipeline.dump import dump
+from crcli.pipeline.stages import DumpOptions, Outcome
+dump(DumpOptions({words}, outcome=Outcome.RUNNING))
+"""
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=crcli.environment, capture_output=True, text=True
+        )
+
+    lease = Lease.claim(store, "job", "a test")
+    with spawn_python(counter()) as program:
+        done = dump(program.pid, lease.nonce)
+        assert done.returncode == 0, done.stderr
+        lease.release()
+        Lease.claim(store, "job", "another")
+        done = dump(program.pid, lease.nonce)
+        assert "was taken over by another" in done.stderr
+        before = counted(program)
+        wait_until(lambda: counted(program)[-1] > before[-1], "it does not run on")
+    assert len(list(store.list("images/"))) == 1
 
 
 def test_nodes_that_go_away_at_random(crcli: Crcli) -> None:

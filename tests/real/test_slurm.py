@@ -57,10 +57,17 @@ def result_of(steps: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Slurm]:
-    """The cluster, with nothing to do."""
+def one_cluster() -> Iterator[Slurm]:
+    """A cluster for all tests here."""
     with slurm.cluster() as running:
         yield running
+
+
+@pytest.fixture
+def cluster(one_cluster: Slurm) -> Iterator[Slurm]:
+    """The cluster, with nothing to do."""
+    yield one_cluster
+    one_cluster.clear()
 
 
 def script(folder: Path, name: str, text: str) -> Path:
@@ -80,10 +87,9 @@ def test_a_preempted_job_is_told_and_put_back(cluster: Slurm, tmp_path: Path) ->
     options = ("--partition=low", "--signal=B:USR1@15", "--requeue", f"--output={tmp_path}/out")
     job = cluster.submit(script(tmp_path, "told.sh", TOLD), *options, "--open-mode=append")
     node = cluster.wait_for(job, "RUNNING")["NodeList"]
-    cluster.wait_until(lambda: "start" in (tmp_path / "out").read_text(), "the job writes")
-    higher = preempt(cluster, tmp_path, node)
+    cluster.wait_until(lambda: "start" in _text(tmp_path / "out"), "the job writes")
+    preempt(cluster, tmp_path, node)
     facts = cluster.wait_for(job, "COMPLETED")
-    cluster.cancel(higher)
     other = facts["NodeList"]
     assert other != node and facts["Restarts"] == "1"
     told = [line for line in (tmp_path / "out").read_text().splitlines() if not line.startswith("slurmstepd")]
@@ -102,7 +108,6 @@ def test_a_job_under_run_goes_on_on_the_other_node(cluster: Slurm, tmp_path: Pat
     cluster.wait_for(higher, "RUNNING")
     (tmp_path / "go").touch()
     facts = cluster.wait_for(job, "COMPLETED")
-    cluster.cancel(higher)
     said = _text(tmp_path / f"agent-{job}.log")
     assert facts["NodeList"] != node and facts["ExitCode"] == "0:0" and facts["Restarts"] == "1"
     assert f"crcli: started agent-{job}" in said and f"crcli: restored agent-{job}@" in said

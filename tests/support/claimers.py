@@ -76,15 +76,15 @@ def race(url: str, processes: str, at_once: str, rounds: str, ttl_s: str, settle
         with ThreadPoolExecutor(int(at_once)) as threads:
             for turn in range(int(rounds)):
                 names = [f"race-{turn}-{one}" for one in range(int(at_once))]
-                start.wait(60)
+                start.wait(240)
                 won += compress(names, threads.map(claim, names))
-        start.wait(60)  # whose winners had ended by then would be followed
+        start.wait(240)  # whose winners had ended by then would be followed
         results.put(won)
 
     racers = [context.Process(target=run, args=(number,)) for number in range(int(processes))]
     for racer in racers:
         racer.start()
-    won = [name for _ in racers for name in results.get(timeout=60)]
+    won = [name for _ in racers for name in results.get(timeout=280)]
     for racer in racers:
         racer.join()
     names = [f"race-{turn}-{one}" for turn in range(int(rounds)) for one in range(int(at_once))]

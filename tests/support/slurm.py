@@ -117,9 +117,11 @@ class Slurm:
                 raise SlurmFailed(f"{what}: not in {seconds} s\n{self.logs()}")
             time.sleep(0.05)
 
-    def cancel(self, job: str) -> None:
-        """End a job, whatever it is doing."""
-        self._run("scancel", job)
+    def clear(self) -> None:
+        """End all jobs; return when the nodes are free."""
+        self._run("scancel", "--signal=KILL", "--full", "--user=root")
+        self._run("scancel", "--user=root")
+        self.wait_until(lambda: not self._run("squeue", "--noheader").strip(), "all jobs have ended")
 
     def logs(self) -> str:
         """The ends of all logs, for messages."""
