@@ -87,7 +87,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def visit(site: Site, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    """Each machine in turn; pytest runs all tests of one before it boots the next."""
+    """Each machine in turn: all tests of one run before the next is booted (conftest.py)."""
     release, ahead_s = request.param.split()[0], VISITS[request.param]
     kernel = kernel_like(release)
     if kernel is None:
