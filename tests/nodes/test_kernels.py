@@ -1,7 +1,8 @@
 """Moves between virtual machines with kernels, and a processor, that this host does not have.
 
-Machines are booted one after the other: Linux 6.12, 6.18, 6.1, and 6.12 again. Each kernel dumps a
-tree, and each machine restores what those before it have dumped. On the way they run tests of tests/real that this kernel cannot.
+Machines are booted one after the other: Linux 6.12, 6.18, 6.1, and 6.12 again. Each kernel dumps a tree, and
+each machine restores what those before it have dumped. On the way they run tests of tests/real that this
+host's kernel cannot.
 """
 
 from __future__ import annotations
