@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark
 
 ROUNDS = int(os.environ.get("CRCLI_FAULT_ROUNDS", "3"))
 SEED = int(os.environ.get("CRCLI_FAULT_SEED") or random.randrange(1 << 32))
-LEASE_S = 8.0
+LEASE_S = 10.0
 """For how long a machine that is not heard of keeps the job (half a minute, outside of tests)."""
 
 TAKEN_OVER_S = 60.0 * SLOWNESS
@@ -77,7 +77,9 @@ class Run:
     def wait_for_lines(self, more: int = 10) -> None:
         """Return once the job has printed so many more lines."""
         wanted = len(self.lines) + more
-        wait_until(lambda: len(self.lines) >= wanted, f"it stands still:\n{self.errors}", TAKEN_OVER_S)
+        gone = self.process.poll
+        wait_until(lambda: len(self.lines) >= wanted or gone() is not None, "it stands still", TAKEN_OVER_S)
+        assert len(self.lines) >= wanted, f"it has ended: {self.errors}"
 
     @property
     def errors(self) -> str:
