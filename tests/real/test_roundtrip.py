@@ -87,8 +87,8 @@ SHARED_SINCE_THE_FORK = """
         child = 9
     while True:
         time.sleep(0.01)
-        common[child] += 1 if common[child] < 255 else 0
-        if child == 9 and common[0] and common[1] and common[0] < 255:
+        common[child] = (common[child] + 1) % 256
+        if child == 9 and common[0] and common[1]:
             print(f"turns={common[0]},{common[1]}")
     """
 
