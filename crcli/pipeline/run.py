@@ -39,7 +39,7 @@ from crcli.image.retention import retire
 from crcli.job.identity import Identity, identify_job
 from crcli.job.lease_file import LeaseFile
 from crcli.job.start import start_job, watched
-from crcli.notice import Notices
+from crcli.notice import Notices, Urgency
 from crcli.pipeline.interrupts import Interrupted
 from crcli.pipeline.schedule import History
 from crcli.pipeline.stages import (
@@ -165,11 +165,11 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
     with ExitStack() as held:
         store = open_store(options.store, endpoint_url=options.endpoint_url)
         held.callback(store.close)
+        held.enter_context(notices)
         waiting = Event("waiting", f"waiting to see whether who has {options.name} is alive")
         with _told_when_slow(tell, waiting):
             lease = Lease.claim(store, options.name, "crcli run", wait_s=options.claim_wait_s)
         report.lease = lease.number
-        held.enter_context(notices)
         work = _Run(options, identity, store, lease, notices, report, tell, progress or Silent())
         try:
             lease.keep(work.on_lease)
@@ -177,7 +177,7 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
         finally:
             notices.deafen()
             lease.release()
-        work.say_that_it_is_saved()  # who hears it may start the job elsewhere at once
+            work.answer()  # who hears it may start the job elsewhere at once
     return report
 
 
@@ -246,6 +246,7 @@ class _Run:
     # An image of the same job is brought back; without one the job starts.
 
     def _begin(self) -> _Running:
+        self._heed_early_notice()
         failure: CrcliError | None = None
         for entry in [] if self.options.fresh else self._images():
             try:
@@ -259,6 +260,16 @@ class _Run:
         if failure is not None:
             self._heed(failure)
         return self._start()
+
+    def _heed_early_notice(self) -> None:
+        """A node that goes away already begins nothing."""
+        while (notice := self.notices.get(0)) is not None:
+            if notice.urgency is Urgency.LEAVE:
+                self.notice = notice
+                raise TryAgain(
+                    f"the job was not started here: notice of {notice.source}: {notice.reason}",
+                    hint="nothing was begun: start the same command again, elsewhere",
+                )
 
     def _images(self) -> list[Entry]:
         """The job's images, the newest first; none when it is to start afresh."""
@@ -402,9 +413,9 @@ class _Run:
     def _say(self, name: str, message: str, **data: Any) -> None:
         self._on_event(Event(name, message, data))
 
-    def say_that_it_is_saved(self) -> None:
-        """To whoever gave notice, if it is."""
-        if self.report.end == "saved" and self.notice is not None:
+    def answer(self) -> None:
+        """Tell whoever gave notice that there is nothing here any more that it would be the end of."""
+        if self.notice is not None and (self.report.end == "saved" or not self.report.begun):
             self.notice.on_saved()
 
     def _ended(self, job: _Running, newest: str) -> None:

@@ -343,6 +343,19 @@ def test_a_name_runs_once(crcli: Crcli, tmp_path: Path) -> None:
         assert one.process.poll() is None
 
 
+def test_a_notice_while_waiting_for_the_name(crcli: Crcli, tmp_path: Path) -> None:
+    """Whoever is told to leave while another still has the name starts nothing, and ends with 75 or 23."""
+    with job(crcli, tmp_path / "1", *SHELL, WAITS) as one:
+        one.wait_for("ready")
+        with job(crcli, tmp_path / "2", "--claim-wait", "4", *SHELL, WAITS) as other:
+            wait_until(lambda: "waiting to see" in other.err, "not waiting")
+            other.tell()
+            one.tell()
+            one.end(75)
+            other.end(75)
+            assert other.out == "" and "was not started" in other.err
+
+
 def test_a_job_can_read_the_number_of_its_lease(crcli: Crcli, tmp_path: Path) -> None:
     """$CRCLI_LEASE_FILE holds it, and a larger one after each move."""
     script = (
