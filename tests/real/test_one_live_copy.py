@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from crcli import kernel
 from crcli.image.lease import Lease
 from crcli.store import open_store
 from tests.support.crcli import ROOT, Crcli, counted, counter, tree_of, wait_until
@@ -106,6 +107,7 @@ def supervisor(
             stdout=output,
             stderr=output,
             start_new_session=True,
+            preexec_fn=lambda: kernel.die_with_parent(signal.SIGKILL),
         )
     one = Supervisor(process, log)
     try:

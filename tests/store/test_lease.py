@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from crcli import kernel
 from crcli.errors import NameClaimed, NotFound, StoreError
 from crcli.image import lease as leases
 from crcli.image.claims import all_claims, claimed_by, newest_claim, read_claim
@@ -78,6 +79,7 @@ class Holder:
             stdout=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,
+            preexec_fn=lambda: kernel.die_with_parent(signal.SIGKILL),
         )
 
     def says(self) -> dict[str, Any]:
@@ -179,7 +181,12 @@ def test_no_two_hold_a_name_whatever_befalls_them(tmp_path: Path) -> None:
     command = [*ELSEWHERE, *PYTHON, "live", f"file://{tmp_path}/store", "job", str(journal), "0.6", "1"]
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=lambda: kernel.die_with_parent(signal.SIGKILL),
+        )
 
     lives = [start() for _ in range(3)]
     try:
