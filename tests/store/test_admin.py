@@ -489,7 +489,7 @@ def test_a_removal_killed_anywhere(directory: FileStore) -> None:
     """An image that is being removed exists whole or not at all."""
     prepare = template(directory, lambda: old_and_kept(directory))
     work = lambda around: remove(WatchedStore(directory, around), ImageRef("kept"))  # noqa: E731
-    assert killed_everywhere(prepare, work, lambda: assert_whole(directory)) == 3
+    assert killed_everywhere(prepare, work, lambda: assert_whole(directory)) == 4
 
 
 def test_a_dump_killed_anywhere_leaves_what_gc_can_clear(directory: FileStore) -> None:
