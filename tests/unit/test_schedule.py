@@ -167,7 +167,7 @@ def test_who_sleeps_has_done_nothing() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "sum(range(100000))",
+        "sum(range(10_000_000))",
         "time.sleep(0.1); open('/dev/null', 'w').write('x')",
         "time.sleep(0.4); import os; os.fork() or time.sleep(60)",
     ],
