@@ -236,7 +236,7 @@ def test_a_dump_that_fails_is_tried_again(crcli: Crcli) -> None:
     with spawn_python(counter(kilobytes=8 << 10)) as program:
         tree = tree_of(program.pid)
         with watching(crcli, program.pid) as watch:
-            dumper = next(one for one in psutil.Process(watch.process.pid).children() if one.is_running())
+            (dumper,) = psutil.Process(watch.process.pid).children()
             watch.notice(60)
             watch.wait_for("saving")
             dumper.kill()
