@@ -309,7 +309,7 @@ def test_a_dump_that_does_not_stop_is_killed(crcli: Crcli) -> None:
     ):
         tree = tree_of(program.pid)
         vigil.wait_for("image")
-        dumper = next(iter(psutil.Process().children()))
+        dumper = psutil.Process(vigil.vigil._dumper.pid)
         while vigil.vigil._under_way is None:
             time.sleep(0.001)
         dumper.suspend()

@@ -236,9 +236,9 @@ def test_a_dump_that_fails_is_tried_again(crcli: Crcli) -> None:
     with spawn_python(counter(kilobytes=8 << 10)) as program:
         tree = tree_of(program.pid)
         with watching(crcli, program.pid) as watch:
-            dumper = next(one for one in psutil.Process(watch.process.pid).children() if one.is_running())
             watch.notice(60)
             watch.wait_for("saving")
+            (dumper,) = psutil.Process(watch.process.pid).children()
             dumper.kill()
             watch.wait_for("retry")
             watch.ends(75)
@@ -319,9 +319,9 @@ def test_the_watcher_can_be_killed(crcli: Crcli) -> None:
     with spawn_python(counter(kilobytes=8 << 10)) as program:
         tree = tree_of(program.pid)
         with watching(crcli, program.pid) as watch:
-            dumpers = psutil.Process(watch.process.pid).children()
             watch.notice(60)
             watch.wait_for("saving")
+            dumpers = psutil.Process(watch.process.pid).children()
             time.sleep(random.random())
             watch.process.kill()
             watch.process.wait()
