@@ -183,6 +183,7 @@ def test_a_job_started_for_the_fleets_baseline_fits(visit: Visit, site: Site) ->
     ("visit", "name"),
     [("6.12", TRACKED[0]), *(("6.18", name) for name in TRACKED), ("6.1", TRACKED[0])],
     indirect=["visit"],
+    scope="module",
 )
 def test_pre_copy(visit: Visit, name: str) -> None:
     """Tests of rounds pass on kernels that track writes: all of them on one, and the first on the others."""
