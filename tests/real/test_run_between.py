@@ -22,7 +22,6 @@ from tests.support.nodes.namespaces import OUTSIDE, Lan, NamespaceNode, lan, why
 from tests.support.programs import SLOWNESS
 from tests.support.s3servers import S3Server, start_moto
 
-
 ROUNDS = int(os.environ.get("CRCLI_FAULT_ROUNDS", "3"))
 SEED = int(os.environ.get("CRCLI_FAULT_SEED") or random.randrange(1 << 32))
 
