@@ -182,7 +182,7 @@ def test_a_job_started_for_the_fleets_baseline_fits(visit: Visit, site: Site) ->
 
 @pytest.mark.parametrize(
     ("visit", "name"),
-    zip(itertools.cycle(("6.12", "6.18", "6.1")), TRACKED, strict=False),
+    list(zip(itertools.cycle(("6.12", "6.18", "6.1")), TRACKED, strict=False)),
     indirect=["visit"],
     scope="module",
 )
