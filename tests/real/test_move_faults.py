@@ -21,14 +21,17 @@ from tests.support.nodes.moves import dumped, restored
 from tests.support.nodes.namespaces import OUTSIDE, Lan, NamespaceNode, lan, why_not
 from tests.support.s3servers import S3Server, start_moto
 
-pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.timeout(600)]
-
 LARGE_KIB = 24 << 10
 """Enough random memory for an upload of several parts."""
 
 MOST_ON_DEMAND = 5 << 19
 ROUNDS = int(os.environ.get("CRCLI_FAULT_ROUNDS", "3"))
 SEED = int(os.environ.get("CRCLI_FAULT_SEED") or random.randrange(1 << 32))
+
+pytestmark = [
+    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+    pytest.mark.timeout(600 + 60 * ROUNDS),
+]
 FOR_EVER = float("inf")
 
 

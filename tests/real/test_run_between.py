@@ -22,10 +22,13 @@ from tests.support.nodes.namespaces import OUTSIDE, Lan, NamespaceNode, lan, why
 from tests.support.programs import SLOWNESS
 from tests.support.s3servers import S3Server, start_moto
 
-pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.timeout(900)]
-
 ROUNDS = int(os.environ.get("CRCLI_FAULT_ROUNDS", "3"))
 SEED = int(os.environ.get("CRCLI_FAULT_SEED") or random.randrange(1 << 32))
+
+pytestmark = [
+    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+    pytest.mark.timeout(900 + 60 * ROUNDS),
+]
 LEASE_S = 10.0
 """For how long a machine that is not heard of keeps the job (half a minute, outside of tests)."""
 
