@@ -25,7 +25,9 @@ class Relay:
     _readers: list[threading.Thread] = field(default_factory=list)
 
     def start(self) -> None:
-        """Pass on what comes, each in a thread of its own: from here on we must not fork."""
+        """Pass on what comes, each in a thread of its own: from here on we must not fork. Again is no harm."""
+        if self._readers:
+            return
         for pair in self.outputs:
             self._readers.append(threading.Thread(target=_pass_output, args=pair, daemon=True))
         for master in self.masters:

@@ -157,7 +157,6 @@ def restore_and_wait(
         restored = bring_back(options, progress or Silent(), Stay(passed_on.handle))
         passed_on.to(restored.root)
         running(restored.report)
-        restored.relay.start()
         with restored.relay.raw_terminal():
             _, status = os.waitpid(restored.child, 0)
             restored.relay.finish(_LAST_WORDS_S)
@@ -474,6 +473,8 @@ class _Restore:
             stay=self.stay is not None,
             bound=self.stay is not None and self.stay.bound,
         )
+        if self.stay is not None:
+            self.replacements.relay.start()  # it runs, and may write more than a pipe holds
         netlock.remove_for(str(self.manifest.meta.get("run_id", "")))
         if self.pager is not None:
             self.pager.leave()
