@@ -25,7 +25,7 @@ class Relay:
     _readers: list[threading.Thread] = field(default_factory=list)
 
     def start(self) -> None:
-        """Pass on what comes, each in a thread of its own: from here on we must not fork. Again is no harm."""
+        """Pass on what comes, each in a thread of its own: from here on no fork. Again is no harm."""
         if self._readers:
             return
         for pair in self.outputs:
