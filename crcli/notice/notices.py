@@ -102,6 +102,11 @@ class Notices:
         for number in self.signals:
             signal.signal(number, signal.SIG_IGN)
 
+    def waiting(self, urgency: Urgency) -> Notice | None:
+        """The first such notice that `get` has still to return, if there is one; it stays to be returned."""
+        with self._lock:
+            return next((notice for notice in self._waiting if notice.urgency is urgency), None)
+
     def _start(self, source: Source) -> None:
         thread = threading.Thread(
             target=self._watch, args=(source,), name=f"notice-{source.name}", daemon=True

@@ -263,13 +263,12 @@ class _Run:
 
     def _heed_early_notice(self) -> None:
         """A node that goes away already begins nothing."""
-        while (notice := self.notices.get(0)) is not None:
-            if notice.urgency is Urgency.LEAVE:
-                self.notice = notice
-                raise TryAgain(
-                    f"the job was not started here: notice of {notice.source}: {notice.reason}",
-                    hint="nothing was begun: start the same command again, elsewhere",
-                )
+        self.notice = self.notices.waiting(Urgency.LEAVE)
+        if self.notice is not None:
+            raise TryAgain(
+                f"the job was not started here: notice of {self.notice.source}: {self.notice.reason}",
+                hint="nothing was begun: start the same command again, elsewhere",
+            )
 
     def _images(self) -> list[Entry]:
         """The job's images, the newest first; none when it is to start afresh."""
