@@ -74,6 +74,11 @@ def test_the_file_of_another_stays(lease: Lease) -> None:
     assert Path(file.path).read_text() == "2\n"
 
 
+def commands(pid: int) -> bytes:
+    """The command line of a process."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def test_a_sentry_stops_a_tree_whose_lease_has_lapsed_and_lets_it_go_on() -> None:
     """All of the tree that runs is stopped while the time is over; what others had stopped stays stopped."""
     deadline = os.memfd_create("deadline")
@@ -88,10 +93,13 @@ def test_a_sentry_stops_a_tree_whose_lease_has_lapsed_and_lets_it_go_on() -> Non
     start = f"subprocess.Popen([sys.executable, '-c', {COUNTS!r}])"
     script = f"import subprocess, sys\n{start}\n{start}\n{COUNTS}"
     root = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    children: list[int] = []
     try:
         path = Path(f"/proc/{root.pid}/task/{root.pid}/children")
         wait_for(lambda: len(path.read_text().split()) == 2)
         children = [int(pid) for pid in path.read_text().split()]
+        # Stopped before it has become its program, a child would hold its parent too (vfork).
+        wait_for(lambda: all(commands(pid) != commands(root.pid) for pid in children))
         os.kill(children[1], signal.SIGSTOP)
         good_for(3600)
         with watched(deadline, identify(root.pid)):
