@@ -181,8 +181,12 @@ def test_a_job_started_for_the_fleets_baseline_fits(visit: Visit, site: Site) ->
     job.on(visit.machine).assert_goes_on()
 
 
-SLOW = ("test_the_last_round_carries_little", "test_whatever_memory_does_between_rounds_it_is_what_it_was")
-"""Tests that take two and five minutes under emulation."""
+SLOW = (
+    "test_the_last_round_carries_little",
+    "test_whatever_memory_does_between_rounds_it_is_what_it_was",
+    "test_criu_killed_in_a_round",
+)
+"""Tests that take two, five and six minutes under emulation."""
 
 
 def rounds() -> Iterator[Any]:
