@@ -454,7 +454,8 @@ class _Run:
         def pass_on(number: int, _frame: FrameType | None) -> None:
             must_stand_still = number == signal.SIGCONT and self.lease.state is not LeaseState.HELD
             if job.root.alive() and not must_stand_still:  # we may have been stopped until the lease lapsed
-                os.kill(job.root.pid, number)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(job.root.pid, number)
 
         before = ExitStack()
         for number in _PASSED_ON:
@@ -481,7 +482,7 @@ class _Run:
                 self.vigil.interrupt()
 
     def _stop(self) -> None:
-        with self.stopping:
+        with self.stopping, suppress(ProcessLookupError, PreflightRefused):  # it has just ended
             self._stop_all(self.job)
 
     def _stop_all(self, job: _Running | None) -> None:
@@ -501,7 +502,8 @@ class _Run:
             stopped, self.stopped = self.stopped, []
         for one in reversed(stopped):
             if one.alive():
-                os.kill(one.pid, signal.SIGCONT)
+                with suppress(ProcessLookupError):
+                    os.kill(one.pid, signal.SIGCONT)
 
     def _lost(self) -> NameClaimed:
         self.report.end = "lost"
