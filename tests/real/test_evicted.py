@@ -107,7 +107,7 @@ def test_an_evicted_job_has_the_result_of_an_undisturbed_one(by: str, crcli: Crc
     source = random.Random(f"{SEED}-{by}")
     result = tmp_path / "result"
     command = python_job(WORK, str(result), str(STEPS))
-    evictions = 0
+    evictions, is_saved = 0, False
     for number in range(20 * EVICTIONS):
         kind = source.choice(list(EVICTED_BY)) if by == "anything" else by
         folder = tmp_path / str(number)
@@ -119,6 +119,8 @@ def test_an_evicted_job_has_the_result_of_an_undisturbed_one(by: str, crcli: Crc
                     EVICTED_BY[kind](one)
                     evictions += 1
             code = one.end()
+        assert not (is_saved and "crcli: started " in one.err), f"seed {SEED}, {kind}: begun again\n{one.err}"
+        is_saved = is_saved or "is durable" in one.err
         assert code in (0, 75, -signal.SIGKILL), f"seed {SEED}, {kind}: exit {code}\n{one.err}"
         if code == 0:
             break
