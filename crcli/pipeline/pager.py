@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 from crcli import kernel
 from crcli.criu.lazy_socket import listen_in, receive_memories
 from crcli.errors import CrcliError, HostLacks, ImageDamaged, NotFound, StoreError, StoreUnreachable
+from crcli.logs import keep_log
 from crcli.memory.extents import SpaceKey, SpaceKind
 from crcli.memory.lazy import LazyFill
 from crcli.memory.userfault import Userfault, is_available
-from crcli.pipeline.logs import keep_log
 from crcli.process.identity import ProcessId, identify
 from crcli.process.tree import child_pids
 

@@ -1,0 +1,431 @@
+"""The hand itself: the one process that makes all calls to CUDA's driver for a dump or a restore.
+
+It outlives crcli. When crcli is gone, and has not said that all is settled, the hand sets right what it did:
+see `Purpose`. It has a session of its own, and only SIGKILL ends it; another hand then does the same, by the
+states that the driver tells.
+
+A call to the driver cannot be taken back, and may block for as long as it likes. So each is made in a thread
+of its own: whoever waits for it gives up after a while, while the thread stays, and with it the process's
+mutex. The next call for that process waits for that one's end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from crcli.gpu.driver import CudaLacks, CudaRefused, Driver
+from crcli.gpu.facts import CudaState
+from crcli.gpu.words import COMM, LOCK_LIMIT_S, MESSAGE_LIMIT, PATIENCE_S, Purpose
+from crcli.logs import keep_log
+from crcli.process.identity import ProcessId, read_proc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+T = TypeVar("T")
+
+_STATE_LIMIT_S = 2.0
+_SPARE_S = 5.0
+"""How much longer than its own limit a lock may take before we stop to wait for it (seconds)."""
+
+_STEP_S, _PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05, 2.0
+_ASLEEP = (CudaState.LOCKED, CudaState.CHECKPOINTED, CudaState.CHECKPOINTING, CudaState.RESTORING)
+
+
+@dataclass
+class _Charge:
+    """A CUDA process that was put into our hands.
+
+    Whoever calls the driver for it holds the `mutex`. `state` is the last that was heard of, None: nothing
+    yet. `move_s` is how long its memory may be on the way (seconds).
+    """
+
+    id: ProcessId
+    move_s: float
+    state: CudaState | None = None
+    mutex: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def pid(self) -> int:
+        """Its pid here."""
+        return self.id.pid
+
+
+@dataclass
+class _Order:
+    """What crcli has asked for, of these processes. Once it `is_over` nothing more of it is begun."""
+
+    request: Mapping[str, Any]
+    charges: list[_Charge]
+    is_over: bool = False
+
+    @property
+    def name(self) -> str:
+        """What is asked for."""
+        return str(self.request["op"])
+
+    @property
+    def limit_s(self) -> float:
+        """How long it may take for each process (seconds)."""
+        return float(self.request["limit_s"])
+
+
+class Worker:
+    """The hand at work."""
+
+    def __init__(self, control: socket.socket, crcli: int, purpose: Purpose) -> None:
+        """`crcli` is a pidfd of the process that we work for: others may hold the other end of `control`."""
+        self._control = control
+        self._crcli = crcli
+        self._purpose = purpose
+        self._charges: dict[int, _Charge] = {}
+        self._touched: list[_Charge] = []
+        """What was locked, or was to be, and is not settled: in that order."""
+        self._order: _Order | None = None
+        self._driver: Driver | None = None
+        self._lacks: CudaLacks | None = None
+        self._is_ready = threading.Event()
+        self._saying = threading.Lock()
+
+    def run(self) -> None:
+        """Do what is asked until nobody asks any more, then set right what is not settled."""
+        threading.Thread(target=self._load, daemon=True).start()
+        while (request := self._next()) is not None:
+            threading.Thread(target=self._serve, args=(self._admit(request),), daemon=True).start()
+        self._end_order()
+        if self._touched:
+            self._set_right_alone()
+
+    def _load(self) -> None:
+        try:
+            self._driver = Driver()
+        except CudaLacks as error:
+            self._lacks = error
+        except BaseException as error:
+            self._lacks = CudaLacks(f"cuda-python failed: {error}", "see `nvidia-smi`, and `crcli doctor`")
+        self._is_ready.set()
+
+    def _next(self) -> dict[str, Any] | None:
+        """The next request; None when there will be none."""
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(self._crcli, select.POLLIN)
+        if self._control.fileno() not in {fd for fd, _ in poll.poll()}:
+            return None
+        try:
+            text = self._control.recv(MESSAGE_LIMIT)
+        except OSError:
+            return None
+        return json.loads(text) if text else None
+
+    def _admit(self, request: dict[str, Any]) -> _Order:
+        """Take a request on, in the order in which they came: from here on what it changes is ours to set
+        right, and what was asked for before is over."""
+        order = _Order(request, [self._charge(*one) for one in request["processes"]])
+        if order.name in _CHANGES:
+            self._end_order()
+            self._order = order
+            self._touched += [charge for charge in order.charges if charge not in self._touched]
+        if order.name == "settled":
+            self._touched = []
+        return order
+
+    def _end_order(self) -> None:
+        if self._order is not None:
+            self._order.is_over = True
+
+    def _charge(self, pid: int, start_time: int, move_s: float) -> _Charge:
+        known = self._charges.get(pid)
+        if known is None or known.id.start_time != start_time:
+            known = self._charges[pid] = _Charge(ProcessId(pid, start_time), move_s)
+        known.move_s = move_s
+        return known
+
+    def _serve(self, order: _Order) -> None:
+        operations: dict[str, Callable[[_Order], dict[str, Any]]] = {
+            "host": self._host,
+            "find": self._find,
+            "lock": self._lock,
+            "checkpoint": self._checkpoint,
+            "restore": self._restore,
+            "unlock": self._unlock,
+            "resume": self._resume,
+            "release": self._release,
+            "settled": lambda _: {},
+        }
+        try:
+            answer = operations[order.name](order)
+        except CudaLacks as error:
+            answer = {"lacks": str(error), "hint": error.hint}
+        except BaseException:
+            answer = {"bug": traceback.format_exc()}
+        with self._saying:
+            try:
+                self._control.send(json.dumps({"id": order.request["id"], **answer}).encode())
+            except OSError:
+                pass  # nobody is there: `run` sees it too
+
+    @property
+    def _cuda(self) -> Driver:
+        """The driver, once it is initialised. Raises CudaLacks."""
+        self._is_ready.wait()
+        if self._driver is None:
+            raise self._lacks or CudaLacks("CUDA cannot be used here", "")
+        return self._driver
+
+    # What is asked for.
+
+    def _host(self, order: _Order) -> dict[str, Any]:
+        return {"host": self._cuda.host().as_json()}
+
+    def _find(self, order: _Order) -> dict[str, Any]:
+        cuda = self._cuda
+        used = cuda.used()
+        found = []
+        for charge in order.charges:
+            tid = cuda.restore_tid(charge.pid)
+            if tid is not None and self._state(charge) is not CudaState.GONE:
+                found.append([charge.pid, charge.id.start_time, tid, charge.state, used.get(charge.pid, {})])
+        return {"found": found}
+
+    def _lock(self, order: _Order) -> dict[str, Any]:
+        """One after the other: the first that does not come to rest ends it."""
+        for charge in order.charges:
+            limit_s = order.limit_s + _SPARE_S
+            failure = self._attempt(order, charge, limit_s, lambda one: self._do(one, "lock", order.limit_s))
+            if failure is not None:
+                return self._told(order.charges, [failure])
+        return self._told(order.charges)
+
+    def _checkpoint(self, order: _Order) -> dict[str, Any]:
+        """All at once: each process has its own way to its GPUs."""
+        return self._move_all(order, lambda one: self._do(one, "checkpoint"))
+
+    def _restore(self, order: _Order) -> dict[str, Any]:
+        return self._move_all(order, lambda one: self._do(one, "restore", order.request["map"]))
+
+    def _move_all(self, order: _Order, move: Callable[[_Charge], None]) -> dict[str, Any]:
+        def attempt(charge: _Charge) -> dict[str, Any] | None:
+            return self._attempt(order, charge, charge.move_s, move)
+
+        return self._told(order.charges, _all_at_once(order.charges, attempt))
+
+    def _unlock(self, order: _Order) -> dict[str, Any]:
+        failures = [
+            self._attempt(order, charge, order.limit_s, lambda one: self._do(one, "unlock"))
+            for charge in order.charges
+        ]
+        return self._told(order.charges, failures)
+
+    def _resume(self, order: _Order) -> dict[str, Any]:
+        self._wake(order, time.monotonic() + order.limit_s)
+        return self._told(order.charges)
+
+    def _release(self, order: _Order) -> dict[str, Any]:
+        self._put_down(order)
+        return self._told(order.charges)
+
+    def _told(self, charges: Iterable[_Charge], failures: Iterable[Any] = ()) -> dict[str, Any]:
+        """The answer. Of whom nothing could be heard, the worst is told that can still be set right."""
+        failed = [failure for failure in failures if failure is not None]
+        states = {charge.pid: self._state(charge) or CudaState.LOCKED for charge in charges}
+        return {"states": states, "failures": failed}
+
+    # One call, and what the driver says of a process.
+
+    def _do(self, charge: _Charge, name: str, *arguments: Any) -> None:
+        """Make this call for the process."""
+        getattr(self._cuda, name)(charge.pid, *arguments)
+        charge.state = _AFTER[name]
+
+    def _attempt(
+        self, order: _Order, charge: _Charge, limit_s: float, work: Callable[[_Charge], None]
+    ) -> dict[str, Any] | None:
+        """Do something to a process while nobody else does; return why it failed, if it did.
+
+        A process that has ended is no failure, and nothing is begun for an order that is over.
+        """
+
+        def do() -> None:
+            with charge.mutex:
+                if charge.id.alive() and not order.is_over:
+                    work(charge)
+
+        try:
+            _within(limit_s, do, order.name)
+        except CudaRefused as error:
+            if charge.id.alive():
+                return {"pid": charge.pid, "call": error.call, "result": error.result}
+        return None
+
+    def _state(self, charge: _Charge) -> CudaState | None:
+        """What the driver says of a process; the last that was heard where it does not say."""
+
+        def ask() -> None:
+            charge.state = self._cuda.state(charge.pid)
+
+        if not charge.id.alive():
+            charge.state = CudaState.GONE
+            return charge.state
+        try:
+            _within(_STATE_LIMIT_S, ask, "state")
+        except CudaRefused as error:
+            if error.result == _UNKNOWN_TO_CUDA and self._cuda.restore_tid(charge.pid) is None:
+                charge.state = CudaState.GONE
+        return charge.state
+
+    def _sleeps(self, charge: _Charge) -> bool:
+        """Whether a process is to be woken, or may be: nothing is known, or a call for it is under way."""
+        if not charge.mutex.acquire(timeout=_PAUSE_S):
+            return True
+        try:
+            return self._state(charge) in (*_ASLEEP, None)
+        finally:
+            charge.mutex.release()
+
+    # What sets it right.
+
+    def _wake(self, order: _Order, until: float) -> None:
+        """Have all run as before, in the reverse order; whoever cannot be woken is tried again until then."""
+        pause = _PAUSE_S
+        left = [charge for charge in reversed(order.charges) if self._sleeps(charge)]
+        while left:
+            _all_at_once(left, lambda one: self._give_memory_back(order, one, until))
+            for charge in left:
+                self._attempt(order, charge, charge.move_s, self._unlock_if_locked)
+            left = [charge for charge in left if self._sleeps(charge)]
+            if order.is_over or time.monotonic() > until:
+                return
+            if left:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _give_memory_back(self, order: _Order, charge: _Charge, until: float) -> None:
+        """Restore a process that is checkpointed, once CRIU does not hold it any more."""
+        while _is_held(charge.pid) and time.monotonic() < until and not order.is_over:
+            time.sleep(_STEP_S)
+        self._attempt(order, charge, charge.move_s, self._restore_if_checkpointed)
+
+    def _restore_if_checkpointed(self, charge: _Charge) -> None:
+        if self._state(charge) is CudaState.CHECKPOINTED:
+            self._do(charge, "restore", {})
+
+    def _unlock_if_locked(self, charge: _Charge) -> None:
+        if self._state(charge) is CudaState.LOCKED:
+            self._do(charge, "unlock")
+
+    def _put_down(self, order: _Order) -> None:
+        """Have none of them hold a GPU any more, as far as the driver lets us."""
+
+        def put_down(charge: _Charge) -> None:
+            if self._state(charge) is CudaState.RUNNING:
+                self._do(charge, "lock", LOCK_LIMIT_S)
+            if self._state(charge) is CudaState.LOCKED:
+                self._do(charge, "checkpoint")
+
+        _all_at_once(order.charges, lambda one: self._attempt(order, one, one.move_s, put_down))
+
+    def _set_right_alone(self) -> None:
+        """Crcli is gone, and has not said that all is settled."""
+        order = _Order({"op": "alone"}, self._touched)
+        before = {charge.pid: self._state(charge) for charge in order.charges}
+        if self._purpose is Purpose.DUMP:
+            self._wake(order, time.monotonic() + PATIENCE_S)
+        else:
+            self._put_down(order)
+            for charge in order.charges:
+                _kill(charge.id)
+        lines = [f"process {one.pid} was {before[one.pid]}, is {self._state(one)}" for one in order.charges]
+        keep_log("\n".join([f"crcli was killed ({self._purpose}):", *lines, ""]), COMM)
+
+
+_CHANGES = frozenset(("lock", "checkpoint", "restore", "unlock", "resume", "release"))
+_AFTER = {
+    "lock": CudaState.LOCKED,
+    "checkpoint": CudaState.CHECKPOINTED,
+    "restore": CudaState.LOCKED,
+    "unlock": CudaState.RUNNING,
+}
+_UNKNOWN_TO_CUDA = "CUDA_ERROR_INVALID_VALUE"
+_TOO_LONG = "TOOK_TOO_LONG"
+
+
+def _within(limit_s: float, work: Callable[[], None], name: str) -> None:
+    """Return when the work is done, or raise what it raised; CudaRefused when it takes longer: it goes on."""
+    raised: list[BaseException] = []
+
+    def do() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=do, name=name, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        raise CudaRefused(name, _TOO_LONG)
+    if raised:
+        raise raised[0] if isinstance(raised[0], CudaRefused) else CudaRefused(name, str(raised[0]))
+
+
+def _all_at_once(charges: Sequence[_Charge], work: Callable[[_Charge], T]) -> list[T]:
+    """Do it for all at once, and return what came of each, in their order."""
+    results: dict[int, T] = {}
+
+    def one(charge: _Charge) -> None:
+        results[charge.pid] = work(charge)
+
+    threads = [threading.Thread(target=one, args=(charge,), daemon=True) for charge in charges]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[charge.pid] for charge in charges]
+
+
+def _is_held(pid: int) -> bool:
+    """Whether a tracer, which is CRIU, holds the process: the driver would wait for its thread in vain."""
+    try:
+        status = read_proc(f"/proc/{pid}/status")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return b"\nTracerPid:\t0\n" not in status
+
+
+def _kill(process: ProcessId) -> None:
+    if process.alive():
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def main(control: int, crcli: int, purpose: str) -> None:
+    """The whole life of the hand. Never returns."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGALRM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    os.chdir("/")
+    with open("/proc/self/comm", "w") as file:
+        file.write(COMM)
+    try:
+        Worker(socket.socket(fileno=control), crcli, Purpose(purpose)).run()
+    finally:
+        os._exit(0)  # CUDA's own way out takes a while, and nothing here needs it
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
