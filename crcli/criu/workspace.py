@@ -31,6 +31,11 @@ class OverflowFile:
         self.fd = workspace.create_file("overflow")
         workspace.remove("overflow")
         self.limit = spare_memory() // 2 // sharers
+        self._sharers = sharers
+
+    def set_aside(self, size: int) -> None:
+        """So many bytes of the memory that is free will be taken by others before this file is used."""
+        self.limit = max(0, self.limit - size // 2 // self._sharers)
 
     def close(self) -> None:
         """Give the memory back."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -68,7 +68,10 @@ _LOOK_INTO_FILES = 64 << 10
 
 @dataclass(frozen=True)
 class Load:
-    """What a dump has to do. `threads` are those beyond the first of each process; files in bytes."""
+    """What a dump has to do. `threads` are those beyond the first of each process; files in bytes.
+
+    `gpu_bytes` of the memory lie on GPUs before.
+    """
 
     processes: int
     threads: int
@@ -77,6 +80,20 @@ class Load:
     file_bytes: int = 0
     trial: bool = True
     reaped: bool = True
+    gpu_bytes: int = 0
+
+    def with_gpus(self, size: int, weights_bytes: int) -> Load:
+        """The same with so many bytes on GPUs, where nobody can look before they are fetched.
+
+        They are taken to be new, but for as many as files of weights of that size may explain.
+        """
+        if not size:
+            return self
+        weights = min(size, max(0, weights_bytes - self.memory.weights))
+        new = size - weights
+        memory = self.memory + Makeup(size, new=new, stored=new, weights=weights)
+        stored = self.stored_bytes + new + round(_NEW_BYTES * new / _MIB)
+        return replace(self, memory=memory, stored_bytes=stored, gpu_bytes=size)
 
     def amounts(self) -> Amounts:
         """The same as the rates count it."""
@@ -90,6 +107,7 @@ class Load:
             "reused": (memory.reused + memory.weights) / _MIB,  # compared and hashed, too
             "new": memory.new / _MIB,
             "stored": self.stored_bytes / _MIB,
+            "gpu": self.gpu_bytes / _MIB,
         }
 
     def file_amounts(self) -> Amounts:
@@ -124,21 +142,24 @@ def predict(load: Load, rates: Rates, store: str, room: int, spent_ms: float | N
     ship = takes("ship", store)
     frozen = takes("take") + rates.step("files").takes(load.file_amounts())
     frozen += (takes("trial") if load.trial else 0.0) + ship * spill
+    frozen += takes("gpu") if load.gpu_bytes else 0.0
     before = takes("look") + takes("prepare", store) if spent_ms is None else spent_ms
     after = ship * (1 - spill) + (takes("reap") if load.reaped else 0.0)
     return Forecast(round(frozen, 1), load.stored_bytes, round(before + frozen + after + takes("rest"), 1))
 
 
-def look_ahead(evidence: Evidence, options: DumpOptions, name: str) -> tuple[Forecast | None, list[Finding]]:
+def look_ahead(
+    evidence: Evidence, options: DumpOptions, name: str, gpu_bytes: int = 0
+) -> tuple[Forecast | None, list[Finding]]:
     """The forecast for a dump that is not under way, made in about a tenth of a second and the store's own
-    time; the tree and the store are not touched.
+    time; the tree and the store are not touched. `gpu_bytes` of it lie on GPUs.
 
     None, with a finding that says why, when the store does not answer.
     """
     store = open_store(options.store, endpoint_url=options.endpoint_url, patience_s=STORE_PATIENCE_S)
     try:
-        pages = max(64 * _MIB, evidence.expected_bytes) * _ENOUGH // PAGE
-        known = known_for(evidence, store, name, pages)
+        pages = max(64 * _MIB, evidence.expected_bytes + gpu_bytes) * _ENOUGH // PAGE
+        known = known_for(evidence, store, name, pages, gpu_bytes)
     except NotFound:
         known = None  # a directory store that the first dump will make
     except StoreError as error:
@@ -148,13 +169,17 @@ def look_ahead(evidence: Evidence, options: DumpOptions, name: str) -> tuple[For
     with WeightsInUse(chosen_files(options.weights, evidence)) as weights:
         weights.index(only_kept=True)
         load = measure(evidence, options, known, LOOK_S, LOOK_MOST_S, weights.matcher)
+        load = load.with_gpus(gpu_bytes, weights.total_bytes)
         findings = list(weights.findings())
-    return predict(load, load_rates(), options.store, spare_memory() // 2), findings
+    room = max(0, spare_memory() - gpu_bytes) // 2
+    return predict(load, load_rates(), options.store, room), findings
 
 
-def known_for(evidence: Evidence, store: Store, name: str, limit: int = PAGE_LIMIT) -> KnownChunks:
+def known_for(
+    evidence: Evidence, store: Store, name: str, limit: int = PAGE_LIMIT, gpu_bytes: int = 0
+) -> KnownChunks:
     """What a dump of this tree under this name knows of what the store has."""
-    wanted = evidence.expected_bytes // PAGE
+    wanted = (evidence.expected_bytes + gpu_bytes) // PAGE
     return load_known(store, name, limit, wanted, lambda head: is_of(evidence, head))
 
 
@@ -302,6 +327,7 @@ def learn_from(report: DumpReport, load: Load, fits: bool) -> None:
         ("files", ""): phases.get("files", 0.0),
         ("trial", ""): phases.get("trial", 0.0),
         ("reap", ""): phases.get("reap", 0.0),
+        ("gpu", ""): sum(phases.get(f"gpu {step}", 0.0) for step in ("lock", "checkpoint", "resume")),
         ("rest", ""): report.total_ms - sum(phases.values()),
     }
     if fits:

@@ -450,6 +450,14 @@ class Evidence:
         return tuple(file for file in self.files if file.kind is Kind.DEVICE)
 
     @property
+    def may_use_gpus(self) -> bool:
+        """Whether a process has CUDA's library mapped, or a device of NVIDIA's: the GPU side looks closer."""
+        held = (*self.devices, *self.device_mappings)
+        return any("/libcuda.so" in mapping.path for mapping in self.mappings) or any(
+            one.path.startswith("/dev/nvidia") for one in held
+        )
+
+    @property
     def pinned(self) -> tuple[Process, ...]:
         """The processes that may not run on every processor of this host (taskset, OMP, numactl)."""
         return tuple(
