@@ -269,13 +269,18 @@ class Worker:
         return None
 
     def _state(self, charge: _Charge) -> CudaState | None:
-        """What the driver says of a process; the last that was heard where it does not say."""
+        """What the driver says of a process; the last that was heard where it does not say.
+
+        It does not while CRIU holds the process, of which it asks a thread.
+        """
 
         def ask() -> None:
             charge.state = self._cuda.state(charge.pid)
 
         if not charge.id.alive():
             charge.state = CudaState.GONE
+            return charge.state
+        if _is_held(charge.pid):
             return charge.state
         try:
             _within(_STATE_LIMIT_S, ask, "state")

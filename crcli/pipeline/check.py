@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from crcli.errors import HostLacks, PreflightRefused
 from crcli.findings import Severity
 from crcli.guard.claimed import claimed
 from crcli.guard.here import Here
@@ -64,16 +63,7 @@ def check_process(pid: int, store: str, endpoint_url: str | None = None) -> Chec
     if report.is_refused:
         return report
     options = DumpOptions(pid=pid, store=store, endpoint_url=endpoint_url)
-    gpu_bytes = 0
-    if evidence.may_use_gpus:
-        from crcli.pipeline.gpu import look_at_gpus
-
-        try:
-            found, gpu_bytes = look_at_gpus(evidence, options)
-        except (PreflightRefused, HostLacks) as error:
-            return CheckReport(report.target, [*error.findings, *report.findings])
-        report = CheckReport(report.target, [*report.findings, *found])
-    forecast, findings = look_ahead(evidence, options, suggested_name(evidence.root.comm), gpu_bytes)
+    forecast, findings = look_ahead(evidence, options, suggested_name(evidence.root.comm))
     return CheckReport(report.target, [*report.findings, *findings], forecast)
 
 

@@ -373,8 +373,8 @@ class _Dump:
             return None
         try:
             matcher = self.weights.matcher
-            load = measure(self.target.evidence, self.options, known, DUMP_LOOK_S, DUMP_LOOK_MOST_S, matcher)
-            return load.with_gpus(gpu_bytes, self.weights.total_bytes)
+            evidence, most_s = self.target.evidence, DUMP_LOOK_MOST_S
+            return measure(evidence, self.options, known, DUMP_LOOK_S, most_s, matcher, gpu_bytes)
         except Exception:
             return None
 

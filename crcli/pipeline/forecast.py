@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -60,6 +60,9 @@ _REFERRED_BYTES, _NEW_BYTES = 150, 9 << 10
 """What an image costs beside its pages: at all, for each process and further thread, and for each MiB that it
 refers to and that it adds to the store."""
 
+_RATIO_OF_WEIGHTS = 0.8
+"""How small numbers of 16 bits become, compressed: most of what is on GPUs."""
+
 _MOST_BLOCKS, _FEWEST_BLOCKS = 24, 3
 _WRITTEN_LIMIT, _MEMORY_LIMIT = 64 << 20, 1 << 30  # as in capture.py, which needs CRIU's Python package
 _LOOK_INTO_FILES = 64 << 10
@@ -70,7 +73,7 @@ _LOOK_INTO_FILES = 64 << 10
 class Load:
     """What a dump has to do. `threads` are those beyond the first of each process; files in bytes.
 
-    `gpu_bytes` of the memory lie on GPUs before.
+    `gpu_bytes` is memory of GPUs, which `memory` counts as well: as new, for nobody can look into it before.
     """
 
     processes: int
@@ -81,19 +84,6 @@ class Load:
     trial: bool = True
     reaped: bool = True
     gpu_bytes: int = 0
-
-    def with_gpus(self, size: int, weights_bytes: int) -> Load:
-        """The same with so many bytes on GPUs, where nobody can look before they are fetched.
-
-        They are taken to be new, but for as many as files of weights of that size may explain.
-        """
-        if not size:
-            return self
-        weights = min(size, max(0, weights_bytes - self.memory.weights))
-        new = size - weights
-        memory = self.memory + Makeup(size, new=new, stored=new, weights=weights)
-        stored = self.stored_bytes + new + round(_NEW_BYTES * new / _MIB)
-        return replace(self, memory=memory, stored_bytes=stored, gpu_bytes=size)
 
     def amounts(self) -> Amounts:
         """The same as the rates count it."""
@@ -107,8 +97,11 @@ class Load:
             "reused": (memory.reused + memory.weights) / _MIB,  # compared and hashed, too
             "new": memory.new / _MIB,
             "stored": self.stored_bytes / _MIB,
-            "gpu": self.gpu_bytes / _MIB,
         }
+
+    def gpu_amounts(self) -> Amounts:
+        """What is moved from GPUs into the host's memory first."""
+        return {"once": 1, "processes": self.processes, "mib": self.gpu_bytes / _MIB}
 
     def file_amounts(self) -> Amounts:
         """What the capture of files is given."""
@@ -141,8 +134,8 @@ def predict(load: Load, rates: Rates, store: str, room: int, spent_ms: float | N
     spill = max(0.0, 1 - room / load.memory.total) if load.memory.total else 0.0
     ship = takes("ship", store)
     frozen = takes("take") + rates.step("files").takes(load.file_amounts())
+    frozen += rates.step("gpu").takes(load.gpu_amounts()) if load.gpu_bytes else 0.0
     frozen += (takes("trial") if load.trial else 0.0) + ship * spill
-    frozen += takes("gpu") if load.gpu_bytes else 0.0
     before = takes("look") + takes("prepare", store) if spent_ms is None else spent_ms
     after = ship * (1 - spill) + (takes("reap") if load.reaped else 0.0)
     return Forecast(round(frozen, 1), load.stored_bytes, round(before + frozen + after + takes("rest"), 1))
@@ -152,14 +145,14 @@ def look_ahead(
     evidence: Evidence, options: DumpOptions, name: str, gpu_bytes: int = 0
 ) -> tuple[Forecast | None, list[Finding]]:
     """The forecast for a dump that is not under way, made in about a tenth of a second and the store's own
-    time; the tree and the store are not touched. `gpu_bytes` of it lie on GPUs.
+    time; the tree and the store are not touched. `gpu_bytes` is the tree's memory on GPUs.
 
     None, with a finding that says why, when the store does not answer.
     """
     store = open_store(options.store, endpoint_url=options.endpoint_url, patience_s=STORE_PATIENCE_S)
     try:
-        pages = max(64 * _MIB, evidence.expected_bytes + gpu_bytes) * _ENOUGH // PAGE
-        known = known_for(evidence, store, name, pages, gpu_bytes)
+        pages = max(64 * _MIB, evidence.expected_bytes) * _ENOUGH // PAGE
+        known = known_for(evidence, store, name, pages)
     except NotFound:
         known = None  # a directory store that the first dump will make
     except StoreError as error:
@@ -168,11 +161,9 @@ def look_ahead(
         store.close()
     with WeightsInUse(chosen_files(options.weights, evidence)) as weights:
         weights.index(only_kept=True)
-        load = measure(evidence, options, known, LOOK_S, LOOK_MOST_S, weights.matcher)
-        load = load.with_gpus(gpu_bytes, weights.total_bytes)
+        load = measure(evidence, options, known, LOOK_S, LOOK_MOST_S, weights.matcher, gpu_bytes)
         findings = list(weights.findings())
-    room = max(0, spare_memory() - gpu_bytes) // 2
-    return predict(load, load_rates(), options.store, room), findings
+    return predict(load, load_rates(), options.store, spare_memory() // 2), findings
 
 
 def known_for(
@@ -201,10 +192,12 @@ def measure(
     least_s: float,
     most_s: float,
     matcher: Matcher | None = None,
+    gpu_bytes: int = 0,
 ) -> Load:
     """What a dump of this tree has to do, its memory sampled for about `least_s` to `most_s` seconds.
 
-    With a `matcher` what stands in files of weights is left out, as the dump will.
+    With a `matcher` what stands in files of weights is left out, as the dump will. Memory of GPUs
+    (`gpu_bytes`) cannot be looked into: all of it is taken to be new, and to be compressed as weights are.
     """
     began = time.monotonic()
     more_s = _LOOK_S_PER_GIB * evidence.expected_bytes / (1 << 30) + _LOOK_S_PER_PROCESS * len(evidence.tree)
@@ -214,6 +207,7 @@ def measure(
         memory = sampler.makeup()
         for path, size in _shared_objects(evidence):
             memory += sampler.shared_makeup(path, size)
+    memory += Makeup(total=gpu_bytes, new=gpu_bytes, stored=round(gpu_bytes * _RATIO_OF_WEIGHTS))
     sizes = _carried(evidence, options.include)
     total = sum(sizes.values())
     stored = total
@@ -228,6 +222,7 @@ def measure(
         file_bytes=total,
         trial=options.trial,
         reaped=options.outcome == Outcome.KILLED,
+        gpu_bytes=gpu_bytes,
     )
 
 
@@ -322,22 +317,17 @@ def learn_from(report: DumpReport, load: Load, fits: bool) -> None:
     `fits`: all of the tree's pages found room outside of it, and nothing was cut short by a deadline.
     """
     phases, amounts, store = report.phases, load.amounts(), report.store
+    own = {"files": load.file_amounts(), "gpu": load.gpu_amounts()}
     times = {
         ("look", ""): phases.get("look", 0.0),
         ("files", ""): phases.get("files", 0.0),
         ("trial", ""): phases.get("trial", 0.0),
         ("reap", ""): phases.get("reap", 0.0),
-        ("gpu", ""): sum(phases.get(f"gpu {step}", 0.0) for step in ("lock", "checkpoint", "resume")),
+        ("gpu", ""): phases.get("gpu lock", 0.0) + phases.get("gpu checkpoint", 0.0),
         ("rest", ""): report.total_ms - sum(phases.values()),
     }
     if fits:
         times[("prepare", store)] = phases.get("prepare", 0.0)
         times[("take", "")] = phases.get("take", 0.0)
         times[("ship", store)] = phases.get("store", 0.0) + phases.get("hold", 0.0)
-    learn(
-        {
-            step: (load.file_amounts() if step[0] == "files" else amounts, took)
-            for step, took in times.items()
-            if took > 0
-        }
-    )
+    learn({step: (own.get(step[0], amounts), took) for step, took in times.items() if took > 0})

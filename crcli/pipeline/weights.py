@@ -205,11 +205,6 @@ class WeightsInUse:
         if self.files:
             self.matcher = Matcher(self.files, Index.joined([one.samples for one in self._indexed]))
 
-    @property
-    def total_bytes(self) -> int:
-        """The size of all files that are compared with."""
-        return sum(file.size for file in self.files)
-
     def findings(self) -> Iterator[Finding]:
         """What was left out, and why."""
         for paths, why, remedy in (
