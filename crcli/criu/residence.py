@@ -42,8 +42,8 @@ class Residence:
     root's exit code. Without, the tree becomes our
     own child, or, if the warden is to `stay`, the warden ends when the root does, with its exit code.
 
-    Should we die, the end of the process behind `first` (a pidfd, -1: none), or a minute, is waited for before
-    the tree is killed: it has something to do first.
+    Should we die, the process behind `first` (a pidfd; -1: none) has something to do before the tree is
+    killed: its end is waited for, or a minute.
 
     With `new_root` CRIU and the tree have that folder as their root, in one more mount namespace, while the
     warden stays with ours, where the noted changes are. It needs `taken_pids`.

@@ -109,7 +109,7 @@ class DumpSide:
             yield Finding(
                 "gpu-leave-stopped",
                 Severity.BLOCKER,
-                "a stopped process cannot take its GPU memory back, so a tree with GPUs cannot be left stopped",
+                "a process that is stopped cannot take its GPU memory back",
                 {"pids": [process.pid for process in self.processes]},
                 remedy="leave it running with --leave-running, or have it killed",
             )
@@ -189,8 +189,8 @@ class DumpSide:
     def _image_only(self, left: Sequence[int], dump: Sleeper) -> DumpFailed:
         """The error of a dump that left nothing whole but the image."""
         return DumpFailed(
-            f"the image {dump.report.image} is durable, but {self._label(left[0])} did not get its GPU memory "
-            "back",
+            f"the image {dump.report.image} is durable, but {self._label(left[0])} did not get its memory on "
+            "the GPU back",
             hint=f"end the tree, and restore {dump.report.image}",
             state=self._state_of(left),
             findings=tuple(self._state_findings()),

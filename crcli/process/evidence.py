@@ -452,10 +452,8 @@ class Evidence:
     @property
     def may_use_gpus(self) -> bool:
         """Whether a process has CUDA's library mapped, or a device of NVIDIA's: the GPU side looks closer."""
-        held = (*self.devices, *self.device_mappings)
-        return any("/libcuda.so" in mapping.path for mapping in self.mappings) or any(
-            one.path.startswith("/dev/nvidia") for one in held
-        )
+        paths = [one.path for one in self.devices] + [one.path for one in self.mappings]
+        return any(path.startswith("/dev/nvidia") or "/libcuda.so" in path for path in paths)
 
     @property
     def pinned(self) -> tuple[Process, ...]:
