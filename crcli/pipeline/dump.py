@@ -27,7 +27,7 @@ from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Sandbox
 from crcli.criu.skeleton import has_connections, named_files
 from crcli.criu.standby import AfterDeath, Standby
-from crcli.criu.workspace import OverflowFile, Workspace
+from crcli.criu.workspace import Workspace
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
 from crcli.findings import Finding, Severity
 from crcli.image.claims import is_held_by
@@ -40,6 +40,7 @@ from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
 from crcli.memory.intake import Intake
+from crcli.memory.overflow import Overflow
 from crcli.memory.sample import Makeup
 from crcli.pipeline.capture import capture_files, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
@@ -282,8 +283,10 @@ class _Dump:
             self.network = other_network(self.target.evidence.root.pid)
             if self.network is not None:
                 held.callback(os.close, self.network)
-            overflow = OverflowFile(self.workspace, self.shared.at_once)
+            overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
             held.callback(overflow.close)
+            if not self.options.pre_copy:  # else little is left for the freeze
+                overflow.reserve(self.target.evidence.expected_bytes)
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
             self._find(self.weights.findings())
@@ -513,6 +516,7 @@ class _Dump:
 
     def _on_notify(self, script: str, receiver: Receiver) -> bool:
         if script == "pre-dump":
+            self.overflow.settle(wait=self.options.deadline_s is None)
             with self.watch.phase("turn"):
                 self.shared.take_turn()
             self._check_identity()
