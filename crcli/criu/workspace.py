@@ -20,48 +20,6 @@ if TYPE_CHECKING:
     from crcli.store.base import Buffer
 
 
-class OverflowFile:
-    """Room for pages that wait to be worked on: a file of a tmpfs that is mounted nowhere.
-
-    `limit` (bytes) is half of the memory that is free when it is made, in the host and in our cgroup: the
-    rest is left to those who work here. `sharers` such files, made at the same time, have that half together.
-    """
-
-    def __init__(self, workspace: Workspace, sharers: int = 1) -> None:
-        self.fd = workspace.create_file("overflow")
-        workspace.remove("overflow")
-        self.limit = spare_memory() // 2 // sharers
-        self._sharers = sharers
-
-    def set_aside(self, size: int) -> None:
-        """So many bytes of the memory that is free will be taken by others before this file is used."""
-        self.limit = max(0, self.limit - size // 2 // self._sharers)
-
-    def close(self) -> None:
-        """Give the memory back."""
-        os.close(self.fd)
-
-
-def spare_memory() -> int:
-    """Bytes that can be used here without pushing anything out, by the host's and our cgroup's account."""
-    spare = 0
-    with open("/proc/meminfo", "rb") as file:
-        for line in file:
-            if line.startswith(b"MemAvailable:"):
-                spare = int(line.split()[1]) * 1024
-    try:
-        with (
-            open("/sys/fs/cgroup/memory.max", "rb") as most,
-            open("/sys/fs/cgroup/memory.current", "rb") as now,
-        ):
-            limit = most.read().strip()
-            if limit != b"max":
-                spare = min(spare, max(0, int(limit) - int(now.read())))
-    except OSError:
-        pass
-    return spare
-
-
 class Workspace:
     """A private folder, named by descriptor; a context manager that frees it."""
 

@@ -27,7 +27,7 @@ from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Sandbox
 from crcli.criu.skeleton import has_connections, named_files
 from crcli.criu.standby import AfterDeath, Standby
-from crcli.criu.workspace import OverflowFile, Workspace
+from crcli.criu.workspace import Workspace
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
 from crcli.findings import Finding, Severity
 from crcli.image.claims import is_held_by
@@ -40,6 +40,7 @@ from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
 from crcli.memory.intake import Intake
+from crcli.memory.overflow import Overflow
 from crcli.memory.sample import Makeup
 from crcli.pipeline.capture import capture_files, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
@@ -269,6 +270,7 @@ class _Dump:
                     self._finish()
             except BaseException:
                 self.interrupts.past_return()
+                self.shared.end_turn()
                 if self.store is not None:
                     self.store.give_up()  # it may be what failed: nobody waits for it a second time
                 raise
@@ -304,6 +306,7 @@ class _Dump:
     def _off_its_gpus(self) -> AbstractContextManager[None]:
         if self.gpu is None:
             return nullcontext()
+        self.overflow.settle(wait=self.options.deadline_s is None)
         self.shared.take_turn()
         return self.gpu.asleep(self)
 
@@ -326,8 +329,11 @@ class _Dump:
             self.network = other_network(self.target.evidence.root.pid)
             if self.network is not None:
                 held.callback(os.close, self.network)
-            overflow = OverflowFile(self.workspace, self.shared.at_once)
+            overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
             held.callback(overflow.close)
+            uses_gpus = self.target.evidence.may_use_gpus
+            if not self.options.pre_copy and not uses_gpus:  # else little is left for the freeze, or unknown
+                overflow.reserve(self.target.evidence.expected_bytes)
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
             self._find(self.weights.findings())
@@ -336,7 +342,9 @@ class _Dump:
             self.store = store
             self.session = held.enter_context(Session(store, self.target.image_id))
             gpu_bytes = self._look_at_gpus()
-            overflow.set_aside(gpu_bytes)
+            if uses_gpus:
+                overflow.set_aside(gpu_bytes)
+                overflow.reserve(self.target.evidence.expected_bytes + gpu_bytes)
             known = known_for(self.target.evidence, store, self.target.name, gpu_bytes=gpu_bytes)
             self._date_after(known.newest_image)
             self.writer = PackWriter(store, self.target.image_id, known)
@@ -561,6 +569,7 @@ class _Dump:
 
     def _on_notify(self, script: str, receiver: Receiver) -> bool:
         if script == "pre-dump":
+            self.overflow.settle(wait=self.options.deadline_s is None)
             with self.watch.phase("turn"):
                 self.shared.take_turn()
             self._check_identity()

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from crcli.criu.workspace import spare_memory
 from crcli.errors import NotFound, StoreError
 from crcli.findings import Finding, Severity
 from crcli.image.codec import compress
 from crcli.image.index import PAGE_LIMIT, load_known
 from crcli.image.packs import BLOB_BYTES
 from crcli.memory.extents import PAGE
+from crcli.memory.overflow import spare_memory
 from crcli.memory.sample import Makeup, Sampler, Subject
 from crcli.pipeline.facts import is_of
 from crcli.pipeline.rates import Rates, learn, load_rates

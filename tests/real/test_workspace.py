@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from crcli.criu.workspace import OverflowFile, Workspace, spare_memory
+from crcli.criu.workspace import Workspace
+from crcli.memory.overflow import Overflow, spare_memory
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
@@ -19,9 +21,17 @@ def workspace() -> Iterator[Workspace]:
         yield found
 
 
+def _await(condition: Callable[[], bool]) -> None:
+    """Return once it holds."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_no_more_may_be_held_than_half_of_what_is_free(workspace: Workspace) -> None:
     """Half is left to those who work here; several dumps at once share the other half."""
-    alone, shared = OverflowFile(workspace), OverflowFile(workspace, sharers=4)
+    alone, shared = Overflow(workspace), Overflow(workspace, sharers=4)
     assert 0 < shared.limit < alone.limit / 3 <= spare_memory() / 6 * 1.1
     alone.close()
     shared.close()
@@ -29,6 +39,47 @@ def test_no_more_may_be_held_than_half_of_what_is_free(workspace: Workspace) -> 
 
 def test_no_name_leads_to_it(workspace: Workspace) -> None:
     """What is in it goes with its descriptor, whatever becomes of us."""
-    overflow = OverflowFile(workspace)
+    overflow = Overflow(workspace)
     assert os.fstat(overflow.fd).st_nlink == 0 and workspace.names() == []
+    overflow.close()
+
+
+def test_memory_is_there_before_it_is_filled(workspace: Workspace) -> None:
+    """What was reserved has memory behind it, and reads as zeros."""
+    overflow = Overflow(workspace)
+    overflow.reserve(9 << 20)
+    _await(lambda: overflow.reserved >= 9 << 20)
+    overflow.settle(wait=True)
+    assert overflow.reserved >= 9 << 20
+    assert os.fstat(overflow.fd).st_blocks * 512 >= 9 << 20
+    assert os.pread(overflow.fd, 9 << 20, 0) == bytes(9 << 20)
+    overflow.close()
+
+
+def test_nobody_waits_for_memory_whose_time_is_over(workspace: Workspace) -> None:
+    """A dump with a deadline stops getting memory and goes on with what it has."""
+    overflow = Overflow(workspace)
+    overflow.reserve(overflow.limit)
+    overflow.settle(wait=False)
+    assert overflow.reserved < overflow.limit
+    overflow.close()
+
+
+def test_a_small_tree_needs_no_memory_ahead(workspace: Workspace) -> None:
+    """Less than one huge page is not worth a thread."""
+    overflow = Overflow(workspace)
+    overflow.reserve(1 << 20)
+    overflow.settle(wait=True)
+    assert overflow.reserved == 0
+    overflow.close()
+
+
+def test_no_more_is_reserved_than_may_be_held(workspace: Workspace) -> None:
+    """A tree larger than the room gets the room."""
+    overflow = Overflow(workspace)
+    overflow.limit = 4 << 20
+    overflow.reserve(1 << 40)
+    _await(lambda: overflow.reserved >= 4 << 20)
+    overflow.settle(wait=True)
+    assert overflow.reserved == 4 << 20
     overflow.close()

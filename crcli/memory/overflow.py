@@ -1,0 +1,126 @@
+"""Where pages wait that were moved out of a frozen tree's way: memory that nothing leads to.
+
+Getting memory from the kernel takes longer than copying into it: it is cleared first, and a virtual machine
+may have to ask its host for it (2 s for each GiB). So as much as will be needed is got before the tree is
+frozen.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+
+    class Folder(Protocol):
+        """Where its file is made: a tmpfs (crcli.criu.workspace)."""
+
+        def create_file(self, name: str) -> int:
+            """Make a file; return a descriptor of it."""
+            ...
+
+        def remove(self, name: str) -> None:
+            """Take a file's name away."""
+            ...
+
+
+_HUGE = 2 << 20
+"""What the kernel gives at once where it has so much in one piece: filled twice as fast as small ones."""
+
+_SMALL = 256 << 10
+"""What it is asked for where pieces of that size have to come from a virtual machine's host. A tmpfs takes
+one folio for a write, as large as that: small ones are cut from what is left of memory that was in use
+lately, while those of 1 MiB and more are mostly such that the host has taken back, and must find again."""
+
+_SLOW_S, _SLOW_COUNT = 0.002, 3
+"""So many huge pieces that took so long each (seconds; 0.2 ms is usual) came from elsewhere."""
+
+_PATIENCE_S, _PATIENCE_S_PER_GIB = 0.02, 0.5
+"""For how long a dump is held up by getting memory (seconds, and for each GiB more), since that was begun."""
+
+_ZEROS = bytes(_HUGE)
+
+
+class Overflow:
+    """A file of a tmpfs that is mounted nowhere; the kernel frees it with its descriptor.
+
+    `limit` (bytes) is half of the memory that is free when it is made, in the host and in our cgroup: the
+    rest is left to those who work here. `sharers` such files, made at the same time, have that half together.
+    """
+
+    def __init__(self, folder: Folder, sharers: int = 1) -> None:
+        self.fd = folder.create_file("overflow")
+        folder.remove("overflow")
+        self._sharers = sharers
+        self.limit = spare_memory() // 2 // sharers
+        self.reserved = 0
+        """How much of it has memory behind it, from its beginning (bytes)."""
+        self._size = 0
+        self._began = 0.0
+        self._enough = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def set_aside(self, size: int) -> None:
+        """So many bytes of the memory that is free will be others' by then. Call before `reserve`."""
+        self.limit = max(0, self.limit - size // 2 // self._sharers)
+
+    def reserve(self, size: int) -> None:
+        """Begin to get memory for the first `size` bytes, in a thread; no more than `limit`."""
+        self._size = min(size, self.limit)
+        self._began = time.monotonic()
+        if self._size >= _HUGE:
+            self._thread = threading.Thread(target=self._get, name="overflow", daemon=True)
+            self._thread.start()
+
+    def settle(self, *, wait: bool) -> None:
+        """Stop getting memory; `wait` says whether it may first take the time that it needs, in reason."""
+        if self._thread is None:
+            return
+        if wait:
+            most_s = _PATIENCE_S + _PATIENCE_S_PER_GIB * self._size / (1 << 30)
+            self._thread.join(max(0.0, self._began + most_s - time.monotonic()))
+        self._enough.set()
+        self._thread.join()
+        self._thread = None
+
+    def _get(self) -> None:
+        piece, slow = _HUGE, 0
+        try:
+            while self.reserved < self._size and not self._enough.is_set():
+                began = time.monotonic()
+                if piece == _HUGE:
+                    os.ftruncate(self.fd, self.reserved + piece)  # without it the kernel gives small ones
+                    os.posix_fallocate(self.fd, self.reserved, piece)
+                self.reserved += os.pwrite(self.fd, memoryview(_ZEROS)[:piece], self.reserved)
+                slow += time.monotonic() - began > _SLOW_S
+                if slow == _SLOW_COUNT:
+                    piece = _SMALL
+        except OSError:  # no memory: whoever fills it will be told
+            return
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.settle(wait=False)
+        os.close(self.fd)
+
+
+def spare_memory() -> int:
+    """Bytes that can be used here without pushing anything out, by the host's and our cgroup's account."""
+    spare = 0
+    with open("/proc/meminfo", "rb") as file:
+        for line in file:
+            if line.startswith(b"MemAvailable:"):
+                spare = int(line.split()[1]) * 1024
+    try:
+        with (
+            open("/sys/fs/cgroup/memory.max", "rb") as most,
+            open("/sys/fs/cgroup/memory.current", "rb") as now,
+        ):
+            limit = most.read().strip()
+            if limit != b"max":
+                spare = min(spare, max(0, int(limit) - int(now.read())))
+    except OSError:
+        pass
+    return spare
