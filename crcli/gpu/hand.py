@@ -94,14 +94,18 @@ class Hand:
         return self._host
 
     def find(self, pids: Iterable[int]) -> list[CudaProcess]:
-        """Those of the processes that CUDA's driver knows, by their restore threads. Raises HostLacks."""
+        """Those of the processes that CUDA's driver knows, by their restore threads.
+
+        Raises HostLacks, and GpuFailed where the driver does not say what state one is in.
+        """
         processes = []
-        for pid in pids:
+        for pid in dict.fromkeys(pids):
             try:
                 processes.append([pid, identify(pid).start_time, 0.0])
             except ProcessLookupError:
                 continue
         answer = self._ask_again("find", processes, START_LIMIT_S)
+        _see_failures(answer)
         found = [
             CudaProcess(pid, start_time, tid, CudaState(state), used)
             for pid, start_time, tid, state, used in answer["found"]
@@ -114,10 +118,12 @@ class Hand:
         if pid in self._known:
             self._known[pid] = replace(self._known[pid], used=dict(used))
 
-    def lock(self, pids: Sequence[int], limit_s: float = LOCK_LIMIT_S) -> None:
-        """They are LOCKED. `limit_s` is for each. This and the next three raise GpuFailed; a process that
-        has ended meanwhile is no failure."""
-        self._do("lock", pids, limit_s, (limit_s + _SPARE_S) * len(pids))
+    def lock(self, pids: Sequence[int], limit_s: float = LOCK_LIMIT_S) -> dict[int, CudaState]:
+        """They are LOCKED, or have ended, as is returned. `limit_s` is for each.
+
+        This and the next three raise GpuFailed.
+        """
+        return self._do("lock", pids, limit_s, (limit_s + _SPARE_S) * len(pids))
 
     def checkpoint(self, pids: Sequence[int]) -> None:
         """They are CHECKPOINTED: their GPU memory lies in the host's, and they hold no GPU."""
@@ -213,17 +219,17 @@ class Hand:
         limit_s: float,
         wait_s: float,
         mapping: Mapping[str, str] | None = None,
-    ) -> None:
+    ) -> dict[int, CudaState]:
         self._touched += [pid for pid in pids if pid not in self._touched]
         try:
             answer = self._ask(name, self._described(pids), wait_s + _SPARE_S, limit_s, mapping)
         except _Lost as error:
             raise GpuFailed(name, pids[0], "HAND_LOST", {}) from error
+        _see_failures(answer)
         states = _states(answer)
-        for failure in answer["failures"]:
-            raise GpuFailed(failure["call"], failure["pid"], failure["result"], states)
         if failed := [pid for pid, state in states.items() if state is CudaState.FAILED]:
             raise GpuFailed(name, failed[0], "FAILED", states)
+        return states
 
     def _set_right(self, name: str, limit_s: float) -> dict[int, CudaState]:
         if not self._touched:
@@ -310,6 +316,11 @@ class Hand:
 
     def _move_s(self, pids: Iterable[int]) -> float:
         return max((move_s for _, _, move_s in self._described(pids)), default=0.0)
+
+
+def _see_failures(answer: Mapping[str, Any]) -> None:
+    for failure in answer.get("failures", ()):
+        raise GpuFailed(failure["call"], failure["pid"], failure["result"], _states(answer))
 
 
 def _states(answer: Mapping[str, Any]) -> dict[int, CudaState]:

@@ -200,8 +200,11 @@ class Worker:
         found = []
         for charge in order.charges:
             tid = cuda.restore_tid(charge.pid)
-            if tid is not None and self._state(charge) is not CudaState.GONE:
-                found.append([charge.pid, charge.id.start_time, tid, charge.state, used.get(charge.pid, {})])
+            if tid is not None and (state := self._state(charge)) is not CudaState.GONE:
+                if state is None:
+                    failure = {"pid": charge.pid, "call": "state", "result": _TOO_LONG}
+                    return self._told(order.charges, [failure])
+                found.append([charge.pid, charge.id.start_time, tid, state, used.get(charge.pid, {})])
         return {"found": found}
 
     def _lock(self, order: _Order) -> dict[str, Any]:
@@ -259,7 +262,8 @@ class Worker:
     ) -> dict[str, Any] | None:
         """Do something to a process while nobody else does; return why it failed, if it did.
 
-        A process that has ended is no failure, and nothing is begun for an order that is over.
+        Nothing is begun for a process that has ended, nor for an order that is over. That a process ends
+        while it is being locked is its own affair; later it may be the driver's doing.
         """
 
         def do() -> None:
@@ -270,7 +274,7 @@ class Worker:
         try:
             _within(limit_s, do, order.name)
         except CudaRefused as error:
-            if charge.id.alive():
+            if error.call != "lock" or charge.id.alive():
                 return {"pid": charge.pid, "call": error.call, "result": error.result}
         return None
 

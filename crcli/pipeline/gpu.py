@@ -66,6 +66,7 @@ class DumpSide:
         self._host: GpuHost | None = None
         self._states: dict[int, CudaState] = {}
         self._saved_bytes = 0
+        self._locked: list[int] = []
         self.processes: list[CudaProcess] = []
         """The tree's CUDA processes, in its order; empty when it has none after all."""
         self.findings: list[Finding] = []
@@ -136,26 +137,25 @@ class DumpSide:
             raise self._told(error, dump) from error
         if _not_running(self._states):
             self._states |= self._hand.resume()
-        if left := _not_running(self._states):
+        if self._states and (left := _not_running(self._states) or self._lost()):
             raise self._image_only(left, dump)
         self._hand.settled()
 
     def _put_to_sleep(self, dump: Sleeper) -> None:
         """Lock all, then checkpoint all. Not one instruction of the GPUs' is lost: they have come to rest."""
         self.asleep_since = time.monotonic()
-        locked: list[int] = []
         with dump.watch.phase("gpu lock"):
             waiting = self.processes
             for _ in range(_MOST_LOOKS):
                 if not waiting:
                     break
-                self._hand.lock([process.pid for process in waiting])
-                locked += [process.pid for process in waiting]
-                waiting = self._newcomers(locked)
-        before = {pid: _anonymous_bytes(pid) for pid in locked}
+                states = self._hand.lock([process.pid for process in waiting])
+                self._locked += [pid for pid, state in states.items() if state is not CudaState.GONE]
+                waiting = self._newcomers(self._locked)
+        before = {pid: _anonymous_bytes(pid) for pid in self._locked}
         with dump.watch.phase("gpu checkpoint"):
-            self._hand.checkpoint(locked)
-        self._saved_bytes = sum(max(0, _anonymous_bytes(pid) - before[pid]) for pid in locked)
+            self._hand.checkpoint(self._locked)
+        self._saved_bytes = sum(max(0, _anonymous_bytes(pid) - before[pid]) for pid in self._locked)
 
     def _newcomers(self, known: Sequence[int]) -> list[CudaProcess]:
         """The CUDA processes of the tree that were not there, or did not use CUDA, when it was looked at."""
@@ -192,7 +192,7 @@ class DumpSide:
             f"the image {dump.report.image} is durable, but {self._label(left[0])} did not get its memory on "
             "the GPU back",
             hint=f"end the tree, and restore {dump.report.image}",
-            state=self._state_of(left),
+            state=TreeState.DEAD if self._lost() else TreeState.STOPPED,
             findings=tuple(self._state_findings()),
         )
 
@@ -206,28 +206,28 @@ class DumpSide:
         if not isinstance(told, CrcliError):
             return told
         told.findings = (*told.findings, *self._state_findings())
-        left = _not_running(self._states)
+        lost = [] if dump.published else self._lost()
+        left = lost or _not_running(self._states)
         if not left:
             return told
-        lost = [pid for pid in left if self._states[pid] is CudaState.FAILED]
-        worst = (lost or left)[0]
         return DumpFailed(
-            f"{told.message}; and {self._label(worst)} {_STATES[self._states[worst]]}",
-            hint="end the tree: what it had on its GPUs is lost; start it again, or restore an older image"
+            f"{told.message}; and {self._label(left[0])} {_STATES[self._states[left[0]]]}",
+            hint="end the tree: it is not whole any more; start it again, or restore an older image"
             if lost
             else "crcli goes on to wake it for ten minutes; afterwards `crcli doctor --fix` does",
-            state=self._state_of(left),
+            state=TreeState.DEAD if lost else TreeState.STOPPED,
             findings=told.findings,
             cause=told.cause,
         )
 
-    def _state_of(self, left: Iterable[int]) -> TreeState:
-        is_lost = any(self._states[pid] is CudaState.FAILED for pid in left)
-        return TreeState.DEAD if is_lost else TreeState.STOPPED
+    def _lost(self) -> list[int]:
+        """Those that nothing brings back: the driver has given them up, or they have ended while locked."""
+        ended = [pid for pid in self._locked if self._states.get(pid) is CudaState.GONE]
+        return [pid for pid, state in self._states.items() if state is CudaState.FAILED] + ended
 
     def _state_findings(self) -> Iterator[Finding]:
         for pid, state in self._states.items():
-            if state is not CudaState.GONE:
+            if state is not CudaState.GONE or pid in self._locked:
                 is_well = state is CudaState.RUNNING
                 yield Finding(
                     "gpu-process",
@@ -273,6 +273,7 @@ class Sleeper(Protocol):
     watch: Stopwatch
     report: DumpReport
     interrupts: Interrupts
+    published: bool
 
     def failure(self, error: BaseException) -> BaseException:
         """The error of a dump that this one means."""
@@ -396,7 +397,7 @@ _STATES = {
     CudaState.CHECKPOINTING: "is on its way off its GPUs",
     CudaState.RESTORING: "is on its way to its GPUs",
     CudaState.FAILED: "is lost: CUDA's driver has given it up (FAILED)",
-    CudaState.GONE: "has ended",
+    CudaState.GONE: "has ended while it was off its GPUs",
 }
 
 

@@ -1,0 +1,278 @@
+"""The hand (crcli/gpu/hand.py, worker.py) over a simulated GPU host: what it does, what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from crcli.errors import HostLacks
+from crcli.gpu.facts import CudaState
+from crcli.gpu.hand import GpuFailed, Hand, Purpose
+from tests.support.crcli import ROOT, assert_goes_on, tree_of, wait_until
+from tests.support.gpu_simulator import MIB, SimulatedHost, gpu
+from tests.support.programs import Program
+
+NOT_READY, OUT_OF_MEMORY, UNKNOWN = 600, 2, 999
+
+
+@pytest.fixture
+def here(sim: SimulatedHost, monkeypatch: pytest.MonkeyPatch) -> SimulatedHost:
+    """The simulated host, for this process as well."""
+    for name, value in sim.environment.items():
+        monkeypatch.setenv(name, value)
+    return sim
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after some time, as a deadline interrupts a dump."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def pids_of(root: Program) -> list[int]:
+    """The pids of a tree, the root first."""
+    return [process.pid for process in tree_of(root.pid)]
+
+
+def test_it_says_what_the_host_has_and_who_uses_it(here: SimulatedHost) -> None:
+    """GPUs, driver, and each CUDA process with its restore thread and its bytes on each GPU."""
+    with (
+        here.start_program("--gpu", "0", "--gpu", "1", "--megabytes", "2") as program,
+        Hand(Purpose.DUMP) as hand,
+    ):
+        host = hand.host()
+        assert (host.driver, host.api, [one.uuid for one in host.gpus]) == (
+            "580.95.05",
+            13000,
+            [gpu(1).uuid, gpu(2).uuid],
+        )
+        found = hand.find([program.pid, os.getpid()])
+        assert [(one.pid, one.state) for one in found] == [(program.pid, CudaState.RUNNING)]
+        assert os.path.exists(f"/proc/{program.pid}/task/{found[0].restore_tid}")
+        assert all(size >= 2 * MIB for size in found[0].used.values())
+        assert set(found[0].used) == {gpu(1).uuid, gpu(2).uuid}
+
+
+def test_gpus_are_told_without_nvml(here: SimulatedHost) -> None:
+    """Who uses how much is not known then, and the processes are found all the same."""
+    here.configure(gpu(1), gpu(2), tells_processes=False)
+    with here.start_program() as program, Hand(Purpose.DUMP) as hand:
+        found = hand.find([program.pid])
+        assert [(one.pid, dict(one.used)) for one in found] == [(program.pid, {})]
+
+
+def test_masks_of_the_caller_hide_no_gpu(here: SimulatedHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver wants every GPU mapped, whatever CUDA_VISIBLE_DEVICES says to crcli."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with Hand(Purpose.DUMP) as hand:
+        assert len(hand.host().gpus) == 2
+
+
+def test_a_host_without_the_library_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HostLacks, with what to install; no traceback of another's code."""
+    with Hand(Purpose.DUMP) as hand, pytest.raises(HostLacks, match="CUDA's driver cannot be used") as told:
+        hand.host()
+    assert "570" in told.value.hint
+
+
+def test_a_driver_that_is_too_old_is_told_so(here: SimulatedHost) -> None:
+    """CUDA 12.4 has no checkpoint."""
+    here.configure(gpu(1), driver="550.54.14", api=12040)
+    with Hand(Purpose.DUMP) as hand, pytest.raises(HostLacks, match=r"CUDA 12\.4"):
+        hand.host()
+
+
+def test_a_process_goes_off_its_gpu_and_back(here: SimulatedHost) -> None:
+    """Locked, checkpointed (its GPU is free then), restored, unlocked: it counts on."""
+    with here.start_program("--megabytes", "4") as program, Hand(Purpose.DUMP) as hand:
+        pids = [process.pid for process in hand.find([program.pid])]
+        hand.lock(pids)
+        hand.checkpoint(pids)
+        assert here.in_use(0) == 0
+        hand.restore(pids, {})
+        hand.unlock(pids)
+        hand.settled()
+        assert_goes_on(program)
+
+
+def test_one_that_does_not_come_to_rest_is_named_and_nothing_is_rolled_back(here: SimulatedHost) -> None:
+    """NOT_READY for the second of three: the first is LOCKED, the others RUNNING; `resume` wakes it."""
+    with here.start_tree() as (root, family), Hand(Purpose.DUMP) as hand:
+        pids = [process.pid for process in hand.find(pids_of(root))]
+        here.inject("lock", "error", NOT_READY, pid=pids[1])
+        with pytest.raises(GpuFailed, match="did not come to rest") as told:
+            hand.lock(pids)
+        assert told.value.pid == pids[1]
+        assert list(told.value.states.values()) == [CudaState.LOCKED, CudaState.RUNNING, CudaState.RUNNING]
+        assert set(hand.resume().values()) == {CudaState.RUNNING}
+        for one in family:
+            assert_goes_on(one)
+
+
+def test_who_is_interrupted_takes_back_a_call_that_still_hangs(here: SimulatedHost) -> None:
+    """The checkpoint goes on in the hand; `resume` waits for its end, then wakes the process."""
+    with here.start_program() as program, Hand(Purpose.DUMP) as hand:
+        pids = [process.pid for process in hand.find([program.pid])]
+        hand.lock(pids)
+        hang = here.inject("checkpoint", "hang")
+        with pytest.raises(TimeoutError), alarm(0.3):
+            hand.checkpoint(pids)
+        threading.Timer(0.5, hang.release).start()
+        assert hand.resume() == {program.pid: CudaState.RUNNING}
+        assert_goes_on(program)
+
+
+def test_a_lock_that_was_given_up_is_not_left_behind(here: SimulatedHost) -> None:
+    """It succeeds after crcli stopped to wait for it, and is undone at once."""
+    with here.start_program() as program, Hand(Purpose.DUMP) as hand:
+        pids = [process.pid for process in hand.find([program.pid])]
+        hang = here.inject("lock", "hang")
+        with pytest.raises(TimeoutError), alarm(0.3):
+            hand.lock(pids)
+        threading.Timer(0.3, hang.release).start()
+        assert hand.resume() == {program.pid: CudaState.RUNNING}
+        assert_goes_on(program)
+
+
+def test_a_failed_process_is_never_called_running(here: SimulatedHost) -> None:
+    """FAILED is what `checkpoint` raises with and `resume` says, or GONE once it has died of that."""
+    with here.start_program() as program, Hand(Purpose.DUMP) as hand:
+        pids = [process.pid for process in hand.find([program.pid])]
+        hand.lock(pids)
+        here.inject("checkpoint", "fail", UNKNOWN)
+        with pytest.raises(GpuFailed) as told:
+            hand.checkpoint(pids)
+        assert told.value.states[program.pid] in (CudaState.FAILED, CudaState.GONE)
+        assert hand.resume()[program.pid] in (CudaState.FAILED, CudaState.GONE)
+
+
+def test_what_is_refused_once_is_tried_again(here: SimulatedHost) -> None:
+    """A restore that finds no memory on the GPU for a moment, and a state that cannot be told."""
+    with here.start_program() as program, Hand(Purpose.DUMP) as hand:
+        pids = [process.pid for process in hand.find([program.pid])]
+        hand.lock(pids)
+        hand.checkpoint(pids)
+        here.inject("restore", "error", OUT_OF_MEMORY, times=2)
+        here.inject("state", "error", UNKNOWN, skip=1, times=2)
+        assert hand.resume() == {program.pid: CudaState.RUNNING}
+        assert_goes_on(program)
+
+
+def test_a_killed_hand_is_replaced_and_the_next_one_wakes_all(here: SimulatedHost) -> None:
+    """It goes by what the driver says; the call during which the first was killed has failed."""
+    with here.start_tree() as (root, family), Hand(Purpose.DUMP) as hand:
+        pids = [process.pid for process in hand.find(pids_of(root))]
+        hand.lock(pids)
+        here.inject("checkpoint", "die", pid=pids[1], after=True)
+        first = hand.pid
+        with pytest.raises(GpuFailed, match="killed"):
+            hand.checkpoint(pids)
+        assert set(hand.resume().values()) == {CudaState.RUNNING}
+        assert hand.pid != first
+        for one in family:
+            assert_goes_on(one)
+
+
+OTHER = """
+import sys, time
+from crcli.gpu.hand import Hand, Purpose
+hand = Hand(Purpose(sys.argv[1]))
+pids = [process.pid for process in hand.find(map(int, sys.argv[2].split(",")))]
+if sys.argv[1] == "dump":
+    hand.lock(pids)
+    hand.checkpoint(pids)
+else:
+    hand.restore(pids, {})
+print(hand.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@contextmanager
+def other(purpose: str, pids: list[int]) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Another process with a hand that has done its work; and the hand's pid."""
+    command = [sys.executable, "-c", OTHER, purpose, ",".join(map(str, pids))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def test_it_wakes_what_it_put_to_sleep_when_crcli_is_killed(here: SimulatedHost) -> None:
+    """SIGKILL to crcli, SIGTERM and SIGINT to the hand: the tree runs on, and then the hand has ended."""
+    with here.start_tree() as (root, family), other("dump", pids_of(root)) as (crcli, hand):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(hand, number)
+        crcli.kill()
+        for one in family:
+            assert_goes_on(one)
+        wait_until(lambda: not is_running(hand), "the hand stays")
+
+
+def test_it_takes_a_restored_tree_off_its_gpus_and_kills_it_when_crcli_is_killed(here: SimulatedHost) -> None:
+    """What was not finished holds nothing: checkpointed again first, then killed."""
+    with here.start_program() as program:
+        with Hand(Purpose.DUMP) as hand:
+            pids = [process.pid for process in hand.find([program.pid])]
+            hand.lock(pids)
+            hand.checkpoint(pids)
+            hand.settled()
+        with other("restore", [program.pid]) as (crcli, hand_pid):
+            checkpoints = len(here.calls("checkpoint"))
+            crcli.kill()
+            program.process.wait(10)
+            assert len(here.calls("checkpoint")) > checkpoints
+            wait_until(lambda: not is_running(hand_pid), "the hand stays")
+
+
+def test_it_is_in_nobodys_way(here: SimulatedHost) -> None:
+    """A session of its own, the folder /, no descriptor of crcli's, and a name by which it is known."""
+    kept = open(__file__)  # noqa: SIM115
+    os.set_inheritable(kept.fileno(), True)
+    with kept, Hand(Purpose.DUMP) as hand:
+        hand.host()
+        assert os.getsid(hand.pid) == hand.pid
+        assert os.readlink(f"/proc/{hand.pid}/cwd") == "/"
+        assert Path(f"/proc/{hand.pid}/comm").read_text() == "crcli-gpu\n"
+        links = {os.readlink(f"/proc/{hand.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{hand.pid}/fd")}
+        assert __file__ not in links
+
+
+def test_it_ends_with_its_context(here: SimulatedHost) -> None:
+    """With nothing to set right there is nothing to stay for, also before CUDA is initialised."""
+    here.configure(gpu(1), init_ms=2000)
+    began = time.monotonic()
+    with Hand(Purpose.DUMP) as hand:
+        pid = hand.pid
+    assert not is_running(pid)
+    assert time.monotonic() - began < 1.9
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process lives: gone, or a zombie, it does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
