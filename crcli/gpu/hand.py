@@ -37,7 +37,7 @@ START_LIMIT_S = 30.0
 RESUME_LIMIT_S = 60.0
 """How long crcli waits for processes to wake, beside the time that their memory takes (seconds)."""
 
-_SPARE_S = 15.0
+_SPARE_S = 30.0
 """How much longer than all its calls may take an answer of the hand may be on the way (seconds)."""
 
 _END_LIMIT_S = 2.0

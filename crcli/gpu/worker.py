@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_STATE_LIMIT_S = 2.0
+_STATE_LIMIT_S = 10.0
 _SPARE_S = 5.0
 """How much longer than its own limit a lock may take before we stop to wait for it (seconds)."""
 
@@ -244,11 +244,12 @@ class Worker:
         self._put_down(order)
         return self._told(order.charges)
 
-    def _told(self, charges: Iterable[_Charge], failures: Iterable[Any] = ()) -> dict[str, Any]:
+    def _told(self, charges: Sequence[_Charge], failures: Iterable[Any] = ()) -> dict[str, Any]:
         """The answer. Of whom nothing could be heard, the worst is told that can still be set right."""
         failed = [failure for failure in failures if failure is not None]
-        states = {charge.pid: self._state(charge) or CudaState.LOCKED for charge in charges}
-        return {"states": states, "failures": failed}
+        states = _all_at_once(charges, self._state)
+        told = {one.pid: state or CudaState.LOCKED for one, state in zip(charges, states, strict=True)}
+        return {"states": told, "failures": failed}
 
     # One call, and what the driver says of a process.
 
@@ -299,6 +300,11 @@ class Worker:
                 charge.state = CudaState.GONE
         return charge.state
 
+    def _asleep(self, charges: Sequence[_Charge]) -> list[_Charge]:
+        """Those that are to be woken, in the same order."""
+        sleeping = _all_at_once(charges, self._sleeps)
+        return [charge for charge, sleeps in zip(charges, sleeping, strict=True) if sleeps]
+
     def _sleeps(self, charge: _Charge) -> bool:
         """Whether a process is to be woken, or may be: nothing is known, or a call for it is under way."""
         if not charge.mutex.acquire(timeout=_PAUSE_S):
@@ -313,12 +319,12 @@ class Worker:
     def _wake(self, order: _Order, until: float) -> None:
         """Have all run as before, in the reverse order; whoever cannot be woken is tried again until then."""
         pause = _PAUSE_S
-        left = [charge for charge in reversed(order.charges) if self._sleeps(charge)]
+        left = self._asleep(order.charges[::-1])
         while left:
             _all_at_once(left, lambda one: self._give_memory_back(order, one, until))
             for charge in left:
                 self._attempt(order, charge, charge.move_s, self._unlock_if_locked)
-            left = [charge for charge in left if self._sleeps(charge)]
+            left = self._asleep(left)
             if order.is_over or time.monotonic() > until:
                 return
             if left:

@@ -168,7 +168,7 @@ class DumpSide:
             self.processes = [*self.processes, *found]
             blockers = [
                 one
-                for one in gpu_findings(fresh, self._host, found)
+                for one in gpu_findings(fresh, self._host, self.processes)
                 if one.severity == Severity.BLOCKER and one.name != "gpu-state"
             ]
             if blockers:
