@@ -89,6 +89,14 @@ def restore(
             show_default=False,
         ),
     ] = None,
+    gpu_map: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OLD=NEW",
+            help="Which GPU here (index or UUID) takes the place of which of the image; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     port: Annotated[
         list[str] | None,
         typer.Option(
@@ -162,6 +170,7 @@ def restore(
         signal=0 if send is None else _signal(send),
         forced=forced,
         lazy=lazy,
+        gpu_map=tuple(parse_pair(one, "--gpu-map") for one in gpu_map or ()),
         endpoint_url=chosen.endpoint_url,
     )
     from crcli.pipeline import restore as story

@@ -42,6 +42,9 @@ class Residence:
     root's exit code. Without, the tree becomes our
     own child, or, if the warden is to `stay`, the warden ends when the root does, with its exit code.
 
+    Should we die, the process behind `first` (a pidfd; -1: none) has something to do before the tree is
+    killed: its end is waited for, or a minute.
+
     With `new_root` CRIU and the tree have that folder as their root, in one more mount namespace, while the
     warden stays with ours, where the noted changes are. It needs `taken_pids`.
     """
@@ -52,8 +55,12 @@ class Residence:
         undo: Callable[[list[dict[str, Any]]], None],
         taken_pids: Sequence[int] | None = None,
         new_root: str = "",
+        first: int = -1,
     ) -> None:
-        """Fork it and start CRIU below it. Call before any thread is started. `undo` runs in the warden."""
+        """Fork it and start CRIU below it. Call before any thread is started. `undo` runs in the warden.
+
+        Closes `first`.
+        """
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -63,7 +70,7 @@ class Residence:
         self._is_over = False
         self._ending, ending = os.pipe()
         ours = os.pidfd_open(os.getpid())
-        duty = _Duty(theirs, criu_end, tuple(keep_fds), undo, new_root, ending, ours)
+        duty = _Duty(theirs, criu_end, tuple(keep_fds), undo, new_root, ending, ours, first)
         child = kernel.quiet_fork()
         if child == 0:
             self._control.close()
@@ -75,6 +82,8 @@ class Residence:
         criu_end.close()
         os.close(ending)
         os.close(ours)
+        if first >= 0:
+            os.close(first)
         answer, self.warden = warden.first_word(self._control)
         self.warden = self.warden or child
         if taken_pids is not None:
@@ -153,7 +162,7 @@ _START_LIMIT_S = 10.0
 _RECEIVING = {"x86_64": ("45", "47"), "aarch64": ("207", "212")}.get(os.uname().machine, ())
 """The numbers of recvfrom(2) and recvmsg(2)."""
 
-_UNDO_LIMIT_S = 10.0
+_UNDO_LIMIT_S, _FIRST_LIMIT_S = 10.0, 60.0
 _GRACE_S = 1.0
 """How long CRIU may take to undo its own work once nobody answers it any more (seconds)."""
 
@@ -183,6 +192,13 @@ class _Duty:
     """A pipe for the word of the root's end."""
     crcli: int
     """A pidfd of crcli's."""
+    first: int
+    """A pidfd of who has something to do before a tree is killed; -1: nobody."""
+
+    def let_others_finish(self) -> None:
+        """Wait for whoever has something to do first."""
+        if self.first >= 0:
+            select.select([self.first], [], [], _FIRST_LIMIT_S)
 
     def bound_to(self, word: dict[str, Any]) -> int | None:
         """The process with which the tree is to end, if it is."""
@@ -258,6 +274,7 @@ def _oversee(duty: _Duty) -> None:
         word, changes = duty.wait_for_word(criu)
         _reap_within(criu, _GRACE_S)
         if word is None:
+            duty.let_others_finish()
             _kill_children()
             duty.undo(changes)
         elif word["stay"]:
@@ -290,6 +307,7 @@ def _reside(duty: _Duty, taken: tuple[int, ...]) -> NoReturn:
         duty.control.send(READY)
         word, changes = duty.wait_for_word(criu)
         if word is None:
+            duty.let_others_finish()
             os.kill(-1, signal.SIGKILL)
             reap_until_alone()
             duty.undo(changes)

@@ -216,6 +216,7 @@ class _Nvml:
                 compute=".".join(map(str, self._ask("device_get_cuda_compute_capability", (), handle))),
                 persistence=bool(self._ask("device_get_persistence_mode", 0, handle)),
                 mig=bool(self._ask("device_get_mig_mode", (0, 0), handle)[0]),
+                free_bytes=int(memory.free),
             )
 
     def used(self) -> dict[int, dict[str, int]]:

@@ -32,7 +32,8 @@ class Gpu:
     """One GPU of a host. `uuid` as NVIDIA's tools print it ("GPU-…"), `minor` the number of /dev/nvidiaN.
 
     `compute` is the compute capability ("9.0"). `persistence` says whether the driver keeps it initialised
-    while nobody uses it. `mig` says whether it is divided (MIG).
+    while nobody uses it. `mig` says whether it is divided (MIG). `free_bytes` was free when it was asked; -1
+    where NVML does not tell.
     """
 
     uuid: str
@@ -43,6 +44,7 @@ class Gpu:
     compute: str
     persistence: bool = False
     mig: bool = False
+    free_bytes: int = -1
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in a manifest, and in reports."""

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import crcli
@@ -108,6 +109,11 @@ class Hand:
         self._known |= {process.pid: process for process in found}
         return found
 
+    def expect(self, pid: int, used: Mapping[str, int]) -> None:
+        """It is known from elsewhere how much GPU memory a process that was found will have."""
+        if pid in self._known:
+            self._known[pid] = replace(self._known[pid], used=dict(used))
+
     def lock(self, pids: Sequence[int], limit_s: float = LOCK_LIMIT_S) -> None:
         """They are LOCKED. `limit_s` is for each. This and the next three raise GpuFailed; a process that
         has ended meanwhile is no failure."""
@@ -133,11 +139,12 @@ class Hand:
         """
         return self._set_right("resume", RESUME_LIMIT_S + self._move_s(self._touched))
 
-    def release(self) -> dict[int, CudaState]:
-        """Have all that got GPU memory hold none any more, before they are killed; return their states.
+    def release(self, pids: Sequence[int] = ()) -> dict[int, CudaState]:
+        """Have these, or all that are not settled, hold no GPU any more: they are about to be killed.
 
-        Never raises.
+        Returns their states. Never raises.
         """
+        self._touched += [pid for pid in pids if pid not in self._touched]
         return self._set_right("release", LOCK_LIMIT_S + self._move_s(self._touched))
 
     def settled(self) -> None:

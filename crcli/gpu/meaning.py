@@ -98,6 +98,10 @@ OURS: dict[str, Meaning] = {
         "is lost: CUDA's driver calls its state FAILED, out of which nothing leads",
         "end it and start it again, or restore its last image",
     ),
+    "NOT_CHECKPOINTED": Meaning(
+        "is not checkpointed, as it was in the image", "use the image of another dump"
+    ),
+    "NOT_RUNNING": Meaning("does not run on its GPUs, though CUDA's driver refused nothing", _AGAIN),
     "GONE": Meaning("has ended", ""),
     "HAND_LOST": Meaning(
         "is in a state that could not be told: the process that speaks with CUDA's driver was killed", _AGAIN

@@ -23,6 +23,7 @@ import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from crcli.gpu.care import Care
 from crcli.gpu.driver import CudaLacks, CudaRefused, Driver
 from crcli.gpu.facts import CudaState
 from crcli.gpu.words import COMM, LOCK_LIMIT_S, MESSAGE_LIMIT, PATIENCE_S, Purpose
@@ -91,6 +92,7 @@ class Worker:
         self._charges: dict[int, _Charge] = {}
         self._touched: list[_Charge] = []
         """What was locked, or was to be, and is not settled: in that order."""
+        self._care = Care()
         self._order: _Order | None = None
         self._driver: Driver | None = None
         self._lacks: CudaLacks | None = None
@@ -136,7 +138,11 @@ class Worker:
             self._end_order()
             self._order = order
             self._touched += [charge for charge in order.charges if charge not in self._touched]
+            for charge in order.charges:
+                self._care.take(charge.id)
         if order.name == "settled":
+            for charge in self._touched:
+                self._care.let_go(charge.id)
             self._touched = []
         return order
 
@@ -269,13 +275,18 @@ class Worker:
         return None
 
     def _state(self, charge: _Charge) -> CudaState | None:
-        """What the driver says of a process; the last that was heard where it does not say."""
+        """What the driver says of a process; the last that was heard where it does not say.
+
+        It does not while CRIU holds the process, of which it asks a thread.
+        """
 
         def ask() -> None:
             charge.state = self._cuda.state(charge.pid)
 
         if not charge.id.alive():
             charge.state = CudaState.GONE
+            return charge.state
+        if _is_held(charge.pid):
             return charge.state
         try:
             _within(_STATE_LIMIT_S, ask, "state")
@@ -346,6 +357,9 @@ class Worker:
             for charge in order.charges:
                 _kill(charge.id)
         lines = [f"process {one.pid} was {before[one.pid]}, is {self._state(one)}" for one in order.charges]
+        for one in order.charges:
+            if one.state not in (*_ASLEEP, None):
+                self._care.let_go(one.id)
         keep_log("\n".join([f"crcli was killed ({self._purpose}):", *lines, ""]), COMM)
 
 

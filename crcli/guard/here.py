@@ -17,6 +17,7 @@ from crcli.process import here
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from crcli.gpu.facts import GpuHost
     from crcli.guard.carried import Standing
     from crcli.image.manifest import StoredFile
     from crcli.image.tables import Chunk
@@ -116,6 +117,15 @@ class Here:
     def unix_sockets(self) -> dict[str, list[UnixSocket]]:
         """The unix sockets of our network namespace that have a name, by that name."""
         return here.unix_sockets_here()
+
+    @cached_property
+    def gpus(self) -> GpuHost:
+        """The GPUs and their driver. CUDA is started to ask, unless we were told. Raises HostLacks."""
+        from crcli.gpu.hand import Hand
+        from crcli.gpu.words import Purpose
+
+        with Hand(Purpose.RESTORE) as hand:
+            return hand.host()
 
     @cached_property
     def plugins(self) -> dict[str, str]:

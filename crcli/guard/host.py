@@ -1,9 +1,8 @@
 """Whether this host can take an image: compared before anything is started or written.
 
-Each family of findings is one small function in `machine`, `files`, `weights`, `places` or `rights`, named in
-the tuple at that module's end; to add one, write it and name it there (and its blockers in `names`). It is
-given what the image needs (`needs`) and what this host has (`here`). GPUs will be a module of their own,
-named in `CHECKS`.
+Each family of findings is one small function in `machine`, `gpus`, `files`, `weights`, `places` or `rights`,
+named in the tuple at that module's end; to add one, write it and name it there (and its blockers in `names`).
+It is given what the image needs (`needs`) and what this host has (`here`).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from crcli.errors import GuardRefused
 from crcli.findings import Finding, Severity
 from crcli.guard.files import FILES
+from crcli.guard.gpus import GPUS
 from crcli.guard.machine import MACHINE
 from crcli.guard.places import PLACES
 from crcli.guard.rights import RIGHTS
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from crcli.guard.needs import Needs
     from crcli.guard.wording import Check
 
-CHECKS: tuple[Check, ...] = (*MACHINE, *FILES, *WEIGHTS, *PLACES, *RIGHTS)
+CHECKS: tuple[Check, ...] = (*MACHINE, *GPUS, *FILES, *WEIGHTS, *PLACES, *RIGHTS)
 
 _GRAVEST_FIRST = tuple(Severity)
 

@@ -29,12 +29,16 @@ NOBODYS = Rights(frozenset(), frozenset(), 0)
 
 @dataclass(frozen=True)
 class Asked:
-    """How the restore is asked for, in the words of its options; `forced` are names of blockers."""
+    """How the restore is asked for, in the words of its options; `forced` are names of blockers.
+
+    `gpu_map` are pairs of GPUs: of the image, and here.
+    """
 
     pid_namespace: str = "auto"
     tcp: str = "auto"
     changed_files: str = "refuse"
     forced: tuple[str, ...] = ()
+    gpu_map: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

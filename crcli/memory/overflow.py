@@ -53,6 +53,7 @@ class Overflow:
     def __init__(self, folder: Folder, sharers: int = 1) -> None:
         self.fd = folder.create_file("overflow")
         folder.remove("overflow")
+        self._sharers = sharers
         self.limit = spare_memory() // 2 // sharers
         self.reserved = 0
         """How much of it has memory behind it, from its beginning (bytes)."""
@@ -60,6 +61,10 @@ class Overflow:
         self._began = 0.0
         self._enough = threading.Event()
         self._thread: threading.Thread | None = None
+
+    def set_aside(self, size: int) -> None:
+        """So many bytes of the memory that is free will be others' by then. Call before `reserve`."""
+        self.limit = max(0, self.limit - size // 2 // self._sharers)
 
     def reserve(self, size: int) -> None:
         """Begin to get memory for the first `size` bytes, in a thread; no more than `limit`."""

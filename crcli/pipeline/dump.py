@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +75,12 @@ from crcli.process.tree import refuse_bad_target, scan_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
 
     from crcli.criu.options import DumpPlan
     from crcli.image.index import KnownChunks
     from crcli.image.manifest import StoredFile
+    from crcli.pipeline.gpu import DumpSide
     from crcli.pipeline.plan import OutsideLink
     from crcli.pipeline.stages import DumpOptions, Progress
     from crcli.plugins.loader import PluginInfo
@@ -132,9 +134,10 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
         progress.finding(finding)
     report = _begin_report(options, target)
     if options.dry_run:
+        gpu_findings, gpu_bytes = _gpus_ahead(target.evidence, options)
         with watch.phase("forecast"):
-            report.forecast, findings = look_ahead(target.evidence, options, target.name)
-        report.findings = (*report.findings, *findings)
+            report.forecast, findings = look_ahead(target.evidence, options, target.name, gpu_bytes)
+        report.findings = (*report.findings, *gpu_findings, *findings)
         report.total_ms = watch.since_start_ms()
         report.phases = watch.phases
         return report
@@ -188,6 +191,15 @@ def look(options: DumpOptions) -> Target:
     return Target(evidence, findings, links, plan, weights, name, new_image_id())
 
 
+def _gpus_ahead(evidence: Evidence, options: DumpOptions) -> tuple[list[Finding], int]:
+    """What is found of the GPU side of a tree, and its bytes on GPUs, for a dump that is not made."""
+    if not evidence.may_use_gpus:
+        return [], 0
+    from crcli.pipeline.gpu import look_at_gpus
+
+    return look_at_gpus(evidence, options)
+
+
 def _begin_report(options: DumpOptions, target: Target) -> DumpReport:
     return DumpReport(
         image=f"{target.name}@{target.image_id}",
@@ -233,6 +245,7 @@ class _Dump:
         self.keeps_lock = True
         """Whether the lock on connections is to stay after the kill: as of the freeze."""
         self.room = 0
+        self.gpu: DumpSide | None = None
         self.network: int | None = None
         """The network of a tree that does not share ours, for as long as the dump lasts."""
         self.tree = target.evidence.tree
@@ -242,18 +255,22 @@ class _Dump:
         """Prepare, announce, freeze, take, prove, publish, let go, finish."""
         with ExitStack() as held:
             try:
+                self._begin_gpus(held)
                 self._prepare(held)
                 self._copy_ahead()
                 boards = held.enter_context(notify.Boards(self._notifiable()))
                 self._announce(boards)
-                try:
-                    self._freeze_and_take()
-                except BaseException as error:
-                    self._after_failure(error)
-                boards.resumed()
-                self._finish()
+                with self._off_its_gpus():
+                    try:
+                        self._freeze_and_take()
+                    except BaseException as error:
+                        self._after_failure(error)
+                    self._back_to_its_gpus()
+                    boards.resumed()
+                    self._finish()
             except BaseException:
                 self.interrupts.past_return()
+                self.shared.end_turn()
                 if self.store is not None:
                     self.store.give_up()  # it may be what failed: nobody waits for it a second time
                 raise
@@ -267,6 +284,35 @@ class _Dump:
             store=self.options.store,
             outcome=self.options.outcome.value,
         )
+
+    # A tree that uses GPUs is put to sleep by CUDA's driver before CRIU takes it: see gpu.py.
+
+    def _begin_gpus(self, held: ExitStack) -> None:
+        if self.target.evidence.may_use_gpus:
+            from crcli.pipeline.gpu import DumpSide
+
+            self.gpu = held.enter_context(DumpSide(self.target.evidence, self.options))
+
+    def _look_at_gpus(self) -> int:
+        """The bytes of GPU memory that will come to lie in the host's."""
+        if self.gpu is None:
+            return 0
+        self._find(self.gpu.look())
+        if not self.gpu.processes:
+            self.gpu = None
+            return 0
+        return self.gpu.memory_bytes
+
+    def _off_its_gpus(self) -> AbstractContextManager[None]:
+        if self.gpu is None:
+            return nullcontext()
+        self.overflow.settle(wait=self.options.deadline_s is None)
+        self.shared.take_turn()
+        return self.gpu.asleep(self)
+
+    def _back_to_its_gpus(self) -> None:
+        if self.gpu is not None and self.options.outcome == Outcome.RUNNING:
+            self.gpu.wake(self)
 
     # Everything that takes time and does not need the tree frozen comes first.
 
@@ -285,7 +331,8 @@ class _Dump:
                 held.callback(os.close, self.network)
             overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
             held.callback(overflow.close)
-            if not self.options.pre_copy:  # else little is left for the freeze
+            uses_gpus = self.target.evidence.may_use_gpus
+            if not self.options.pre_copy and not uses_gpus:  # else little is left for the freeze, or unknown
                 overflow.reserve(self.target.evidence.expected_bytes)
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
@@ -294,7 +341,11 @@ class _Dump:
             held.callback(store.close)
             self.store = store
             self.session = held.enter_context(Session(store, self.target.image_id))
-            known = known_for(self.target.evidence, store, self.target.name)
+            gpu_bytes = self._look_at_gpus()
+            if uses_gpus:
+                overflow.set_aside(gpu_bytes)
+                overflow.reserve(self.target.evidence.expected_bytes + gpu_bytes)
+            known = known_for(self.target.evidence, store, self.target.name, gpu_bytes=gpu_bytes)
             self._date_after(known.newest_image)
             self.writer = PackWriter(store, self.target.image_id, known)
             held.callback(self.writer.close)
@@ -308,7 +359,7 @@ class _Dump:
                 self.target.plan,
                 answer_limits=_must_answer_limits(self.target.evidence),
             )
-            load = self._measure(known)
+            load = self._measure(known, gpu_bytes)
             self.hashing.finish()
             self.room = overflow.limit
             self.load = load
@@ -324,13 +375,14 @@ class _Dump:
 
     # Whatever should be wrong with a forecast, the dump goes on.
 
-    def _measure(self, known: KnownChunks) -> Load | None:
+    def _measure(self, known: KnownChunks, gpu_bytes: int) -> Load | None:
         """What lies ahead."""
         if not self.options.forecast:
             return None
         try:
             matcher = self.weights.matcher
-            return measure(self.target.evidence, self.options, known, DUMP_LOOK_S, DUMP_LOOK_MOST_S, matcher)
+            evidence, most_s = self.target.evidence, DUMP_LOOK_MOST_S
+            return measure(evidence, self.options, known, DUMP_LOOK_S, most_s, matcher, gpu_bytes)
         except Exception:
             return None
 
@@ -353,7 +405,7 @@ class _Dump:
         evidence = {"needs_s": round(needs_s, 3), "left_s": round(left_s, 3)}
         message = f"the image takes {needs_s:.1f} s more by the forecast, and {left_s:.1f} s are left"
         self._find([Finding("deadline-forecast", Severity.NOTE, message, evidence)])
-        was_measured = load_rates().step("ship", self.options.store).seen > 0
+        was_measured = load_rates().step("ship", self.options.store).seen > 0 and self.gpu is None
         if was_measured and needs_s > _HOPELESS * left_s:
             raise TooLate(
                 f"the image cannot be durable before its deadline: {message}",
@@ -364,14 +416,14 @@ class _Dump:
     # Where rounds are wished for, they send most of the memory while the tree runs.
 
     def _copy_ahead(self) -> None:
-        if not self.options.pre_copy:
+        if not self.options.pre_copy or self.gpu is not None:
             return
         expected = self.target.evidence.expected_bytes
         try:
             with self.watch.phase("pre-copy"):
                 self._find(self.rounds.make(self.options.pre_copy, expected, self._copy_ms, self._is_late))
         except BaseException as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         self.report.rounds = [one.as_json() for one in self.rounds.done]
         self.report.pre_copied_bytes = self.rounds.sent_bytes
         if self.load is not None and self.report.forecast is not None:
@@ -416,6 +468,7 @@ class _Dump:
             ),
             stored_bytes=report.stored_bytes,
             file_bytes=sum(file.size for file in self.files),
+            gpu_bytes=self.gpu.memory_bytes if self.gpu is not None else 0,
         )
 
     def _was_unhindered(self) -> bool:
@@ -467,7 +520,7 @@ class _Dump:
         self.target = replace(fresh, name=self.target.name, image_id=self.target.image_id)
         self.tree = fresh.evidence.tree
         self.report.processes = len(self.tree)
-        self.report.findings = fresh.findings
+        self.report.findings = (*fresh.findings, *(self.gpu.findings if self.gpu is not None else ()))
 
     def _notify_limit_s(self) -> float:
         """How long callbacks may take: a tenth of the time that is left, and nothing when that is short."""
@@ -554,7 +607,8 @@ class _Dump:
         kernel.set_nice(self.nice)
         self.shared.end_turn()
         self.intake.open_gate()
-        self.report.frozen_ms = round((time.monotonic() - self.frozen_at) * 1000, 2)
+        since = self.gpu.asleep_since if self.gpu is not None else self.frozen_at
+        self.report.frozen_ms = round((time.monotonic() - since) * 1000, 2)
         if self.options.outcome != Outcome.RUNNING:
             with self.watch.phase("hold"):
                 self._publish()
@@ -663,6 +717,7 @@ class _Dump:
                 {"name": one.name, "package": one.package, "version": one.version} for one in self.plugins
             ],
             **({"job": dict(self.options.job)} if self.options.job else {}),
+            **({"gpu": self.gpu.described(self.tree)} if self.gpu is not None else {}),
         }
 
     # CRIU has answered, or is gone.
@@ -674,7 +729,7 @@ class _Dump:
                 try:
                     self._publish()
                 except BaseException as error:
-                    raise self._failure(error) from error
+                    raise self.failure(error) from error
         elif outcome == Outcome.KILLED:
             with self.watch.phase("reap"):
                 self._clear_away()
@@ -682,6 +737,8 @@ class _Dump:
             self.standby.wait()  # it gives the stopped tree back its sockets, which CRIU does not
             self._free_stopped()
         self.report.outcome = outcome.value
+        if self.gpu is not None:
+            self.report.gpu = self.gpu.as_json()
 
     def _free_stopped(self) -> None:
         """Should the standby not have lived to do its work: nothing, where it has."""
@@ -712,7 +769,7 @@ class _Dump:
         if after is not None and after.finished:
             return
         victims = self._died_with_criu(after.held) if after is not None else ""
-        raise self._failure(error, victims) from error
+        raise self.failure(error, victims) from error
 
     def _without_standby(self) -> AfterDeath:
         """CRIU and the standby are both gone: set right what can still be set right."""
@@ -732,7 +789,7 @@ class _Dump:
         labels = {process.pid: process.label for process in self.tree}
         return next((labels.get(one.pid, f"process {one.pid}") for one in trapped(held)), "")
 
-    def _failure(self, error: BaseException, victims: str = "") -> BaseException:
+    def failure(self, error: BaseException, victims: str = "") -> BaseException:
         """The error to raise, saying what the tree does now."""
         state = tree_state(
             self.target.evidence.tree

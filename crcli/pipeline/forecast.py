@@ -60,6 +60,9 @@ _REFERRED_BYTES, _NEW_BYTES = 150, 9 << 10
 """What an image costs beside its pages: at all, for each process and further thread, and for each MiB that it
 refers to and that it adds to the store."""
 
+_RATIO_OF_WEIGHTS = 0.8
+"""How small numbers of 16 bits become, compressed: most of what is on GPUs."""
+
 _MOST_BLOCKS, _FEWEST_BLOCKS = 24, 3
 _WRITTEN_LIMIT, _MEMORY_LIMIT = 64 << 20, 1 << 30  # as in capture.py, which needs CRIU's Python package
 _LOOK_INTO_FILES = 64 << 10
@@ -68,7 +71,10 @@ _LOOK_INTO_FILES = 64 << 10
 
 @dataclass(frozen=True)
 class Load:
-    """What a dump has to do. `threads` are those beyond the first of each process; files in bytes."""
+    """What a dump has to do. `threads` are those beyond the first of each process; files in bytes.
+
+    `gpu_bytes` is memory of GPUs, which `memory` counts as well: as new, for nobody can look into it before.
+    """
 
     processes: int
     threads: int
@@ -77,6 +83,7 @@ class Load:
     file_bytes: int = 0
     trial: bool = True
     reaped: bool = True
+    gpu_bytes: int = 0
 
     def amounts(self) -> Amounts:
         """The same as the rates count it."""
@@ -91,6 +98,10 @@ class Load:
             "new": memory.new / _MIB,
             "stored": self.stored_bytes / _MIB,
         }
+
+    def gpu_amounts(self) -> Amounts:
+        """What is moved from GPUs into the host's memory first."""
+        return {"once": 1, "processes": self.processes, "mib": self.gpu_bytes / _MIB}
 
     def file_amounts(self) -> Amounts:
         """What the capture of files is given."""
@@ -123,15 +134,18 @@ def predict(load: Load, rates: Rates, store: str, room: int, spent_ms: float | N
     spill = max(0.0, 1 - room / load.memory.total) if load.memory.total else 0.0
     ship = takes("ship", store)
     frozen = takes("take") + rates.step("files").takes(load.file_amounts())
+    frozen += rates.step("gpu").takes(load.gpu_amounts()) if load.gpu_bytes else 0.0
     frozen += (takes("trial") if load.trial else 0.0) + ship * spill
     before = takes("look") + takes("prepare", store) if spent_ms is None else spent_ms
     after = ship * (1 - spill) + (takes("reap") if load.reaped else 0.0)
     return Forecast(round(frozen, 1), load.stored_bytes, round(before + frozen + after + takes("rest"), 1))
 
 
-def look_ahead(evidence: Evidence, options: DumpOptions, name: str) -> tuple[Forecast | None, list[Finding]]:
+def look_ahead(
+    evidence: Evidence, options: DumpOptions, name: str, gpu_bytes: int = 0
+) -> tuple[Forecast | None, list[Finding]]:
     """The forecast for a dump that is not under way, made in about a tenth of a second and the store's own
-    time; the tree and the store are not touched.
+    time; the tree and the store are not touched. `gpu_bytes` is the tree's memory on GPUs.
 
     None, with a finding that says why, when the store does not answer.
     """
@@ -147,14 +161,16 @@ def look_ahead(evidence: Evidence, options: DumpOptions, name: str) -> tuple[For
         store.close()
     with WeightsInUse(chosen_files(options.weights, evidence)) as weights:
         weights.index(only_kept=True)
-        load = measure(evidence, options, known, LOOK_S, LOOK_MOST_S, weights.matcher)
+        load = measure(evidence, options, known, LOOK_S, LOOK_MOST_S, weights.matcher, gpu_bytes)
         findings = list(weights.findings())
     return predict(load, load_rates(), options.store, spare_memory() // 2), findings
 
 
-def known_for(evidence: Evidence, store: Store, name: str, limit: int = PAGE_LIMIT) -> KnownChunks:
+def known_for(
+    evidence: Evidence, store: Store, name: str, limit: int = PAGE_LIMIT, gpu_bytes: int = 0
+) -> KnownChunks:
     """What a dump of this tree under this name knows of what the store has."""
-    wanted = evidence.expected_bytes // PAGE
+    wanted = (evidence.expected_bytes + gpu_bytes) // PAGE
     return load_known(store, name, limit, wanted, lambda head: is_of(evidence, head))
 
 
@@ -176,10 +192,12 @@ def measure(
     least_s: float,
     most_s: float,
     matcher: Matcher | None = None,
+    gpu_bytes: int = 0,
 ) -> Load:
     """What a dump of this tree has to do, its memory sampled for about `least_s` to `most_s` seconds.
 
-    With a `matcher` what stands in files of weights is left out, as the dump will.
+    With a `matcher` what stands in files of weights is left out, as the dump will. Memory of GPUs
+    (`gpu_bytes`) cannot be looked into: all of it is taken to be new, and to be compressed as weights are.
     """
     began = time.monotonic()
     more_s = _LOOK_S_PER_GIB * evidence.expected_bytes / (1 << 30) + _LOOK_S_PER_PROCESS * len(evidence.tree)
@@ -189,6 +207,7 @@ def measure(
         memory = sampler.makeup()
         for path, size in _shared_objects(evidence):
             memory += sampler.shared_makeup(path, size)
+    memory += Makeup(total=gpu_bytes, new=gpu_bytes, stored=round(gpu_bytes * _RATIO_OF_WEIGHTS))
     sizes = _carried(evidence, options.include)
     total = sum(sizes.values())
     stored = total
@@ -203,6 +222,7 @@ def measure(
         file_bytes=total,
         trial=options.trial,
         reaped=options.outcome == Outcome.KILLED,
+        gpu_bytes=gpu_bytes,
     )
 
 
@@ -297,21 +317,17 @@ def learn_from(report: DumpReport, load: Load, fits: bool) -> None:
     `fits`: all of the tree's pages found room outside of it, and nothing was cut short by a deadline.
     """
     phases, amounts, store = report.phases, load.amounts(), report.store
+    own = {"files": load.file_amounts(), "gpu": load.gpu_amounts()}
     times = {
         ("look", ""): phases.get("look", 0.0),
         ("files", ""): phases.get("files", 0.0),
         ("trial", ""): phases.get("trial", 0.0),
         ("reap", ""): phases.get("reap", 0.0),
+        ("gpu", ""): phases.get("gpu lock", 0.0) + phases.get("gpu checkpoint", 0.0),
         ("rest", ""): report.total_ms - sum(phases.values()),
     }
     if fits:
         times[("prepare", store)] = phases.get("prepare", 0.0)
         times[("take", "")] = phases.get("take", 0.0)
         times[("ship", store)] = phases.get("store", 0.0) + phases.get("hold", 0.0)
-    learn(
-        {
-            step: (load.file_amounts() if step[0] == "files" else amounts, took)
-            for step, took in times.items()
-            if took > 0
-        }
-    )
+    learn({step: (own.get(step[0], amounts), took) for step, took in times.items() if took > 0})

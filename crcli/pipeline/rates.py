@@ -28,6 +28,7 @@ BUILT_IN: dict[str, Amounts] = {
     "look": {"once": 30, "processes": 3},
     "prepare file": {"once": 120, "mib": 2},
     "prepare s3": {"once": 450, "mib": 1.5},
+    "gpu": {"once": 150, "processes": 50, "mib": 0.2},
     "take": {"once": 20, "processes": 4, "threads": 0.3, "mib": 0.3},
     "files": {"once": 10, "mib": 4},
     "trial": {"once": 35, "processes": 3, "threads": 0.1},

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from crcli.errors import Cause
     from crcli.job.relay import Relay
     from crcli.memory.extents import Origin
+    from crcli.pipeline.gpu import RestoreSide
     from crcli.pipeline.handover import Handover
     from crcli.pipeline.pager import Pager
     from crcli.pipeline.stages import Progress, RestoreOptions
@@ -237,6 +238,7 @@ class _Restore:
         self.handover: Handover | None = None
         self.missing_bytes = 0
         self.residence: Residence | None = None
+        self.gpu: RestoreSide | None = None
         self.stay = stay
         self.changes: list[dict[str, Any]] = []
         self.host: dict[int, int] = {}
@@ -281,6 +283,10 @@ class _Restore:
             store, self.manifest, self.reader, self.options.weights_map, self.options.weights_folders
         )
         self.held.callback(self.memory.close)
+        if self.manifest.meta.get("gpu"):
+            from crcli.pipeline.gpu import RestoreSide
+
+            self.gpu = self.held.enter_context(RestoreSide(self.manifest.meta["gpu"], self.options.gpu_map))
 
     def _guard(self) -> None:
         self.workspace = self.held.enter_context(Workspace.create())
@@ -304,6 +310,8 @@ class _Restore:
             f"{self.manifest.name}@{self.manifest.id}", self.options.store, self.manifest.meta
         )
         self.hooks.call("restore_before", target=self.described)
+        if self.gpu is not None:
+            self.gpu.tell(self.here)
         self.findings = [*guard(needs, self.here), *self.claim.findings()]
         self.members = read_tree(self.images)
         for finding in self.findings:
@@ -370,7 +378,8 @@ class _Restore:
         pids = [pid for member in self.members for pid in (member.pid, *member.threads)]
         keep = [self.images.fd, *self.replacements.inherit.values()]
         taken = pids if self.namespace == PidNamespace.NEW else None
-        self.residence = Residence(keep, undo, taken, self.options.root)
+        first = self.gpu.last_words() if self.gpu is not None else -1
+        self.residence = Residence(keep, undo, taken, self.options.root, first)
         self.held.callback(self.residence.close)
 
     def _host_path(self, path: str) -> str:
@@ -465,9 +474,13 @@ class _Restore:
         if not answer.success:
             raise RestoreFailed("CRIU could not restore the tree")
         self._take_locks_again()
+        if self.gpu is not None:
+            self.findings += self.gpu.wake(self.host, self.watch)
         self.interrupts.past_return()
         root = self.members[0].pid
         self.is_settled = True
+        if self.gpu is not None:
+            self.gpu.settled()
         self.child = self.residence.settle(
             root if self.namespace == PidNamespace.NEW else self.host[root],
             stay=self.stay is not None,
@@ -640,6 +653,7 @@ class _Restore:
             missing_bytes=self.missing_bytes,
             pager=self.pager.pid if self.pager is not None else 0,
             phases=self.watch.phases,
+            gpu=self.gpu.as_json() if self.gpu is not None else None,
             findings=(*self.findings, *self.replacements.findings()),
         )
 
@@ -651,6 +665,8 @@ class _Restore:
         if self.store is not None:
             self.store.give_up()  # nobody waits for it any more
         cause = self._explained()
+        if self.gpu is not None:
+            self.gpu.give_up()
         self._kill_members()
         if self.replay is not None:
             self.replay.abandon()
@@ -710,7 +726,13 @@ def _how_it_ended(code: int | None) -> str:
 
 def asked_of(options: RestoreOptions) -> Asked:
     """What the guard must know of how a restore is asked for."""
-    return Asked(options.pid_namespace.value, options.tcp.value, options.changed_files.value, options.forced)
+    return Asked(
+        options.pid_namespace.value,
+        options.tcp.value,
+        options.changed_files.value,
+        options.forced,
+        options.gpu_map,
+    )
 
 
 def _is_in(packs: set[int], origin: Origin, manifest: Manifest) -> bool:

@@ -116,7 +116,8 @@ class RestoreOptions:
     it is to listen on here. `root` is the folder that the tree gets as its root, a path without links
     (empty: ours). `signal` is sent to the tree's first process once it runs (0: none).
     `forced` names findings of the guard (guard/names.py) that are not to stop it. With `lazy` the tree runs
-    before its memory is here (see pipeline/pager.py).
+    before its memory is here (see pipeline/pager.py). `gpu_map` says which GPU here takes the place of which
+    of the image, each by its UUID or index.
     """
 
     image: str
@@ -132,6 +133,7 @@ class RestoreOptions:
     signal: int = 0
     forced: tuple[str, ...] = ()
     lazy: bool = False
+    gpu_map: tuple[tuple[str, str], ...] = ()
     endpoint_url: str | None = None
 
 
@@ -240,6 +242,9 @@ class DumpReport:
     pre_copied_bytes: int = 0
     wasted_bytes: int = 0
     """How much of what the rounds sent the image does not use: it was written to again, or given back."""
+    gpu: dict[str, Any] | None = None
+    """Of a tree that uses GPUs: its CUDA `processes`, their `memory_bytes` on GPUs, and the driver's `states`
+    (of each `pid`) at the end."""
     findings: Sequence[Finding] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -319,6 +324,8 @@ class RestoreReport:
     missing_bytes: int = 0
     pager: int = 0
     phases: dict[str, float] = field(default_factory=dict)
+    gpu: dict[str, Any] | None = None
+    """Of a tree that uses GPUs: as in a dump's report, and the `map` of GPUs that took another's place."""
     findings: Sequence[Finding] = ()
 
     def as_json(self) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def chosen_files(wanted: Sequence[str], evidence: Evidence | None = None) -> lis
 def _found_by_ourselves(evidence: Evidence) -> Iterator[str]:
     """Files called as weights are that the tree has open or mapped, names, or finds through its environment.
 
-    Of folders of models only files that are no larger than the tree are worth a look.
+    Of folders of models only files that are no larger than the tree are worth a look; how large that is when
+    it uses GPUs is not known yet.
     """
     own = {file.path for file in (*evidence.in_memory_files, *evidence.written_files)}
     for path in _named_by(evidence):
@@ -101,7 +102,7 @@ def _named_by(evidence: Evidence) -> Iterator[str]:
             elif os.path.isdir(path) and len(word) > 1:
                 folders.append(path)
         folders += _model_folders(process.pid)
-    most = evidence.expected_bytes
+    most = float("inf") if evidence.may_use_gpus else evidence.expected_bytes
     for folder in dict.fromkeys(folders):
         for path in _likely_below(folder):
             try:

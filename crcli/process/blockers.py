@@ -39,7 +39,7 @@ TUN_DEVICE = os.makedev(10, 200)
 AUTOFS_DEVICE = os.makedev(10, 235)
 PIDFD_THREAD = os.O_EXCL
 PLUGIN_DEVICES = ("/dev/kfd", "/dev/dri/", "/dev/nvidia")
-"""Devices that a plug-in of CRIU, or crcli's own GPU side, may take: no reason to refuse by themselves."""
+"""Devices that a plug-in of CRIU may take, or that crcli's own GPU side judges (gpu/preflight.py)."""
 
 DUMPABLE_ANON = frozenset(
     ("eventfd", "eventpoll", "inotify", "fanotify", "signalfd", "timerfd", "pidfd", "bpf-map")

@@ -450,6 +450,12 @@ class Evidence:
         return tuple(file for file in self.files if file.kind is Kind.DEVICE)
 
     @property
+    def may_use_gpus(self) -> bool:
+        """Whether a process has CUDA's library mapped, or a device of NVIDIA's: the GPU side looks closer."""
+        paths = [one.path for one in self.devices] + [one.path for one in self.mappings]
+        return any(path.startswith("/dev/nvidia") or "/libcuda.so" in path for path in paths)
+
+    @property
     def pinned(self) -> tuple[Process, ...]:
         """The processes that may not run on every processor of this host (taskset, OMP, numactl)."""
         return tuple(

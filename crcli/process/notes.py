@@ -23,8 +23,6 @@ from crcli.process.wording import (
     who,
 )
 
-GPU_DEVICES = "/dev/nvidia"
-
 
 def tcp_inside(evidence: Evidence) -> Iterator[Finding]:
     """Connections with both ends in the tree live on."""
@@ -298,21 +296,6 @@ def stopped(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def gpus(evidence: Evidence) -> Iterator[Finding]:
-    """Devices of NVIDIA: the GPU side of crcli takes care of those."""
-    held: list[Held] = [
-        *(file for file in evidence.devices if file.path.startswith(GPU_DEVICES)),
-        *(mapping for mapping in evidence.device_mappings if mapping.path.startswith(GPU_DEVICES)),
-    ]
-    if held:
-        yield note(
-            "gpu",
-            f"{who(evidence, held)} uses {held[0].path}",
-            places(evidence, held),
-            "leaves GPU memory alone: what the trial cannot restore is refused",
-        )
-
-
 NOTES: tuple[Check, ...] = (
     tcp_inside,
     tcp_listening,
@@ -335,5 +318,4 @@ NOTES: tuple[Check, ...] = (
     remote_files,
     watches_searched,
     stopped,
-    gpus,
 )

@@ -218,12 +218,22 @@ def test_the_times_for_programs_are_those_of_the_code() -> None:
 
 def test_the_findings_in_readme_exist() -> None:
     """Each name of a finding that README gives is one that the code can make."""
-    source = "".join(path.read_text() for path in (ROOT / "crcli" / "process").glob("*.py"))
+    folders = (ROOT / "crcli" / "process", ROOT / "crcli" / "gpu")
+    source = "".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
     table = README.partition("## What can be dumped")[2].partition("## Requirements")[0]
     for name in re.findall(
         r"`([a-z]+-[a-z-]+|io-uring|traced|tun|device|userfaultfd|uninterruptible)`", table
     ):
         assert f'"{name}"' in source, name
+
+
+def test_the_findings_about_gpus_are_in_readme() -> None:
+    """Each name that a dump can give a finding about GPUs, in the section on what can be dumped."""
+    source = (ROOT / "crcli" / "gpu" / "preflight.py").read_text()
+    section = README.partition("## What can be dumped")[2].partition("## Requirements")[0]
+    named = set(re.findall(r'(?:blocker|note)\(\s*"([a-z-]+)"', source))
+    assert len(named) > 15
+    assert named - {"gpu"} <= set(re.findall(r"`(gpu-[a-z-]+)`", section))
 
 
 def test_the_findings_of_the_guard_are_in_readme() -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from crcli.gpu.managed import pieces, wiped_on_fork
 from crcli.gpu.preflight import candidates
+from crcli.process import memory_room
 from crcli.process.evidence import Evidence
 from crcli.process.gather import gather
+from crcli.process.memory_room import Room, too_tight
 from crcli.process.tree import refuse_bad_target, scan_tree
 from tests.support.programs import spawn_python, then_wait
 
@@ -40,3 +45,62 @@ def test_a_plain_program_is_no_candidate() -> None:
     """Without the library and without a device of NVIDIA's nobody is asked about CUDA."""
     with spawn_python(then_wait()) as program:
         assert candidates(look(program.pid)) == []
+
+
+PYTORCH = b"""\
+200400000-202400000 rw-s 00000000 00:05 18625                            /dev/nvidiactl
+206400000-206600000 rw-s 00000000 00:05 18625                            /dev/nvidiactl
+206600000-206800000 rw-s 206600000 00:05 41200                           /dev/nvidia-uvm
+206e00000-300200000 ---p 00000000 00:00 0
+10000000000-10104000000 ---p 00000000 00:00 0
+"""
+"""Of the memory map of an ordinary PyTorch process: one pool of semaphores, no managed memory."""
+
+MANAGED = b"7ea03a000000-7ea03a200000 rw-s 7ea03a000000 00:05 41200    /dev/nvidia-uvm\n"
+POOL_ON_HIGH = b"""\
+7ea03a000000-7ea03a200000 rw-s 7ea03a000000 00:05 41200    /dev/nvidia-uvm
+Size:               2048 kB
+VmFlags: rd wr sh mr mw me ms de mm wf
+7ea03a200000-7ea03a400000 rw-s 7ea03a200000 00:05 41200    /dev/nvidia-uvm
+VmFlags: rd wr sh mr mw me ms dc de mm
+"""
+
+
+def test_semaphores_of_cuda_are_not_taken_for_managed_memory() -> None:
+    """What CUDA maps of /dev/nvidia-uvm in its own window is told from what cudaMallocManaged maps."""
+    assert [piece.is_reserved for piece in pieces(PYTORCH + MANAGED)] == [True, False]
+
+
+def test_a_pool_outside_the_window_is_known_by_its_flag() -> None:
+    """Newer drivers have their pools emptied on fork, and managed memory left out."""
+    both, (pool,) = list(pieces(POOL_ON_HIGH)), wiped_on_fork(POOL_ON_HIGH)
+    assert len(both) == 2 and pool == both[0]
+
+
+def test_other_devices_and_offsets_are_no_managed_memory() -> None:
+    """NVIDIA's driver maps the device at the offset that is the address, or not at all."""
+    odd = MANAGED.replace(b"s 7ea03a000000", b"s 00000000") + MANAGED.replace(b"-uvm", b"-uvm-tools")
+    assert list(pieces(odd)) == []
+
+
+def test_room_is_that_of_the_tightest_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all want together must fit each cgroup above them, its file cache counted as free."""
+    monkeypatch.setattr(memory_room, "CGROUPS", str(tmp_path))
+    job = tmp_path / "job"
+    for folder, limit in ((job, "1000"), (job / "a", "max"), (job / "b", "300")):
+        folder.mkdir()
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text("500\n")
+        (folder / "memory.stat").write_text("anon 400\ninactive_file 100\n")
+    assert too_tight({"0::/job/a\n": 600}) is None
+    assert too_tight({"0::/job/a\n": 601}) == (Room(str(job), 600), 601)
+    assert too_tight({"0::/job/a\n": 600, "0::/job/b\n": 1}) == (Room(str(job), 600), 601)
+    assert too_tight({"0::/job/b\n": 1}) == (Room(str(job / "b"), 0), 1)
+    assert Room(str(job), 0).label == "the cgroup /job"
+
+
+def test_room_on_the_host_is_what_can_be_had_without_swapping() -> None:
+    """More than that is refused in the host's name."""
+    found = too_tight({"0::/\n": 1 << 60})
+    assert found is not None and found[0].label == "this host" and 0 < found[0].free < 1 << 50
+    assert too_tight({}) is None

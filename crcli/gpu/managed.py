@@ -1,0 +1,79 @@
+"""Managed memory (UVM) of a process, told from its memory map.
+
+Every process that uses CUDA has /dev/nvidia-uvm open, and most have it mapped: so that alone says nothing.
+NVIDIA's kernel driver (kernel-open/nvidia-uvm/uvm.c) lets the device be mapped for two things only, both
+shared and at an offset that is the address itself: managed memory, and CUDA's own pools of semaphores. CUDA
+puts those pools into the window that it reserves for itself from 0x200000000 on; managed memory lies where
+ordinary mappings do. Newer drivers (580) mark the pools to be wiped on fork as well (`wf` in smaps). What has
+neither sign is taken for managed memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from crcli.process.identity import read_proc
+from crcli.process.tree import PID_GONE
+
+_DEVICE = b"/dev/nvidia-uvm"
+_WINDOW_END = 1 << 40
+"""Above every address that CUDA reserves for its own mappings, below every address of mmap's choosing."""
+
+_WIPED_ON_FORK = b"wf"
+
+
+class Piece(NamedTuple):
+    """One mapping of the device: from `start` to `end`."""
+
+    start: int
+    end: int
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether it lies in the window that CUDA keeps for itself."""
+        return self.end <= _WINDOW_END
+
+
+def managed_bytes(pid: int) -> int:
+    """Return how much address space a process has as managed memory; 0 when it is gone.
+
+    The detailed map, which the kernel walks all page tables for, is read only where there is a suspicion.
+    """
+    try:
+        suspects = {piece for piece in pieces(read_proc(f"/proc/{pid}/maps")) if not piece.is_reserved}
+        if suspects:
+            suspects -= set(wiped_on_fork(read_proc(f"/proc/{pid}/smaps")))
+    except PID_GONE:
+        return 0
+    return sum(piece.end - piece.start for piece in suspects)
+
+
+def pieces(maps: bytes) -> Iterator[Piece]:
+    """Return the mappings of the device that its driver has made, from the text of /proc/PID/maps."""
+    for line in maps.splitlines():
+        if (found := _piece(line)) is not None:
+            yield found
+
+
+def wiped_on_fork(smaps: bytes) -> Iterable[Piece]:
+    """Return those of them that a fork empties, from the text of /proc/PID/smaps."""
+    current: Piece | None = None
+    for line in smaps.splitlines():
+        if line.startswith(b"VmFlags:"):
+            if current is not None and _WIPED_ON_FORK in line.split():
+                yield current
+            current = None
+        elif b"-" in line.split(b" ", 1)[0]:
+            current = _piece(line)
+
+
+def _piece(line: bytes) -> Piece | None:
+    """Parse `206600000-206800000 rw-s 206600000 00:05 41200  /dev/nvidia-uvm`."""
+    fields = line.split(None, 5)
+    if len(fields) < 6 or fields[5].rstrip() != _DEVICE:
+        return None
+    start, _, end = fields[0].partition(b"-")
+    if int(fields[2], 16) != int(start, 16):
+        return None
+    return Piece(int(start, 16), int(end, 16))

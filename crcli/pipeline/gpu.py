@@ -1,0 +1,445 @@
+"""The GPU side of the two stories, for trees that have one; not imported for any other.
+
+**dump**: all CUDA processes are locked, then all checkpointed: their GPU memory lies in their own, and CRIU
+takes it like any other. A tree that lives on gets it back as soon as CRIU has let it go. Whatever fails,
+everything is woken in the reverse order, and the error says in what state each process is.
+
+**restore**: once CRIU has restored the tree, all are restored on the GPUs of this host, then unlocked. When
+that fails they are checkpointed again, so that nothing holds a GPU, and then killed like any failed restore.
+
+The calls are made by the hand (crcli.gpu.hand), which does the same should we be killed.
+
+From CUDA 13.4 on the driver can hand the bytes on a GPU to us without a copy in the host's memory (custom
+storage; `GpuHost.custom_storage` says whether it can here). They would then come to the Intake beside the
+pages that CRIU sends, as those of one more kind of space, and go back before `unlock`: `DumpSide.asleep`
+and `RestoreSide.wake` are where. No machine of ours has such a driver yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from crcli.errors import CrcliError, DumpFailed, HostLacks, PreflightRefused, RestoreFailed, TreeState
+from crcli.findings import Finding, Severity
+from crcli.gpu.facts import CudaState
+from crcli.gpu.hand import GpuFailed, Hand
+from crcli.gpu.mapping import in_force
+from crcli.gpu.preflight import candidates, gpu_findings, unasked_findings
+from crcli.gpu.words import Purpose
+from crcli.pipeline.stages import Outcome
+from crcli.pipeline.watch import tree_state
+from crcli.process.gather import gather
+from crcli.process.identity import read_proc
+from crcli.process.tree import child_pids, read_process, scan_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from crcli.gpu.facts import CudaProcess, GpuHost
+    from crcli.guard.here import Here
+    from crcli.pipeline.interrupts import Interrupts
+    from crcli.pipeline.stages import DumpOptions, DumpReport, Stopwatch
+    from crcli.process.evidence import Evidence
+    from crcli.process.tree import Tree
+
+_MOST_LOOKS = 8
+"""How often a tree is looked through for CUDA processes that came while the others were locked."""
+
+_LESS = 0.9
+"""A restored process that has less than this of its GPU memory is worth a word."""
+
+_TRACES = (b"/libcuda.so", b"/dev/nvidia")
+"""What the maps of a process hold that uses CUDA."""
+
+
+class DumpSide:
+    """The GPU side of one dump. A context manager: leaving it ends the hand, once all is set right."""
+
+    def __init__(self, evidence: Evidence, options: DumpOptions) -> None:
+        """Start the hand: it initialises CUDA meanwhile."""
+        self._evidence = evidence
+        self._options = options
+        self._hand = Hand(Purpose.DUMP)
+        self._host: GpuHost | None = None
+        self._states: dict[int, CudaState] = {}
+        self._saved_bytes = 0
+        self.processes: list[CudaProcess] = []
+        """The tree's CUDA processes, in its order; empty when it has none after all."""
+        self.findings: list[Finding] = []
+        self.asleep_since = 0.0
+
+    @property
+    def memory_bytes(self) -> int:
+        """GPU memory in use: as NVML tells, or else as it showed when it came to lie in the host's."""
+        return sum(process.used_bytes for process in self.processes) or self._saved_bytes
+
+    def look(self) -> list[Finding]:
+        """Learn what is there to be told from the driver, and return what was found.
+
+        Raises PreflightRefused, and HostLacks where nobody can tell; the tree is not touched.
+        """
+        pids = candidates(self._evidence)
+        try:
+            self._host = self._hand.host()
+            self.processes = self._hand.find(pids)
+        except HostLacks as error:
+            if unknown := unasked_findings(self._evidence, error):
+                raise HostLacks(
+                    f"process {self._options.pid} uses GPUs: {error.message}",
+                    hint=error.hint,
+                    findings=unknown,
+                ) from error
+            return []
+        self.findings = [*gpu_findings(self._evidence, self._host, self.processes), *self._ways()]
+        blockers = [one for one in self.findings if one.severity == Severity.BLOCKER]
+        if blockers:
+            raise PreflightRefused(
+                f"process {self._options.pid} cannot be dumped: {blockers[0].message}",
+                hint=blockers[0].remedy,
+                findings=self.findings,
+            )
+        return self.findings
+
+    def _ways(self) -> Iterator[Finding]:
+        """What cannot be had of the ways in which a dump can be asked for."""
+        if self.processes and self._options.outcome == Outcome.STOPPED:
+            yield Finding(
+                "gpu-leave-stopped",
+                Severity.BLOCKER,
+                "a process that is stopped cannot take its GPU memory back",
+                {"pids": [process.pid for process in self.processes]},
+                remedy="leave it running with --leave-running, or have it killed",
+            )
+        if self.processes and self._options.pre_copy:
+            yield Finding(
+                "gpu-no-pre-copy",
+                Severity.NOTE,
+                "memory is not copied ahead from a tree that uses GPUs",
+                action="makes no rounds: CRIU takes such a tree only while it is off its GPUs",
+            )
+
+    @contextmanager
+    def asleep(self, dump: Sleeper) -> Iterator[None]:
+        """Within the block the tree is off its GPUs, until `wake`. On the way out nothing of it is asleep:
+        it runs, or is dead, or the error says what became of each process."""
+        try:
+            self._put_to_sleep(dump)
+            yield
+        except BaseException as error:
+            dump.interrupts.past_return()
+            self._states |= self._hand.resume()
+            if not _not_running(self._states):
+                self._hand.settled()
+            raise self._told(error, dump) from error
+        if _not_running(self._states):
+            self._states |= self._hand.resume()
+        if left := _not_running(self._states):
+            raise self._image_only(left, dump)
+        self._hand.settled()
+
+    def _put_to_sleep(self, dump: Sleeper) -> None:
+        """Lock all, then checkpoint all. Not one instruction of the GPUs' is lost: they have come to rest."""
+        self.asleep_since = time.monotonic()
+        locked: list[int] = []
+        with dump.watch.phase("gpu lock"):
+            waiting = self.processes
+            for _ in range(_MOST_LOOKS):
+                if not waiting:
+                    break
+                self._hand.lock([process.pid for process in waiting])
+                locked += [process.pid for process in waiting]
+                waiting = self._newcomers(locked)
+        before = {pid: _anonymous_bytes(pid) for pid in locked}
+        with dump.watch.phase("gpu checkpoint"):
+            self._hand.checkpoint(locked)
+        self._saved_bytes = sum(max(0, _anonymous_bytes(pid) - before[pid]) for pid in locked)
+
+    def _newcomers(self, known: Sequence[int]) -> list[CudaProcess]:
+        """The CUDA processes of the tree that were not there, or did not use CUDA, when it was looked at."""
+        root = self._evidence.root
+        pids = [pid for pid in _pids_of(root.pid) if pid not in known and _has_traces(pid)]
+        found = self._hand.find(pids)
+        if found:
+            assert self._host is not None
+            fresh = gather(scan_tree(root.identity))
+            self.processes = [*self.processes, *found]
+            blockers = [
+                one
+                for one in gpu_findings(fresh, self._host, found)
+                if one.severity == Severity.BLOCKER and one.name != "gpu-state"
+            ]
+            if blockers:
+                raise PreflightRefused(
+                    f"process {root.pid} cannot be dumped: {blockers[0].message}", hint=blockers[0].remedy
+                )
+        return found
+
+    def wake(self, dump: Sleeper) -> None:
+        """CRIU has let the tree go, which is to live on: give it its GPUs back.
+
+        Whoever cannot be woken is known from now on, and told at the end: the image comes first.
+        """
+        with dump.watch.phase("gpu resume"):
+            self._states = self._hand.resume()
+        dump.report.frozen_ms = round((time.monotonic() - self.asleep_since) * 1000, 2)
+
+    def _image_only(self, left: Sequence[int], dump: Sleeper) -> DumpFailed:
+        """The error of a dump that left nothing whole but the image."""
+        return DumpFailed(
+            f"the image {dump.report.image} is durable, but {self._label(left[0])} did not get its memory on "
+            "the GPU back",
+            hint=f"end the tree, and restore {dump.report.image}",
+            state=self._state_of(left),
+            findings=tuple(self._state_findings()),
+        )
+
+    def _told(self, error: BaseException, dump: Sleeper) -> BaseException:
+        """The error to raise, with what became of each process."""
+        if isinstance(error, GpuFailed):
+            text = error.message.replace(f"process {error.pid}", self._label(error.pid), 1)
+            error = DumpFailed(f"the dump failed: {text}", hint=error.hint)
+            error.state = tree_state(self._evidence.tree)
+        told = error if isinstance(error, CrcliError) else dump.failure(error)
+        if not isinstance(told, CrcliError):
+            return told
+        told.findings = (*told.findings, *self._state_findings())
+        left = _not_running(self._states)
+        if not left:
+            return told
+        lost = [pid for pid in left if self._states[pid] is CudaState.FAILED]
+        worst = (lost or left)[0]
+        return DumpFailed(
+            f"{told.message}; and {self._label(worst)} {_STATES[self._states[worst]]}",
+            hint="end the tree: what it had on its GPUs is lost; start it again, or restore an older image"
+            if lost
+            else "crcli goes on to wake it for ten minutes; afterwards `crcli doctor --fix` does",
+            state=self._state_of(left),
+            findings=told.findings,
+            cause=told.cause,
+        )
+
+    def _state_of(self, left: Iterable[int]) -> TreeState:
+        is_lost = any(self._states[pid] is CudaState.FAILED for pid in left)
+        return TreeState.DEAD if is_lost else TreeState.STOPPED
+
+    def _state_findings(self) -> Iterator[Finding]:
+        for pid, state in self._states.items():
+            if state is not CudaState.GONE:
+                is_well = state is CudaState.RUNNING
+                yield Finding(
+                    "gpu-process",
+                    Severity.NOTE if is_well else Severity.BLOCKER,
+                    f"{self._label(pid)} {_STATES[state]}",
+                    {"pid": pid, "state": state.value},
+                )
+
+    def _label(self, pid: int) -> str:
+        tree = self._evidence.tree
+        return tree.process(pid).label if pid in tree else f"process {pid}"
+
+    # For the image and the report.
+
+    def described(self, tree: Tree) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        assert self._host is not None
+        inside = {process.pid: process.nspid[-1] for process in tree.living if process.nspid}
+        return {
+            "host": self._host.as_json(),
+            "processes": [
+                {"pid": inside[process.pid], "used": dict(process.used)}
+                for process in self.processes
+                if process.pid in inside
+            ],
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in the report."""
+        states = self._states or {process.pid: CudaState.GONE for process in self.processes}
+        return _report(self.memory_bytes, states, {})
+
+    def __enter__(self) -> DumpSide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hand.close()
+
+
+class Sleeper(Protocol):
+    """What the GPU side must know of the dump whose tree it puts to sleep."""
+
+    watch: Stopwatch
+    report: DumpReport
+    interrupts: Interrupts
+
+    def failure(self, error: BaseException) -> BaseException:
+        """The error of a dump that this one means."""
+        ...
+
+
+def look_at_gpus(evidence: Evidence, options: DumpOptions) -> tuple[list[Finding], int]:
+    """What there is to be said of the GPU side of a tree that is not dumped now, and its GPU memory (bytes).
+
+    Raises PreflightRefused and HostLacks, as a dump would.
+    """
+    with DumpSide(evidence, options) as side:
+        return side.look(), side.memory_bytes
+
+
+class RestoreSide:
+    """The GPU side of one restore. A context manager, as DumpSide is."""
+
+    def __init__(self, recorded: Mapping[str, Any], asked: Sequence[tuple[str, str]]) -> None:
+        """Start the hand; `recorded` is what the image says of its GPUs, `asked` what the user maps."""
+        self._recorded = recorded
+        self._asked = asked
+        self._hand = Hand(Purpose.RESTORE)
+        self._mapping: dict[str, str] = {}
+        self._pids: list[int] = []
+        self._states: dict[int, CudaState] = {}
+        self._inside: dict[int, int] = {}
+
+    def tell(self, here: Here) -> None:
+        """Let the guard know of this host's GPUs; where CUDA cannot be used it finds out by itself."""
+        from crcli.guard.gpus import gpu_guard
+
+        try:
+            here.gpus = self._hand.host()
+        except HostLacks:
+            return
+        _, self._mapping = gpu_guard(self._recorded, here.gpus, self._asked)
+
+    def last_words(self) -> int:
+        """A descriptor, the caller's to close, that can be read once the hand has nothing more to do."""
+        return self._hand.pidfd()
+
+    def wake(self, host_pids: Mapping[int, int], watch: Stopwatch) -> list[Finding]:
+        """All processes run on their GPUs, by this map of their pids; what is odd about it is returned.
+
+        Raises RestoreFailed.
+        """
+        used = {host_pids[one["pid"]]: one["used"] for one in self._recorded["processes"]}
+        self._inside = {host_pids[one["pid"]]: one["pid"] for one in self._recorded["processes"]}
+        self._pids = list(used)
+        try:
+            with watch.phase("gpu restore"):
+                self._see_asleep(self._hand.find(self._pids))
+                for pid, sizes in used.items():
+                    self._hand.expect(pid, sizes)
+                self._hand.restore(self._pids, self._mapping)
+            with watch.phase("gpu unlock"):
+                self._hand.unlock(self._pids[::-1])
+            with watch.phase("gpu check"):
+                return list(self._check(used))
+        except GpuFailed as error:
+            raise RestoreFailed(
+                f"the tree was restored, but not its GPU side: {error.message}",
+                hint=error.hint,
+                state=TreeState.DEAD,
+                findings=tuple(_restore_states(error.states)),
+            ) from error
+
+    def _see_asleep(self, found: Iterable[CudaProcess]) -> None:
+        states = {process.pid: process.state for process in found}
+        for pid in self._pids:
+            if states.get(pid) is not CudaState.CHECKPOINTED:
+                result = "NOT_CHECKPOINTED" if pid in states else "CUDA_ERROR_INVALID_VALUE"
+                raise GpuFailed("restore", pid, result, states)
+
+    def _check(self, used: Mapping[int, Mapping[str, int]]) -> Iterator[Finding]:
+        """Whether all run, and have as much GPU memory as they had where that can be told."""
+        found = {process.pid: process for process in self._hand.find(self._pids)}
+        self._states = {pid: found[pid].state if pid in found else CudaState.GONE for pid in self._pids}
+        if wrong := _not_running(self._states):
+            raise GpuFailed("unlock", wrong[0], "NOT_RUNNING", self._states)
+        for pid, process in found.items():
+            before = sum(used[pid].values())
+            if process.used and process.used_bytes < _LESS * before:
+                yield Finding(
+                    "gpu-memory-less",
+                    Severity.CHANGE,
+                    f"process {pid} has {process.used_bytes} bytes of GPU memory now, and had {before}",
+                    {"pid": pid, "before": before, "now": process.used_bytes},
+                    remedy="see whether the program works as before",
+                )
+
+    def settled(self) -> None:
+        """The tree is to live: nothing is to be set right any more."""
+        self._hand.settled()
+
+    def give_up(self) -> None:
+        """Have nothing of the tree hold a GPU: it is about to be killed. Never raises; ends the hand."""
+        self._hand.release(self._pids)
+        self._hand.settled()
+        self._hand.close()
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in the report."""
+        sizes = {uuid for one in self._recorded["processes"] for uuid in one["used"]}
+        total = sum(sum(one["used"].values()) for one in self._recorded["processes"])
+        states = {self._inside[pid]: state for pid, state in self._states.items()}
+        return _report(total, states, in_force(self._mapping, sizes or self._mapping))
+
+    def __enter__(self) -> RestoreSide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hand.close()
+
+
+_STATES = {
+    CudaState.RUNNING: "runs on its GPUs as before",
+    CudaState.LOCKED: "waits in its next call of CUDA: it is still locked",
+    CudaState.CHECKPOINTED: "waits in its next call of CUDA: its GPU memory is still in the host's",
+    CudaState.CHECKPOINTING: "is on its way off its GPUs",
+    CudaState.RESTORING: "is on its way to its GPUs",
+    CudaState.FAILED: "is lost: CUDA's driver has given it up (FAILED)",
+    CudaState.GONE: "has ended",
+}
+
+
+def _report(memory_bytes: int, states: Mapping[int, CudaState], mapping: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "processes": len(states),
+        "memory_bytes": memory_bytes,
+        "states": [{"pid": pid, "state": state.value} for pid, state in states.items()],
+        "map": dict(mapping),
+    }
+
+
+def _restore_states(states: Mapping[int, CudaState]) -> Iterator[Finding]:
+    for pid, state in states.items():
+        yield Finding(
+            "gpu-process",
+            Severity.NOTE,
+            f"process {pid} was {state} when the restore failed",
+            {"pid": pid, "state": state.value},
+            action="has taken it off its GPUs again, and killed it",
+        )
+
+
+def _not_running(states: Mapping[int, CudaState]) -> list[int]:
+    """Those that live and do not run, in the order of the tree."""
+    return [pid for pid, state in states.items() if state not in (CudaState.RUNNING, CudaState.GONE)]
+
+
+def _pids_of(root: int) -> list[int]:
+    pids = [root]
+    for pid in pids:
+        pids += child_pids(pid)
+    return pids
+
+
+def _has_traces(pid: int) -> bool:
+    try:
+        maps = read_proc(f"/proc/{pid}/maps")
+    except OSError:
+        return False
+    return any(trace in maps for trace in _TRACES)
+
+
+def _anonymous_bytes(pid: int) -> int:
+    process = read_process(pid)
+    return process.anonymous_bytes if process is not None else 0

@@ -1,0 +1,91 @@
+"""How much memory processes may still take: by the host's account, and by each cgroup's that they are in."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+CGROUPS = "/sys/fs/cgroup"
+_UNLIMITED = 1 << 60
+_RECLAIMABLE = frozenset(("active_file", "inactive_file", "slab_reclaimable"))
+_V1_RECLAIMABLE = frozenset(("total_active_file", "total_inactive_file"))
+
+
+class Room(NamedTuple):
+    """A place whose memory is counted: the host ("") or a cgroup's folder, and what is free there (bytes)."""
+
+    place: str
+    free: int
+
+    @property
+    def label(self) -> str:
+        """The place in a sentence."""
+        return f"the cgroup {self.place.removeprefix(CGROUPS) or '/'}" if self.place else "this host"
+
+
+def too_tight(wanted: Mapping[str, int]) -> tuple[Room, int] | None:
+    """Return the first place in which the memory that is wanted does not fit, and what is wanted there.
+
+    `wanted` are bytes by what stands in /proc/PID/cgroup of those who want them. None: there is room for all.
+    """
+    asked: dict[str, int] = defaultdict(int)
+    asked[""] = sum(wanted.values())
+    for cgroups, amount in wanted.items():
+        for folder in _folders(cgroups):
+            asked[folder] += amount
+    for place, amount in asked.items():
+        free = _free_in(place) if place else available()
+        if free is not None and amount > free:
+            return Room(place, free), amount
+    return None
+
+
+def available() -> int:
+    """Memory that can be had on this host without swapping, by the kernel's estimate (bytes)."""
+    return _numbers("/proc/meminfo").get("MemAvailable:", 0) * 1024
+
+
+def _folders(cgroups: str) -> Iterator[str]:
+    """The cgroup that counts the memory of a process, and those above it."""
+    for line in cgroups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory") or "memory" in controllers.split(","):
+            top = f"{CGROUPS}/memory" if controllers else CGROUPS
+            folder = f"{top}{path}".rstrip("/")
+            while folder.startswith(top):
+                yield folder
+                folder = os.path.dirname(folder)
+
+
+def _free_in(folder: str) -> int | None:
+    """What the cgroup's limit leaves, file cache counted as free; None where there is no limit."""
+    for names, reclaimable in (
+        (("memory.max", "memory.current"), _RECLAIMABLE),
+        (("memory.limit_in_bytes", "memory.usage_in_bytes"), _V1_RECLAIMABLE),
+    ):
+        limit, used = (_number(f"{folder}/{name}") for name in names)
+        if limit is not None and used is not None and limit < _UNLIMITED:
+            known = _numbers(f"{folder}/memory.stat")
+            return max(0, limit - used + sum(known.get(name, 0) for name in reclaimable))
+    return None
+
+
+def _number(path: str) -> int | None:
+    try:
+        with open(path) as file:
+            text = file.read().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _numbers(path: str) -> dict[str, int]:
+    """The lines `NAME NUMBER…` of a file of the kernel's."""
+    try:
+        with open(path) as file:
+            fields = [line.split() for line in file]
+    except OSError:
+        return {}
+    return {one[0]: int(one[1]) for one in fields if len(one) > 1 and one[1].isdecimal()}
