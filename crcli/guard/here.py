@@ -134,9 +134,9 @@ class Here:
 
         return {one.name: one.version for one in load_hooks().plugins if not one.error}
 
-    def taken_pids(self, numbers: frozenset[int]) -> list[int]:
-        """Which of these pids and thread ids are in use; what only zombies hold is waited for."""
-        return here.taken_pids(numbers)
+    def taken_pids(self, numbers: frozenset[int], insist: bool) -> list[int]:
+        """Which of these pids and thread ids stay in use: see await_pids."""
+        return here.await_pids(numbers, insist=insist)
 
     def standing(self, file: StoredFile, chunks: Sequence[Chunk]) -> Standing:
         """How the file that stands where one of the image belongs compares with that."""

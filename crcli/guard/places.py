@@ -35,7 +35,7 @@ def pids(needs: Needs, here: Here) -> Iterator[Finding]:
     """Every process and thread gets its number back, or the tree gets a pid namespace of its own."""
     if needs.root_pid == 1 or needs.asked.pid_namespace == "new":
         return
-    if not (taken := here.taken_pids(needs.numbers)):
+    if not (taken := here.taken_pids(needs.numbers, needs.asked.pid_namespace == "host")):
         return
     evidence = {"pids": taken[:_NAMED], "count": len(taken)}
     message = f"pid {taken[0]} of the image is in use here" + (

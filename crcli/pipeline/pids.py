@@ -18,7 +18,7 @@ def namespace_for(asked: PidNamespace, root: int, numbers: set[int]) -> PidNames
     """Decide where a tree with these pids and thread ids is restored.
 
     A tree that is a pid namespace of its own (its root is pid 1) brings it along. Where the host's namespace
-    was asked for, the guard has seen that the pids are free.
+    was asked for, the guard has seen that the pids are free; it has also waited for those of zombies.
     """
     if root == 1 or asked == PidNamespace.HOST:
         return PidNamespace.HOST

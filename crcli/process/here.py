@@ -13,8 +13,9 @@ from crcli.process import sockets
 from crcli.process.identity import read_stat
 from crcli.process.sockets import Socket, sockets_of
 
-ZOMBIE_LIMIT_S = 2.0
-"""How long pids that only zombies hold are waited for (seconds): most parents reap within that."""
+ZOMBIE_LIMIT_S, ZOMBIE_PATIENCE_S = 2.0, 0.2
+"""How long pids that only zombies hold are waited for (seconds): an init reaps within that, if slowly; of
+other parents those that reap at all do so at once."""
 
 _UDIAG_SHOW_VFS, _UNIX_DIAG_VFS = 2, 1
 _VFS = struct.Struct("=II")  # unix_diag_vfs: inode, device, each cut to 32 bits
@@ -95,17 +96,26 @@ def _targets(pid: str) -> Iterator[str]:
 
 
 def taken_pids(numbers: frozenset[int] | set[int]) -> list[int]:
-    """Which of these are in use; what only zombies hold is waited for."""
-    end = time.monotonic() + ZOMBIE_LIMIT_S
+    """Which of these are in use, if only by zombies."""
+    return sorted(number for number in numbers if os.path.exists(f"/proc/{number}"))
+
+
+def await_pids(numbers: frozenset[int], *, insist: bool) -> list[int]:
+    """Which of these stay in use: zombies' pids are waited for, and longer by who must `insist`."""
+    began = time.monotonic()
     while True:
-        taken = sorted(number for number in numbers if os.path.exists(f"/proc/{number}"))
-        if not taken or time.monotonic() >= end or not all(map(_is_dying, taken)):
+        taken = taken_pids(numbers)
+        reapers = [_reaper(number) for number in taken]
+        patience = ZOMBIE_LIMIT_S if insist or set(reapers) <= {0, 1} else ZOMBIE_PATIENCE_S
+        if not taken or None in reapers or time.monotonic() >= began + patience:
             return taken
         time.sleep(0.01)
 
 
-def _is_dying(pid: int) -> bool:
+def _reaper(pid: int) -> int | None:
+    """The parent that a zombie waits for, 0 for one that is gone by now; None when it is no zombie."""
     try:
-        return read_stat(pid).is_zombie
+        stat = read_stat(pid)
     except ProcessLookupError:
-        return True
+        return 0
+    return stat.ppid if stat.is_zombie else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ from crcli.guard.names import BLOCKERS
 from crcli.guard.needs import Asked, NeededFile, Needs
 from crcli.image.manifest import Manifest
 from crcli.memory.extents import Extent, Source, SpaceKey, SpaceKind
+from crcli.process.here import await_pids
 
 ROOT = Path(__file__).parents[2]
 
@@ -536,3 +538,31 @@ def test_every_blocker_can_be_forced() -> None:
     named = set(re.findall(r'blocker\(\s*"([a-z-]+)"', source))
     assert named == set(BLOCKERS) and list(BLOCKERS) == sorted(BLOCKERS)
     assert len(set(CHECKS)) == len(CHECKS)
+
+
+def test_a_zombie_that_nobody_reaps_keeps_its_pid() -> None:
+    """Its pid counts as taken, in the end; once its parent has looked, it is free."""
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert await_pids(frozenset({child}), insist=False) == [child]
+    os.waitpid(child, 0)
+    assert await_pids(frozenset({child}), insist=False) == []
+
+
+def test_a_pid_is_free_once_its_zombie_was_reaped() -> None:
+    """Who waits for the pid gets it as soon as the parent looks."""
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    reaper = threading.Timer(0.05, os.waitpid, (child, 0))
+    reaper.start()
+    assert await_pids(frozenset({child}), insist=True) == []
+    reaper.join()
+
+
+def test_pids_of_the_living_are_not_waited_for() -> None:
+    """Ours is taken, and so it is said at once, beside one that is free."""
+    assert await_pids(frozenset({os.getpid(), 1 << 22}), insist=True) == [os.getpid()]

@@ -1,12 +1,13 @@
 /* Counts in GPU memory: a cell is advanced by a kernel, beside random bytes that must never change.
  *
- * Prints `ready`, then line after line the number and a hash of all its device memory but the cell.
+ * Prints, line after line, the number and a hash of all its device memory but the cell; `ready` after the first.
  *   --gpu N             on this device; more than one may be named (the cell is on the first)
  *   --megabytes N       of random bytes on each device (1)     --zeros N     of zeros beside them (0), in MB
  *   --seed N            of the random bytes (1)                --managed     in managed memory (UVM)
  *   --spin MS           each step also keeps the GPU busy for so long
  *   --fork              a child is forked after cuInit; it only sleeps (it has the open devices, and no CUDA)
  *   --nvml              NVML is initialised and never shut down
+ *   --patient           a failed call does not end it: it prints `failed NAME`, and only sleeps
  *   --child "OPTIONS"   a child process that does the same with these options, printing to --child-output N
  *   --output PATH       print there */
 #define _GNU_SOURCE
@@ -20,11 +21,17 @@
 
 enum { STEP_US = 10000, MOST_DEVICES = 8, MOST_WORDS = 32 };
 
+static int is_patient;
+
 static void check(CUresult result, const char *what)
 {
     const char *name = NULL;
     if (result) {
         cuGetErrorName(result, &name);
+        if (is_patient)
+            printf("failed %s\n", name ? name : "?");
+        while (is_patient)
+            sleep(60);
         fprintf(stderr, "%s: %d %s\n", what, result, name ? name : "?");
         exit(3);
     }
@@ -85,6 +92,8 @@ static struct options parse(int argc, char **argv)
             options.managed = 1;
         else if (!strcmp(name, "--fork"))
             options.forks = 1;
+        else if (!strcmp(name, "--patient"))
+            is_patient = 1;
         else if (!strcmp(name, "--nvml"))
             options.nvml = 1;
         else if (i++, !strcmp(name, "--gpu") && options.device_count < MOST_DEVICES)
@@ -137,8 +146,7 @@ int main(int argc, char **argv)
     if (options.forks && !fork())
         for (;;)
             sleep(60);
-    puts("ready");
-    for (;;) {
+    for (int ready = 0;; ready = 1) {
         uint64_t number, sum = 0xcbf29ce484222325u, count = 1, a = 1, b = 1;
         for (int i = 0; i < options.device_count; i++) {
             sum = hash(memory[i], bytes, sum);
@@ -146,6 +154,8 @@ int main(int argc, char **argv)
         }
         check(cuMemcpyDtoH_v2(&number, cell, 8), "number");
         printf("%lu %016lx\n", number, sum);
+        if (!ready)
+            puts("ready");
         void *advance[] = {&cell, &count, &a, &b}, *busy[] = {&options.spin};
         check(cuLaunchKernel(affine, 1, 1, 1, 1, 1, 1, 0, NULL, advance, NULL), "affine");
         if (options.spin)

@@ -176,5 +176,6 @@ int restore_thread_start(void)
         pthread_detach(thread);
         pthread_barrier_wait(&started);
     }
+    pthread_barrier_destroy(&started); /* waits until the thread has left it */
     return failed ? -1 : 0;
 }
