@@ -326,19 +326,19 @@ class SimulatedHost:
             yield running
 
     @contextmanager
-    def start_tree(self, megabytes: int = 2) -> Iterator[tuple[Program, list[Program]]]:
+    def start_tree(self, *options: str, megabytes: int = 2) -> Iterator[tuple[Program, list[Program]]]:
         """Run a tree of three on two GPUs: the root on the first, one child on the second, one on both.
 
         Gives the root and, in that order, all three as programs of which each has an output of its own.
         """
         outputs = [self.folder / f"child-{next(self._numbers)}" for _ in range(2)]
-        size = f"--megabytes {megabytes}"
+        size, more = f"--megabytes {megabytes}", " ".join(options)
         children = [
-            f"--gpu 1 {size} --seed 2 --output {outputs[0]}",
-            f"--gpu 0 --gpu 1 {size} --seed 3 --output {outputs[1]}",
+            f"--gpu 1 {size} --seed 2 --output {outputs[0]} {more}",
+            f"--gpu 0 --gpu 1 {size} --seed 3 --output {outputs[1]} {more}",
         ]
-        options = [word for child in children for word in ("--child", child)]
-        with self.start_program("--gpu", "0", *size.split(), *options) as root:
+        started = [word for child in children for word in ("--child", child)]
+        with self.start_program("--gpu", "0", *size.split(), *options, *started) as root:
             family = [root]
             for output in outputs:
                 family.append(Program(root.process, output))

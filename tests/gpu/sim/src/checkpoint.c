@@ -60,7 +60,7 @@ static CUresult ask(pid_t pid, struct board *seen, struct request *request)
         return CUDA_ERROR_OPERATING_SYSTEM;
     snprintf(waiting, sizeof waiting, "%s/calls/%016lx", seen->folder, request->ticket);
     int turn_file = locked_file(turn), waiting_file = locked_file(waiting);
-    if (!wait_done(pid, 0, seen) &&
+    if (turn_file >= 0 && waiting_file >= 0 && !wait_done(pid, 0, seen) &&
         !post(pid, request) &&
         !queue_signal(pid, restore_tid_of(pid, seen), request->ticket) &&
         !wait_done(pid, request->ticket, seen))

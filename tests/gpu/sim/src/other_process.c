@@ -31,14 +31,17 @@ static pid_t inner_pid(const char *status_path)
     return found;
 }
 
-/* Copy the board of a CUDA process; -1 when it is none (any more). */
+/* Copy the board of a CUDA process; -1 when it is none (any more), or one of another simulated host than ours. */
 int board_of(pid_t pid, struct board *copy)
 {
     char path[64];
+    const char *our_host = getenv("CRCLI_GPU_SIM");
     struct iovec here = {copy, sizeof *copy}, there = {(void *)BOARD_ADDRESS, sizeof *copy};
     if (process_vm_readv(pid, &here, 1, &there, 1, 0) != sizeof *copy)
         return -1;
     if (memcmp(copy->magic, MAGIC, sizeof MAGIC) || copy->size != sizeof *copy)
+        return -1;
+    if (our_host && strcmp(copy->folder, our_host))
         return -1;
     snprintf(path, sizeof path, "/proc/%d/status", pid);
     return inner_pid(path) == copy->owner ? 0 : -1; /* a child that was forked has the board, not the thread */
