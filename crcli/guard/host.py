@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from crcli.errors import GuardRefused
-from crcli.findings import Finding, Severity
+from crcli.findings import Finding, Severity, gravest_first
 from crcli.guard.files import FILES
 from crcli.guard.gpus import GPUS
 from crcli.guard.machine import MACHINE
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from crcli.guard.wording import Check
 
 CHECKS: tuple[Check, ...] = (*MACHINE, *GPUS, *FILES, *WEIGHTS, *PLACES, *RIGHTS)
-
-_GRAVEST_FIRST = tuple(Severity)
 
 
 def guard_machine(needs: Needs, here: Here) -> None:
@@ -60,7 +58,7 @@ def examine(needs: Needs, here: Here) -> list[Finding]:
     """
     found = [_force(finding, needs) for check in CHECKS for finding in check(needs, here)]
     here.contents.save()
-    return sorted(found, key=lambda finding: _GRAVEST_FIRST.index(finding.severity))
+    return gravest_first(found)
 
 
 def _force(finding: Finding, needs: Needs) -> Finding:
