@@ -195,7 +195,7 @@ def failed(scene: Scene) -> Iterator[Finding]:
 
 def not_running(scene: Scene) -> Iterator[Finding]:
     """A process that somebody has locked or checkpointed: another dump, or one that was cut off."""
-    usual = (CudaState.RUNNING, CudaState.FAILED, CudaState.GONE)
+    usual = (CudaState.RUNNING, CudaState.FAILED, CudaState.GONE, CudaState.SILENT)
     if held := [one for one in scene.processes if one.state not in usual]:
         processes = [scene.process(one) for one in held]
         yield blocker(
@@ -208,6 +208,18 @@ def not_running(scene: Scene) -> Iterator[Finding]:
                 ]
             },
             "when no other dump is under way, `crcli doctor --fix` lets it go on",
+        )
+
+
+def silent(scene: Scene) -> Iterator[Finding]:
+    """A process that stands still: the driver works through one of its threads, which must run."""
+    if held := [scene.process(one) for one in scene.processes if one.state is CudaState.SILENT]:
+        yield blocker(
+            "gpu-silent",
+            f"CUDA's driver asks {first_of(held)} in vain: "
+            + ("it is stopped" if held[0].is_stopped else "its threads do not run"),
+            process_list(held, "state"),
+            f"let it run for the dump: `kill -CONT {held[0].pid}`, or thaw its cgroup",
         )
 
 
@@ -469,6 +481,7 @@ CHECKS: tuple[Check, ...] = (
     driver,
     failed,
     not_running,
+    silent,
     managed,
     mps,
     mig,

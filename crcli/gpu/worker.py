@@ -200,8 +200,9 @@ class Worker:
         found = []
         for charge in order.charges:
             tid = cuda.restore_tid(charge.pid)
-            if tid is not None and self._state(charge) is not CudaState.GONE:
-                found.append([charge.pid, charge.id.start_time, tid, charge.state, used.get(charge.pid, {})])
+            state = self._state(charge) or CudaState.SILENT if tid is not None else CudaState.GONE
+            if state is not CudaState.GONE and charge.id.alive():
+                found.append([charge.pid, charge.id.start_time, tid, state, used.get(charge.pid, {})])
         return {"found": found}
 
     def _lock(self, order: _Order) -> dict[str, Any]:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from crcli.findings import Severity, gravest_first
-from crcli.gpu.hand import Hand, Purpose
-from crcli.gpu.preflight import Survey, candidates, survey
 from crcli.guard.claimed import claimed
 from crcli.guard.here import Here
 from crcli.guard.host import examine
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from crcli.findings import Finding
+    from crcli.gpu.preflight import Survey
     from crcli.pipeline.stages import Forecast
     from crcli.process.evidence import Evidence
 
@@ -74,8 +73,12 @@ def check_process(pid: int, store: str, endpoint_url: str | None = None) -> Chec
 
 def _gpu_side(evidence: Evidence) -> Survey:
     """What CUDA says of the tree, where it may use it at all."""
-    if not candidates(evidence):
+    from crcli.gpu.preflight import Survey, survey
+
+    if not evidence.may_use_gpus:
         return Survey()
+    from crcli.gpu.hand import Hand, Purpose
+
     with Hand(Purpose.DUMP) as hand:
         return survey(evidence, hand)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,6 +158,16 @@ def test_what_the_driver_has_given_up_is_refused(sim: SimulatedHost, crcli: GpuC
         sim.call("Lock", program.pid)
         assert sim.state(program.pid) == "failed"
         assert "never" in check(crcli, program.pid, code=10)["gpu-failed"]["message"]
+
+
+def test_a_process_that_stands_still_is_refused(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """The driver asks a stopped process in vain: that is told, and it is not waited for long."""
+    with sim.start_program() as program:
+        os.kill(program.pid, signal.SIGSTOP)
+        refused = check(crcli, program.pid, code=10)["gpu-silent"]
+        assert "it is stopped" in refused["message"] and "kill -CONT" in refused["remedy"]
+        os.kill(program.pid, signal.SIGCONT)
+        assert "gpu-silent" not in check(crcli, program.pid)
 
 
 def test_a_divided_gpu_is_refused(sim: SimulatedHost, crcli: GpuCrcli) -> None:
