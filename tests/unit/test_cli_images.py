@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from crcli.criu import netlock
+from crcli.errors import HostLacks
 from crcli.guard.doctor import gpus, host, kernel, rights
 from crcli.image import owner
 from crcli.image.lease import Lease, LeaseState
@@ -280,12 +281,17 @@ def test_the_flags_are_those_of_every_processor() -> None:
     assert (found["cpus"], found["cpu_flags"], found["cpu_model"]) == (2, ["fpu", "sse"], "")
 
 
+def _no_cuda(hand: object) -> None:
+    raise HostLacks("cuda-python cannot be imported", hint="pip install 'crcli[gpu]'")
+
+
 def test_doctor_names_gpus(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU whose driver cannot be used is named, with what is lacking; everything else can be dumped."""
     text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep 23 10:11:16 UTC 2025\n"
     monkeypatch.setattr(gpus, "read", lambda path: text)
     assert gpus.gpu_driver() == "580.95.05"
     monkeypatch.setattr(gpus, "gpus", lambda: ["/dev/nvidia0"])
+    monkeypatch.setattr(gpus.Hand, "host", _no_cuda)
     (check,) = gpus._gpus()
     assert (check.name, check.status) == ("gpu", "note")
     assert "GPU memory cannot be saved" in check.message and check.remedy
