@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from crcli.criu.needs import OpenedFile
-from crcli.errors import HostLacks
+from crcli.errors import HostLacks, ImageDamaged
 from crcli.findings import Finding, Severity
 from crcli.gpu.facts import Gpu, GpuHost
 from crcli.guard import gpus as guard_gpus
@@ -218,3 +218,24 @@ def test_zeros_of_gpus_may_need_room_on_their_way(here: Here) -> None:
     assert (tight.name, tight.evidence["needed"]) == ("gpu-host-memory", 21 * GIB)
     here.spare_memory = GIB - 1
     assert names(of_gpus(image, here)) == []  # `memory` has said it
+
+
+@pytest.mark.parametrize(
+    "gpu_facts",
+    [
+        {"host": {"gpus": [{}]}, "processes": []},
+        {"host": {"gpus": [{**gpu(0).as_json(), "memory_bytes": "much"}]}, "processes": []},
+        {"host": None, "processes": []},
+        {"host": {}, "processes": [{"pid": 10}]},
+        {"host": {}, "processes": [{"pid": 10, "used": {"GPU-0": -1}}]},
+        {"host": {}, "processes": [{"pid": 11, "used": {}}]},
+        {"host": {}},
+        ["gpu"],
+    ],
+)
+def test_facts_that_are_none_are_damage(here: Here, gpu_facts: Any) -> None:
+    """What does not follow FORMAT.md is told as damage, before anybody relies on it."""
+    image = needs(gpu_facts)
+    image.meta["members"] = [{"pid": 10}]
+    with pytest.raises(ImageDamaged, match="what the image says of its GPUs"):
+        of_gpus(image, here)
