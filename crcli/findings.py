@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -13,6 +14,11 @@ class Severity(StrEnum):
     BLOCKER = "blocker"
     CHANGE = "change"
     NOTE = "note"
+
+
+def gravest_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the findings in the order in which a reader should see them."""
+    return sorted(findings, key=lambda finding: tuple(Severity).index(finding.severity))
 
 
 @dataclass(frozen=True)

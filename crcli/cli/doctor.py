@@ -18,7 +18,12 @@ def doctor(
     ] = None,
     store: StoreOption = None,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Let go of connections that dumps on this host still hold.")
+        bool,
+        typer.Option(
+            "--fix",
+            help="Let go of connections that dumps on this host still hold, and wake CUDA of processes that "
+            "killed dumps have left asleep.",
+        ),
     ] = False,
     cpu_baseline: Annotated[
         bool,
@@ -39,13 +44,13 @@ def doctor(
                 "--cpu-baseline and FILE go together", hint="crcli doctor --cpu-baseline a.json b.json"
             )
         return _show_baseline(files, as_json)
-    from crcli.guard.doctor import Status, describe, examine, release_locks
+    from crcli.guard.doctor import Status, describe, examine, release_locks, wake
     from crcli.ui.doctor import show_checks
 
-    released = release_locks() if fix else []
+    released, woken = (release_locks(), wake()) if fix else ([], [])
     families = examine(choose_store(store, endpoint_url))
     checks = [check for family in families.values() for check in family]
-    show_checks(families, describe(checks), released, as_json)
+    show_checks(families, describe(checks), released, woken, as_json)
     return 40 if any(check.status == Status.LACKS for check in checks) else 0
 
 

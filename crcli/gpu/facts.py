@@ -14,8 +14,9 @@ class CudaState(StrEnum):
     """What CUDA's driver says of a process (CUprocessState, by its names).
 
     RUNNING -lock-> LOCKED -checkpoint-> CHECKPOINTED -restore-> LOCKED -unlock-> RUNNING. Nothing leads out
-    of FAILED. CHECKPOINTING and RESTORING are seen with custom storage only (CUDA 13.4). GONE is ours: the
-    process has ended, or the driver does not know it.
+    of FAILED. CHECKPOINTING and RESTORING are seen with custom storage only (CUDA 13.4). Two are ours. GONE:
+    the process has ended, or the driver does not know it. SILENT: the driver asks it in vain, for its threads
+    stand still (stopped, or frozen by a cgroup).
     """
 
     RUNNING = "running"
@@ -25,6 +26,7 @@ class CudaState(StrEnum):
     CHECKPOINTING = "checkpointing"
     RESTORING = "restoring"
     GONE = "gone"
+    SILENT = "silent"
 
 
 @dataclass(frozen=True)

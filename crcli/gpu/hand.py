@@ -41,8 +41,18 @@ _SPARE_S = 30.0
 """How much longer than all its calls may take an answer of the hand may be on the way (seconds)."""
 
 _END_LIMIT_S = 2.0
-_MASKS = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
-"""What hides GPUs from programs: the driver wants a mapping of all."""
+_MASKS = (
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_VISIBLE_DEVICES",
+    "CUDA_INJECTION64_PATH",
+    "NVTX_INJECTION64_PATH",
+)
+"""What hides GPUs from programs, while the driver wants a mapping of all, or puts a profiler into them."""
+
+_SETTINGS = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    "CUDA_MPS_PIPE_DIRECTORY": "/nonexistent",  # else the hand becomes a client of MPS, where that runs
+}
 
 
 class GpuFailed(CrcliError):
@@ -96,7 +106,7 @@ class Hand:
     def find(self, pids: Iterable[int]) -> list[CudaProcess]:
         """Those of the processes that CUDA's driver knows, by their restore threads.
 
-        Raises HostLacks, and GpuFailed where the driver does not say what state one is in.
+        One that does not say what state it is in is SILENT. Raises HostLacks.
         """
         processes = []
         for pid in dict.fromkeys(pids):
@@ -104,8 +114,9 @@ class Hand:
                 processes.append([pid, identify(pid).start_time, 0.0])
             except ProcessLookupError:
                 continue
+        if not processes:
+            return []
         answer = self._ask_again("find", processes, START_LIMIT_S)
-        _see_failures(answer)
         found = [
             CudaProcess(pid, start_time, tid, CudaState(state), used)
             for pid, start_time, tid, state, used in answer["found"]
@@ -198,8 +209,7 @@ class Hand:
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), ours],
                 start_new_session=True,
-                env={name: value for name, value in os.environ.items() if name not in _MASKS}
-                | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+                env={name: value for name, value in os.environ.items() if name not in _MASKS} | _SETTINGS,
             )
         finally:
             theirs.close()

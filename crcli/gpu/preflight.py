@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from crcli.findings import Finding, Severity
+from crcli.errors import HostLacks
+from crcli.findings import Finding, gravest_first
 from crcli.gpu.facts import CudaProcess, CudaState, Gpu, GpuHost
 from crcli.gpu.managed import managed_bytes
 from crcli.process.memory_room import too_tight
@@ -23,6 +24,7 @@ from crcli.process.wording import and_more, blocker, first_of, note, places, pro
 
 if TYPE_CHECKING:
     from crcli.errors import CrcliError
+    from crcli.gpu.hand import Hand
     from crcli.process.evidence import Evidence
     from crcli.process.files import FileId
     from crcli.process.tree import Process
@@ -112,14 +114,39 @@ Check = Callable[[Scene], Iterator[Finding]]
 """One family of findings."""
 
 
+@dataclass(frozen=True)
+class Survey:
+    """The GPU side of a tree, as CUDA tells it. `host` is None where CUDA cannot be asked."""
+
+    host: GpuHost | None = None
+    processes: tuple[CudaProcess, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def used_bytes(self) -> int:
+        """GPU memory in use by the tree, as far as it can be told."""
+        return sum(one.used_bytes for one in self.processes)
+
+
+def survey(evidence: Evidence, hand: Hand) -> Survey:
+    """Ask about those who may use CUDA, and return what was found. Changes nothing.
+
+    Call it where there are `candidates`; a hand's first answer takes up to 3 s.
+    """
+    try:
+        host, processes = hand.host(), hand.find(candidates(evidence))
+    except HostLacks as error:
+        return Survey(findings=tuple(unasked_findings(evidence, error)))
+    return Survey(host, tuple(processes), tuple(gpu_findings(evidence, host, processes)))
+
+
 def gpu_findings(evidence: Evidence, host: GpuHost, processes: list[CudaProcess]) -> list[Finding]:
     """Return every finding about the GPU side of a tree, the gravest first.
 
     `processes` are those of `candidates` that CUDA's driver knows. Changes nothing.
     """
     scene = Scene(evidence, host, processes)
-    found = [finding for check in CHECKS for finding in check(scene)]
-    return sorted(found, key=lambda finding: tuple(Severity).index(finding.severity))
+    return gravest_first(finding for check in CHECKS for finding in check(scene))
 
 
 def unasked_findings(evidence: Evidence, reason: CrcliError) -> list[Finding]:
@@ -168,7 +195,7 @@ def failed(scene: Scene) -> Iterator[Finding]:
 
 def not_running(scene: Scene) -> Iterator[Finding]:
     """A process that somebody has locked or checkpointed: another dump, or one that was cut off."""
-    usual = (CudaState.RUNNING, CudaState.FAILED, CudaState.GONE)
+    usual = (CudaState.RUNNING, CudaState.FAILED, CudaState.GONE, CudaState.SILENT)
     if held := [one for one in scene.processes if one.state not in usual]:
         processes = [scene.process(one) for one in held]
         yield blocker(
@@ -181,6 +208,18 @@ def not_running(scene: Scene) -> Iterator[Finding]:
                 ]
             },
             "when no other dump is under way, `crcli doctor --fix` lets it go on",
+        )
+
+
+def silent(scene: Scene) -> Iterator[Finding]:
+    """A process that stands still: the driver works through one of its threads, which must run."""
+    if held := [scene.process(one) for one in scene.processes if one.state is CudaState.SILENT]:
+        yield blocker(
+            "gpu-silent",
+            f"CUDA's driver asks {first_of(held)} in vain: "
+            + ("it is stopped" if held[0].is_stopped else "its threads do not run"),
+            process_list(held, "state"),
+            f"let it run for the dump: `kill -CONT {held[0].pid}`, or thaw its cgroup",
         )
 
 
@@ -442,6 +481,7 @@ CHECKS: tuple[Check, ...] = (
     driver,
     failed,
     not_running,
+    silent,
     managed,
     mps,
     mig,

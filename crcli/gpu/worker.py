@@ -28,14 +28,17 @@ from crcli.gpu.driver import CudaLacks, CudaRefused, Driver
 from crcli.gpu.facts import CudaState
 from crcli.gpu.words import COMM, LOCK_LIMIT_S, MESSAGE_LIMIT, PATIENCE_S, Purpose
 from crcli.logs import keep_log
-from crcli.process.identity import ProcessId, read_proc
+from crcli.process.identity import ProcessId, read_proc, read_stat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
 T = TypeVar("T")
 
-_STATE_LIMIT_S = 10.0
+_STATE_LIMIT_S, _FIRST_STATE_LIMIT_S = 5.0, 10.0
+"""How long the driver may take to say what state a process is in, and when it is asked for the first time:
+it asks one of the process's threads, which must get a processor (seconds)."""
+
 _SPARE_S = 5.0
 """How much longer than its own limit a lock may take before we stop to wait for it (seconds)."""
 
@@ -197,14 +200,14 @@ class Worker:
     def _find(self, order: _Order) -> dict[str, Any]:
         cuda = self._cuda
         used = cuda.used()
-        found = []
-        for charge in order.charges:
-            tid = cuda.restore_tid(charge.pid)
-            if tid is not None and (state := self._state(charge)) is not CudaState.GONE:
-                if state is None:
-                    failure = {"pid": charge.pid, "call": "state", "result": _TOO_LONG}
-                    return self._told(order.charges, [failure])
-                found.append([charge.pid, charge.id.start_time, tid, state, used.get(charge.pid, {})])
+        tids = {charge.pid: cuda.restore_tid(charge.pid) for charge in order.charges}
+        known = [charge for charge in order.charges if tids[charge.pid] is not None]
+        states = zip(known, _all_at_once(known, self._first_state), strict=True)
+        found = [
+            [charge.pid, charge.id.start_time, tids[charge.pid], state, used.get(charge.pid, {})]
+            for charge, state in states
+            if state is not CudaState.GONE and charge.id.alive()
+        ]
         return {"found": found}
 
     def _lock(self, order: _Order) -> dict[str, Any]:
@@ -279,7 +282,13 @@ class Worker:
                 return {"pid": charge.pid, "call": error.call, "result": error.result}
         return None
 
-    def _state(self, charge: _Charge) -> CudaState | None:
+    def _first_state(self, charge: _Charge) -> CudaState:
+        """What the driver says of a process that may not run at all."""
+        if _is_stopped(charge.pid):
+            return CudaState.SILENT
+        return self._state(charge, _FIRST_STATE_LIMIT_S) or CudaState.SILENT
+
+    def _state(self, charge: _Charge, limit_s: float = _STATE_LIMIT_S) -> CudaState | None:
         """What the driver says of a process; the last that was heard where it does not say.
 
         It does not while CRIU holds the process, of which it asks a thread.
@@ -294,7 +303,7 @@ class Worker:
         if _is_held(charge.pid):
             return charge.state
         try:
-            _within(_STATE_LIMIT_S, ask, "state")
+            _within(limit_s, ask, "state")
         except CudaRefused as error:
             if error.result == _UNKNOWN_TO_CUDA and self._cuda.restore_tid(charge.pid) is None:
                 charge.state = CudaState.GONE
@@ -366,6 +375,7 @@ class Worker:
             self._put_down(order)
             for charge in order.charges:
                 _kill(charge.id)
+                self._care.let_go(charge.id)
         lines = [f"process {one.pid} was {before[one.pid]}, is {self._state(one)}" for one in order.charges]
         for one in order.charges:
             if one.state not in (*_ASLEEP, None):
@@ -416,6 +426,14 @@ def _all_at_once(charges: Sequence[_Charge], work: Callable[[_Charge], T]) -> li
     for thread in threads:
         thread.join()
     return [results[charge.pid] for charge in charges]
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether job control has stopped the process, and with it the thread that the driver would ask."""
+    try:
+        return read_stat(pid).state == "T"
+    except ProcessLookupError:
+        return False
 
 
 def _is_held(pid: int) -> bool:

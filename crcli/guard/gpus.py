@@ -10,7 +10,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
-from crcli.errors import HostLacks
+from crcli.errors import HostLacks, ImageDamaged
 from crcli.findings import Finding, Severity
 from crcli.gpu.facts import Gpu, GpuHost
 from crcli.gpu.mapping import MappingRefused, choose_mapping, describe
@@ -36,6 +36,7 @@ def gpus(needs: Needs, here: Here) -> Iterator[Finding]:
     recorded = needs.meta.get("gpu")
     if not recorded:
         return
+    check_facts(needs.meta)
     try:
         host = here.gpus
     except HostLacks as error:
@@ -83,6 +84,25 @@ def gpu_guard(
         *_not_kept(pairs),
     ]
     return found, mapping
+
+
+def check_facts(meta: Mapping[str, Any]) -> None:
+    """Raise ImageDamaged where an image's facts under `gpu` are not what FORMAT.md says."""
+    recorded = meta.get("gpu")
+    if not recorded:
+        return
+    try:
+        for gpu in GpuHost.from_json(recorded["host"]).gpus:
+            if not isinstance(gpu.uuid, str) or not isinstance(gpu.memory_bytes, int):
+                raise ValueError(f"GPU {gpu.uuid}")
+        members = [one["pid"] for one in meta.get("members", recorded["processes"])]
+        for process in recorded["processes"]:
+            if process["pid"] not in members:
+                raise ValueError(f"process {process['pid']} is not in the tree")
+            if not all(isinstance(size, int) and size >= 0 for size in process["used"].values()):
+                raise ValueError(f"memory of process {process['pid']}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ImageDamaged(f"what the image says of its GPUs cannot be read: {error!r}") from error
 
 
 def memory_used(recorded: Mapping[str, Any]) -> dict[str, int]:

@@ -11,22 +11,31 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from crcli.errors import GuardRefused
-from crcli.findings import Finding, Severity
+from crcli.findings import Finding, Severity, gravest_first
 from crcli.guard.files import FILES
-from crcli.guard.gpus import GPUS
 from crcli.guard.machine import MACHINE
 from crcli.guard.places import PLACES
 from crcli.guard.rights import RIGHTS
 from crcli.guard.weights import WEIGHTS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from crcli.guard.here import Here
     from crcli.guard.needs import Needs
     from crcli.guard.wording import Check
 
-CHECKS: tuple[Check, ...] = (*MACHINE, *GPUS, *FILES, *WEIGHTS, *PLACES, *RIGHTS)
 
-_GRAVEST_FIRST = tuple(Severity)
+def _gpu_side(needs: Needs, here: Here) -> Iterator[Finding]:
+    """GPUs: a module that only images with GPU memory load."""
+    if needs.meta.get("gpu"):
+        from crcli.guard.gpus import GPUS
+
+        for check in GPUS:
+            yield from check(needs, here)
+
+
+CHECKS: tuple[Check, ...] = (*MACHINE, _gpu_side, *FILES, *WEIGHTS, *PLACES, *RIGHTS)
 
 
 def guard_machine(needs: Needs, here: Here) -> None:
@@ -60,7 +69,7 @@ def examine(needs: Needs, here: Here) -> list[Finding]:
     """
     found = [_force(finding, needs) for check in CHECKS for finding in check(needs, here)]
     here.contents.save()
-    return sorted(found, key=lambda finding: _GRAVEST_FIRST.index(finding.severity))
+    return gravest_first(found)
 
 
 def _force(finding: Finding, needs: Needs) -> Finding:

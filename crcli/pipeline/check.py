@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from crcli.findings import Severity
+from crcli.findings import Severity, gravest_first
 from crcli.guard.claimed import claimed
 from crcli.guard.here import Here
 from crcli.guard.host import examine
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from crcli.findings import Finding
+    from crcli.gpu.preflight import Survey
     from crcli.pipeline.stages import Forecast
+    from crcli.process.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,26 @@ def check_process(pid: int, store: str, endpoint_url: str | None = None) -> Chec
     Raises PreflightRefused for a pid that can never be dumped.
     """
     evidence = gather(scan_tree(refuse_bad_target(pid)))
-    report = CheckReport(str(pid), preflight_here(evidence))
+    gpus = _gpu_side(evidence)
+    report = CheckReport(str(pid), gravest_first([*preflight_here(evidence), *gpus.findings]))
     if report.is_refused:
         return report
     options = DumpOptions(pid=pid, store=store, endpoint_url=endpoint_url)
-    forecast, findings = look_ahead(evidence, options, suggested_name(evidence.root.comm))
+    name = suggested_name(evidence.root.comm)
+    forecast, findings = look_ahead(evidence, options, name, gpus.used_bytes)
     return CheckReport(report.target, [*report.findings, *findings], forecast)
+
+
+def _gpu_side(evidence: Evidence) -> Survey:
+    """What CUDA says of the tree, where it may use it at all."""
+    from crcli.gpu.preflight import Survey, survey
+
+    if not evidence.may_use_gpus:
+        return Survey()
+    from crcli.gpu.hand import Hand, Purpose
+
+    with Hand(Purpose.DUMP) as hand:
+        return survey(evidence, hand)
 
 
 def check_image(

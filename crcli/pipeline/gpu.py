@@ -166,9 +166,10 @@ class DumpSide:
             assert self._host is not None
             fresh = gather(scan_tree(root.identity))
             self.processes = [*self.processes, *found]
+            alive = [one for one in self.processes if one.pid in fresh.tree]
             blockers = [
                 one
-                for one in gpu_findings(fresh, self._host, self.processes)
+                for one in gpu_findings(fresh, self._host, alive)
                 if one.severity == Severity.BLOCKER and one.name != "gpu-state"
             ]
             if blockers:
@@ -398,6 +399,7 @@ _STATES = {
     CudaState.RESTORING: "is on its way to its GPUs",
     CudaState.FAILED: "is lost: CUDA's driver has given it up (FAILED)",
     CudaState.GONE: "has ended while it was off its GPUs",
+    CudaState.SILENT: "does not answer CUDA's driver",
 }
 
 

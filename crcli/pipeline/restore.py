@@ -284,8 +284,10 @@ class _Restore:
         )
         self.held.callback(self.memory.close)
         if self.manifest.meta.get("gpu"):
+            from crcli.guard.gpus import check_facts
             from crcli.pipeline.gpu import RestoreSide
 
+            check_facts(self.manifest.meta)
             self.gpu = self.held.enter_context(RestoreSide(self.manifest.meta["gpu"], self.options.gpu_map))
 
     def _guard(self) -> None:

@@ -6,7 +6,7 @@ module's end; to add one, write it and name it there.
 
 from __future__ import annotations
 
-from crcli.findings import Finding, Severity
+from crcli.findings import Finding, gravest_first
 from crcli.process.blockers import BLOCKERS
 from crcli.process.changes import CHANGES
 from crcli.process.evidence import Evidence
@@ -18,8 +18,4 @@ CHECKS: tuple[Check, ...] = (*BLOCKERS, *CHANGES, *NOTES)
 
 def preflight(evidence: Evidence) -> list[Finding]:
     """Return every finding about the tree, the gravest first."""
-    found = [finding for check in CHECKS for finding in check(evidence)]
-    return sorted(found, key=lambda finding: _GRAVEST_FIRST.index(finding.severity))
-
-
-_GRAVEST_FIRST = tuple(Severity)
+    return gravest_first(finding for check in CHECKS for finding in check(evidence))

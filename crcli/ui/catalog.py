@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from crcli.image.weights import weights_report
@@ -94,12 +95,18 @@ def show_image(manifest: Manifest, claim: Claim | None, store_url: str, as_json:
         "frozen": duration(facts.get("frozen_ms", 0.0)),
         "phases": phases(facts.get("phases", {})),
     }
+    gpu = facts.get("gpu") or {}
+    if gpu:
+        lines["gpus"] = _gpus(gpu)
     if claim is not None:
         lines["claimed"] = f"by {claim.holder} since {when(claim.since)}"
     for name, value in lines.items():
         print(printable(f"{name:<8} {value}"))
     print()
     show_table(("PID", "USER", "THREADS", "COMMAND"), [_process_row(one) for one in facts.get("tree", ())])
+    if gpu:
+        print()
+        show_table(("PID", "GPU", "UUID", "MEMORY"), _gpu_rows(gpu), right=("MEMORY",))
     if facts["weights"]:
         print()
         columns = ("WEIGHTS", "SIZE", "LEFT OUT", "NOT IN MEMORY")
@@ -108,6 +115,24 @@ def show_image(manifest: Manifest, claim: Claim | None, store_url: str, as_json:
         print()
         rows = [(file["path"], size(file["bytes"]), file["role"]) for file in facts["files"]]
         show_table(("FILE", "SIZE", "WHY"), rows, right=("SIZE",))
+
+
+def _gpus(gpu: dict[str, Any]) -> str:
+    """The GPUs of the host of the dump, and their driver."""
+    host = gpu.get("host", {})
+    kinds = Counter(str(one.get("name", "?")) for one in host.get("gpus", ()))
+    names = ", ".join(f"{number} × {name}" if number > 1 else name for name, number in kinds.items())
+    return f"{names or 'unknown'}, driver {host.get('driver') or '?'}"
+
+
+def _gpu_rows(gpu: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each process and GPU: how much memory it has there."""
+    names = {one.get("uuid"): str(one.get("name", "?")) for one in gpu.get("host", {}).get("gpus", ())}
+    return [
+        (str(process.get("pid", "")), names.get(uuid, "?"), str(uuid), size(used) if used else "unknown")
+        for process in gpu.get("processes", ())
+        for uuid, used in (process.get("used") or {"": 0}).items()
+    ]
 
 
 def _process_row(process: dict[str, Any]) -> list[str]:

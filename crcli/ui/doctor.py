@@ -13,19 +13,32 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from crcli.guard.doctor import Check
+    from crcli.guard.doctor.gpus import Woken
 
 _MARKS = {Status.OK: "ok", Status.NOTE: "note", Status.LACKS: "LACKS"}
 
 
 def show_checks(
-    families: Mapping[str, Sequence[Check]], host: Mapping[str, Any], released: Sequence[str], as_json: bool
+    families: Mapping[str, Sequence[Check]],
+    host: Mapping[str, Any],
+    released: Sequence[str],
+    woken: Sequence[Woken],
+    as_json: bool,
 ) -> None:
     """Show what this host is, every check by family, then the remedies of those that found something."""
     checks = [check for family in families.values() for check in family]
     lacking = [check for check in checks if check.status == Status.LACKS]
     if as_json:
         found = [{**check.as_json(), "family": name} for name, family in families.items() for check in family]
-        show_json({"ok": not lacking, "host": host, "checks": found, "released": list(released)})
+        show_json(
+            {
+                "ok": not lacking,
+                "host": host,
+                "checks": found,
+                "released": list(released),
+                "woken": [one.as_json() for one in woken],
+            }
+        )
         return
     print(printable(_host(host)))
     rows = []
@@ -38,6 +51,8 @@ def show_checks(
     _show_remedies([check for check in checks if check.remedy])
     for name in released:
         print(printable(f"let go of the connections behind {name}"))
+    for one in woken:
+        print(printable(one.sentence))
     print()
     print("processes cannot be dumped here yet" if lacking else "processes can be dumped and restored here")
 

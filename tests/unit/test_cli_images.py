@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from crcli.criu import netlock
-from crcli.guard.doctor import host, kernel, machine, rights
+from crcli.errors import HostLacks
+from crcli.guard.doctor import gpus, host, kernel, rights
 from crcli.image import owner
 from crcli.image.lease import Lease, LeaseState
 from crcli.image.manifest import list_images
@@ -267,7 +268,7 @@ def test_doctor_for_people(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CRCLI_CRIU", "/nonexistent/criu")
     lines = cli.text("doctor", code=40).splitlines()
     families = [line.split()[0] for line in lines[2 : lines.index("")] if not line.startswith(" ")]
-    assert families == ["kernel", "rights", "criu", "machine", "leftovers", "places"]
+    assert families == ["kernel", "rights", "criu", "machine", "gpus", "leftovers", "places"]
     remedies = lines[lines.index("") + 1 :]
     lacking = [check["name"] for check in cli.json("doctor", code=40)["checks"] if check["status"] == "lacks"]
     assert [line.partition(":")[0] for line in remedies[: len(lacking)]] == lacking
@@ -280,14 +281,20 @@ def test_the_flags_are_those_of_every_processor() -> None:
     assert (found["cpus"], found["cpu_flags"], found["cpu_model"]) == (2, ["fpu", "sse"], "")
 
 
+def _no_cuda(hand: object) -> None:
+    raise HostLacks("cuda-python cannot be imported", hint="pip install 'crcli[gpu]'")
+
+
 def test_doctor_names_gpus(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU and its driver are named, and that they are not supported yet."""
+    """A GPU whose driver cannot be used is named, with what is lacking; everything else can be dumped."""
     text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep 23 10:11:16 UTC 2025\n"
-    monkeypatch.setattr(machine, "gpus", lambda: ["/dev/nvidia0"])
-    monkeypatch.setattr(machine, "read", lambda path: text)
-    assert machine.gpu_driver() == "580.95.05"
-    (check,) = machine._gpus()
-    assert check.status == "note" and "not supported yet" in check.message
+    monkeypatch.setattr(gpus, "read", lambda path: text)
+    assert gpus.gpu_driver() == "580.95.05"
+    monkeypatch.setattr(gpus, "gpus", lambda: ["/dev/nvidia0"])
+    monkeypatch.setattr(gpus.Hand, "host", _no_cuda)
+    (check,) = gpus._gpus()
+    assert (check.name, check.status) == ("gpu", "note")
+    assert "GPU memory cannot be saved" in check.message and check.remedy
     assert check.evidence == {"devices": ["/dev/nvidia0"], "driver": "580.95.05"}
 
 

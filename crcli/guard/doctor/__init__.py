@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from crcli.guard.doctor import criu, kernel, leftovers, machine, places, rights
+from crcli.guard.doctor import criu, gpus, kernel, leftovers, machine, places, rights
 from crcli.guard.doctor.check import Check, Status
+from crcli.guard.doctor.gpus import wake
 from crcli.guard.doctor.host import describe
 from crcli.guard.doctor.leftovers import release_locks
 
@@ -22,6 +23,7 @@ FAMILIES = {
     "rights": rights.CHECKS,
     "criu": criu.CHECKS,
     "machine": machine.CHECKS,
+    "gpus": gpus.CHECKS,
     "leftovers": leftovers.CHECKS,
 }
 
@@ -32,4 +34,4 @@ def examine(store: StoreChoice) -> dict[str, list[Check]]:
     return found | {"places": list(places.examine(store))}
 
 
-__all__ = ["Check", "Status", "describe", "examine", "release_locks"]
+__all__ = ["Check", "Status", "describe", "examine", "release_locks", "wake"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import crcli
 from crcli.guard.doctor.check import read
-from crcli.guard.doctor.machine import container_signs, gpu_driver, gpus, meminfo
+from crcli.guard.doctor.gpus import gpu_driver, gpus
+from crcli.guard.doctor.machine import container_signs, meminfo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import glob
 import os
 import re
 from typing import TYPE_CHECKING
@@ -139,29 +138,4 @@ def clock_is_synchronised() -> bool | None:
     return result != _TIME_ERROR and not status & _UNSYNCHRONISED
 
 
-def _gpus() -> Iterator[Check]:
-    devices, driver = gpus(), gpu_driver()
-    if devices or driver:
-        yield note(
-            "gpu",
-            f"{len(devices)} NVIDIA devices, driver {driver or 'unknown'}: not supported yet",
-            "processes that use a GPU cannot be dumped; others can",
-            devices=devices,
-            driver=driver,
-        )
-    else:
-        yield passed("gpu", "no NVIDIA GPU here", devices=devices, driver=driver)
-
-
-def gpus() -> list[str]:
-    """The device files of NVIDIA GPUs."""
-    return sorted(path for path in glob.glob("/dev/nvidia[0-9]*"))
-
-
-def gpu_driver() -> str:
-    """The version of NVIDIA's kernel driver; empty where there is none."""
-    found = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", read("/proc/driver/nvidia/version"))
-    return found[1] if found else ""
-
-
-CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (_memory, _cgroup, _container, _clock, _gpus)
+CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (_memory, _cgroup, _container, _clock)

@@ -162,6 +162,12 @@ static uint64_t next_address(void)
     return (next + CHUNK) / CHUNK * CHUNK;
 }
 
+/* At the offset that is its address, as NVIDIA's driver has it: by that it is told in /proc/PID/maps. */
+static void *map_managed(uint64_t address, uint64_t bytes, int node)
+{
+    return mmap((void *)address, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED_NOREPLACE, node, address);
+}
+
 static void *map_device(uint64_t address, const struct allocation *one, int file, int fixed)
 {
     void *at = mmap((void *)address, one->bytes, PROT_NONE, MAP_SHARED | fixed, file, one->offset);
@@ -183,7 +189,7 @@ CUresult memory_allocate(int gpu, size_t bytes, int managed, CUdeviceptr *pointe
         return CUDA_ERROR_OUT_OF_MEMORY;
     void *at;
     if (managed)
-        at = mmap((void *)next_address(), wanted.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, ours->nodes[1], 0);
+        at = map_managed(next_address(), wanted.bytes, ours->nodes[1]);
     else if (ftruncate(client->file, client->end + wanted.bytes))
         at = MAP_FAILED;
     else
