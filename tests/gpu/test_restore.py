@@ -180,7 +180,7 @@ def test_a_job_with_a_gpu_is_saved_on_notice_and_brought_back(
     sim: SimulatedHost, crcli: GpuCrcli, tmp_path: Path
 ) -> None:
     """`crcli run` ends with 75 on SIGTERM; the same command goes on where the job was."""
-    command = ("--pid-namespace", "host", "--", str(sim.libraries / "gpu_counter"), "--megabytes", "2")
+    command = ("--", str(sim.libraries / "gpu_counter"), "--megabytes", "2")
     with job(crcli, tmp_path / "first", *command) as one:
         one.lines(20)
         one.tell()
