@@ -116,11 +116,12 @@ Check = Callable[[Scene], Iterator[Finding]]
 
 @dataclass(frozen=True)
 class Survey:
-    """The GPU side of a tree, as CUDA tells it. `host` is None where CUDA cannot be asked."""
+    """The GPU side of a tree, as CUDA tells it. `lacks` says why it cannot: then `host` is None."""
 
     host: GpuHost | None = None
     processes: tuple[CudaProcess, ...] = ()
     findings: tuple[Finding, ...] = ()
+    lacks: HostLacks | None = None
 
     @property
     def used_bytes(self) -> int:
@@ -136,7 +137,7 @@ def survey(evidence: Evidence, hand: Hand) -> Survey:
     try:
         host, processes = hand.host(), hand.find(candidates(evidence))
     except HostLacks as error:
-        return Survey(findings=tuple(unasked_findings(evidence, error)))
+        return Survey(findings=tuple(unasked_findings(evidence, error)), lacks=error)
     return Survey(host, tuple(processes), tuple(gpu_findings(evidence, host, processes)))
 
 
