@@ -19,6 +19,7 @@ from crcli.errors import HostLacks
 from crcli.findings import Finding, gravest_first
 from crcli.gpu.facts import CudaProcess, CudaState, Gpu, GpuHost
 from crcli.gpu.managed import managed_bytes
+from crcli.process.identity import read_proc
 from crcli.process.memory_room import too_tight
 from crcli.process.wording import and_more, blocker, first_of, note, places, process_list, who
 
@@ -73,6 +74,20 @@ def holders(evidence: Evidence) -> dict[int, list[Held]]:
         if one.path.startswith(DEVICE_PREFIX):
             found.setdefault(one.pid, []).append(one)
     return found
+
+
+def left_open(pid: int) -> str:
+    """Return a device of NVIDIA's that a process has open or mapped now; empty when it has none, or is gone.
+
+    The driver closes its own at the checkpoint: what is left (NVIDIA/cuda-checkpoint 31) stops CRIU.
+    """
+    try:
+        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        maps = read_proc(f"/proc/{pid}/maps").decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    paths = links + [line.split(None, 5)[5] for line in maps if DEVICE_PREFIX in line]
+    return next((path for path in paths if path.startswith(DEVICE_PREFIX)), "")
 
 
 def _is_library(path: str, name: str = _DRIVER_LIBRARY) -> bool:

@@ -27,7 +27,7 @@ from crcli.findings import Finding, Severity
 from crcli.gpu.facts import CudaState
 from crcli.gpu.hand import GpuFailed, Hand
 from crcli.gpu.mapping import in_force
-from crcli.gpu.preflight import gpu_findings, survey
+from crcli.gpu.preflight import gpu_findings, left_open, survey
 from crcli.gpu.words import Purpose
 from crcli.pipeline.stages import Outcome
 from crcli.pipeline.watch import tree_state
@@ -152,6 +152,8 @@ class DumpSide:
         with dump.watch.phase("gpu checkpoint"):
             self._hand.checkpoint(self._locked)
         self._saved_bytes = sum(max(0, _anonymous_bytes(pid) - before[pid]) for pid in self._locked)
+        if left := [pid for pid in self._locked if left_open(pid)]:
+            raise GpuFailed("checkpoint", left[0], "DEVICE_LEFT", {})
 
     def _newcomers(self, known: Sequence[int]) -> list[CudaProcess]:
         """The CUDA processes of the tree that were not there, or did not use CUDA, when it was looked at."""
