@@ -102,6 +102,11 @@ OURS: dict[str, Meaning] = {
         "is not checkpointed, as it was in the image", "use the image of another dump"
     ),
     "NOT_RUNNING": Meaning("does not run on its GPUs, though CUDA's driver refused nothing", _AGAIN),
+    "DEVICE_LEFT": Meaning(
+        "still has a device of NVIDIA's open (see /proc/PID/fd) though it was taken off its GPUs: NVML, or "
+        "whatever else opened it, keeps it",
+        "let the program call nvmlShutdown, or close what it has opened by itself, before the dump",
+    ),
     "GONE": Meaning("has ended", ""),
     "HAND_LOST": Meaning(
         "is in a state that could not be told: the process that speaks with CUDA's driver was killed", _AGAIN

@@ -19,6 +19,7 @@ from crcli.errors import HostLacks
 from crcli.findings import Finding, gravest_first
 from crcli.gpu.facts import CudaProcess, CudaState, Gpu, GpuHost
 from crcli.gpu.managed import managed_bytes
+from crcli.process.identity import read_proc
 from crcli.process.memory_room import too_tight
 from crcli.process.wording import and_more, blocker, first_of, note, places, process_list, who
 
@@ -75,6 +76,20 @@ def holders(evidence: Evidence) -> dict[int, list[Held]]:
     return found
 
 
+def left_open(pid: int) -> str:
+    """Return a device of NVIDIA's that a process has open or mapped now; empty when it has none, or is gone.
+
+    The driver closes its own at the checkpoint: what is left (NVIDIA/cuda-checkpoint 31) stops CRIU.
+    """
+    try:
+        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        maps = read_proc(f"/proc/{pid}/maps").decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    paths = links + [line.split(None, 5)[5] for line in maps if DEVICE_PREFIX in line]
+    return next((path for path in paths if path.startswith(DEVICE_PREFIX)), "")
+
+
 def _is_library(path: str, name: str = _DRIVER_LIBRARY) -> bool:
     return os.path.basename(path).startswith(name)
 
@@ -116,11 +131,12 @@ Check = Callable[[Scene], Iterator[Finding]]
 
 @dataclass(frozen=True)
 class Survey:
-    """The GPU side of a tree, as CUDA tells it. `host` is None where CUDA cannot be asked."""
+    """The GPU side of a tree, as CUDA tells it. `lacks` says why it cannot: then `host` is None."""
 
     host: GpuHost | None = None
     processes: tuple[CudaProcess, ...] = ()
     findings: tuple[Finding, ...] = ()
+    lacks: HostLacks | None = None
 
     @property
     def used_bytes(self) -> int:
@@ -136,7 +152,7 @@ def survey(evidence: Evidence, hand: Hand) -> Survey:
     try:
         host, processes = hand.host(), hand.find(candidates(evidence))
     except HostLacks as error:
-        return Survey(findings=tuple(unasked_findings(evidence, error)))
+        return Survey(findings=tuple(unasked_findings(evidence, error)), lacks=error)
     return Survey(host, tuple(processes), tuple(gpu_findings(evidence, host, processes)))
 
 

@@ -27,7 +27,7 @@ from crcli.findings import Finding, Severity
 from crcli.gpu.facts import CudaState
 from crcli.gpu.hand import GpuFailed, Hand
 from crcli.gpu.mapping import in_force
-from crcli.gpu.preflight import candidates, gpu_findings, unasked_findings
+from crcli.gpu.preflight import gpu_findings, left_open, survey
 from crcli.gpu.words import Purpose
 from crcli.pipeline.stages import Outcome
 from crcli.pipeline.watch import tree_state
@@ -82,19 +82,15 @@ class DumpSide:
 
         Raises PreflightRefused, and HostLacks where nobody can tell; the tree is not touched.
         """
-        pids = candidates(self._evidence)
-        try:
-            self._host = self._hand.host()
-            self.processes = self._hand.find(pids)
-        except HostLacks as error:
-            if unknown := unasked_findings(self._evidence, error):
-                raise HostLacks(
-                    f"process {self._options.pid} uses GPUs: {error.message}",
-                    hint=error.hint,
-                    findings=unknown,
-                ) from error
-            return []
-        self.findings = [*gpu_findings(self._evidence, self._host, self.processes), *self._ways()]
+        found = survey(self._evidence, self._hand)
+        if found.lacks is not None and found.findings:
+            raise HostLacks(
+                f"process {self._options.pid} uses GPUs: {found.lacks.message}",
+                hint=found.lacks.hint,
+                findings=found.findings,
+            ) from found.lacks
+        self._host, self.processes = found.host, list(found.processes)
+        self.findings = [*found.findings, *self._ways()]
         blockers = [one for one in self.findings if one.severity == Severity.BLOCKER]
         if blockers:
             raise PreflightRefused(
@@ -156,6 +152,8 @@ class DumpSide:
         with dump.watch.phase("gpu checkpoint"):
             self._hand.checkpoint(self._locked)
         self._saved_bytes = sum(max(0, _anonymous_bytes(pid) - before[pid]) for pid in self._locked)
+        if left := [pid for pid in self._locked if left_open(pid)]:
+            raise GpuFailed("checkpoint", left[0], "DEVICE_LEFT", {})
 
     def _newcomers(self, known: Sequence[int]) -> list[CudaProcess]:
         """The CUDA processes of the tree that were not there, or did not use CUDA, when it was looked at."""

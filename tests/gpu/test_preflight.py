@@ -124,6 +124,28 @@ def test_nvml_beside_cuda_is_no_reason_to_refuse(sim: SimulatedHost, crcli: GpuC
         assert not [name for name, one in check(crcli, program.pid).items() if one["severity"] == "blocker"]
 
 
+def test_a_device_that_the_driver_does_not_close_is_named(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """It cannot be told beforehand: the dump fails before CRIU is asked, and the process has its GPU back."""
+    code = """
+    import ctypes, os
+    assert ctypes.CDLL('libcuda.so.1').cuInit(0) == 0
+    left = os.open('/dev/nvidiactl', os.O_RDWR)
+    """
+    with spawn_python(then_wait(code), env=os.environ | sim.environment) as program:
+        error = crcli.dump(program.pid, code=11)["error"]
+        assert "still has a device of NVIDIA's open" in error["message"] and "nvmlShutdown" in error["hint"]
+        assert (error["state"], sim.state(program.pid)) == ("running", "running")
+
+
+def test_a_dump_that_is_refused_touches_nothing(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """What `check` finds stops a dump as well, before anything is locked."""
+    with sim.start_program("--managed") as program:
+        error = crcli.dump(program.pid, code=10)["error"]
+        assert "gpu-managed" in {one["name"] for one in error["findings"]}
+        assert error["state"] == "untouched" and error["hint"]
+        assert sim.calls("lock") == [] and sim.state(program.pid) == "running"
+
+
 def test_nvml_alone_is_refused(sim: SimulatedHost, crcli: GpuCrcli) -> None:
     """A monitor has devices open that nobody would close for a dump."""
     monitor = "import ctypes, os; n = ctypes.CDLL('libnvidia-ml.so.1'); assert n.nvmlInit_v2() == 0"
