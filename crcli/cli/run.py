@@ -78,6 +78,14 @@ def run(
             metavar="OLD=NEW", help="Where a file or folder of weights is here.", show_default=False
         ),
     ] = None,
+    gpu_map: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OLD=NEW",
+            help="Which GPU here takes the place of which of the image.",
+            show_default=False,
+        ),
+    ] = None,
     lazy: Annotated[bool, typer.Option("--lazy", help="Let it run before all its memory is here.")] = False,
     every: EveryOption = "",
     keep: KeepOption = KEEP,
@@ -147,6 +155,7 @@ def run(
             weights_map=tuple(parse_pair(one, "--weights-map") for one in weights_map or ()),
             weights_folders=weights_folders(),
             lazy=lazy,
+            gpu_map=tuple(parse_pair(one, "--gpu-map") for one in gpu_map or ()),
         ),
         endpoint_url=chosen.endpoint_url,
         fresh=fresh,

@@ -67,6 +67,21 @@ def neglected() -> list[ProcessId]:
     return found
 
 
+def is_cared_for(process: ProcessId) -> bool:
+    """Whether a hand, of whatever crcli, works on the process now."""
+    try:
+        fd = os.open(_path(process), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+
+
 def forget(process: ProcessId) -> None:
     """Remove the note of a process that sleeps no more."""
     _remove(process)

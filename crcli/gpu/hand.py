@@ -93,6 +93,11 @@ class Hand:
         """The hand's own pid."""
         return self._process.pid
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is to be set right."""
+        return not self._touched
+
     def pidfd(self) -> int:
         """A descriptor, the caller's to close, that can be read when the hand has ended."""
         return os.pidfd_open(self._process.pid)

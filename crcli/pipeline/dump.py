@@ -291,7 +291,7 @@ class _Dump:
         if self.target.evidence.may_use_gpus:
             from crcli.pipeline.gpu import DumpSide
 
-            self.gpu = held.enter_context(DumpSide(self.target.evidence, self.options))
+            self.gpu = held.enter_context(DumpSide(self.target.evidence, self.options, self.shared))
 
     def _look_at_gpus(self) -> int:
         """The bytes of GPU memory that will come to lie in the host's."""

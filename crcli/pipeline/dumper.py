@@ -419,7 +419,7 @@ class _AskedShared(Shared):
     """What dumps share, with a look at whether this one is still wanted."""
 
     def __init__(self, asked: _Asked) -> None:
-        super().__init__()
+        super().__init__(keeps_hand=True)
         self._asked = asked
 
     def see_caller(self) -> None:

@@ -24,21 +24,24 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from crcli.errors import CrcliError, DumpFailed, HostLacks, PreflightRefused, RestoreFailed, TreeState
 from crcli.findings import Finding, Severity
+from crcli.gpu.care import is_cared_for
 from crcli.gpu.facts import CudaState
 from crcli.gpu.hand import GpuFailed, Hand
 from crcli.gpu.mapping import in_force
 from crcli.gpu.preflight import gpu_findings, left_open, survey
 from crcli.gpu.words import Purpose
+from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import Outcome
 from crcli.pipeline.watch import tree_state
 from crcli.process.gather import gather
-from crcli.process.identity import read_proc
+from crcli.process.identity import ProcessId, read_proc
 from crcli.process.tree import child_pids, read_process, scan_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from crcli.gpu.facts import CudaProcess, GpuHost
+    from crcli.gpu.preflight import Survey
     from crcli.guard.here import Here
     from crcli.pipeline.interrupts import Interrupts
     from crcli.pipeline.stages import DumpOptions, DumpReport, Stopwatch
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
 
 _MOST_LOOKS = 8
 """How often a tree is looked through for CUDA processes that came while the others were locked."""
+
+_OTHERS_S, _OTHERS_STEP_S = 30.0, 0.05
+"""How long a dump waits for the hand of another, which was killed perhaps, to wake the tree (seconds)."""
 
 _LESS = 0.9
 """A restored process that has less than this of its GPU memory is worth a word."""
@@ -58,11 +64,12 @@ _TRACES = (b"/libcuda.so", b"/dev/nvidia")
 class DumpSide:
     """The GPU side of one dump. A context manager: leaving it ends the hand, once all is set right."""
 
-    def __init__(self, evidence: Evidence, options: DumpOptions) -> None:
-        """Start the hand: it initialises CUDA meanwhile."""
+    def __init__(self, evidence: Evidence, options: DumpOptions, shared: Shared | None = None) -> None:
+        """Start the hand, which initialises CUDA meanwhile, unless `shared` has one from the last dump."""
         self._evidence = evidence
         self._options = options
-        self._hand = Hand(Purpose.DUMP)
+        self._shared = shared or Shared()
+        self._hand = self._shared.take_hand() or Hand(Purpose.DUMP)
         self._host: GpuHost | None = None
         self._states: dict[int, CudaState] = {}
         self._saved_bytes = 0
@@ -82,7 +89,7 @@ class DumpSide:
 
         Raises PreflightRefused, and HostLacks where nobody can tell; the tree is not touched.
         """
-        found = survey(self._evidence, self._hand)
+        found = self._survey()
         if found.lacks is not None and found.findings:
             raise HostLacks(
                 f"process {self._options.pid} uses GPUs: {found.lacks.message}",
@@ -99,6 +106,17 @@ class DumpSide:
                 findings=self.findings,
             )
         return self.findings
+
+    def _survey(self) -> Survey:
+        """What the driver says; of processes that another hand is about to wake, once it has."""
+        end = time.monotonic() + _OTHERS_S
+        while True:
+            found = survey(self._evidence, self._hand)
+            asleep = [one for one in found.processes if one.state is not CudaState.RUNNING]
+            others = any(is_cared_for(ProcessId(one.pid, one.start_time)) for one in asleep)
+            if not others or time.monotonic() > end:
+                return found
+            time.sleep(_OTHERS_STEP_S)
 
     def _ways(self) -> Iterator[Finding]:
         """What cannot be had of the ways in which a dump can be asked for."""
@@ -263,7 +281,10 @@ class DumpSide:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hand.close()
+        if self._hand.is_idle and self.processes:
+            self._shared.keep_hand(self._hand)
+        else:
+            self._hand.close()
 
 
 class Sleeper(Protocol):

@@ -139,7 +139,7 @@ class _Work:
     def run(self, workers: int) -> None:
         """Have all trees dumped by so many workers; there is a result for each on return."""
         turn = Turn()
-        shared = Shared(turn, workers, os.getpid())
+        shared = Shared(turn, workers, os.getpid(), keeps_hand=True)
         left_s = None if self._end is None else self._end - time.monotonic()
         try:
             with noted(self._note, left_s):

@@ -17,6 +17,7 @@ from crcli.image.cached import open_cached
 from crcli.pipeline.interrupts import Interrupted
 
 if TYPE_CHECKING:
+    from crcli.gpu.hand import Hand
     from crcli.pipeline.stages import DumpOptions
     from crcli.store.base import Store
 
@@ -58,14 +59,31 @@ class Shared:
     """What one process keeps from one dump to the next, and the turn that it shares with others.
 
     For a dump by itself this holds nothing, and its turn comes at once. `at_once` dumps share this host, and
-    are done for the process `caller`.
+    are done for the process `caller`. `keeps_hand` says whether another dump of a tree with GPUs may follow:
+    the process that speaks with CUDA's driver, which takes seconds to start, is kept for that one.
     """
 
-    def __init__(self, turn: Turn | None = None, at_once: int = 1, caller: int = 0) -> None:
+    def __init__(
+        self, turn: Turn | None = None, at_once: int = 1, caller: int = 0, keeps_hand: bool = False
+    ) -> None:
         self.turn = turn
         self.at_once = at_once
         self.caller = caller
         self._store: Store | None = None
+        self._keeps_hand = keeps_hand
+        self._hand: Hand | None = None
+
+    def take_hand(self) -> Hand | None:
+        """The hand that was kept, if there is one."""
+        hand, self._hand = self._hand, None
+        return hand
+
+    def keep_hand(self, hand: Hand) -> None:
+        """Keep a hand that has nothing to do for the next dump, or end it."""
+        if self._keeps_hand:
+            self._hand = hand
+        else:
+            hand.close()
 
     def open_store(self, options: DumpOptions) -> Store:
         """Open the store that the options name, which are the same each time; whoever opens it closes it."""

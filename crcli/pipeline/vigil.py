@@ -197,6 +197,7 @@ class Vigil:
         self._image = image
         self._taken = 0
         self._seen: Activity | None = None
+        self._uses_gpus = False
         """What the tree had done when its newest image was taken."""
         self._leaving: _Leaving | None = None
         self._under_way: _UnderWay | None = None
@@ -333,7 +334,8 @@ class Vigil:
         purpose = Purpose.RISK if self._is_at_risk else Purpose.PERIODIC
         self._is_at_risk = False
         activity = activity_of(self._root)
-        if self._seen is not None and not activity.matters_since(self._seen):
+        is_known = self._seen is not None and not activity.matters_since(self._seen)
+        if is_known and not self._uses_gpus:  # a GPU may work while its processes only wait
             self._schedule.skipped(now)
             self._say("skipped", "no image was taken: nothing has changed since the last one")
             return
@@ -515,6 +517,7 @@ class Vigil:
         assert under_way is not None
         self._under_way = None
         self._image = str(report["image"])
+        self._uses_gpus = report["gpu"] is not None
         self._taken += 1
         if under_way.purpose is Purpose.LEAVE:
             return self._saved(self._image, report)

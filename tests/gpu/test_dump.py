@@ -302,6 +302,23 @@ def test_a_killed_crcli_leaves_a_tree_that_runs(
         assert {sim.state(pid) for pid in pids} == {"running"}
 
 
+def test_a_dump_waits_for_the_hand_of_one_that_was_killed(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """The tree is about to be woken, so it is no reason to refuse that it is not awake yet."""
+    with sim.start_program() as program:
+        hang = sim.inject("checkpoint", "hang")
+        command = ("dump", str(program.pid), "--store", crcli.store, "--leave-running", "--json")
+        with crcli.start(*command) as process:
+            sim.wait_for("checkpoint", "hang")
+            process.kill()
+            process.wait()
+        with crcli.start(*command) as process:
+            wait_until(lambda: len({one.caller for one in sim.calls("state")}) > 1, "it does not look")
+            hang.release()
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, out + err
+        assert_goes_on(program)
+
+
 @pytest.mark.parametrize("call", ["lock", "checkpoint", "restore", "unlock"])
 @pytest.mark.parametrize("after", [False, True])
 def test_a_killed_hand_leaves_a_tree_that_runs(

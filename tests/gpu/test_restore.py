@@ -196,7 +196,7 @@ def test_a_job_with_a_gpu_is_saved_on_notice_and_brought_back(
 
 
 def test_images_are_taken_of_a_job_that_is_watched(sim: SimulatedHost, crcli: GpuCrcli) -> None:
-    """`crcli watch --every` puts it to sleep and wakes it each time, and goes on."""
+    """`crcli watch --every` puts it to sleep and wakes it each time, by one hand that stays for all."""
     with sim.start_program("--megabytes", "2") as program:
         arguments = ("watch", str(program.pid), "--store", crcli.store, "--name", "watched", "--every", "1s")
         with crcli.start(*arguments) as process:
@@ -204,6 +204,7 @@ def test_images_are_taken_of_a_job_that_is_watched(sim: SimulatedHost, crcli: Gp
             process.send_signal(signal.SIGTERM)
             process.wait(60)
         assert process.returncode == 75
+        assert len({one.caller for one in sim.calls("lock")}) == 1
         crcli.restore("watched")
         assert_goes_on(program)
 
