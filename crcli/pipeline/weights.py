@@ -43,6 +43,9 @@ _CACHES = (
 )  # fmt: skip
 """Variables in a process's environment that lead to folders of models."""
 
+_ON_GPUS = 16 << 30
+"""What a tree that uses GPUs may have there, as far as is known when files are looked for (bytes)."""
+
 MOST_FILES = 256
 """Files that one dump compares with, the largest: each is open all the time."""
 
@@ -102,7 +105,7 @@ def _named_by(evidence: Evidence) -> Iterator[str]:
             elif os.path.isdir(path) and len(word) > 1:
                 folders.append(path)
         folders += _model_folders(process.pid)
-    most = float("inf") if evidence.may_use_gpus else evidence.expected_bytes
+    most = max(evidence.expected_bytes, _ON_GPUS if evidence.may_use_gpus else 0)
     for folder in dict.fromkeys(folders):
         for path in _likely_below(folder):
             try:

@@ -302,6 +302,20 @@ def test_a_killed_crcli_leaves_a_tree_that_runs(
         assert {sim.state(pid) for pid in pids} == {"running"}
 
 
+def test_several_trees_in_one_call(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """Each has an image of its own and its GPU back; the one that does not come to rest is its own affair."""
+    with sim.start_program("--seed", "1") as first, sim.start_program("--seed", "2") as second:
+        pids = [str(first.pid), str(second.pid)]
+        options = ("--leave-running", "--store", crcli.store, "--json")
+        assert crcli.run("dump", *pids, *options).json["done"] == 2
+        sim.inject("lock", "error", NOT_READY, pid=first.pid)
+        done = crcli.run("dump", *pids, *options, code=11).json
+        assert done["done"] == 1
+        assert "error" in done["dumps"][0]
+        for program in (first, second):
+            assert_goes_on(program)
+
+
 def test_a_dump_waits_for_the_hand_of_one_that_was_killed(sim: SimulatedHost, crcli: GpuCrcli) -> None:
     """The tree is about to be woken, so it is no reason to refuse that it is not awake yet."""
     with sim.start_program() as program:
