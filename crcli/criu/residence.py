@@ -198,7 +198,9 @@ class _Duty:
     def let_others_finish(self) -> None:
         """Wait for whoever has something to do first."""
         if self.first >= 0:
-            select.select([self.first], [], [], _FIRST_LIMIT_S)
+            poll = select.poll()
+            poll.register(self.first, select.POLLIN)
+            poll.poll(_FIRST_LIMIT_S * 1000)
 
     def bound_to(self, word: dict[str, Any]) -> int | None:
         """The process with which the tree is to end, if it is."""

@@ -55,6 +55,9 @@ _SETTINGS = {
 }
 
 
+_PATHS = ("CRCLI_LOG_DIR", "CRCLI_STATE_DIR")
+
+
 class GpuFailed(CrcliError):
     """CUDA's driver did not do what was asked, or the hand was killed. Nothing was rolled back by itself.
 
@@ -214,7 +217,7 @@ class Hand:
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), ours],
                 start_new_session=True,
-                env={name: value for name, value in os.environ.items() if name not in _MASKS} | _SETTINGS,
+                env=_environment(),
             )
         finally:
             theirs.close()
@@ -301,9 +304,10 @@ class Hand:
 
     def _answer(self, number: int, until: float) -> dict[str, Any]:
         """The answer with this number; those to what we stopped to wait for are passed over."""
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._control], [], [], max(0.0, until - time.monotonic()))
-            if not ready:
+            if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
                 raise _Lost
             try:
                 text = self._control.recv(MESSAGE_LIMIT)
@@ -331,6 +335,13 @@ class Hand:
 
     def _move_s(self, pids: Iterable[int]) -> float:
         return max((move_s for _, _, move_s in self._described(pids)), default=0.0)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what would hide a GPU, and with paths that hold in another folder."""
+    kept = {name: value for name, value in os.environ.items() if name not in _MASKS}
+    paths = {name: os.path.abspath(kept[name]) for name in _PATHS if kept.get(name)}
+    return kept | _SETTINGS | paths
 
 
 def _see_failures(answer: Mapping[str, Any]) -> None:

@@ -460,6 +460,7 @@ def main(control: int, crcli: int, purpose: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGALRM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    sys.path[:] = map(os.path.abspath, sys.path)
     os.chdir("/")
     with open("/proc/self/comm", "w") as file:
         file.write(COMM)
