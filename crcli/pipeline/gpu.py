@@ -205,9 +205,9 @@ class DumpSide:
 
     def _image_only(self, left: Sequence[int], dump: Sleeper) -> DumpFailed:
         """The error of a dump that left nothing whole but the image."""
+        state = self._states[left[0]]
         return DumpFailed(
-            f"the image {dump.report.image} is durable, but {self._label(left[0])} did not get its memory on "
-            "the GPU back",
+            f"the image {dump.report.image} is durable, but {self._label(left[0])} {_STATES[state]}",
             hint=f"end the tree, and restore {dump.report.image}",
             state=TreeState.DEAD if self._lost() else TreeState.STOPPED,
             findings=tuple(self._state_findings()),
@@ -222,8 +222,10 @@ class DumpSide:
         told = error if isinstance(error, CrcliError) else dump.failure(error)
         if not isinstance(told, CrcliError):
             return told
+        if dump.published:  # then it is no loss that they have ended
+            self._locked = []
         told.findings = (*told.findings, *self._state_findings())
-        lost = [] if dump.published else self._lost()
+        lost = self._lost()
         left = lost or _not_running(self._states)
         if not left:
             return told
@@ -238,7 +240,7 @@ class DumpSide:
         )
 
     def _lost(self) -> list[int]:
-        """Those that nothing brings back: the driver has given them up, or they have ended while locked."""
+        """Those that nothing brings back: the driver has given them up, or they ended off their GPUs."""
         ended = [pid for pid in self._locked if self._states.get(pid) is CudaState.GONE]
         return [pid for pid, state in self._states.items() if state is CudaState.FAILED] + ended
 
@@ -341,8 +343,9 @@ class RestoreSide:
 
         Raises RestoreFailed.
         """
-        used = {host_pids[one["pid"]]: one["used"] for one in self._recorded["processes"]}
-        self._inside = {host_pids[one["pid"]]: one["pid"] for one in self._recorded["processes"]}
+        recorded = {one["pid"]: one["used"] for one in self._recorded["processes"]}
+        used = {host_pids[pid]: sizes for pid, sizes in recorded.items()}
+        self._inside = {host_pids[pid]: pid for pid in recorded}
         self._pids = list(used)
         try:
             with watch.phase("gpu restore"):

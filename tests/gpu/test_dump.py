@@ -189,11 +189,17 @@ def test_a_host_without_cuda_python_is_told_so(
 
 
 def test_a_tree_without_gpus_pays_nothing(sim: SimulatedHost, crcli: GpuCrcli) -> None:
-    """Neither the GPU side of the story nor anything of CUDA is imported, and no hand is started."""
+    """Nothing of the GPU side is imported for its dump and its restore, and no hand is started."""
     code = "import time; print('ready', flush=True); time.sleep(1000)"
     with sim.start_program("-c", code, program=sys.executable) as program:
-        imported = imported_by(crcli, "dump", str(program.pid), "--store", crcli.store, "--leave-running")
-        assert not [name for name in imported if name.startswith(("cuda", "crcli.pipeline.gpu"))]
+        store = ("--store", crcli.store)
+        imported = imported_by(crcli, "dump", str(program.pid), *store, "--name", "none", "--leave-running")
+        tree = tree_of(program.pid)
+        tree[0].kill()
+        program.process.wait()
+        imported |= imported_by(crcli, "restore", "none", *store)
+        crcli.adopt(program.pid)
+        assert not [one for one in imported if one.startswith(("cuda", "crcli.gpu", "crcli.pipeline.gpu"))]
         assert not sim.calls("init")
 
 
