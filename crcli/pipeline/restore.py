@@ -544,6 +544,8 @@ class _Restore:
         elif script == "pre-resume":
             for pid in self.locks:
                 os.kill(self.host[pid], signal.SIGSTOP)  # not an instruction before it has its locks again
+            if not self.locks and self.gpu is None:
+                self.interrupts.past_return()  # what comes when it has begun to run is for the tree
         return True
 
     def _find_members(self, root: int) -> None:
