@@ -300,18 +300,19 @@ class MemoryReader:
             self._found[number] = places_of(self._manifest.weights[number], self._mapped, self._folders)
         return self._found[number]
 
-    def plan(self, wanted: Iterable[Origin]) -> list[list[Origin]]:
+    def plan(self, wanted: Iterable[Origin], most: int = READ_BYTES) -> list[list[Origin]]:
         """Group what is wanted into reads: see ChunkReader.plan."""
         origins = set(wanted)
-        chunks = self._chunks.plan(origin.number for origin in origins if origin.source == Source.CHUNK)
+        numbers = (origin.number for origin in origins if origin.source == Source.CHUNK)
+        chunks = self._chunks.plan(numbers, most)
         groups = [[Origin(Source.CHUNK, number) for number in group] for group in chunks]
         references = sorted(
             (origin for origin in origins if origin.source == Source.WEIGHTS),
             key=lambda origin: self._manifest.references[origin.number].pieces[0],
         )
-        size = READ_BYTES
+        size = most
         for origin in references:
-            if size >= READ_BYTES:
+            if size >= most:
                 groups.append([])
                 size = 0
             groups[-1].append(origin)

@@ -40,7 +40,7 @@ from crcli.guard.needs import Asked, cpu_promise, needs_of
 from crcli.image.cached import load_near, open_cached
 from crcli.image.manifest import Manifest
 from crcli.image.names import parse_image
-from crcli.image.packs import ChunkReader
+from crcli.image.packs import SOON_BYTES, ChunkReader
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey
 from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets, write_all
@@ -367,10 +367,10 @@ class _Restore:
             memory = MemoryReader(store, manifest, chunks, mapped, folders)
             memory.make_sure(targets(self.divided.late))
             first = first_wanted(self.divided.late)
-            plan = memory.plan(targets(self.divided.late).keys() - first)
+            plan = memory.plan(targets(self.divided.late).keys() - first, SOON_BYTES)
             own = set(manifest.meta.get("own_packs", ()))
             plan.sort(key=lambda group: not _is_in(own, group[0], manifest))
-            return memory.plan(first) + plan, memory.read, store.close
+            return memory.plan(first, SOON_BYTES) + plan, memory.read, store.close
 
         self.pager = Pager(self.divided.late, open_source, self._threads(targets(self.divided.late)))
 
@@ -546,6 +546,8 @@ class _Restore:
         elif script == "pre-resume":
             for pid in self.locks:
                 os.kill(self.host[pid], signal.SIGSTOP)  # not an instruction before it has its locks again
+            if not self.locks and self.gpu is None:
+                self.interrupts.past_return()  # what comes when it has begun to run is for the tree
         return True
 
     def _find_members(self, root: int) -> None:

@@ -156,7 +156,7 @@ def test_an_image_of_which_a_part_is_missing_needs_its_store(remote: Remote) -> 
     with remote.here() as store:
         manifest = load_near(store, ref)
         reader = ChunkReader(store, manifest.packs, manifest.chunks)
-        list(reader.read(reader.plan(range(len(manifest.chunks)))[0]))
+        list(reader.read(reader.plan(range(len(manifest.chunks)), 1 << 20)[0]))
     remote.go_away()
     with remote.here() as store:
         with pytest.raises(StoreUnreachable):
@@ -314,7 +314,7 @@ def test_dropped_while_it_is_read(remote: Remote, monkeypatch: pytest.MonkeyPatc
     with remote.here() as store:
         manifest = load_near(store, ref)
         reader = ChunkReader(store, manifest.packs, manifest.chunks)
-        groups = reader.plan(range(len(manifest.chunks)))
+        groups = reader.plan(range(len(manifest.chunks)), 1 << 20)
         assert len(groups) > 2
         for number, group in enumerate(groups):
             assert len(list(reader.read(group))) == len(group)
