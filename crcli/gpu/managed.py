@@ -2,15 +2,16 @@
 
 Every process that uses CUDA has /dev/nvidia-uvm open, and most have it mapped: so that alone says nothing.
 NVIDIA's kernel driver (kernel-open/nvidia-uvm/uvm.c) lets the device be mapped for two things only, both
-shared and at an offset that is the address itself: managed memory, and CUDA's own pools of semaphores. CUDA
-puts those pools into the window that it reserves for itself from 0x200000000 on; managed memory lies where
-ordinary mappings do. Newer drivers (580) mark the pools to be wiped on fork as well (`wf` in smaps). What has
-neither sign is taken for managed memory.
+shared and at an offset that is the address itself: managed memory, and CUDA's own pools of semaphores. The
+pools that were seen are of 2 MiB each, in the window that CUDA reserves for itself from 0x200000000 on, while
+managed memory lies where ordinary mappings do. Newer drivers (580) are said to mark the pools to be wiped on
+fork (`wf` in smaps). What has neither sign is taken for managed memory; a few pieces as large as a pool are
+not, in case a driver puts those elsewhere: to refuse every program would be worse than to miss a small one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from crcli.process.identity import read_proc
@@ -21,6 +22,7 @@ _WINDOW_END = 1 << 40
 """Above every address that CUDA reserves for its own mappings, below every address of mmap's choosing."""
 
 _WIPED_ON_FORK = b"wf"
+_POOL_BYTES, _MOST_POOLS = 2 << 20, 16
 
 
 class Piece(NamedTuple):
@@ -36,7 +38,7 @@ class Piece(NamedTuple):
 
 
 def managed_bytes(pid: int) -> int:
-    """Return how much address space a process has as managed memory; 0 when it is gone.
+    """Return how much address space a process has as managed memory; 0 also when it is gone.
 
     The detailed map, which the kernel walks all page tables for, is read only where there is a suspicion.
     """
@@ -46,7 +48,14 @@ def managed_bytes(pid: int) -> int:
             suspects -= set(wiped_on_fork(read_proc(f"/proc/{pid}/smaps")))
     except PID_GONE:
         return 0
-    return sum(piece.end - piece.start for piece in suspects)
+    return _told_apart(suspects)
+
+
+def _told_apart(suspects: Collection[Piece]) -> int:
+    """How much of this is managed memory: nothing, as long as all of it may be pools of semaphores."""
+    sizes = [piece.end - piece.start for piece in suspects]
+    may_be_pools = len(sizes) <= _MOST_POOLS and all(size == _POOL_BYTES for size in sizes)
+    return 0 if may_be_pools else sum(sizes)
 
 
 def pieces(maps: bytes) -> Iterator[Piece]:

@@ -10,6 +10,7 @@ the driver does not tell, goes unnoticed: memory shared by `cuIpcGetMemHandle` o
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -437,10 +438,11 @@ def in_use(scene: Scene) -> Iterator[Finding]:
     users = [scene.process(one) for one in scene.processes]
     gpus = {gpu.uuid: gpu for one in scene.processes for gpu in scene.gpus_of(one)}
     used = sum(one.used_bytes for one in scene.processes)
-    names = ", ".join(dict.fromkeys(gpu.name for gpu in gpus.values())) or "a GPU"
+    kinds = Counter(gpu.name for gpu in gpus.values())
+    names = ", ".join(f"{number} × {name}" if number > 1 else name for name, number in kinds.items())
     yield note(
         "gpu",
-        f"{first_of(users)} uses CUDA on {names}{and_more(list(gpus))}, {_amount(used)} of GPU memory in use",
+        f"{first_of(users)} uses CUDA on {names or 'a GPU'}, {_amount(used)} of GPU memory in use",
         {
             "processes": [_process_json(scene, one) for one in scene.processes],
             "gpus": [gpu.as_json() for gpu in gpus.values()],

@@ -68,6 +68,7 @@ def test_a_tree_that_uses_gpus_is_described(sim: SimulatedHost, crcli: GpuCrcli)
         assert [one["pid"] for one in processes] == [root.pid, *child_pids(root.pid)]
         assert findings["gpu"]["evidence"]["memory_bytes"] == sim.in_use(0) + sim.in_use(1)
         assert [len(one["used"]) for one in processes] == [1, 1, 2]
+        assert "uses CUDA on 2 × Simulated H100" in findings["gpu"]["message"]
         assert {one["state"] for one in processes} == {"running"}
         assert set(findings["gpu-persistence"]["evidence"]["gpus"]) == {one.uuid for one in sim.gpus}
         assert "device" not in findings and sim.calls("lock") == []

@@ -305,7 +305,11 @@ class SimulatedHost:
         """Return how many bytes of the host's GPU with this index are in use, all processes together."""
         sum_of = 0
         for path in (self.folder / "gpus" / self.gpus[number].uuid).glob("*"):
-            with path.open("rb") as file:
+            try:
+                file = path.open("rb")
+            except FileNotFoundError:  # its process has just closed it
+                continue
+            with file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:  # its process lives

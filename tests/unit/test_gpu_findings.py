@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crcli.gpu.managed import pieces, wiped_on_fork
+from crcli.gpu.managed import Piece, _told_apart, pieces, wiped_on_fork
 from crcli.gpu.preflight import candidates
 from crcli.process import memory_room
 from crcli.process.evidence import Evidence
@@ -75,6 +75,16 @@ def test_a_pool_outside_the_window_is_known_by_its_flag() -> None:
     """Newer drivers have their pools emptied on fork, and managed memory left out."""
     both, (pool,) = list(pieces(POOL_ON_HIGH)), wiped_on_fork(POOL_ON_HIGH)
     assert len(both) == 2 and pool == both[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "managed"),
+    [([], 0), ([2], 0), ([2] * 16, 0), ([2] * 17, 34), ([4], 4), ([2, 100], 102), ([1], 1)],
+)
+def test_a_few_pieces_as_large_as_pools_may_be_pools(sizes: list[int], managed: int) -> None:
+    """A driver that keeps its pools elsewhere has its programs dumped all the same."""
+    suspects = {Piece(number << 40, (number << 40) + (size << 20)) for number, size in enumerate(sizes, 1)}
+    assert _told_apart(suspects) == managed << 20
 
 
 def test_other_devices_and_offsets_are_no_managed_memory() -> None:
