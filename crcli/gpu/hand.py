@@ -219,6 +219,8 @@ class Hand:
                 start_new_session=True,
                 env=_environment(),
             )
+        except OSError as error:
+            raise HostLacks(f"no process can be started here: {error}", hint="see `ulimit -u`") from error
         finally:
             theirs.close()
             os.close(ours)
@@ -270,8 +272,8 @@ class Hand:
             return self._ask(name, processes, wait_s + START_LIMIT_S, limit_s)
         except _Lost as error:
             raise HostLacks(
-                "the process that speaks with CUDA's driver was killed, and another too",
-                hint="the kernel's log says whether memory was short",
+                "the process that speaks with CUDA's driver was killed or does not answer, and another too",
+                hint="`nvidia-smi` says how the driver is, the kernel's log whether memory was short",
             ) from error
 
     def _ask(

@@ -401,10 +401,10 @@ class RestoreSide:
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in the report."""
-        sizes = {uuid for one in self._recorded["processes"] for uuid in one["used"]}
+        used = dict.fromkeys(uuid for one in self._recorded["processes"] for uuid in one["used"])
         total = sum(sum(one["used"].values()) for one in self._recorded["processes"])
         states = {self._inside[pid]: state for pid, state in self._states.items()}
-        return _report(total, states, in_force(self._mapping, sizes or self._mapping))
+        return _report(total, states, in_force(self._mapping, used or self._mapping))
 
     def __enter__(self) -> RestoreSide:
         return self

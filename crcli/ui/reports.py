@@ -47,6 +47,7 @@ def show_dump(report: DumpReport, as_json: bool, *, dry_run: bool = False) -> No
         missed = file["bytes"] - file["found_bytes"]
         rest = f", {size(missed)} of it not in memory" if missed else ""
         _say(f"  weights  {size(file['left_out_bytes'])} left out: {file['path']}{rest}")
+    _say_gpus(report.gpu)
     _say(f"  stored   {size(report.stored_bytes)}")
     if (forecast := report.forecast) is not None:
         _say(
@@ -66,9 +67,18 @@ def show_restore(report: RestoreReport, as_json: bool) -> None:
     inside = "" if report.pid == report.host_pid else f" (pid {report.pid} in a namespace of its own)"
     _say(f"{report.image}: {count(report.processes, 'process')} running, pid {report.host_pid}{inside}")
     _say(f"  ready    {duration(report.ready_ms)} (of {duration(report.total_ms)} in all)")
+    _say_gpus(report.gpu)
     if report.missing_bytes:
         _say(f"  memory   {size(report.missing_bytes)} still to come: process {report.pager} fetches them")
     _say(f"  phases   {phases(report.phases)}")
+
+
+def _say_gpus(gpu: Mapping[str, Any] | None) -> None:
+    """How much lay on GPUs, of how many processes, and which GPU took the place of which."""
+    if gpu is not None:
+        _say(f"  gpus     {size(gpu['memory_bytes'])} of {count(gpu['processes'], 'process')}")
+        for old, new in gpu["map"].items():
+            _say(f"           {new} in the place of {old}")
 
 
 _PLAIN = {"blocker": "in the way", "change": "will change", "note": "note"}
