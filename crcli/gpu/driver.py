@@ -53,7 +53,7 @@ class Driver:
         self._nvml = _Nvml()
         try:
             self._begin()
-        except RuntimeError as error:  # also where the driver is too old to have a function at all
+        except RuntimeError as error:
             hint = "install NVIDIA's driver, 570 or later"
             raise CudaLacks(f"CUDA's driver cannot be used: {error}", hint) from error
 
@@ -72,7 +72,12 @@ class Driver:
 
     def _call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """What the driver returned beside its result. Raises CudaRefused."""
-        result, *values = function(*arguments)
+        try:
+            result, *values = function(*arguments)
+        except RuntimeError as error:
+            if name == "init":
+                raise
+            raise CudaRefused(name, "CUDA_ERROR_NOT_FOUND") from error  # not in this driver
         if int(result):
             raise CudaRefused(name, getattr(result, "name", str(int(result))))
         return values[0] if values else None
@@ -172,14 +177,17 @@ class _Nvml:
 
     def __init__(self) -> None:
         self._nvml: Any = None
+        self._refusals: tuple[type[Exception], ...] = (RuntimeError, AttributeError)
+        """What its functions raise where it is not here, does not have them, or is not willing."""
         try:
             from cuda.bindings import nvml
         except ImportError:
             return
+        self._refusals += (getattr(nvml, "NvmlError", RuntimeError),)
         try:
             nvml.init_v2()
             self._nvml = nvml
-        except (RuntimeError, nvml.NvmlError):  # not here; or here, and not willing
+        except self._refusals:
             return
 
     def _ask(self, name: str, default: Any, *arguments: Any) -> Any:
@@ -188,7 +196,7 @@ class _Nvml:
             return default
         try:
             return getattr(self._nvml, name)(*arguments)
-        except (RuntimeError, AttributeError, self._nvml.NvmlError):
+        except self._refusals:
             return default
 
     def driver_version(self) -> str:
