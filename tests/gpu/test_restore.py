@@ -148,13 +148,13 @@ def test_a_killed_crcli_leaves_nothing_of_a_restore(
 
 @pytest.mark.parametrize("call", ["restore", "unlock"])
 def test_an_interrupted_restore_leaves_nothing(sim: SimulatedHost, crcli: GpuCrcli, call: str) -> None:
-    """Ctrl-C while the driver works: exit 21, and nothing on a GPU."""
+    """SIGTERM while the driver works: exit 21, and nothing on a GPU."""
     with sim.start_program("--megabytes", "2") as program:
         image = crcli.dump(program.pid)["image"]
         hang = sim.inject(call, "hang")
         with crcli.start("restore", image, "--store", crcli.store, "--json") as process:
             sim.wait_for(call, "hang")
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
             time.sleep(0.2)
             hang.release()
             out, err = process.communicate(timeout=60)
