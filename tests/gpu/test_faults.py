@@ -1,8 +1,8 @@
 """Whatever CUDA's driver refuses, and whoever is killed when: the tree runs on, or its image brings it back.
 
 Real CRIU and the real command over the simulator (tests/gpu/sim), which fails, hangs or kills its caller at
-the call that is meant. A tree of three processes on two GPUs counts in GPU memory; what is asserted then is
-that each counts on with its bytes unchanged and is RUNNING for the driver, or that all three come back so.
+the call that is meant. A tree of three processes on two GPUs counts in GPU memory. Afterwards each counts on
+with its bytes unchanged and is RUNNING for the driver, or all three come back so.
 """
 
 from __future__ import annotations
