@@ -352,6 +352,40 @@ def test_the_tree_runs_or_its_image_is_whole_when_crcli_is_killed_in_the_dump(
         assert_restores(crcli, family, image)
 
 
+@pytest.mark.parametrize("delay_ms", [0, 60, 200])
+def test_a_tree_runs_on_when_crcli_is_killed_after_it_was_woken(
+    sim: SimulatedHost, crcli: GpuCrcli, family: Family, delay_ms: int
+) -> None:
+    """Left running and awake, it stays so whatever becomes of its image; one that is published is whole."""
+    with crcli.start("dump", str(family.root), "--leave-running", "--store", crcli.store) as command:
+        sim.wait_for("unlock", "end", count=3)
+        time.sleep(delay_ms / 1000 * SLOWNESS)
+        command.kill()
+        command.wait()
+    assert_nothing_left(crcli)
+    family.assert_runs_on()
+    for image in images(crcli):
+        assert crcli.run("verify", image, "--store", crcli.store).code == 0
+
+
+@pytest.mark.parametrize("delay_ms", [0, 10, 40])
+def test_a_restored_tree_lives_or_is_gone_when_crcli_is_killed_after_it_was_woken(
+    sim: SimulatedHost, crcli: GpuCrcli, family: Family, dumped: str, delay_ms: int
+) -> None:
+    """Killed between the last unlock and its own end: all of it runs, or nothing of it is left."""
+    with crcli.start("restore", dumped, "--store", crcli.store) as command:
+        sim.wait_for("unlock", "end", count=3)
+        time.sleep(delay_ms / 1000 * SLOWNESS)
+        command.kill()
+        command.wait()
+    assert_nothing_left(crcli)
+    if family.lives():
+        crcli.adopt(family.root)
+        assert [sim.state(pid) for pid in family.pids] == ["running"] * 3
+    else:
+        assert_holds_no_gpu(sim, family)
+
+
 @instants("lock", "checkpoint")
 def test_a_tree_runs_on_when_the_hand_is_killed_while_it_goes_to_sleep(
     sim: SimulatedHost, crcli: GpuCrcli, family: Family, call: str, after: bool, which: int
@@ -400,6 +434,18 @@ def test_doctor_wakes_a_tree_whose_crcli_and_hand_are_killed(
     crcli.run("doctor", "--fix", "--store", crcli.store)
     family.assert_runs_on()
     assert_nothing_left(crcli)
+
+
+@pytest.mark.parametrize("call", ["restore", "unlock"])
+def test_nothing_is_left_when_crcli_and_hand_are_killed_while_they_restore(
+    sim: SimulatedHost, crcli: GpuCrcli, family: Family, dumped: str, call: str
+) -> None:
+    """Both killed at once: what was restored ends with crcli, and holds no GPU."""
+    kill_at(sim, crcli, call, family.pids[SECOND], True, "restore", dumped, hand=True)
+    assert_holds_no_gpu(sim, family)
+    crcli.run("doctor", "--fix", "--store", crcli.store)  # forgets the notes of processes that are gone
+    assert_nothing_left(crcli)
+    assert_restores(crcli, family, dumped)
 
 
 def test_a_failed_cuinit_leaves_all_untouched(sim: SimulatedHost, crcli: GpuCrcli, family: Family) -> None:
