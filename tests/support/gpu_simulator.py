@@ -14,7 +14,6 @@ import shutil
 import stat
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -370,8 +369,3 @@ def simulated_host(folder: Path) -> Iterator[SimulatedHost]:
     with ExitStack() as stack:
         stack.enter_context(device_nodes())
         yield SimulatedHost(folder, build())
-
-
-def monotonic() -> float:
-    """The clock of the record of calls."""
-    return time.clock_gettime(time.CLOCK_MONOTONIC)
