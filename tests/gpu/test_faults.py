@@ -31,6 +31,23 @@ FIRST, SECOND = 0, 1
 SETTLED_WITHIN_S = 60.0 * SLOWNESS
 UNKNOWN = 999
 
+SOAK = int(os.environ.get("CRCLI_FAULT_ROUNDS", "0")) > 10
+
+
+def instants(*calls: str) -> pytest.MarkDecorator:
+    """Each of these calls, for the first and for the second process, before it is done or after it was.
+
+    Half of those, so that each call and each process has both; all of them with CRCLI_FAULT_ROUNDS above 10.
+    """
+    chosen = [
+        pytest.param(call, after, which, id=f"{'after' if after else 'before'} {call} of the {name}")
+        for number, call in enumerate(calls)
+        for which, name in enumerate(("first", "second"))
+        for after in (False, True)
+        if SOAK or after == ((number + which) % 2 == 1)
+    ]
+    return pytest.mark.parametrize(("call", "after", "which"), chosen)
+
 
 @dataclass
 class Family:
@@ -120,9 +137,7 @@ def assert_restores(crcli: GpuCrcli, family: Family, image: str) -> None:
 # A dump, and a call that fails.
 
 
-@pytest.mark.parametrize("which", [FIRST, SECOND], ids=["first", "second"])
-@pytest.mark.parametrize("after", [False, True], ids=["not done", "done"])
-@pytest.mark.parametrize("call", ["lock", "checkpoint"])
+@instants("lock", "checkpoint")
 def test_a_dump_whose_call_fails_leaves_all_running(
     sim: SimulatedHost, crcli: GpuCrcli, family: Family, call: str, after: bool, which: int
 ) -> None:
@@ -167,9 +182,7 @@ def test_a_lock_that_comes_too_late_leaves_all_running(sim: SimulatedHost, crcli
         assert_nothing_left(crcli)
 
 
-@pytest.mark.parametrize("which", [FIRST, SECOND], ids=["first", "second"])
-@pytest.mark.parametrize("after", [False, True], ids=["not done", "done"])
-@pytest.mark.parametrize("call", ["restore", "unlock"])
+@instants("restore", "unlock")
 def test_waking_is_tried_again(
     sim: SimulatedHost, crcli: GpuCrcli, family: Family, call: str, after: bool, which: int
 ) -> None:
@@ -215,15 +228,20 @@ def assert_holds_no_gpu(sim: SimulatedHost, family: Family) -> None:
     assert [sim.in_use(number) for number in range(2)] == [0, 0]
 
 
-@pytest.mark.parametrize("which", [FIRST, SECOND], ids=["first", "second"])
-@pytest.mark.parametrize("action", ["error", "done", "fail"])
-@pytest.mark.parametrize("call", ["restore", "unlock"])
+@instants("restore", "unlock")
+@pytest.mark.parametrize("action", ["error", "fail"])
 def test_a_restore_whose_call_fails_leaves_nothing(
-    sim: SimulatedHost, crcli: GpuCrcli, family: Family, dumped: str, call: str, action: str, which: int
+    sim: SimulatedHost,
+    crcli: GpuCrcli,
+    family: Family,
+    dumped: str,
+    action: str,
+    call: str,
+    after: bool,
+    which: int,
 ) -> None:
     """Nothing is left running or holding a GPU, and the image can be restored afterwards."""
-    what = "error" if action == "done" else action
-    sim.inject(call, what, UNKNOWN, pid=family.pids[which], after=action == "done")
+    sim.inject(call, action, UNKNOWN, pid=family.pids[which], after=after)
     error = error_of(crcli, 21, "restore", dumped)
     assert error["state"] == "dead"
     assert_holds_no_gpu(sim, family)
@@ -256,22 +274,10 @@ def kill_at(
             os.kill(caller, signal.SIGKILL)
         command.kill()
         command.wait()
-    hang.release()
+        hang.release()
 
 
-INSTANTS = [(call, after) for call in ("lock", "checkpoint") for after in (False, True)]
-WAKING = [(call, after) for call in ("restore", "unlock") for after in (False, True)]
-instants = pytest.mark.parametrize(
-    ("call", "after"), INSTANTS, ids=[f"{'after' if after else 'before'} {call}" for call, after in INSTANTS]
-)
-waking = pytest.mark.parametrize(
-    ("call", "after"), WAKING, ids=[f"{'after' if after else 'before'} {call}" for call, after in WAKING]
-)
-whichever = pytest.mark.parametrize("which", [FIRST, SECOND], ids=["first", "second"])
-
-
-@whichever
-@instants
+@instants("lock", "checkpoint")
 def test_a_tree_runs_on_when_crcli_is_killed_while_it_goes_to_sleep(
     sim: SimulatedHost, crcli: GpuCrcli, family: Family, call: str, after: bool, which: int
 ) -> None:
@@ -282,8 +288,7 @@ def test_a_tree_runs_on_when_crcli_is_killed_while_it_goes_to_sleep(
     assert images(crcli) == []
 
 
-@whichever
-@waking
+@instants("restore", "unlock")
 def test_a_tree_runs_on_when_crcli_is_killed_while_it_wakes(
     sim: SimulatedHost, crcli: GpuCrcli, family: Family, call: str, after: bool, which: int
 ) -> None:
@@ -295,8 +300,7 @@ def test_a_tree_runs_on_when_crcli_is_killed_while_it_wakes(
         assert crcli.run("verify", image, "--store", crcli.store).code == 0
 
 
-@whichever
-@waking
+@instants("restore", "unlock")
 def test_nothing_is_left_when_crcli_is_killed_while_it_restores(
     sim: SimulatedHost, crcli: GpuCrcli, family: Family, dumped: str, call: str, after: bool, which: int
 ) -> None:
@@ -307,7 +311,29 @@ def test_nothing_is_left_when_crcli_is_killed_while_it_restores(
     assert_restores(crcli, family, dumped)
 
 
-@pytest.mark.parametrize("delay_ms", [0, 30, 60, 100, 150, 220, 300, 500])
+@pytest.mark.parametrize("call", ["init", "tid", "state"])
+def test_a_tree_is_untouched_when_crcli_is_killed_while_it_looks(
+    sim: SimulatedHost, crcli: GpuCrcli, family: Family, call: str
+) -> None:
+    """Killed while the driver starts, or while it is asked about the tree: no call that changes anything."""
+    kill_at(sim, crcli, call, 0, False, "dump", str(family.root))
+    assert_nothing_left(crcli)
+    family.assert_runs_on()
+    assert not sim.calls("lock")
+
+
+@pytest.mark.parametrize("call", ["tid", "state"])
+def test_nothing_is_left_when_crcli_is_killed_before_the_gpu_side_of_a_restore(
+    sim: SimulatedHost, crcli: GpuCrcli, family: Family, dumped: str, call: str
+) -> None:
+    """Killed when CRIU has restored the tree and the driver is asked about it: nothing is left of it."""
+    kill_at(sim, crcli, call, family.pids[SECOND], False, "restore", dumped)
+    assert_nothing_left(crcli)
+    assert_holds_no_gpu(sim, family)
+    assert_restores(crcli, family, dumped)
+
+
+@pytest.mark.parametrize("delay_ms", [0, 40, 90, 150, 250, 400])
 def test_the_tree_runs_or_its_image_is_whole_when_crcli_is_killed_in_the_dump(
     sim: SimulatedHost, crcli: GpuCrcli, family: Family, delay_ms: int
 ) -> None:
@@ -326,8 +352,41 @@ def test_the_tree_runs_or_its_image_is_whole_when_crcli_is_killed_in_the_dump(
         assert_restores(crcli, family, image)
 
 
-@whichever
-@instants
+@pytest.mark.parametrize("delay_ms", [0, 60, 200])
+def test_a_tree_runs_on_when_crcli_is_killed_after_it_was_woken(
+    sim: SimulatedHost, crcli: GpuCrcli, family: Family, delay_ms: int
+) -> None:
+    """Left running and awake, it stays so whatever becomes of its image; one that is published is whole."""
+    with crcli.start("dump", str(family.root), "--leave-running", "--store", crcli.store) as command:
+        sim.wait_for("unlock", "end", count=3)
+        time.sleep(delay_ms / 1000 * SLOWNESS)
+        command.kill()
+        command.wait()
+    assert_nothing_left(crcli)
+    family.assert_runs_on()
+    for image in images(crcli):
+        assert crcli.run("verify", image, "--store", crcli.store).code == 0
+
+
+@pytest.mark.parametrize("delay_ms", [0, 10, 40])
+def test_a_restored_tree_lives_or_is_gone_when_crcli_is_killed_after_it_was_woken(
+    sim: SimulatedHost, crcli: GpuCrcli, family: Family, dumped: str, delay_ms: int
+) -> None:
+    """Killed between the last unlock and its own end: all of it runs, or nothing of it is left."""
+    with crcli.start("restore", dumped, "--store", crcli.store) as command:
+        sim.wait_for("unlock", "end", count=3)
+        time.sleep(delay_ms / 1000 * SLOWNESS)
+        command.kill()
+        command.wait()
+    assert_nothing_left(crcli)
+    if family.lives():
+        crcli.adopt(family.root)
+        assert [sim.state(pid) for pid in family.pids] == ["running"] * 3
+    else:
+        assert_holds_no_gpu(sim, family)
+
+
+@instants("lock", "checkpoint")
 def test_a_tree_runs_on_when_the_hand_is_killed_while_it_goes_to_sleep(
     sim: SimulatedHost, crcli: GpuCrcli, family: Family, call: str, after: bool, which: int
 ) -> None:
@@ -339,8 +398,7 @@ def test_a_tree_runs_on_when_the_hand_is_killed_while_it_goes_to_sleep(
     assert_nothing_left(crcli)
 
 
-@whichever
-@waking
+@instants("restore", "unlock")
 def test_a_tree_runs_on_when_the_hand_is_killed_while_it_wakes(
     sim: SimulatedHost, crcli: GpuCrcli, family: Family, call: str, after: bool, which: int
 ) -> None:
@@ -352,8 +410,7 @@ def test_a_tree_runs_on_when_the_hand_is_killed_while_it_wakes(
     assert_nothing_left(crcli)
 
 
-@whichever
-@waking
+@instants("restore", "unlock")
 def test_nothing_is_left_when_the_hand_is_killed_while_it_restores(
     sim: SimulatedHost, crcli: GpuCrcli, family: Family, dumped: str, call: str, after: bool, which: int
 ) -> None:
@@ -377,6 +434,18 @@ def test_doctor_wakes_a_tree_whose_crcli_and_hand_are_killed(
     crcli.run("doctor", "--fix", "--store", crcli.store)
     family.assert_runs_on()
     assert_nothing_left(crcli)
+
+
+@pytest.mark.parametrize("call", ["restore", "unlock"])
+def test_nothing_is_left_when_crcli_and_hand_are_killed_while_they_restore(
+    sim: SimulatedHost, crcli: GpuCrcli, family: Family, dumped: str, call: str
+) -> None:
+    """Both killed at once: what was restored ends with crcli, and holds no GPU."""
+    kill_at(sim, crcli, call, family.pids[SECOND], True, "restore", dumped, hand=True)
+    assert_holds_no_gpu(sim, family)
+    crcli.run("doctor", "--fix", "--store", crcli.store)  # forgets the notes of processes that are gone
+    assert_nothing_left(crcli)
+    assert_restores(crcli, family, dumped)
 
 
 def test_a_failed_cuinit_leaves_all_untouched(sim: SimulatedHost, crcli: GpuCrcli, family: Family) -> None:

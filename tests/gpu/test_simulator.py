@@ -365,6 +365,16 @@ def test_a_driver_before_570_has_no_checkpoint(sim: SimulatedHost) -> None:
     assert "not supported by the installed NVIDIA driver" in done.stderr
 
 
+@pytest.mark.parametrize(("api", "said"), [(13000, "not found"), (13040, "CUDA_ERROR_INVALID_VALUE")])
+def test_custom_storage_is_completed_from_13_4_on(sim: SimulatedHost, api: int, said: str) -> None:
+    """An older driver has no cuCheckpointOperationComplete; a newer has, with nothing to complete."""
+    sim.configure(gpu(1), api=api)
+    code = "from cuda.bindings import driver\nprint(driver.cuCheckpointOperationComplete(0))"
+    environment = os.environ | sim.environment
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert said in done.stdout + done.stderr
+
+
 def test_cuda_core_drives_a_process(sim: SimulatedHost) -> None:
     """The higher of the two interfaces of cuda-python works on the simulator as well."""
     code = """

@@ -14,13 +14,12 @@ import shutil
 import stat
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.crcli import Crcli, launched, wait_until
+from tests.support.crcli import COMMAND_LIMIT_SECONDS, Crcli, launched, wait_until
 from tests.support.programs import Program
 
 SOURCES = Path(__file__).parents[1] / "gpu" / "sim"
@@ -280,7 +279,7 @@ class SimulatedHost:
         def found() -> list[Call]:
             return [one for one in self.calls(name) if one.what == what]
 
-        wait_until(lambda: len(found()) >= count, f"no {name} {what}")
+        wait_until(lambda: len(found()) >= count, f"no {name} {what}", COMMAND_LIMIT_SECONDS)
         return found()[-1]
 
     def state(self, pid: int) -> str:
@@ -370,8 +369,3 @@ def simulated_host(folder: Path) -> Iterator[SimulatedHost]:
     with ExitStack() as stack:
         stack.enter_context(device_nodes())
         yield SimulatedHost(folder, build())
-
-
-def monotonic() -> float:
-    """The clock of the record of calls."""
-    return time.clock_gettime(time.CLOCK_MONOTONIC)

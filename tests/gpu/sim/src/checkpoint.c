@@ -132,12 +132,21 @@ CUresult cuCheckpointProcessLock(int pid, CUcheckpointLockArgs *args)
     return call("lock", pid, &request, NULL);
 }
 
-/* Custom storage is CUDA 13.4's: here neither the old driver's zeros nor the new one's pointer may stand. */
+/* What may stand where older drivers had reserved zeros is custom storage, since CUDA 13.4: which we do not have. */
+static CUresult refuse_storage(const void *storage)
+{
+    struct host host;
+    if (!storage)
+        return CUDA_ERROR_INVALID_VALUE;
+    return !host_read(simulator_folder(), &host) && host.api >= 13040 ? CUDA_ERROR_NOT_SUPPORTED
+                                                                       : CUDA_ERROR_INVALID_VALUE;
+}
+
 CUresult cuCheckpointProcessCheckpoint(int pid, CUcheckpointCheckpointArgs *args)
 {
     struct request request = {.operation = CHECKPOINT};
     if (args && !only_zeros(args, sizeof *args))
-        return CUDA_ERROR_INVALID_VALUE;
+        return refuse_storage(args->customStorageInfo_out);
     return call("checkpoint", pid, &request, NULL);
 }
 
@@ -160,7 +169,9 @@ CUresult cuCheckpointProcessRestore(int pid, CUcheckpointRestoreArgs *args)
     if (!may_restore())
         return CUDA_ERROR_NOT_INITIALIZED;
     if (args) {
-        if (args->customStorageInfo_out || !only_zeros(args->reserved, sizeof args->reserved) ||
+        if (args->customStorageInfo_out)
+            return refuse_storage(args->customStorageInfo_out);
+        if (!only_zeros(args->reserved, sizeof args->reserved) ||
             args->gpuPairsCount > MAX_GPUS || (args->gpuPairsCount && !args->gpuPairs))
             return CUDA_ERROR_INVALID_VALUE;
         request.pair_count = args->gpuPairsCount;
@@ -176,4 +187,11 @@ CUresult cuCheckpointProcessUnlock(int pid, CUcheckpointUnlockArgs *args)
 {
     struct request request = {.operation = UNLOCK};
     return args && !only_zeros(args, sizeof *args) ? CUDA_ERROR_INVALID_VALUE : call("unlock", pid, &request, NULL);
+}
+
+/* There from CUDA 13.4 on (see cuGetProcAddress_v2), where it completes nothing: nothing was begun. */
+CUresult cuCheckpointOperationComplete(void *handle)
+{
+    (void)handle;
+    return CUDA_ERROR_INVALID_VALUE;
 }

@@ -603,7 +603,8 @@ CUresult cuGetProcAddress_v2(const char *name, void **function, int version, uin
     }
     if (library)
         dlclose(library);
-    if (*function && !strncmp(name, "cuCheckpoint", 12) && !host_read(simulator_folder(), &host) && host.api < 12080)
+    int since = !strcmp(name, "cuCheckpointOperationComplete") ? 13040 : !strncmp(name, "cuCheckpoint", 12) ? 12080 : 0;
+    if (since && !host_read(simulator_folder(), &host) && host.api < since)
         *function = NULL;
     if (status)
         *status = *function ? FOUND : NOT_FOUND;
