@@ -228,6 +228,14 @@ def assert_holds_no_gpu(sim: SimulatedHost, family: Family) -> None:
     assert [sim.in_use(number) for number in range(2)] == [0, 0]
 
 
+def assert_was_put_down(sim: SimulatedHost, family: Family) -> None:
+    """Assert that each that got its memory back was checkpointed again before it was killed."""
+    for pid in family.pids:
+        done = [call.name for call in sim.calls() if (call.pid, call.what, call.result) == (pid, "end", 0)]
+        moves = [name for name in done if name in ("checkpoint", "restore")]
+        assert moves[-1] == "checkpoint", f"{pid}: {done}"
+
+
 @instants("restore", "unlock")
 @pytest.mark.parametrize("action", ["error", "fail"])
 def test_a_restore_whose_call_fails_leaves_nothing(
@@ -245,6 +253,8 @@ def test_a_restore_whose_call_fails_leaves_nothing(
     error = error_of(crcli, 21, "restore", dumped)
     assert error["state"] == "dead"
     assert_holds_no_gpu(sim, family)
+    if action != "fail":
+        assert_was_put_down(sim, family)
     assert_nothing_left(crcli)
     assert_restores(crcli, family, dumped)
 
@@ -308,6 +318,7 @@ def test_nothing_is_left_when_crcli_is_killed_while_it_restores(
     kill_at(sim, crcli, call, family.pids[which], after, "restore", dumped)
     assert_nothing_left(crcli)
     assert_holds_no_gpu(sim, family)
+    assert_was_put_down(sim, family)
     assert_restores(crcli, family, dumped)
 
 
@@ -420,6 +431,7 @@ def test_nothing_is_left_when_the_hand_is_killed_while_it_restores(
     assert error["state"] == "dead"
     assert_holds_no_gpu(sim, family)
     assert_nothing_left(crcli)
+    assert_was_put_down(sim, family)
     assert_restores(crcli, family, dumped)
 
 
