@@ -10,10 +10,16 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from crcli.process.identity import ProcessId
 
 _DEFAULT_STATE = "/var/lib/crcli"
+
+_ALONE_S = 120.0
+"""For how long one tree waits for another to be put to sleep (seconds)."""
 
 
 class Care:
@@ -44,6 +50,35 @@ class Care:
         if (fd := self._kept.pop(process, -1)) >= 0:
             _remove(process)
             os.close(fd)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block no other crcli of this host puts a tree to sleep, as far as they know of one another.
+
+    One that takes longer than _ALONE_S is not waited for: it may hang.
+    """
+    try:
+        os.makedirs(_folder(), mode=0o700, exist_ok=True)
+        fd = os.open(_folder(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        _lock_within(fd, _ALONE_S)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock_within(fd: int, limit_s: float) -> None:
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            time.sleep(0.01)
 
 
 def neglected() -> list[ProcessId]:

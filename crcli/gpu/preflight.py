@@ -409,13 +409,25 @@ def _asks_nvml_only(scene: Scene, pid: int, known: set[int]) -> bool:
     return True
 
 
+_WITH_TABLES = 1.05
+"""How much the host's memory has to take for that of GPUs, page tables and staging included."""
+
+
 def host_memory(scene: Scene) -> Iterator[Finding]:
-    """GPU memory becomes memory of the process itself, within its cgroup's limit, while it is saved."""
+    """GPU memory becomes memory of the process itself, within its cgroup's limit, while it is saved.
+
+    Where nobody knows how much a tree has, it is taken to be all that is in use on the GPUs.
+    """
+    running = [one for one in scene.processes if one.state is CudaState.RUNNING]
+    sizes = {one.pid: one.used_bytes for one in running}
+    if running and not any(sizes.values()):
+        sizes[running[0].pid] = sum(
+            gpu.memory_bytes - gpu.free_bytes for gpu in scene.host.gpus if gpu.free_bytes >= 0
+        )
     wanted: dict[str, int] = {}
-    for one in scene.processes:
-        if one.state is CudaState.RUNNING and one.used_bytes:
-            cgroups = scene.process(one).cgroups
-            wanted[cgroups] = wanted.get(cgroups, 0) + one.used_bytes
+    for one in running:
+        cgroups = scene.process(one).cgroups
+        wanted[cgroups] = wanted.get(cgroups, 0) + round(sizes[one.pid] * _WITH_TABLES)
     if tight := too_tight(wanted):
         room, needed = tight
         yield blocker(
@@ -472,7 +484,7 @@ def amount_unknown(scene: Scene) -> Iterator[Finding]:
             f"how much GPU memory {first_of(held)} uses cannot be told (NVML does not know the pid, as in "
             "containers)",
             process_list(held),
-            "does not check whether the host's memory is enough for it",
+            "takes it to be all that is in use on the GPUs: the host's memory must be enough for that",
             "run crcli in the host's pid namespace (docker run --pid=host), or leave enough memory free",
         )
 

@@ -72,7 +72,7 @@ class Here:
     @cached_property
     def spare_memory(self) -> int:
         """Bytes that can be used without pushing anything out."""
-        from crcli.memory.overflow import spare_memory
+        from crcli.process.memory_room import spare_memory
 
         return spare_memory()
 

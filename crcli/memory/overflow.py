@@ -12,6 +12,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from crcli.process.memory_room import spare_memory
+
 if TYPE_CHECKING:
 
     class Folder(Protocol):
@@ -62,9 +64,9 @@ class Overflow:
         self._enough = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def set_aside(self, size: int) -> None:
-        """So many bytes of the memory that is free will be others' by then. Call before `reserve`."""
-        self.limit = max(0, self.limit - size // 2 // self._sharers)
+    def measure_again(self) -> None:
+        """Have the limit be no more than half of what is free now, beside what it has already."""
+        self.limit = min(self.limit, self.reserved + spare_memory() // 2 // self._sharers)
 
     def reserve(self, size: int) -> None:
         """Begin to get memory for the first `size` bytes, in a thread; no more than `limit`."""
@@ -104,23 +106,3 @@ class Overflow:
         """Give the memory back."""
         self.settle(wait=False)
         os.close(self.fd)
-
-
-def spare_memory() -> int:
-    """Bytes that can be used here without pushing anything out, by the host's and our cgroup's account."""
-    spare = 0
-    with open("/proc/meminfo", "rb") as file:
-        for line in file:
-            if line.startswith(b"MemAvailable:"):
-                spare = int(line.split()[1]) * 1024
-    try:
-        with (
-            open("/sys/fs/cgroup/memory.max", "rb") as most,
-            open("/sys/fs/cgroup/memory.current", "rb") as now,
-        ):
-            limit = most.read().strip()
-            if limit != b"max":
-                spare = min(spare, max(0, int(limit) - int(now.read())))
-    except OSError:
-        pass
-    return spare

@@ -331,8 +331,8 @@ class _Dump:
                 held.callback(os.close, self.network)
             overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
             held.callback(overflow.close)
-            uses_gpus = self.target.evidence.may_use_gpus
-            if not self.options.pre_copy and not uses_gpus:  # else little is left for the freeze, or unknown
+            # With rounds little is left for the freeze; and GPUs' memory needs all the room that there is.
+            if not self.options.pre_copy and not self.target.evidence.may_use_gpus:
                 overflow.reserve(self.target.evidence.expected_bytes)
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
@@ -342,9 +342,6 @@ class _Dump:
             self.store = store
             self.session = held.enter_context(Session(store, self.target.image_id))
             gpu_bytes = self._look_at_gpus()
-            if uses_gpus:
-                overflow.set_aside(gpu_bytes)
-                overflow.reserve(self.target.evidence.expected_bytes + gpu_bytes)
             known = known_for(self.target.evidence, store, self.target.name, gpu_bytes=gpu_bytes)
             self._date_after(known.newest_image)
             self.writer = PackWriter(store, self.target.image_id, known)
@@ -361,7 +358,7 @@ class _Dump:
             )
             load = self._measure(known, gpu_bytes)
             self.hashing.finish()
-            self.room = overflow.limit
+            self.room = max(0, overflow.limit - gpu_bytes // 2)
             self.load = load
             self._foresee(load)
             self._compare_with_deadline()
@@ -571,6 +568,7 @@ class _Dump:
     def _on_notify(self, script: str, receiver: Receiver) -> bool:
         if script == "pre-dump":
             self.overflow.settle(wait=self.options.deadline_s is None)
+            self.overflow.measure_again()  # others take memory too; that of GPUs lies in the host's by now
             with self.watch.phase("turn"):
                 self.shared.take_turn()
             self._check_identity()

@@ -20,13 +20,13 @@ from crcli.image.codec import compress
 from crcli.image.index import PAGE_LIMIT, load_known
 from crcli.image.packs import BLOB_BYTES
 from crcli.memory.extents import PAGE
-from crcli.memory.overflow import spare_memory
 from crcli.memory.sample import Makeup, Sampler, Subject
 from crcli.pipeline.facts import is_of
 from crcli.pipeline.rates import Rates, learn, load_rates
 from crcli.pipeline.stages import Forecast, Outcome
 from crcli.pipeline.weights import WeightsInUse, chosen_files
 from crcli.process.files import Kind, leased_inodes
+from crcli.process.memory_room import spare_memory
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ and `RestoreSide.wake` are where. No machine of ours has such a driver yet.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +25,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from crcli.errors import CrcliError, DumpFailed, HostLacks, PreflightRefused, RestoreFailed, TreeState
 from crcli.findings import Finding, Severity
-from crcli.gpu.care import is_cared_for
+from crcli.gpu.care import alone, is_cared_for
 from crcli.gpu.facts import CudaState
 from crcli.gpu.hand import GpuFailed, Hand
 from crcli.gpu.mapping import in_force
-from crcli.gpu.preflight import gpu_findings, left_open, survey
+from crcli.gpu.preflight import Scene, gpu_findings, host_memory, left_open, survey
 from crcli.gpu.words import Purpose
 from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import Outcome
@@ -156,7 +157,24 @@ class DumpSide:
         self._hand.settled()
 
     def _put_to_sleep(self, dump: Sleeper) -> None:
-        """Lock all, then checkpoint all. Not one instruction of the GPUs' is lost: they have come to rest."""
+        """Lock all, then checkpoint all. Not one instruction of the GPUs' is lost: they have come to rest.
+
+        One tree after another on this host: each must find the memory that the last has left.
+        """
+        with alone():
+            self._see_room()
+            self._sleep(dump)
+
+    def _see_room(self) -> None:
+        """Raise PreflightRefused if the host's memory has become too little for that of the GPUs."""
+        assert self._host is not None
+        if tight := list(host_memory(Scene(self._evidence, self._host, self.processes))):
+            pid = self._options.pid
+            raise PreflightRefused(
+                f"process {pid} cannot be dumped: {tight[0].message}", hint=tight[0].remedy, findings=tight
+            )
+
+    def _sleep(self, dump: Sleeper) -> None:
         self.asleep_since = time.monotonic()
         with dump.watch.phase("gpu lock"):
             waiting = self.processes
@@ -280,9 +298,11 @@ class DumpSide:
         return _report(self.memory_bytes, states, {})
 
     def __enter__(self) -> DumpSide:
+        self._criu_plugins = _without_criu_plugins()
         return self
 
     def __exit__(self, *_: object) -> None:
+        _with_criu_plugins(self._criu_plugins)
         if self._hand.is_idle and self.processes:
             self._shared.keep_hand(self._hand)
         else:
@@ -407,10 +427,32 @@ class RestoreSide:
         return _report(total, states, in_force(self._mapping, used or self._mapping))
 
     def __enter__(self) -> RestoreSide:
+        self._criu_plugins = _without_criu_plugins()
         return self
 
     def __exit__(self, *_: object) -> None:
+        _with_criu_plugins(self._criu_plugins)
         self._hand.close()
+
+
+# CRIU's own plug-in for CUDA, where it is installed, would wake what crcli wakes, and in the trial too.
+
+_CRIU_PLUGINS, _NOWHERE = "CRIU_LIBS_DIR", "/proc/self/ns"
+"""The variable that says where CRIU looks for plug-ins, and a folder of every root that has none."""
+
+
+def _without_criu_plugins() -> str | None:
+    """Have every CRIU that is started from now on find no plug-in; return what was set before."""
+    before = os.environ.get(_CRIU_PLUGINS)
+    os.environ[_CRIU_PLUGINS] = _NOWHERE
+    return before
+
+
+def _with_criu_plugins(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(_CRIU_PLUGINS, None)
+    else:
+        os.environ[_CRIU_PLUGINS] = before
 
 
 _STATES = {

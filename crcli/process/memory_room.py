@@ -42,6 +42,17 @@ def too_tight(wanted: Mapping[str, int]) -> tuple[Room, int] | None:
     return None
 
 
+def spare_memory() -> int:
+    """Bytes that can be used here without pushing anything out, by the host's and our cgroups' account."""
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            folders = list(_folders(file.read()))
+    except OSError:
+        folders = []
+    left = [free for folder in folders if (free := _free_in(folder)) is not None]
+    return min([available(), *left])
+
+
 def available() -> int:
     """Memory that can be had on this host without swapping, by the kernel's estimate (bytes)."""
     return _numbers("/proc/meminfo").get("MemAvailable:", 0) * 1024

@@ -339,8 +339,8 @@ def test_gpu_memory_must_fit_into_the_hosts() -> None:
         evidence = look(program.pid)
         refused = found(evidence, [cuda(program.pid, used=1 << 50)])
         assert blockers(refused) == ["gpu-host-memory"]
-        assert refused["gpu-host-memory"].evidence["needed"] == 1 << 50
-        assert re.search(r"1 073 741 824 MiB .* this host has \d", refused["gpu-host-memory"].message)
+        assert refused["gpu-host-memory"].evidence["needed"] == round(1.05 * (1 << 50))
+        assert re.search(r"1 127 428 915 MiB .* this host has \d", refused["gpu-host-memory"].message)
         asleep = found(evidence, [cuda(program.pid, CudaState.CHECKPOINTED, 1 << 50)])
         assert blockers(asleep) == ["gpu-state"]
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from crcli.criu.workspace import Workspace
-from crcli.memory.overflow import Overflow, spare_memory
+from crcli.memory.overflow import Overflow
+from crcli.process.memory_room import spare_memory
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 

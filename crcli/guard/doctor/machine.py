@@ -31,7 +31,7 @@ def _memory() -> Iterator[Check]:
         remedy = "CAP_SYS_ADMIN and Linux 5.2 are needed; a container's seccomp filter may be in the way"
         yield lacks("private-tmpfs", f"no private tmpfs: {error.strerror}", remedy)
         return
-    from crcli.memory.overflow import spare_memory
+    from crcli.process.memory_room import spare_memory
 
     spare, known = spare_memory(), meminfo()
     evidence = {"free": spare, "total": known.get("MemTotal", 0)}
