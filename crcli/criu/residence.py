@@ -42,8 +42,8 @@ class Residence:
     root's exit code. Without, the tree becomes our
     own child, or, if the warden is to `stay`, the warden ends when the root does, with its exit code.
 
-    Should we die, the process behind `first` (a pidfd; -1: none) has something to do before the tree is
-    killed: its end is waited for, or a minute.
+    Should we die, who holds the other end of the pipe `first` (-1: nobody) has something to do before the
+    tree is killed, and bounds it himself: the pipe's hang-up is waited for.
 
     With `new_root` CRIU and the tree have that folder as their root, in one more mount namespace, while the
     warden stays with ours, where the noted changes are. It needs `taken_pids`.
@@ -162,7 +162,7 @@ _START_LIMIT_S = 10.0
 _RECEIVING = {"x86_64": ("45", "47"), "aarch64": ("207", "212")}.get(os.uname().machine, ())
 """The numbers of recvfrom(2) and recvmsg(2)."""
 
-_UNDO_LIMIT_S, _FIRST_LIMIT_S = 10.0, 60.0
+_UNDO_LIMIT_S = 10.0
 _GRACE_S = 1.0
 """How long CRIU may take to undo its own work once nobody answers it any more (seconds)."""
 
@@ -193,14 +193,14 @@ class _Duty:
     crcli: int
     """A pidfd of crcli's."""
     first: int
-    """A pidfd of who has something to do before a tree is killed; -1: nobody."""
+    """A pipe whose other end is held by who has something to do before a tree is killed; -1: nobody."""
 
     def let_others_finish(self) -> None:
         """Wait for whoever has something to do first."""
         if self.first >= 0:
             poll = select.poll()
             poll.register(self.first, select.POLLIN)
-            poll.poll(_FIRST_LIMIT_S * 1000)
+            poll.poll()
 
     def bound_to(self, word: dict[str, Any]) -> int | None:
         """The process with which the tree is to end, if it is."""

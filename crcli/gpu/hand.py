@@ -89,6 +89,8 @@ class Hand:
         self._known: dict[int, CudaProcess] = {}
         self._touched: list[int] = []
         self._number = 0
+        self._end, writer = os.pipe()
+        os.close(writer)
         self._start()
 
     @property
@@ -101,9 +103,10 @@ class Hand:
         """Whether nothing is to be set right."""
         return not self._touched
 
-    def pidfd(self) -> int:
-        """A descriptor, the caller's to close, that can be read when the hand has ended."""
-        return os.pidfd_open(self._process.pid)
+    def end(self) -> int:
+        """A descriptor, the caller's to close, that hangs up when the hand has ended, and whoever took its
+        place: a pipe that nobody writes to, whose other end each hand has, and only hands."""
+        return os.dup(self._end)
 
     def host(self) -> GpuHost:
         """The GPUs and the driver of this host. Raises HostLacks (no cuda-python, no driver, too old)."""
@@ -187,6 +190,9 @@ class Hand:
         except OSError:
             pass  # it is dead
         self._control.close()
+        if self._end >= 0:
+            os.close(self._end)
+            self._end = -1
         if not self._touched:
             try:
                 self._process.wait(_END_LIMIT_S)
@@ -207,6 +213,7 @@ class Hand:
     def _start(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours = os.pidfd_open(os.getpid())
+        held = os.open(f"/proc/self/fd/{self._end}", os.O_WRONLY)
         here = os.path.dirname(os.path.dirname(crcli.__file__))
         arguments = [here, str(theirs.fileno()), str(ours), self._purpose.value]
         try:
@@ -215,7 +222,7 @@ class Hand:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), ours],
+                pass_fds=[theirs.fileno(), ours, held],
                 start_new_session=True,
                 env=_environment(),
             )
@@ -224,6 +231,7 @@ class Hand:
         finally:
             theirs.close()
             os.close(ours)
+            os.close(held)
 
     def _start_again(self) -> None:
         """Have another in the place of one that is dead, or that does not answer."""

@@ -355,8 +355,8 @@ class RestoreSide:
         _, self._mapping = gpu_guard(self._recorded, here.gpus, self._asked)
 
     def last_words(self) -> int:
-        """A descriptor, the caller's to close, that can be read once the hand has nothing more to do."""
-        return self._hand.pidfd()
+        """A descriptor, the caller's to close, that hangs up once the hand has nothing more to do."""
+        return self._hand.end()
 
     def wake(self, host_pids: Mapping[int, int], watch: Stopwatch) -> list[Finding]:
         """All processes run on their GPUs, by this map of their pids; what is odd about it is returned.

@@ -333,6 +333,18 @@ def test_a_tree_is_untouched_when_crcli_is_killed_while_it_looks(
     assert not sim.calls("lock")
 
 
+def test_a_tree_is_put_down_by_the_second_hand_when_crcli_is_killed(
+    sim: SimulatedHost, crcli: GpuCrcli, family: Family, dumped: str
+) -> None:
+    """The first was killed early in the restore: whoever is about to kill the tree waits for the second."""
+    sim.inject("state", "die", pid=family.pids[FIRST])
+    kill_at(sim, crcli, "restore", family.pids[SECOND], True, "restore", dumped)
+    assert_nothing_left(crcli)
+    assert_holds_no_gpu(sim, family)
+    assert_was_put_down(sim, family)
+    assert_restores(crcli, family, dumped)
+
+
 @pytest.mark.parametrize("call", ["tid", "state"])
 def test_nothing_is_left_when_crcli_is_killed_before_the_gpu_side_of_a_restore(
     sim: SimulatedHost, crcli: GpuCrcli, family: Family, dumped: str, call: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -190,6 +191,27 @@ def test_a_killed_hand_is_replaced_and_the_next_one_wakes_all(here: SimulatedHos
         assert hand.pid != first
         for one in family:
             assert_goes_on(one)
+
+
+def test_its_end_is_that_of_the_last_hand(here: SimulatedHost) -> None:
+    """Who waits for the hand's end waits for the one that took its place, too."""
+    with here.start_program() as program:
+        with Hand(Purpose.DUMP) as hand:
+            end = hand.end()
+            first = hand.pid
+            os.kill(first, signal.SIGKILL)
+            hand.find([program.pid])
+            assert hand.pid != first
+            assert not hangs_up(end, 0.2)
+        assert hangs_up(end, 10.0)
+        os.close(end)
+
+
+def hangs_up(fd: int, within_s: float) -> bool:
+    """Whether a pipe's other end is closed."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(within_s * 1000))
 
 
 OTHER = """
