@@ -151,9 +151,13 @@ class Hand:
         """They are CHECKPOINTED: their GPU memory lies in the host's, and they hold no GPU."""
         self._do("checkpoint", pids, 0.0, self._move_s(pids))
 
-    def restore(self, pids: Sequence[int], mapping: Mapping[str, str]) -> None:
-        """They are LOCKED, their memory on GPUs by this mapping of UUIDs (empty: on those it was on)."""
-        self._do("restore", pids, 0.0, self._move_s(pids), mapping)
+    def restore(self, pids: Sequence[int], mapping: Mapping[str, str], feeder: int = 0) -> None:
+        """They are LOCKED, their memory on GPUs by this mapping of UUIDs (empty: on those it was on).
+
+        Where the process `feeder` (0: none), a child of ours, still brings that memory, the time that it may
+        take counts from that one's end.
+        """
+        self._do("restore", pids, 0.0, self._move_s(pids), mapping, feeder)
 
     def unlock(self, pids: Sequence[int], limit_s: float = LOCK_LIMIT_S) -> None:
         """They are RUNNING."""
@@ -247,10 +251,11 @@ class Hand:
         limit_s: float,
         wait_s: float,
         mapping: Mapping[str, str] | None = None,
+        feeder: int = 0,
     ) -> dict[int, CudaState]:
         self._touched += [pid for pid in pids if pid not in self._touched]
         try:
-            answer = self._ask(name, self._described(pids), wait_s + _SPARE_S, limit_s, mapping)
+            answer = self._ask(name, self._described(pids), wait_s + _SPARE_S, limit_s, mapping, feeder)
         except _Lost as error:
             raise GpuFailed(name, pids[0], "HAND_LOST", {}) from error
         _see_failures(answer)
@@ -291,6 +296,7 @@ class Hand:
         wait_s: float,
         limit_s: float = 0.0,
         mapping: Mapping[str, str] | None = None,
+        feeder: int = 0,
     ) -> dict[str, Any]:
         """The answer to a request. Raises _Lost, and HostLacks where CUDA cannot be used here."""
         self._number += 1
@@ -300,17 +306,31 @@ class Hand:
             "processes": list(processes),
             "limit_s": limit_s,
             "map": dict(mapping or {}),
+            "feeder": feeder,
         }
         try:
             self._control.send(json.dumps(request).encode())
         except OSError as error:
             raise _Lost from error
+        if feeder:
+            self._wait_for_end_of(feeder)
         answer = self._answer(self._number, time.monotonic() + wait_s)
         if "lacks" in answer:
             raise HostLacks(answer["lacks"], hint=answer["hint"])
         if "bug" in answer:
             raise CrcliError(f"the process that speaks with CUDA's driver failed: {answer['bug']}")
         return answer
+
+    def _wait_for_end_of(self, child: int) -> None:
+        """Return when a child of ours has ended, or something was said to us."""
+        ended = os.pidfd_open(child)
+        try:
+            poll = select.poll()
+            poll.register(self._control, select.POLLIN)
+            poll.register(ended, select.POLLIN)
+            poll.poll()
+        finally:
+            os.close(ended)
 
     def _answer(self, number: int, until: float) -> dict[str, Any]:
         """The answer with this number; those to what we stopped to wait for are passed over."""

@@ -1,10 +1,11 @@
 """What the two sides of the hand say to each other: one JSON object for each datagram.
 
-    {"id", "op", "processes": [[pid, start_time, move_s], …], "limit_s", "map"}     asked
-    {"id", …}                                                                      answered, in any order
+    {"id", "op", "processes": [[pid, start_time, move_s], …], "limit_s", "map", "feeder"}     asked
+    {"id", …}                                                              answered, in any order
 
-`move_s` is how long the driver may take to move that process's GPU memory. An answer holds `states` (by pid)
-and `failures` ({pid, call, result}), or `lacks` and `hint`, or `bug`.
+`move_s` is how long the driver may take to move that process's GPU memory, which counts from the end of the
+process `feeder` (0: none) that still brings it. An answer holds `states` (by pid) and `failures` ({pid, call,
+result}), or `lacks` and `hint`, or `bug`.
 """
 
 from __future__ import annotations

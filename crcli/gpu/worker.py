@@ -43,6 +43,9 @@ _SPARE_S = 5.0
 """How much longer than its own limit a lock may take before we stop to wait for it (seconds)."""
 
 _STEP_S, _PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05, 2.0
+_LOOK_S = 0.5
+"""How often is looked whether the memory of a process is all there (seconds)."""
+
 _ASLEEP = (CudaState.LOCKED, CudaState.CHECKPOINTED, CudaState.CHECKPOINTING, CudaState.RESTORING)
 
 
@@ -228,7 +231,7 @@ class Worker:
 
     def _move_all(self, order: _Order, move: Callable[[_Charge], None]) -> dict[str, Any]:
         def attempt(charge: _Charge) -> dict[str, Any] | None:
-            return self._attempt(order, charge, charge.move_s, move)
+            return self._attempt(order, charge, charge.move_s, move, order.request["feeder"])
 
         return self._told(order.charges, _all_at_once(order.charges, attempt))
 
@@ -262,7 +265,12 @@ class Worker:
         charge.state = _AFTER[name]
 
     def _attempt(
-        self, order: _Order, charge: _Charge, limit_s: float, work: Callable[[_Charge], None]
+        self,
+        order: _Order,
+        charge: _Charge,
+        limit_s: float,
+        work: Callable[[_Charge], None],
+        feeder: int = 0,
     ) -> dict[str, Any] | None:
         """Do something to a process while nobody else does; return why it failed, if it did.
 
@@ -276,7 +284,7 @@ class Worker:
                     work(charge)
 
         try:
-            _within(limit_s, do, order.name)
+            _within(limit_s, do, order.name, feeder)
         except CudaRefused as error:
             if error.call != "lock" or charge.id.alive():
                 return {"pid": charge.pid, "call": error.call, "result": error.result}
@@ -394,8 +402,11 @@ _UNKNOWN_TO_CUDA = "CUDA_ERROR_INVALID_VALUE"
 _TOO_LONG = "TOOK_TOO_LONG"
 
 
-def _within(limit_s: float, work: Callable[[], None], name: str) -> None:
-    """Return when the work is done, or raise what it raised; CudaRefused when it takes longer: it goes on."""
+def _within(limit_s: float, work: Callable[[], None], name: str, feeder: int = 0) -> None:
+    """Return when the work is done, or raise what it raised; CudaRefused when it takes longer: it goes on.
+
+    As long as the process `feeder` brings what the work needs, the time does not count.
+    """
     raised: list[BaseException] = []
 
     def do() -> None:
@@ -406,6 +417,8 @@ def _within(limit_s: float, work: Callable[[], None], name: str) -> None:
 
     thread = threading.Thread(target=do, name=name, daemon=True)
     thread.start()
+    while feeder and thread.is_alive() and _is_running(feeder):
+        thread.join(_LOOK_S)
     thread.join(limit_s)
     if thread.is_alive():
         raise CudaRefused(name, _TOO_LONG)
@@ -426,6 +439,14 @@ def _all_at_once(charges: Sequence[_Charge], work: Callable[[_Charge], T]) -> li
     for thread in threads:
         thread.join()
     return [results[charge.pid] for charge in charges]
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for yet has."""
+    try:
+        return not read_stat(pid).is_zombie
+    except ProcessLookupError:
+        return False
 
 
 def _is_stopped(pid: int) -> bool:

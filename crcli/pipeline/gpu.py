@@ -343,6 +343,8 @@ class RestoreSide:
         self._pids: list[int] = []
         self._states: dict[int, CudaState] = {}
         self._inside: dict[int, int] = {}
+        self.feeder = 0
+        """The process that still brings the tree's memory; 0 where all of it is there."""
 
     def tell(self, here: Here) -> None:
         """Let the guard know of this host's GPUs; where CUDA cannot be used it finds out by itself."""
@@ -372,7 +374,7 @@ class RestoreSide:
                 self._see_asleep(self._hand.find(self._pids))
                 for pid, sizes in used.items():
                     self._hand.expect(pid, sizes)
-                self._hand.restore(self._pids, self._mapping)
+                self._hand.restore(self._pids, self._mapping, self.feeder)
             with watch.phase("gpu unlock"):
                 self._hand.unlock(self._pids[::-1])
             with watch.phase("gpu check"):

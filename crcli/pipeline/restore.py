@@ -477,6 +477,7 @@ class _Restore:
             raise RestoreFailed("CRIU could not restore the tree")
         self._take_locks_again()
         if self.gpu is not None:
+            self.gpu.feeder = self.pager.pid if self.pager is not None else 0
             self.findings += self.gpu.wake(self.host, self.watch)
         self.interrupts.past_return()
         root = self.members[0].pid

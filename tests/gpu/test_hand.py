@@ -193,6 +193,30 @@ def test_a_killed_hand_is_replaced_and_the_next_one_wakes_all(here: SimulatedHos
             assert_goes_on(one)
 
 
+def test_memory_that_is_still_on_its_way_takes_the_time_it_takes(
+    here: SimulatedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as somebody brings it the limit of a restore does not count, and from then on it does."""
+    with here.start_program() as program, Hand(Purpose.DUMP) as hand:
+        pids = [process.pid for process in hand.find([program.pid])]
+        hand.lock(pids)
+        hand.checkpoint(pids)
+        monkeypatch.setattr("crcli.gpu.hand.move_limit_s", lambda _: 0.2)
+        monkeypatch.setattr("crcli.gpu.hand._SPARE_S", 5.0)
+        hang = here.inject("restore", "hang")
+        with subprocess.Popen(["sleep", "1000"]) as feeder:
+            threading.Timer(2.0, hang.release).start()
+            hand.restore(pids, {}, feeder.pid)
+            assert hand.find(pids)[0].state is CudaState.LOCKED
+            hand.checkpoint(pids)
+            hang = here.inject("restore", "hang")
+            threading.Timer(1.0, feeder.kill).start()
+            with pytest.raises(GpuFailed, match="in time"):
+                hand.restore(pids, {}, feeder.pid)
+        hang.release()
+        assert set(hand.resume().values()) == {CudaState.RUNNING}
+
+
 def test_its_end_is_that_of_the_last_hand(here: SimulatedHost) -> None:
     """Who waits for the hand's end waits for the one that took its place, too."""
     with here.start_program() as program:
