@@ -258,6 +258,8 @@ class Hand:
             answer = self._ask(name, self._described(pids), wait_s + _SPARE_S, limit_s, mapping, feeder)
         except _Lost as error:
             raise GpuFailed(name, pids[0], "HAND_LOST", {}) from error
+        others = answer.get("others", ())
+        self._touched = [pid for pid in self._touched if pid not in others]
         _see_failures(answer)
         states = _states(answer)
         if failed := [pid for pid, state in states.items() if state is CudaState.FAILED]:

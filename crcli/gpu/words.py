@@ -5,7 +5,8 @@
 
 `move_s` is how long the driver may take to move that process's GPU memory, which counts from the end of the
 process `feeder` (0: none) that still brings it. An answer holds `states` (by pid) and `failures` ({pid, call,
-result}), or `lacks` and `hint`, or `bug`.
+result}), or `lacks` and `hint`, or `bug`; beside a failure, `others` are those that another has put to sleep,
+who are not ours to wake.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -28,7 +29,7 @@ from crcli.gpu.driver import CudaLacks, CudaRefused, Driver
 from crcli.gpu.facts import CudaState
 from crcli.gpu.words import COMM, LOCK_LIMIT_S, MESSAGE_LIMIT, PATIENCE_S, Purpose
 from crcli.logs import keep_log
-from crcli.process.identity import ProcessId, read_proc, read_stat
+from crcli.process.identity import ProcessId, identify, read_proc, read_stat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,6 +76,10 @@ class _Order:
     request: Mapping[str, Any]
     charges: list[_Charge]
     is_over: bool = False
+    fresh: list[_Charge] = field(default_factory=list)
+    """Those that came into our hands by this order."""
+    others: list[_Charge] = field(default_factory=list)
+    """Those that are in the hands of another: what that one does to them is its own to set right."""
 
     @property
     def name(self) -> str:
@@ -98,7 +103,7 @@ class Worker:
         self._charges: dict[int, _Charge] = {}
         self._touched: list[_Charge] = []
         """What was locked, or was to be, and is not settled: in that order."""
-        self._care = Care()
+        self._care = Care(_behind(crcli))
         self._order: _Order | None = None
         self._driver: Driver | None = None
         self._lacks: CudaLacks | None = None
@@ -143,14 +148,29 @@ class Worker:
         if order.name in _CHANGES:
             self._end_order()
             self._order = order
-            self._touched += [charge for charge in order.charges if charge not in self._touched]
-            for charge in order.charges:
-                self._care.take(charge.id)
+            self._take(order)
         if order.name == "settled":
             for charge in self._touched:
                 self._care.let_go(charge.id)
             self._touched = []
         return order
+
+    def _take(self, order: _Order) -> None:
+        """Have what is asked for, if none of it is another hand's; of what is to be set right, our part."""
+        order.others = [charge for charge in order.charges if not self._care.take(charge.id)]
+        ours = [charge for charge in order.charges if charge not in order.others]
+        order.fresh = [charge for charge in ours if charge not in self._touched]
+        self._touched += order.fresh
+        if order.name in _SETS_RIGHT:
+            order.charges = ours
+        elif order.others:
+            self._disown(order.fresh)
+
+    def _disown(self, charges: Sequence[_Charge]) -> None:
+        """They are not ours to set right, after all."""
+        self._touched = [charge for charge in self._touched if charge not in charges]
+        for charge in charges:
+            self._care.let_go(charge.id)
 
     def _end_order(self) -> None:
         if self._order is not None:
@@ -175,8 +195,9 @@ class Worker:
             "release": self._release,
             "settled": lambda _: {},
         }
+        is_refused = bool(order.others) and order.name not in _SETS_RIGHT
         try:
-            answer = operations[order.name](order)
+            answer = self._refused(order) if is_refused else operations[order.name](order)
         except CudaLacks as error:
             answer = {"lacks": str(error), "hint": error.hint}
         except BaseException:
@@ -213,13 +234,27 @@ class Worker:
         ]
         return {"found": found}
 
+    def _refused(self, order: _Order) -> dict[str, Any]:
+        """Another hand works on some of them: nothing was done, as the driver would refuse it."""
+        failure = {"pid": order.others[0].pid, "call": order.name, "result": _ILLEGAL_STATE}
+        return self._told(order.charges, [failure]) | _others([*order.others, *order.fresh])
+
     def _lock(self, order: _Order) -> dict[str, Any]:
-        """One after the other: the first that does not come to rest ends it."""
-        for charge in order.charges:
+        """One after the other: the first that does not come to rest ends it.
+
+        One that sleeps though we never locked it was put to sleep by another, who will wake it.
+        """
+        for number, charge in enumerate(order.charges):
             limit_s = order.limit_s + _SPARE_S
             failure = self._attempt(order, charge, limit_s, lambda one: self._do(one, "lock", order.limit_s))
             if failure is not None:
-                return self._told(order.charges, [failure])
+                told = self._told(order.charges, [failure])
+                is_theirs = failure["result"] == _ILLEGAL_STATE
+                untouched = order.charges[number if is_theirs else number + 1 :]
+                asleep = [one for one in untouched if told["states"][one.pid] in _ASLEEP]
+                theirs = [one for one in asleep if one in order.fresh]
+                self._disown(theirs)
+                return told | _others(theirs)
         return self._told(order.charges)
 
     def _checkpoint(self, order: _Order) -> dict[str, Any]:
@@ -392,14 +427,29 @@ class Worker:
 
 
 _CHANGES = frozenset(("lock", "checkpoint", "restore", "unlock", "resume", "release"))
+_SETS_RIGHT = frozenset(("resume", "release"))
 _AFTER = {
     "lock": CudaState.LOCKED,
     "checkpoint": CudaState.CHECKPOINTED,
     "restore": CudaState.LOCKED,
     "unlock": CudaState.RUNNING,
 }
-_UNKNOWN_TO_CUDA = "CUDA_ERROR_INVALID_VALUE"
+_UNKNOWN_TO_CUDA, _ILLEGAL_STATE = "CUDA_ERROR_INVALID_VALUE", "CUDA_ERROR_ILLEGAL_STATE"
 _TOO_LONG = "TOOK_TOO_LONG"
+
+
+def _others(charges: Iterable[_Charge]) -> dict[str, list[int]]:
+    """The part of an answer that says who is not ours."""
+    return {"others": [charge.pid for charge in charges]}
+
+
+def _behind(pidfd: int) -> ProcessId | None:
+    """The process that a pidfd stands for; None when it has ended."""
+    found = re.search(rb"^Pid:\s*(\d+)$", read_proc(f"/proc/self/fdinfo/{pidfd}"), re.MULTILINE)
+    try:
+        return identify(int(found[1])) if found else None
+    except ProcessLookupError:
+        return None
 
 
 def _within(limit_s: float, work: Callable[[], None], name: str, feeder: int = 0) -> None:

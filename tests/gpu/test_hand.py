@@ -30,6 +30,7 @@ def here(sim: SimulatedHost, monkeypatch: pytest.MonkeyPatch) -> SimulatedHost:
     """The simulated host, for this process as well."""
     for name, value in sim.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CRCLI_STATE_DIR", str(sim.folder / "state"))
     return sim
 
 
@@ -290,6 +291,41 @@ def test_it_takes_a_restored_tree_off_its_gpus_and_kills_it_when_crcli_is_killed
             program.process.wait(10)
             assert len(here.calls("checkpoint")) > checkpoints
             wait_until(lambda: not is_running(hand_pid), "the hand stays")
+
+
+def test_what_another_dump_put_to_sleep_is_not_woken(here: SimulatedHost) -> None:
+    """Both found it running; the second is refused, and its way back leaves the process to the first."""
+    with here.start_program() as program, Hand(Purpose.DUMP) as first, Hand(Purpose.DUMP) as second:
+        for hand in (first, second):
+            assert [one.state for one in hand.find([program.pid])] == [CudaState.RUNNING]
+        first.lock([program.pid])
+        first.checkpoint([program.pid])
+        with pytest.raises(GpuFailed, match="another has locked or checkpointed it"):
+            second.lock([program.pid])
+        assert (second.is_idle, second.resume()) == (True, {})
+        assert here.state(program.pid) == "checkpointed"
+        assert {one.caller for one in here.calls("lock")} == {first.pid}
+        assert first.resume() == {program.pid: CudaState.RUNNING}
+        first.settled()
+        second.lock([program.pid])
+        assert second.resume() == {program.pid: CudaState.RUNNING}
+        assert_goes_on(program)
+
+
+def test_what_another_program_put_to_sleep_is_not_woken(here: SimulatedHost) -> None:
+    """One of a tree was locked with cuda-checkpoint since it was found: the others are woken, it is not."""
+    with here.start_tree() as (root, family), Hand(Purpose.DUMP) as hand:
+        pids = [process.pid for process in hand.find(pids_of(root))]
+        assert here.call("Lock", pids[1]) == 0
+        with pytest.raises(GpuFailed, match="another has locked") as told:
+            hand.lock(pids)
+        assert told.value.pid == pids[1]
+        assert hand.resume() == dict.fromkeys((pids[0], pids[2]), CudaState.RUNNING)
+        assert here.state(pids[1]) == "locked"
+        hand.settled()
+        assert here.call("Unlock", pids[1]) == 0
+        for one in family:
+            assert_goes_on(one)
 
 
 def test_it_is_in_nobodys_way(here: SimulatedHost) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,80 @@ def test_a_hand_that_was_killed_leaves_its_note(notes: Path) -> None:
     assert neglected() == [ours]
     care.forget(ours)
     assert (neglected(), list(notes.iterdir())) == ([], [])
+
+
+def test_what_another_hand_works_on_is_not_taken(notes: Path) -> None:
+    """The second is told so, and takes nothing away when it lets go."""
+    ours = identify(os.getpid())
+    first, second = Care(), Care()
+    assert first.take(ours)
+    assert not second.take(ours)
+    second.let_go(ours)
+    assert care.is_cared_for(ours)
+    first.let_go(ours)
+    assert second.take(ours)
+    second.let_go(ours)
+    assert list(notes.iterdir()) == []
+
+
+def test_who_only_looks_is_in_nobodys_way(notes: Path) -> None:
+    """A note that is locked for a moment, or cleared away meanwhile, is taken all the same."""
+    ours = identify(os.getpid())
+    notes.mkdir()
+    path = notes / f"{ours.pid}-{ours.start_time}"
+    path.write_bytes(b"another boot")
+    with path.open() as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        threading.Timer(0.1, lambda: (path.unlink(), looked_at.close())).start()
+        hand = Care()
+        assert hand.take(ours)
+    assert (care.is_cared_for(ours), neglected()) == (True, [])
+    hand.let_go(ours)
+
+
+def test_a_note_is_locked_and_whole_from_the_start(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks while it is being made, as the doctor does, finds nothing that it could clear away."""
+    ours, link = identify(os.getpid()), os.link
+
+    def look_link_look(*paths: str) -> None:
+        assert neglected() == []
+        link(*paths)
+        assert (neglected(), care.is_cared_for(ours)) == ([], True)
+
+    monkeypatch.setattr(os, "link", look_link_look)
+    hand = Care()
+    assert hand.take(ours)
+    assert [path.name for path in notes.iterdir()] == [f"{ours.pid}-{ours.start_time}"]
+    hand.let_go(ours)
+
+
+def test_a_crcli_whose_hand_was_killed_has_another(notes: Path) -> None:
+    """As long as it lives nobody else is to touch the process, but its own next hand may."""
+    ours = identify(os.getpid())
+    with subprocess.Popen(["sleep", "60"]) as crcli:
+        its = identify(crcli.pid)
+        killed = Care(its)
+        assert killed.take(ours)
+        os.close(killed._kept.pop(ours))  # as the kernel does for a process that it kills
+        assert (neglected(), care.is_cared_for(ours)) == ([], True)
+        assert not Care(ours).take(ours)
+        following = Care(its)
+        assert following.take(ours)
+        os.close(following._kept.pop(ours))
+        crcli.kill()
+        crcli.wait()
+    assert (neglected(), care.is_cared_for(ours)) == ([ours], False)
+    care.forget(ours)
+
+
+def test_a_kept_note_is_not_forgotten(notes: Path) -> None:
+    """It belongs to the hand that keeps it."""
+    ours = identify(os.getpid())
+    hand = Care()
+    hand.take(ours)
+    care.forget(ours)
+    assert care.is_cared_for(ours)
+    hand.let_go(ours)
 
 
 def test_notes_of_the_dead_are_cleared_away(notes: Path) -> None:
