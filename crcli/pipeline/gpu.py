@@ -35,7 +35,7 @@ from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import Outcome
 from crcli.pipeline.watch import tree_state
 from crcli.process.gather import gather
-from crcli.process.identity import ProcessId, read_proc
+from crcli.process.identity import ProcessId, identify, read_proc
 from crcli.process.tree import child_pids, read_process, scan_tree
 
 if TYPE_CHECKING:
@@ -141,15 +141,17 @@ class DumpSide:
     def asleep(self, dump: Sleeper) -> Iterator[None]:
         """Within the block the tree is off its GPUs, until `wake`. On the way out nothing of it is asleep:
         it runs, or is dead, or the error says what became of each process."""
+        is_asleep = False
         try:
             self._put_to_sleep(dump)
+            is_asleep = True
             yield
         except BaseException as error:
             dump.interrupts.past_return()
             self._states |= self._hand.resume()
             if not _not_running(self._states):
                 self._hand.settled()
-            raise self._told(error, dump) from error
+            raise self._told(error if is_asleep else self._not_asleep(error), dump) from error
         if _not_running(self._states):
             self._states |= self._hand.resume()
         if self._states and (left := _not_running(self._states) or self._lost()):
@@ -215,10 +217,14 @@ class DumpSide:
     def wake(self, dump: Sleeper) -> None:
         """CRIU has let the tree go, which is to live on: give it its GPUs back.
 
-        Whoever cannot be woken is known from now on, and told at the end: the image comes first.
+        When all run again they are no concern of ours from now on: while the image is still on its way they
+        may end, and another may dump them. Whoever cannot be woken is told at the end: the image comes first.
         """
         with dump.watch.phase("gpu resume"):
             self._states = self._hand.resume()
+        if not _not_running(self._states) and not self._lost():
+            self._hand.settled()
+            self._locked = []
         dump.report.frozen_ms = round((time.monotonic() - self.asleep_since) * 1000, 2)
 
     def _image_only(self, left: Sequence[int], dump: Sleeper) -> DumpFailed:
@@ -231,12 +237,17 @@ class DumpSide:
             findings=tuple(self._state_findings()),
         )
 
+    def _not_asleep(self, error: BaseException) -> BaseException:
+        """The error of a dump whose tree could not be put to sleep: the driver's doing, or the hand's."""
+        if not isinstance(error, CrcliError) or isinstance(error, DumpFailed | PreflightRefused):
+            return error
+        text = error.message
+        if isinstance(error, GpuFailed):
+            text = text.replace(f"process {error.pid}", self._label(error.pid), 1)
+        return DumpFailed(f"the dump failed: {text}", hint=error.hint, state=tree_state(self._evidence.tree))
+
     def _told(self, error: BaseException, dump: Sleeper) -> BaseException:
         """The error to raise, with what became of each process."""
-        if isinstance(error, GpuFailed):
-            text = error.message.replace(f"process {error.pid}", self._label(error.pid), 1)
-            error = DumpFailed(f"the dump failed: {text}", hint=error.hint)
-            error.state = tree_state(self._evidence.tree)
         told = error if isinstance(error, CrcliError) else dump.failure(error)
         if not isinstance(told, CrcliError):
             return told
@@ -379,12 +390,11 @@ class RestoreSide:
                 self._hand.unlock(self._pids[::-1])
             with watch.phase("gpu check"):
                 return list(self._check(used))
-        except GpuFailed as error:
+        except CrcliError as error:  # GpuFailed, or the hand's own fault
             raise RestoreFailed(
                 f"the tree was restored, but not its GPU side: {error.message}",
                 hint=error.hint,
                 state=TreeState.DEAD,
-                findings=tuple(_restore_states(error.states)),
             ) from error
 
     def _see_asleep(self, found: Iterable[CudaProcess]) -> None:
@@ -398,7 +408,8 @@ class RestoreSide:
         """Whether all run, and have as much GPU memory as they had where that can be told."""
         found = {process.pid: process for process in self._hand.find(self._pids)}
         self._states = {pid: found[pid].state if pid in found else CudaState.GONE for pid in self._pids}
-        if wrong := _not_running(self._states):
+        unknown = [pid for pid in self._pids if pid not in found and _lives(pid)]
+        if wrong := _not_running(self._states) + unknown:
             raise GpuFailed("unlock", wrong[0], "NOT_RUNNING", self._states)
         for pid, process in found.items():
             before = sum(used[pid].values())
@@ -415,11 +426,15 @@ class RestoreSide:
         """The tree is to live: nothing is to be set right any more."""
         self._hand.settled()
 
-    def give_up(self) -> None:
-        """Have nothing of the tree hold a GPU: it is about to be killed. Never raises; ends the hand."""
-        self._hand.release(self._pids)
+    def give_up(self) -> list[Finding]:
+        """Have nothing of the tree hold a GPU, as it is about to be killed; return what came of that.
+
+        Never raises; ends the hand.
+        """
+        states = self._hand.release(self._pids)
         self._hand.settled()
         self._hand.close()
+        return [_given_up(pid, state) for pid, state in states.items() if state is not CudaState.GONE]
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in the report."""
@@ -478,15 +493,23 @@ def _report(memory_bytes: int, states: Mapping[int, CudaState], mapping: Mapping
     }
 
 
-def _restore_states(states: Mapping[int, CudaState]) -> Iterator[Finding]:
-    for pid, state in states.items():
-        yield Finding(
-            "gpu-process",
-            Severity.NOTE,
-            f"process {pid} was {state} when the restore failed",
-            {"pid": pid, "state": state.value},
-            action="has taken it off its GPUs again, and killed it",
-        )
+def _given_up(pid: int, state: CudaState) -> Finding:
+    """What became of a process whose restore has failed. `state` is what it is in before it is killed."""
+    is_off = state is CudaState.CHECKPOINTED
+    return Finding(
+        "gpu-process",
+        Severity.NOTE if is_off else Severity.CHANGE,
+        f"process {pid} {'holds no GPU any more' if is_off else f'may have held a GPU to its end ({state})'}",
+        {"pid": pid, "state": state.value},
+        action="has taken it off its GPUs again, and killed it" if is_off else "has killed it as it was",
+    )
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return identify(pid).alive()
+    except ProcessLookupError:
+        return False
 
 
 def _not_running(states: Mapping[int, CudaState]) -> list[int]:

@@ -670,8 +670,7 @@ class _Restore:
         if self.store is not None:
             self.store.give_up()  # nobody waits for it any more
         cause = self._explained()
-        if self.gpu is not None:
-            self.gpu.give_up()
+        given_up = self.gpu.give_up() if self.gpu is not None else []
         self._kill_members()
         if self.replay is not None:
             self.replay.abandon()
@@ -682,6 +681,7 @@ class _Restore:
         described = self._describe(error, cause)
         if isinstance(described, RestoreFailed) and hasattr(self, "manifest"):
             described.image = f"{self.manifest.name}@{self.manifest.id}"
+            described.findings = (*described.findings, *given_up)
         return described
 
     def _describe(self, error: BaseException, cause: Cause | None) -> BaseException:

@@ -435,7 +435,7 @@ class Vigil:
     def _cannot_save(self, leaving: _Leaving, error: CrcliError) -> VigilEnd | None:
         """A dump has failed: try again while there is time and hope."""
         leaving.error = error
-        if error.state is TreeState.STOPPED or not _may_pass(error):
+        if error.state in (TreeState.STOPPED, TreeState.DEAD) or not _may_pass(error):
             return self._left_behind(leaving)
         leaving.next_try = time.monotonic() + min(_PAUSE_S * 2 ** (leaving.tries - 1), _LONGEST_PAUSE_S)
         if leaving.limit - leaving.next_try < _SHORTEST_TRY_S:
@@ -525,7 +525,7 @@ class Vigil:
         return None
 
     def _dump_failed(self, under_way: _UnderWay, error: CrcliError) -> VigilEnd | None:
-        if self._has_ended or error.state is TreeState.DEAD:
+        if self._has_ended or (error.state is TreeState.DEAD and not self._root.alive()):
             return self._ended_in_a_dump(under_way, error)
         if under_way.purpose is not Purpose.LEAVE:
             self._image_failed(under_way, error)

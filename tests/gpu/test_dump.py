@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
+from crcli.errors import StoreError, TreeState
+from crcli.pipeline.gpu import DumpSide
+from crcli.pipeline.stages import DumpOptions, Outcome, Stopwatch
+from crcli.process.gather import gather
+from crcli.process.identity import identify
+from crcli.process.tree import scan_tree
 from tests.support.crcli import assert_goes_on, tree_of, wait_until
 from tests.support.gpu_simulator import MIB, GpuCrcli, SimulatedHost
 
@@ -143,12 +152,12 @@ def test_a_dry_run_looks_and_touches_nothing(sim: SimulatedHost, crcli: GpuCrcli
         assert_goes_on(program)
 
 
-def test_a_process_that_came_after_the_look_is_locked_too(sim: SimulatedHost, crcli: GpuCrcli) -> None:
-    """A child that begins to use CUDA while the others are locked belongs to the tree."""
+def late_child(sim: SimulatedHost) -> str:
+    """A process whose child begins to use CUDA once the file `go` is there, and prints `there`."""
     child = "import time; from cuda.bindings import driver; assert not int(driver.cuInit(0)[0]); " + (
         "print('there', flush=True); time.sleep(1000)"
     )
-    code = f"""
+    return f"""
 import subprocess, sys, time
 from cuda.bindings import driver
 assert not int(driver.cuInit(0)[0])
@@ -158,7 +167,11 @@ while not __import__("os").path.exists({str(sim.folder / "go")!r}):
 subprocess.Popen([sys.executable, "-c", {child!r}])
 time.sleep(1000)
 """
-    with sim.start_program("-c", code, program=sys.executable) as program:
+
+
+def test_a_process_that_came_after_the_look_is_locked_too(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """A child that begins to use CUDA while the others are locked belongs to the tree."""
+    with sim.start_program("-c", late_child(sim), program=sys.executable) as program:
         hang = sim.inject("lock", "hang", pid=program.pid)
         command = ("dump", str(program.pid), "--store", crcli.store, "--leave-running", "--json")
         with crcli.start(*command) as process:
@@ -171,6 +184,52 @@ time.sleep(1000)
         locked = {one.pid for one in sim.calls("lock")}
         assert len(locked) == 2
         assert {sim.state(pid) for pid in locked} == {"running"}
+
+
+def test_a_process_may_end_while_its_image_is_on_its_way(
+    sim: SimulatedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it runs again its end is its own, though the store fails, and nothing is left to be set right."""
+    for name, value in (sim.environment | {"CRCLI_STATE_DIR": str(sim.folder / "state")}).items():
+        monkeypatch.setenv(name, value)
+    with sim.start_tree() as (root, family):
+        evidence = gather(scan_tree(identify(root.pid)))
+        dump = SimpleNamespace(
+            watch=Stopwatch(Mock()),
+            report=SimpleNamespace(frozen_ms=0.0, image="x@1"),
+            interrupts=SimpleNamespace(past_return=lambda: None),
+            published=False,
+        )
+        options = DumpOptions(pid=root.pid, store="none", outcome=Outcome.RUNNING)
+        with DumpSide(evidence, options) as side:
+            side.look()
+            with pytest.raises(StoreError, match="no answer") as told, side.asleep(dump):  # type: ignore[arg-type]
+                assert len(list((sim.folder / "state" / "gpu").iterdir())) == 3
+                side.wake(dump)  # type: ignore[arg-type]
+                assert list((sim.folder / "state" / "gpu").iterdir()) == []
+                worker = next(one.pid for one in side.processes if one.pid != root.pid)
+                os.kill(worker, signal.SIGTERM)
+                wait_until(lambda: sim.state(worker) == "gone", "it does not end")
+                raise StoreError("no answer")
+        assert told.value.state is not TreeState.DEAD
+        assert_goes_on(family[0])
+
+
+def test_a_hand_that_cannot_be_had_is_a_failed_dump(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """Killed twice in a row while the tree is locked: exit 11, and a third hand has woken it."""
+    with sim.start_program("-c", late_child(sim), program=sys.executable) as program:
+        hang = sim.inject("lock", "hang", pid=program.pid)
+        command = ("dump", str(program.pid), "--store", crcli.store, "--leave-running", "--json")
+        with crcli.start(*command) as process:
+            sim.wait_for("lock", "hang")
+            (sim.folder / "go").touch()
+            program.wait_for("there")
+            sim.inject("tid", "die", times=2)
+            hang.release()
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 11, out + err
+        assert json.loads(out)["error"]["state"] == "running"
+        assert sim.state(program.pid) == "running"
 
 
 def test_a_host_without_cuda_python_is_told_so(

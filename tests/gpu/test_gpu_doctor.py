@@ -161,6 +161,34 @@ def test_what_cannot_be_woken_is_said(sim: SimulatedHost, crcli: GpuCrcli) -> No
         assert counted(program) == numbers
 
 
+def test_one_that_stands_still_is_not_forgotten(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """Stopped by SIGSTOP it tells nobody its state: that is said, and once it goes on it is woken."""
+    with sim.start_program() as program:
+        killed(crcli, program.pid, "lock", "checkpoint")
+        os.kill(program.pid, signal.SIGSTOP)
+        report = doctor(crcli, "--fix")
+        (woken,) = report["woken"]
+        assert woken["state"] == "silent" and "stand still" in woken["error"]
+        assert asleep(report, program.pid) == {"left": ["silent"], "others": []}
+        os.kill(program.pid, signal.SIGCONT)
+        (woken,) = doctor(crcli, "--fix")["woken"]
+        assert (woken["state"], woken["error"]) == ("running", "")
+        assert_goes_on(program)
+
+
+def test_one_whose_crcli_lives_is_left_to_it(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """Its hand alone was killed: crcli starts another, which is to find the process as it was."""
+    with sim.start_program() as program, sleeping(crcli, program.pid, "lock") as (process, hand):
+        os.kill(hand, signal.SIGKILL)
+        wait_until(lambda: not _lives(hand), "the hand does not die")
+        report = doctor(crcli, "--fix")
+        assert report["woken"] == [] and sim.state(program.pid) == "locked"
+        assert asleep(report, program.pid) == {"left": [], "others": ["locked"]}
+        process.kill()
+        process.wait()
+        assert [one["state"] for one in doctor(crcli, "--fix")["woken"]] == ["running"]
+
+
 def test_for_people(sim: SimulatedHost, crcli: GpuCrcli) -> None:
     """Checks of GPUs stand below their own heading, and what was woken is said in a sentence."""
     with sim.start_program() as program:

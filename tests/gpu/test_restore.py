@@ -14,7 +14,7 @@ from tests.support.gpu_simulator import MIB, GpuCrcli, SimulatedHost, gpu
 from tests.support.jobs import job
 from tests.support.programs import Program
 
-OUT_OF_MEMORY, UNKNOWN = 2, 999
+INVALID_VALUE, OUT_OF_MEMORY, UNKNOWN = 1, 2, 999
 
 
 def test_three_processes_on_two_gpus_move_to_two_others_by_a_map(sim: SimulatedHost, crcli: GpuCrcli) -> None:
@@ -113,6 +113,50 @@ def test_a_process_that_is_lost_on_the_way_is_a_failed_restore(sim: SimulatedHos
         image = crcli.dump(program.pid)["image"]
         sim.inject("restore", "fail", UNKNOWN)
         crcli.restore(image, code=21)
+        assert sim.in_use(0) == 0
+        crcli.restore(image)
+        assert_goes_on(program)
+
+
+def test_a_process_that_cuda_does_not_know_afterwards_is_a_failed_restore(
+    sim: SimulatedHost, crcli: GpuCrcli
+) -> None:
+    """It lives, and the driver refused nothing, but nobody could say that it runs on its GPU: exit 21."""
+    with sim.start_program("--megabytes", "2") as program:
+        image = crcli.dump(program.pid)["image"]
+        fault = sim.inject("tid", "error", INVALID_VALUE, pid=program.pid, skip=1, times=-1)
+        error = crcli.restore(image, code=21)["error"]
+        assert "does not run on its GPUs" in error["message"]
+        (told,) = (one for one in error["findings"] if one["name"] == "gpu-process")
+        assert (told["evidence"]["state"], told["severity"]) == ("checkpointed", "note")
+        assert sim.in_use(0) == 0
+        fault.release()
+        crcli.restore(image)
+        assert_counts(program)
+
+
+def test_what_could_not_be_taken_off_its_gpus_is_told(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """The findings say what came of it, not what was meant."""
+    with sim.start_program("--megabytes", "2") as program:
+        image = crcli.dump(program.pid)["image"]
+        faults = [sim.inject(call, "error", UNKNOWN, times=-1) for call in ("unlock", "checkpoint")]
+        error = crcli.restore(image, code=21)["error"]
+        (told,) = (one for one in error["findings"] if one["name"] == "gpu-process")
+        assert told["evidence"]["state"] == "locked"
+        assert "taken it off" not in told["action"]
+        for fault in faults:
+            fault.release()
+        crcli.restore(image)
+        assert_counts(program)
+
+
+def test_a_hand_that_cannot_be_had_is_a_failed_restore(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """Killed twice in a row once the tree is there: exit 21, as nothing of it is left."""
+    with sim.start_program("--megabytes", "2") as program:
+        image = crcli.dump(program.pid)["image"]
+        sim.inject("tid", "die", pid=program.pid, times=2)
+        error = crcli.restore(image, code=21)["error"]
+        assert error["state"] == "dead"
         assert sim.in_use(0) == 0
         crcli.restore(image)
         assert_goes_on(program)

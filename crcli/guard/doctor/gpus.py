@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _ASLEEP = (CudaState.LOCKED, CudaState.CHECKPOINTED)
+_OVER = (CudaState.RUNNING, CudaState.FAILED, CudaState.GONE)
+"""Where there is nothing to wake: it runs, or nothing leads out of it."""
+
 _DRIVER_LIBRARY = b"/libcuda.so"
 _GIB = 1 << 30
 
@@ -90,8 +93,9 @@ def _custom_storage(host: GpuHost) -> Check:
 def _asleep(hand: Hand) -> Iterator[Check]:
     """CUDA processes that somebody has locked or checkpointed: a dump under way, a killed one, or others."""
     left = set(neglected())
-    asleep = [one for one in hand.find(_who_may_use_cuda()) if one.state in _ASLEEP]
-    ours = [one for one in asleep if ProcessId(one.pid, one.start_time) in left]
+    found = hand.find(_who_may_use_cuda())
+    ours = [one for one in found if one.state not in _OVER and ProcessId(one.pid, one.start_time) in left]
+    asleep = [one for one in found if one.state in _ASLEEP or one in ours]
     evidence = {
         "left": [_json(one) for one in ours],
         "others": [_json(one) for one in asleep if one not in ours],
@@ -142,6 +146,9 @@ def _who_may_use_cuda() -> list[int]:
     return found
 
 
+_NOT_NOW = "its threads stand still, or the driver is at work on it: let it run, then try again"
+
+
 @dataclass(frozen=True)
 class Woken:
     """A process whose CUDA was left asleep, and what it is in now. `error` says why it could not be woken."""
@@ -174,16 +181,19 @@ def wake() -> list[Woken]:
             found = {ProcessId(one.pid, one.start_time): one for one in hand.find(one.pid for one in left)}
         except HostLacks as error:
             return [Woken(one.pid, CudaState.GONE, error.message) for one in left]
-        woken = [_wake(hand, found[one]) for one in left if one in found and found[one].state in _ASLEEP]
+        asleep = [found[one] for one in left if one in found and found[one].state not in _OVER]
+        woken = [_wake(hand, one) for one in asleep]
         if not any(one.error for one in woken):
             hand.settled()  # else it goes on to try without us
     for one in left:
-        if one not in found or found[one].state not in _ASLEEP:
+        if one not in found or found[one].state in _OVER:
             forget(one)
     return woken
 
 
 def _wake(hand: Hand, process: CudaProcess) -> Woken:
+    if process.state not in _ASLEEP:
+        return Woken(process.pid, process.state, _NOT_NOW)
     try:
         if process.state is CudaState.CHECKPOINTED:
             hand.restore([process.pid], {})

@@ -1,0 +1,38 @@
+"""What a vigil takes for the end of its tree, when a dump has failed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from unittest.mock import Mock
+
+from crcli.errors import DumpFailed, TreeState
+from crcli.notice.notices import Notices
+from crcli.pipeline.schedule import activity_of
+from crcli.pipeline.stages import DumpOptions
+from crcli.pipeline.vigil import Keeping, Purpose, Vigil, VigilEnd, Why, _UnderWay
+from crcli.process.identity import ProcessId, identify
+
+
+def failed_dump(root: ProcessId) -> tuple[VigilEnd | None, list[str]]:
+    """How the vigil over a tree ends of which one process was lost in a dump, and what it has told."""
+    told: list[str] = []
+    keeping = Keeping(DumpOptions(pid=root.pid, store="none"))
+    vigil = Vigil(keeping, root, Mock(spec=Notices), lambda event: told.append(event.name))
+    under_way = _UnderWay(Purpose.PERIODIC, 0.0, "", activity_of(identify(os.getpid())))
+    return vigil._dump_failed(under_way, DumpFailed("one is lost", state=TreeState.DEAD)), told
+
+
+def test_a_tree_whose_root_lives_has_not_ended() -> None:
+    """A worker was lost, or ended while its image was on its way: the tree is watched on."""
+    assert failed_dump(identify(os.getpid())) == (None, ["image-failed"])
+
+
+def test_a_tree_whose_root_is_gone_has_ended() -> None:
+    """There is nothing left to watch."""
+    with subprocess.Popen(["sleep", "60"]) as root:
+        its = identify(root.pid)
+        root.kill()
+    end, told = failed_dump(its)
+    assert end is not None
+    assert (end.why, told) == (Why.ENDED, [])
