@@ -54,6 +54,9 @@ _TOOLS = {
 }
 """Libraries that NVIDIA's tools put into a program, and what they are."""
 
+MIG_MINORS = "/proc/driver/nvidia-caps/mig-minors"
+"""What each device file of /dev/nvidia-caps is for, by its number: `config 1`, `gpu0/gi1/access 12`."""
+
 _MIB = 1 << 20
 
 
@@ -285,7 +288,7 @@ def mig(scene: Scene) -> Iterator[Finding]:
         one
         for one in scene.processes
         if any(gpu.mig for gpu in scene.gpus_of(one))
-        or any(place.path.startswith(_MIG_ACCESS) for place in scene.holders.get(one.pid, ()))
+        or any(_is_part(place.path) for place in scene.holders.get(one.pid, ()))
     ]
     if held := [scene.process(one) for one in divided]:
         yield blocker(
@@ -294,6 +297,22 @@ def mig(scene: Scene) -> Iterator[Finding]:
             process_list(held),
             "run the program on a GPU that is not divided",
         )
+
+
+def _is_part(path: str) -> bool:
+    """Whether a device gives access to a part of a divided GPU.
+
+    Two of its kind are on every host: who may divide GPUs, and watch them, opens those. NVML does, as root.
+    """
+    return path.startswith(_MIG_ACCESS) and path not in _mig_rights()
+
+
+def _mig_rights() -> set[str]:
+    try:
+        words = [line.split() for line in read_proc(MIG_MINORS).decode(errors="replace").splitlines()]
+    except OSError:
+        words = [["config", "1"], ["monitor", "2"]]  # as they have always been
+    return {f"{_MIG_ACCESS}nvidia-cap{one[1]}" for one in words if one[:1] in (["config"], ["monitor"])}
 
 
 def shared(scene: Scene) -> Iterator[Finding]:

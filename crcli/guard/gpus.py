@@ -58,7 +58,8 @@ def gpu_guard(
     """Return the findings about the GPUs of an image and of this host, and which takes the place of which.
 
     `recorded` are the image's facts under `gpu`; `asked` pairs of GPUs as the user gave them. The mapping is
-    by UUID, empty where each GPU is its own, or none can be told (then a finding says why).
+    by UUID, empty where each GPU is its own, or none can be told (then a finding says why). A driver that
+    takes no mapping is given none where all GPUs in use stay.
     """
     old = GpuHost.from_json(recorded.get("host", {}))
     used = memory_used(recorded)
@@ -74,8 +75,11 @@ def gpu_guard(
         for new in here.gpus
         if new.uuid == mapping.get(gpu.uuid, gpu.uuid)
     ]
+    needs_map = any(gpu.uuid != new.uuid for gpu, new in pairs)
+    if not needs_map and not _takes_maps(here):
+        mapping = {}
     found = [
-        *_older_driver(old, here, needs_map=bool(mapping)),
+        *_older_driver(old, here, needs_map),
         *_other_chip(pairs),
         *_divided(pairs),
         *_too_full(pairs, used),
@@ -147,6 +151,11 @@ def _branch(driver: str) -> int:
     return int(branch) if branch.isdecimal() else 0
 
 
+def _takes_maps(here: GpuHost) -> bool:
+    """Whether the driver can move memory to other GPUs, as far as it is known which one it is."""
+    return not 0 < _branch(here.driver) < _FIRST_WITH_MAPS
+
+
 def _older_driver(old: GpuHost, here: GpuHost, needs_map: bool = False) -> Iterator[Finding]:
     """A driver that is older than what wrote the GPU side of the image, or that cannot move it."""
     evidence = {
@@ -161,7 +170,7 @@ def _older_driver(old: GpuHost, here: GpuHost, needs_map: bool = False) -> Itera
             evidence,
             f"update the driver to {old.driver}, or restore on a host that has it",
         )
-    elif needs_map and 0 < _branch(here.driver) < _FIRST_WITH_MAPS:
+    elif needs_map and not _takes_maps(here):
         yield blocker(
             "gpu-driver",
             f"NVIDIA's driver {here.driver} cannot bring GPU memory back to another GPU than it was on",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from crcli.gpu import preflight
+from crcli.gpu.facts import CudaProcess, CudaState, GpuHost
 from crcli.gpu.managed import Piece, _told_apart, pieces, wiped_on_fork
 from crcli.gpu.preflight import candidates
 from crcli.process import memory_room
@@ -45,6 +48,30 @@ def test_a_plain_program_is_no_candidate() -> None:
     """Without the library and without a device of NVIDIA's nobody is asked about CUDA."""
     with spawn_python(then_wait()) as program:
         assert candidates(look(program.pid)) == []
+
+
+@pytest.mark.parametrize(
+    ("minors", "name", "is_part"),
+    [
+        ("config 1\nmonitor 2\ngpu0/gi1/access 12\n", "nvidia-cap2", False),
+        ("config 1\nmonitor 2\ngpu0/gi1/access 12\n", "nvidia-cap12", True),
+        ("gpu0/gi1/access 1\nconfig 7\n", "nvidia-cap1", True),
+        (None, "nvidia-cap1", False),
+        (None, "nvidia-cap3", True),
+    ],
+)
+def test_the_right_to_watch_gpus_is_no_part_of_one(
+    minors: str | None, name: str, is_part: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every host has two devices for who divides GPUs; NVML keeps one open. Others are parts (MIG)."""
+    if minors is not None:
+        (tmp_path / "minors").write_text(minors)
+    monkeypatch.setattr(preflight, "MIG_MINORS", str(tmp_path / "minors"))
+    with spawn_python(then_wait()) as program:
+        process = CudaProcess(program.pid, 0, program.pid, CudaState.RUNNING)
+        scene = preflight.Scene(look(program.pid), GpuHost("580.95.05", 13000, ()), [process])
+        vars(scene)["holders"] = {program.pid: [SimpleNamespace(path=f"/dev/nvidia-caps/{name}")]}
+        assert [one.name for one in preflight.mig(scene)] == (["gpu-mig"] if is_part else [])
 
 
 PYTORCH = b"""\

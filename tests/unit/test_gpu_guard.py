@@ -70,6 +70,19 @@ ONE = host(gpu(0))
 IMAGE = recorded(ONE, {0: 20})
 
 
+@pytest.mark.parametrize("driver", ["570.86.15", "580.95.05"])
+def test_a_gpu_that_was_not_in_use_may_be_another(driver: str) -> None:
+    """The GPU in use is here: a driver that moves nothing is asked for no move, another is told of all."""
+    old, here = host(gpu(0), gpu(1), driver=driver), host(gpu(0), gpu(2), driver=driver)
+    findings, mapping = gpu_guard(recorded(old, {0: 20}), here)
+    assert names(findings) == []
+    moves = {"GPU-0": "GPU-0", "GPU-1": "GPU-2"}
+    assert mapping == ({} if driver.startswith("570") else moves)
+    findings, mapping = gpu_guard(recorded(old, {0: 20, 1: 1}), here)
+    assert ("gpu-driver" in names(findings)) == driver.startswith("570")
+    assert mapping == moves
+
+
 def test_the_same_host_takes_its_own() -> None:
     """No finding, and no mapping: each GPU is its own."""
     assert gpu_guard(IMAGE, ONE) == ([], {})
