@@ -20,6 +20,9 @@ COMM = "crcli-gpu"
 LOCK_LIMIT_S = 10.0
 """How long a process may take to come to rest on its GPUs (seconds)."""
 
+LINK_BYTES_PER_S = 25e9
+"""What the link of one GPU to its host's memory carries at best: PCIe 4 with 16 lanes."""
+
 PATIENCE_S = 600.0
 """How long the hand tries to wake a process that the driver does not let it wake (seconds)."""
 

@@ -395,6 +395,8 @@ class _Dump:
     # A deadline that is out of reach is better said than tried: the tree would stand still for nothing.
 
     def _compare_with_deadline(self) -> None:
+        if self.gpu is not None:
+            self.gpu.see_time_left()
         left_s = seconds_left()
         if left_s is None or self.report.forecast is None:
             return

@@ -19,18 +19,28 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from crcli.errors import CrcliError, DumpFailed, HostLacks, PreflightRefused, RestoreFailed, TreeState
+from crcli.errors import (
+    CrcliError,
+    DumpFailed,
+    HostLacks,
+    PreflightRefused,
+    RestoreFailed,
+    TooLate,
+    TreeState,
+)
 from crcli.findings import Finding, Severity
 from crcli.gpu.care import alone, is_cared_for
 from crcli.gpu.facts import CudaState
 from crcli.gpu.hand import GpuFailed, Hand
 from crcli.gpu.mapping import in_force
 from crcli.gpu.preflight import Scene, gpu_findings, host_memory, left_open, survey
-from crcli.gpu.words import Purpose
+from crcli.gpu.words import LINK_BYTES_PER_S, LOCK_LIMIT_S, Purpose
+from crcli.pipeline.interrupts import seconds_left
 from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import Outcome
 from crcli.pipeline.watch import tree_state
@@ -137,6 +147,21 @@ class DumpSide:
                 action="makes no rounds: CRIU takes such a tree only while it is off its GPUs",
             )
 
+    def see_time_left(self) -> None:
+        """Raise TooLate if the deadline comes before the memory of the fullest GPU can have left it, at
+        best: a checkpoint that was begun cannot be taken back."""
+        sizes: Counter[str] = Counter()
+        for process in self.processes:
+            sizes.update(process.used)
+        least_s = max(sizes.values(), default=0) / LINK_BYTES_PER_S
+        left_s = seconds_left()
+        if left_s is not None and least_s > left_s:
+            raise TooLate(
+                f"GPU memory takes {least_s:.1f} s at least to reach the host's, and {left_s:.1f} s are left",
+                hint="take images while there is time",
+                state=TreeState.RUNNING,
+            )
+
     @contextmanager
     def asleep(self, dump: Sleeper) -> Iterator[None]:
         """Within the block the tree is off its GPUs, until `wake`. On the way out nothing of it is asleep:
@@ -183,9 +208,10 @@ class DumpSide:
             for _ in range(_MOST_LOOKS):
                 if not waiting:
                     break
-                states = self._hand.lock([process.pid for process in waiting])
+                states = self._hand.lock([process.pid for process in waiting], _lock_limit_s())
                 self._locked += [pid for pid, state in states.items() if state is not CudaState.GONE]
                 waiting = self._newcomers(self._locked)
+        self.see_time_left()
         before = {pid: _anonymous_bytes(pid) for pid in self._locked}
         with dump.watch.phase("gpu checkpoint"):
             self._hand.checkpoint(self._locked)
@@ -515,6 +541,12 @@ def _lives(pid: int) -> bool:
 def _not_running(states: Mapping[int, CudaState]) -> list[int]:
     """Those that live and do not run, in the order of the tree."""
     return [pid for pid, state in states.items() if state not in (CudaState.RUNNING, CudaState.GONE)]
+
+
+def _lock_limit_s() -> float:
+    """How long each process may take to come to rest: a third of the time until the deadline, at most."""
+    left_s = seconds_left()
+    return LOCK_LIMIT_S if left_s is None else min(LOCK_LIMIT_S, left_s / 3)
 
 
 def _pids_of(root: int) -> list[int]:

@@ -197,8 +197,8 @@ class Vigil:
         self._image = image
         self._taken = 0
         self._seen: Activity | None = None
-        self._uses_gpus = False
         """What the tree had done when its newest image was taken."""
+        self._uses_gpus = False
         self._leaving: _Leaving | None = None
         self._under_way: _UnderWay | None = None
         self._is_at_risk = False
@@ -471,6 +471,12 @@ class Vigil:
         self._dumper.leave()
         if is_over:
             error = DumpFailed("the dump was stopped at its deadline", state=TreeState.RUNNING)
+        elif self._is_off_its_gpus():
+            error = DumpFailed(
+                "the tree was still off its GPUs when the time was over",
+                hint="crcli goes on to wake it for ten minutes; afterwards `crcli doctor --fix` does",
+                state=TreeState.STOPPED,
+            )
         else:
             error = DumpFailed(
                 "the store had not confirmed the image when the time was over",
@@ -487,7 +493,25 @@ class Vigil:
             stat = read_stat(self._root.pid)
         except ProcessLookupError:
             return False
-        return stat.start_time == self._root.start_time and not stat.is_zombie and stat.state not in "tT"
+        if stat.start_time != self._root.start_time or stat.is_zombie or stat.state in "tT":
+            return False
+        return not self._is_off_its_gpus()
+
+    def _is_off_its_gpus(self) -> bool:
+        """Whether somebody still has to wake a process of the tree on its GPUs, which may look awake."""
+        from crcli.gpu.care import is_cared_for
+        from crcli.process.identity import identify
+        from crcli.process.tree import child_pids
+
+        pids = [self._root.pid]
+        for pid in pids:
+            pids += child_pids(pid)
+            try:
+                if is_cared_for(identify(pid)):
+                    return True
+            except ProcessLookupError:
+                continue
+        return False
 
     def _timing(self, leaving: _Leaving) -> dict[str, float | None]:
         deadline = leaving.notice.deadline

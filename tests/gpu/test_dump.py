@@ -13,7 +13,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from crcli.errors import StoreError, TreeState
+from crcli.errors import StoreError, TooLate, TreeState
+from crcli.pipeline.dump import dump
 from crcli.pipeline.gpu import DumpSide
 from crcli.pipeline.stages import DumpOptions, Outcome, Stopwatch
 from crcli.process.gather import gather
@@ -283,6 +284,28 @@ def test_a_lock_that_takes_too_long_leaves_the_tree_running(sim: SimulatedHost, 
         assert not sim.calls("checkpoint")
         for one in family:
             assert_goes_on(one)
+
+
+def test_no_lock_takes_all_the_time_until_the_deadline(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+    """One that does not come to rest is known while there is time: that, not the deadline, ends it."""
+    with sim.start_program("--spin", "30000") as program:
+        error = crcli.dump(program.pid, "--deadline", "9", code=11)["error"]
+        assert error["state"] == "running"
+        assert "did not come to rest" in error["message"]
+
+
+def test_no_checkpoint_is_begun_that_the_deadline_does_not_leave_time_for(
+    sim: SimulatedHost, crcli: GpuCrcli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could not be taken back: too late is said before anything is locked."""
+    for name, value in sim.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("crcli.pipeline.gpu.LINK_BYTES_PER_S", MIB / 60)
+    with sim.start_program("--megabytes", "2") as program:
+        with pytest.raises(TooLate, match="at least"):
+            dump(DumpOptions(pid=program.pid, store=crcli.store, deadline_s=60.0))
+        assert not sim.calls("lock")
+        assert_goes_on(program)
 
 
 def test_a_checkpoint_that_fails_is_undone_for_all(sim: SimulatedHost, crcli: GpuCrcli) -> None:

@@ -14,6 +14,9 @@ import pytest
 
 from crcli.gpu import care
 from crcli.gpu.care import Care, neglected
+from crcli.notice.notices import Notices
+from crcli.pipeline.stages import DumpOptions
+from crcli.pipeline.vigil import Keeping, Vigil
 from crcli.process.identity import ProcessId, identify
 
 _HAND = """
@@ -152,3 +155,21 @@ def test_without_a_place_nothing_is_noted(notes: Path) -> None:
     hand.take(identify(os.getpid()))
     hand.let_go(ProcessId(1, 1))
     assert neglected() == []
+
+
+def test_a_tree_in_care_is_not_told_as_running(notes: Path) -> None:
+    """It looks awake when a dump is stopped at its deadline, while it waits for its GPUs."""
+    script = ["sh", "-c", "sleep 1000 & echo $!; wait"]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as root:
+        assert root.stdout is not None
+        child = identify(int(root.stdout.readline()))
+        vigil = Vigil(Keeping(DumpOptions(root.pid, "")), identify(root.pid), Notices(), print)
+        hand = Care()
+        try:
+            assert vigil._is_undone()
+            hand.take(child)
+            assert not vigil._is_undone()
+            hand.let_go(child)
+            assert vigil._is_undone()
+        finally:
+            os.kill(child.pid, signal.SIGKILL)
