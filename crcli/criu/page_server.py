@@ -20,7 +20,7 @@ from crcli.memory.extents import PAGE, SpaceKey, SpaceKind
 from crcli.memory.intake import receive_exactly
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from crcli.memory.intake import Intake
 
@@ -51,13 +51,15 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def receive_pages(channel: socket.socket, intake: Intake) -> None:
+def receive_pages(channel: socket.socket, intake: Intake, moved: Callable[[], None] = lambda: None) -> None:
     """Take in all that CRIU sends until it ends the session; return when its last page is here.
 
-    The intake gives the memory to receive into, and by giving none holds CRIU back. Raises
-    PageProtocolError on anything unexpected, ConnectionError when CRIU ends in the middle.
+    The intake gives the memory to receive into, and by giving none holds CRIU back. `moved` is called
+    whenever something has come, and when it was taken in. Raises PageProtocolError on anything unexpected,
+    ConnectionError when CRIU ends in the middle.
     """
     for command, pages, address, owner in _headers(channel):
+        moved()
         operation, flags = command & 0xFFFF, command >> 16
         if operation == _ADD_F:
             space = _space(owner)
@@ -78,6 +80,7 @@ def receive_pages(channel: socket.socket, intake: Intake) -> None:
             return
         else:
             raise PageProtocolError(f"unknown page-server command {command:#x}")
+        moved()
     raise ConnectionError("CRIU closed the page connection before it said that all pages were sent")
 
 

@@ -56,6 +56,32 @@ class CriuAnswer:
     pid: int
 
 
+@dataclass
+class _Patience:
+    """How long CRIU is waited for, in all: see `CriuProcess.request`."""
+
+    limit_s: float | None
+    idle_since: Callable[[], float]
+    spent_s: float = 0.0
+
+    def wait_for(self, channel: socket.socket) -> bool:
+        """Whether something comes in time."""
+        began = time.monotonic()
+        while True:
+            left_s = None if self.limit_s is None else max(0.0, self.limit_s - self._spent_s(began))
+            ready, _, _ = select.select([channel], [], [], left_s)
+            if ready:
+                self.spent_s = self._spent_s(began)
+                return True
+            if left_s == 0.0:
+                return False
+
+    def _spent_s(self, began: float) -> float:
+        """What CRIU has taken by now, with a wait that began then."""
+        now, since = time.monotonic(), self.idle_since()
+        return max(0.0, now - since) if since > began else self.spent_s + now - began
+
+
 class CriuProcess:
     """A `criu swrk` process in its own process group; a context manager that never leaves one behind."""
 
@@ -92,23 +118,26 @@ class CriuProcess:
         return cls(ours, process, enter)
 
     def request(
-        self, kind: int, options: Any, on_notify: Callable[[str, int], bool], limit_s: float | None = None
+        self,
+        kind: int,
+        options: Any,
+        on_notify: Callable[[str, int], bool],
+        limit_s: float | None = None,
+        idle_since: Callable[[], float] = lambda: 0.0,
     ) -> CriuAnswer:
         """Send one request and return CRIU's answer.
 
         `on_notify(script, pid)` is called for each notification; returning False (or raising, which is
         passed on once CRIU has been told) makes CRIU abandon what it does. Time spent in `on_notify` does
-        not count against `limit_s`, which bounds CRIU's own work in seconds.
+        not count against `limit_s`, which bounds CRIU's own work in seconds. It begins anew at `idle_since()`
+        (by the monotonic clock): when CRIU last did something by which it is seen to go on.
         """
         message = rpc.criu_req(type=kind, opts=options)
         self.channel.send(message.SerializeToString())
-        remaining = limit_s
+        patience = _Patience(limit_s, idle_since)
         failure: BaseException | None = None
         while True:
-            before = time.monotonic()
-            answer = self._receive(remaining)
-            if remaining is not None:
-                remaining = max(0.05, remaining - (time.monotonic() - before))
+            answer = self._receive(patience)
             if answer.type != rpc.NOTIFY:
                 break
             go_on = False
@@ -127,9 +156,8 @@ class CriuProcess:
         pid = answer.restore.pid if answer.HasField("restore") else -1
         return CriuAnswer(answer.success, answer.cr_errno, answer.cr_errmsg.strip(), pid)
 
-    def _receive(self, limit_s: float | None) -> Any:
-        ready, _, _ = select.select([self.channel], [], [], limit_s)
-        if not ready:
+    def _receive(self, patience: _Patience) -> Any:
+        if not patience.wait_for(self.channel):
             self.kill()
             raise CriuTimeout
         try:

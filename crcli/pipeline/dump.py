@@ -94,7 +94,11 @@ _RECORD_BYTES = 40
 """What a chunk or an extent takes in a manifest, about."""
 
 CRIU_LIMIT_S = 600.0
-"""How long CRIU itself may work on a dump (seconds), the time that it waits for us left out."""
+"""How long CRIU itself may work on a dump without sending a page (seconds), the time that it waits for us
+left out."""
+
+_DEATH_S, _DEATH_S_PER_BYTE = 3.0, 0.25 / (1 << 30)
+"""How long a killed tree is waited for (seconds): the kernel gives its memory back first."""
 
 _HOPELESS = 3.0
 """A forecast from measured rates that exceeds the time that is left by this factor is believed."""
@@ -555,7 +559,11 @@ class _Dump:
             theirs.close()
             try:
                 answer = criu.request(
-                    rpc.DUMP, options, lambda script, _: self._on_notify(script, receiver), CRIU_LIMIT_S
+                    rpc.DUMP,
+                    options,
+                    lambda script, _: self._on_notify(script, receiver),
+                    CRIU_LIMIT_S,
+                    receiver.idle_since,
                 )
             except BaseException:
                 self.intake.give_up()
@@ -755,7 +763,8 @@ class _Dump:
         which the kernel answers for sockets that are not back yet, and resets them. A restore, `rm` and
         `doctor` remove the lock.
         """
-        wait_until_dead(self.tree.identities)
+        most_s = _DEATH_S + _DEATH_S_PER_BYTE * self.report.memory_bytes
+        wait_until_dead(self.tree.identities, most_s)
         if self.network is not None:
             netlock.remove_in(self.network, self.run_id)
         if not self.keeps_lock:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import termios
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from crcli.criu.page_server import receive_pages
@@ -20,14 +23,26 @@ class Receiver(threading.Thread):
         self._channel = channel
         self._intake = intake
         self._failure: BaseException | None = None
+        self._moved_at = time.monotonic()
 
     def run(self) -> None:
         """What the thread does."""
         try:
-            receive_pages(self._channel, self._intake)
+            receive_pages(self._channel, self._intake, self._moved)
         except BaseException as error:
             self._failure = error
             self.hang_up()
+
+    def _moved(self) -> None:
+        self._moved_at = time.monotonic()
+
+    def idle_since(self) -> float:
+        """Since when CRIU has sent nothing (monotonic clock): since now, while it is we who take nothing."""
+        try:
+            waiting = fcntl.ioctl(self._channel, termios.FIONREAD, bytes(4))
+        except OSError:
+            return self._moved_at
+        return time.monotonic() if any(waiting) and self.is_alive() else self._moved_at
 
     def hang_up(self) -> None:
         """Take no more: CRIU fails at its next page, and lets the tree go."""
