@@ -43,17 +43,14 @@ def _gpus() -> Iterator[Check]:
     if not devices and not driver:
         yield passed("gpu", "no NVIDIA GPU here", **evidence)
         return
-    with Hand(Purpose.DUMP) as hand:
-        try:
+    try:
+        with Hand(Purpose.DUMP) as hand:
             host = hand.host()
-        except HostLacks as error:
-            says = f"{len(devices)} NVIDIA devices, and GPU memory cannot be saved: {error.message}"
-            yield note("gpu", says, error.hint or "see `nvidia-smi`", **evidence)
-            return
-        yield _usable(host, evidence)
-        yield from _persistence(host)
-        yield _custom_storage(host)
-        yield from _asleep(hand)
+            checks = [_usable(host, evidence), *_persistence(host), _custom_storage(host), *_asleep(hand)]
+    except HostLacks as error:
+        says = f"{len(devices)} NVIDIA devices, and GPU memory cannot be saved: {error.message}"
+        checks = [note("gpu", says, error.hint or "see `nvidia-smi`", **evidence)]
+    yield from checks
 
 
 def _usable(host: GpuHost, evidence: dict[str, Any]) -> Check:
