@@ -304,13 +304,13 @@ class _Dump:
         self._find(self.gpu.look())
         if not self.gpu.processes:
             self.gpu = None
+            self._reserve()
             return 0
         return self.gpu.memory_bytes
 
     def _off_its_gpus(self) -> AbstractContextManager[None]:
         if self.gpu is None:
             return nullcontext()
-        self.overflow.settle(wait=self.options.deadline_s is None)
         self.shared.take_turn()
         return self.gpu.asleep(self)
 
@@ -319,6 +319,14 @@ class _Dump:
             self.gpu.wake(self)
 
     # Everything that takes time and does not need the tree frozen comes first.
+
+    def _reserve(self) -> None:
+        """Begin to get memory for the tree's pages, of a tree without GPUs: theirs needs all the room.
+
+        After rounds little is left for the freeze.
+        """
+        if not self.options.pre_copy:
+            self.overflow.reserve(self.target.evidence.expected_bytes)
 
     def _prepare(self, held: ExitStack) -> None:
         with self.watch.phase("prepare"):
@@ -335,9 +343,8 @@ class _Dump:
                 held.callback(os.close, self.network)
             overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
             held.callback(overflow.close)
-            # With rounds little is left for the freeze; and GPUs' memory needs all the room that there is.
-            if not self.options.pre_copy and not self.target.evidence.may_use_gpus:
-                overflow.reserve(self.target.evidence.expected_bytes)
+            if self.gpu is None:
+                self._reserve()
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
             self._find(self.weights.findings())
@@ -577,7 +584,8 @@ class _Dump:
 
     def _on_notify(self, script: str, receiver: Receiver) -> bool:
         if script == "pre-dump":
-            self.overflow.settle(wait=self.options.deadline_s is None)
+            with self.watch.phase("reserve"):
+                self.overflow.settle(wait=self.options.deadline_s is None)
             self.overflow.measure_again()  # others take memory too; that of GPUs lies in the host's by now
             with self.watch.phase("turn"):
                 self.shared.take_turn()

@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,16 @@ def test_ranks_of_nccl_are_refused_unless_they_share_nothing(shared_memory: Call
         assert "NCCL_P2P_DISABLE=1" in refused["gpu-nccl"].remedy
     with mapping(path) as alone:
         assert blockers(found(look(alone.pid), [cuda(alone.pid)])) == []
+
+
+def test_of_unknown_gpu_memory_the_worst_is_taken() -> None:
+    """Where NVML names no process, all that is in use on the GPUs has to fit into the host's memory."""
+    with spawn_python(then_wait()) as program:
+        evidence = look(program.pid)
+        for in_use, stops in ((1 << 50, ["gpu-host-memory"]), (0, [])):
+            one = replace(H100, memory_bytes=in_use + (80 << 30), free_bytes=80 << 30)
+            host = replace(HOST, gpus=(one,))
+            assert blockers(found(evidence, [cuda(program.pid, used=0)], host)) == stops
 
 
 @pytest.mark.parametrize(

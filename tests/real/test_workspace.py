@@ -84,3 +84,15 @@ def test_no_more_is_reserved_than_may_be_held(workspace: Workspace) -> None:
     overflow.settle(wait=True)
     assert overflow.reserved == 4 << 20
     overflow.close()
+
+
+def test_what_others_take_meanwhile_is_theirs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the freeze no more may be filled than what was got, and half of what is free then."""
+    overflow = Overflow(workspace)
+    overflow.reserve(4 << 20)
+    _await(lambda: overflow.reserved >= 4 << 20)
+    overflow.settle(wait=True)
+    monkeypatch.setattr("crcli.memory.overflow.spare_memory", lambda: 2 << 20)
+    overflow.measure_again()
+    assert overflow.limit == 5 << 20
+    overflow.close()

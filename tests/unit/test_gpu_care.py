@@ -173,3 +173,27 @@ def test_a_tree_in_care_is_not_told_as_running(notes: Path) -> None:
             assert vigil._is_undone()
         finally:
             os.kill(child.pid, signal.SIGKILL)
+
+
+def test_one_tree_is_put_to_sleep_at_a_time() -> None:
+    """Who comes second begins when the first has ended its part, and so finds the memory that is left."""
+    order = []
+
+    def second() -> None:
+        with care.alone():
+            order.append("second")
+
+    with care.alone():
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_who_hangs_holds_up_nobody_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while the next one goes ahead."""
+    monkeypatch.setattr(care, "_ALONE_S", 0.05)
+    with care.alone(), care.alone():
+        pass

@@ -136,6 +136,22 @@ def test_room_is_that_of_the_tightest_cgroup(tmp_path: Path, monkeypatch: pytest
     assert Room(str(job), 0).label == "the cgroup /job"
 
 
+def test_what_is_spare_is_what_the_tightest_of_our_cgroups_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on the cgroup above ours counts as well as the host's own memory."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    path = next((line.split(":", 2)[2] for line in lines if line.startswith("0::")), None)
+    if path is None:
+        pytest.skip("no cgroup of version 2 here")
+    monkeypatch.setattr(memory_room, "CGROUPS", str(tmp_path))
+    assert memory_room.spare_memory() == pytest.approx(memory_room.available(), rel=0.1)
+    (tmp_path / "memory.max").write_text(f"{3 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{1 << 20}\n")
+    (tmp_path / path.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    assert memory_room.spare_memory() == 2 << 20
+
+
 def test_room_on_the_host_is_what_can_be_had_without_swapping() -> None:
     """More than that is refused in the host's name."""
     found = too_tight({"0::/\n": 1 << 60})
