@@ -1,10 +1,11 @@
 """The pager: the process that fills a restored tree's memory in while the tree runs already.
 
-It is forked by a lazy restore before anything else, opens the store for itself, and outlives the command. A
-smaller process beside it, the keeper, holds the same userfaultfd descriptors: were the last of those closed
-too early, the kernel would give zeros for what has not come. So whoever of the two is killed, no process
-ever sees a page that is not its own: without a keeper the pager goes on, without a pager the keeper ends the
-tree, whose image is still there.
+It is forked by a lazy restore before anything else (clients of a store may run threads, which a fork loses),
+is told later what is missing, opens the store for itself, and outlives the command. A smaller process beside
+it, the keeper, holds the same userfaultfd descriptors: were the last of those closed too early, the kernel
+would give zeros for what has not come. So whoever of the two is killed, no process ever sees a page that is
+not its own: without a keeper the pager goes on, without a pager the keeper ends the tree, whose image is
+still there.
 
 A store that fails is asked again until it answers. Meanwhile who touches a missing page waits, and all
 others run on.
@@ -14,20 +15,26 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 import select
 import signal
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
 from crcli.criu.lazy_socket import listen_in, receive_memories
 from crcli.errors import CrcliError, HostLacks, ImageDamaged, NotFound, StoreError, StoreUnreachable
+from crcli.image.cached import open_cached
+from crcli.image.packs import SOON_BYTES, ChunkReader
+from crcli.image.weights import MemoryReader
 from crcli.logs import keep_log
-from crcli.memory.extents import SpaceKey, SpaceKind
-from crcli.memory.lazy import LazyFill
+from crcli.memory.extents import Source, SpaceKey, SpaceKind
+from crcli.memory.lazy import LazyFill, first_wanted
+from crcli.memory.replay import targets
 from crcli.memory.userfault import Userfault, is_available
 from crcli.process.identity import ProcessId, identify
 from crcli.process.tree import child_pids
@@ -35,17 +42,17 @@ from crcli.process.tree import child_pids
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
+    from crcli.image.manifest import Manifest
     from crcli.memory.extents import Extent, Origin
     from crcli.store.base import Buffer
 
     Read = Callable[[Sequence[Origin]], Iterable[tuple[Origin, Buffer]]]
     Plan = Sequence[Sequence[Origin]]
-    Source = tuple[Plan, Read, Callable[[], None]]
 
 COMM = "crcli-pager"
 """What the pager is called in ps, and found by."""
 
-_HOLD, _WHOLE = b"hold", b"whole"
+_MISSING, _HOLD, _WHOLE = b"missing", b"hold", b"whole"
 _MESSAGE_LIMIT = 1 << 20
 _END_LIMIT_S = 10.0
 _PATIENCE_S = (0.5, 30.0)
@@ -69,20 +76,44 @@ _PATHS = (
 """Variables whose values may be relative to the folder that the pager leaves."""
 
 
+@dataclass(frozen=True)
+class Missing:
+    """What will be missing from a tree (`spaces`), and the image that has it. Paths are absolute."""
+
+    spaces: Mapping[SpaceKey, list[Extent]]
+    manifest: Manifest
+    store: str
+    endpoint_url: str | None
+    weights_map: Sequence[tuple[str, str]]
+    weights_folders: Sequence[str]
+    threads: int
+
+    def open(self) -> tuple[Plan, Read, Callable[[], None]]:
+        """In which order its sources are to be fetched, how, and what is to be called at the end.
+
+        First what a process touches before anything else, then what changed since the image before.
+        """
+        store = open_cached(self.store, endpoint_url=self.endpoint_url)
+        chunks = ChunkReader(store, self.manifest.packs, self.manifest.chunks)
+        memory = MemoryReader(store, self.manifest, chunks, self.weights_map, self.weights_folders)
+        wanted = targets(self.spaces)
+        memory.make_sure(wanted)
+        first = first_wanted(self.spaces)
+        plan = memory.plan(wanted.keys() - first, SOON_BYTES)
+        own = set(self.manifest.meta.get("own_packs", ()))
+        plan.sort(key=lambda group: not self._is_in(own, group[0]))
+        return memory.plan(first, SOON_BYTES) + plan, memory.read, store.close
+
+    def _is_in(self, packs: set[int], origin: Origin) -> bool:
+        """Whether a source of memory is kept in one of these packs."""
+        return origin.source == Source.CHUNK and self.manifest.chunks[origin.number].pack in packs
+
+
 class Pager:
     """The pager as the restore sees it. Unless it is told to `go` it ends with us, and has done nothing."""
 
-    def __init__(
-        self,
-        spaces: Mapping[SpaceKey, list[Extent]],
-        open_source: Callable[[], Source],
-        threads: int,
-    ) -> None:
-        """Fork it; call before any thread is started.
-
-        `spaces` is what will be missing; `open_source`, which runs in the pager, tells in which order its
-        sources are to be fetched, how, and what is to be called at the end. Raises HostLacks.
-        """
+    def __init__(self) -> None:
+        """Fork it; call before any thread is started, one of a store's client included. Raises HostLacks."""
         if not is_available():
             raise HostLacks(
                 "this host does not let crcli fill memory in behind a running tree (userfaultfd)",
@@ -93,8 +124,19 @@ class Pager:
         self.pid = kernel.quiet_fork()
         if self.pid == 0:
             self._control.close()
-            _live(self._listener, theirs, spaces, open_source, threads)
+            _live(self._listener, theirs)
         theirs.close()
+
+    def prepare(self, missing: Missing) -> None:
+        """Tell it what it will have to fill in, and have it open the store."""
+        fd = os.memfd_create("crcli-missing")
+        with open(fd, "wb") as file:
+            pickle.dump(missing, file, pickle.HIGHEST_PROTOCOL)
+            file.flush()
+            try:
+                socket.send_fds(self._control, [_MISSING], [fd])
+            except ConnectionError:
+                pass  # it was killed, as `go` will say
 
     def listen_in(self, folder_fd: int, processes: int) -> None:
         """Have a CRIU that will restore so many processes, and works in this folder, find it."""
@@ -159,27 +201,33 @@ class Pager:
 # --- the pager itself --------------------------------------------------------------------------------------
 
 
-def _live(
-    listener: socket.socket,
-    control: socket.socket,
-    spaces: Mapping[SpaceKey, list[Extent]],
-    open_source: Callable[[], Source],
-    threads: int,
-) -> None:
+def _live(listener: socket.socket, control: socket.socket) -> None:
     """The pager's whole life. Never returns."""
     try:
         _settle_in({listener.fileno(), control.fileno()})
         keeper = _Keeper()
-        plan, read, close = open_source()
-        fill = LazyFill(spaces, *_steadily(plan, read), threads, keeper.hold)
-        if channel := _begin(fill, listener, control, keeper):
-            _see_through(fill, channel)
-        keeper.end()  # nothing is missing, or nobody is left who misses it
-        close()
+        if missing := _told(control):
+            plan, read, close = missing.open()
+            fill = LazyFill(missing.spaces, *_steadily(plan, read), missing.threads, keeper.hold)
+            if channel := _begin(fill, listener, control, keeper):
+                _see_through(fill, channel)
+            keeper.end()  # nothing is missing, or nobody is left who misses it
+            close()
     except BaseException as error:
         _say(control, error)
     finally:
         os._exit(0)
+
+
+def _told(control: socket.socket) -> Missing | None:
+    """What is to be filled in; None when the restore gives up before it knows."""
+    _, fds, _, _ = socket.recv_fds(control, _MESSAGE_LIMIT, 1)
+    if not fds:
+        return None
+    with open(fds[0], "rb") as file:
+        file.seek(0)
+        missing: Missing = pickle.load(file)
+        return missing
 
 
 def _see_through(fill: LazyFill, channel: socket.socket) -> None:

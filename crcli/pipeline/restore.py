@@ -40,7 +40,7 @@ from crcli.guard.needs import Asked, cpu_promise, needs_of
 from crcli.image.cached import load_near, open_cached
 from crcli.image.manifest import Manifest
 from crcli.image.names import parse_image
-from crcli.image.packs import SOON_BYTES, ChunkReader
+from crcli.image.packs import ChunkReader
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey
 from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets, write_all
@@ -253,6 +253,10 @@ class _Restore:
 
     def run(self) -> Restored:
         """Resolve, check, lay out, restore, fill, look, report."""
+        if self.options.lazy:
+            from crcli.pipeline.pager import Pager
+
+            self.pager = Pager()  # forked while we have nothing yet that it must not keep open
         with self.watch.phase("manifest"):
             self._load()
         with self.watch.phase("guard"):
@@ -323,8 +327,8 @@ class _Restore:
 
     def _lay_out(self) -> None:
         self.divided = self._split()
-        if self.options.lazy:
-            self._begin_pager()
+        if self.pager is not None:
+            self._prepare_pager(self.pager)
         self.namespace = self._namespace()
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
         links = [
@@ -352,27 +356,21 @@ class _Restore:
         if self.pager is None:
             self._begin_replay(self.divided)
 
-    def _begin_pager(self) -> None:
-        """In a process of its own, forked while we have nothing yet that it must not keep open."""
-        from crcli.memory.lazy import first_wanted
-        from crcli.pipeline.pager import Pager
+    def _prepare_pager(self, pager: Pager) -> None:
+        from crcli.pipeline.pager import Missing
 
-        options, manifest = self.options, self.manifest
-        mapped = [(old, os.path.abspath(new)) for old, new in options.weights_map]
-        folders = [os.path.abspath(folder) for folder in options.weights_folders]
-
-        def open_source() -> tuple[Any, Any, Any]:
-            store = open_cached(options.store, endpoint_url=options.endpoint_url)
-            chunks = ChunkReader(store, manifest.packs, manifest.chunks)
-            memory = MemoryReader(store, manifest, chunks, mapped, folders)
-            memory.make_sure(targets(self.divided.late))
-            first = first_wanted(self.divided.late)
-            plan = memory.plan(targets(self.divided.late).keys() - first, SOON_BYTES)
-            own = set(manifest.meta.get("own_packs", ()))
-            plan.sort(key=lambda group: not _is_in(own, group[0], manifest))
-            return memory.plan(first, SOON_BYTES) + plan, memory.read, store.close
-
-        self.pager = Pager(self.divided.late, open_source, self._threads(targets(self.divided.late)))
+        late = self.divided.late
+        pager.prepare(
+            Missing(
+                late,
+                self.manifest,
+                self.options.store,
+                self.options.endpoint_url,
+                [(old, os.path.abspath(new)) for old, new in self.options.weights_map],
+                [os.path.abspath(folder) for folder in self.options.weights_folders],
+                self._threads(targets(late)),
+            )
+        )
 
     def _move_in(self) -> None:
         """From here on whatever is started or changed is cleared away by the warden, should we die."""
@@ -738,11 +736,6 @@ def asked_of(options: RestoreOptions) -> Asked:
         options.forced,
         options.gpu_map,
     )
-
-
-def _is_in(packs: set[int], origin: Origin, manifest: Manifest) -> bool:
-    """Whether a source of memory is kept in one of these packs."""
-    return origin.source == Source.CHUNK and manifest.chunks[origin.number].pack in packs
 
 
 def _ended(process: ProcessId) -> Finding:

@@ -52,9 +52,14 @@ class Bucket:
         self._retrier.max_attempts = connection.max_attempts
         return connection
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the client has been made."""
+        return "_connection" in self.__dict__
+
     def take_client_of(self, other: Bucket) -> None:
         """Use the client of the same bucket, closed by now, if it had one."""
-        if "_connection" in other.__dict__:
+        if other.is_connected:
             self.__dict__["_connection"] = other._connection
             self._retrier.max_attempts = other._connection.max_attempts
             self._has_answered = other._has_answered
@@ -126,5 +131,5 @@ class Bucket:
 
     def close(self) -> None:
         """Close the connections."""
-        if "_connection" in self.__dict__:
+        if self.is_connected:
             self._connection.client.close()

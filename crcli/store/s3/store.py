@@ -10,6 +10,7 @@ from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key
 from crcli.store.s3.body import Body
 from crcli.store.s3.bucket import Bucket
 from crcli.store.s3.creating import put_whole
+from crcli.store.s3.quick import QuickReads
 from crcli.store.s3.survey import Survey, survey
 from crcli.store.s3.uploads import PART_SIZE, S3Writer, UploadThreads
 
@@ -32,6 +33,7 @@ class S3Store:
         self._bucket = Bucket(bucket, prefix + "/" if prefix else "", settings)
         if like is not None:
             self._bucket.take_client_of(like._bucket)
+        self._quick = QuickReads(bucket, self._bucket.prefix, settings)
         self._threads = UploadThreads()
 
     @property
@@ -69,13 +71,17 @@ class S3Store:
 
     def get(self, key: str) -> bytes:
         """Read the object in one request."""
-        return self._read(key, {})
+        quick = None if self._bucket.is_connected else self._quick.get(key)
+        return self._read(key, {}) if quick is None else quick
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
         """Ask for exactly these bytes."""
         if length == 0:
             self.stat(key)
             return b""
+        quick = None if self._bucket.is_connected else self._quick.get_range(key, offset, length)
+        if quick is not None:
+            return quick
         data = self._read(key, {"Range": f"bytes={offset}-{offset + length - 1}"})
         if len(data) != length:
             raise StoreError(
@@ -93,11 +99,18 @@ class S3Store:
 
     def stat(self, key: str) -> ObjectInfo:
         """Ask for the object's headers."""
+        quick = None if self._bucket.is_connected else self._quick.stat(key)
+        if quick is not None:
+            return quick
         head = self._bucket.request("head_object", self._bucket.of(key), key)
         return ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp())
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """List page by page, as far as the caller reads."""
+        quick = None if self._bucket.is_connected else self._quick.list(check_prefix(prefix))
+        return iter(quick) if quick is not None else self._list(prefix)
+
+    def _list(self, prefix: str) -> Iterator[ObjectInfo]:
         pages = self._bucket.pages(
             "list_objects_v2",
             self._below(check_prefix(prefix)),
@@ -143,6 +156,7 @@ class S3Store:
     def close(self) -> None:
         """Let uploads end (aborts included), and close the connections."""
         self._bucket.give_up()
+        self._quick.close()
         self._threads.close()
         self._bucket.close()
 

@@ -1,0 +1,155 @@
+"""Reads that need not wait for botocore.
+
+botocore works for 150 ms before it sends its first request: a third of the time in which a small tree is
+back. obstore, a client in Rust, needs 10. It knows few of the AWS tools' settings, tells a store's answer as
+text only, and lets no signal through while it waits. So it reads only where the settings are plain, waits for
+a few seconds at most, and whatever it cannot do is asked again through botocore, which explains it, and from
+then on does all.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+from crcli.errors import NotFound
+from crcli.store.base import ObjectInfo, check_key, is_key
+from crcli.store.s3.plain import plain_access
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from obstore import ObjectMeta
+    from obstore.store import ClientConfig, S3Config, S3Store
+
+    from crcli.store.s3.settings import S3Settings
+
+Result = TypeVar("Result")
+
+_CLIENT: ClientConfig = {
+    "connect_timeout": "2s",
+    "read_timeout": "5s",
+    "timeout": "30s",
+    "user_agent": "crcli",
+}
+_AT_ONCE = 1000
+"""Entries of a listing that come in one answer."""
+
+_used_by = 0
+"""The process whose threads obstore's are: one that was forked from it would wait for them for ever."""
+
+
+class QuickReads:
+    """Reads of a bucket's objects below `prefix`. Every method returns None for what is not to be had so."""
+
+    def __init__(self, bucket: str, prefix: str, settings: S3Settings) -> None:
+        self._bucket = bucket
+        self._prefix = prefix
+        self._settings = settings
+        self._making = threading.Lock()
+        self._store: S3Store | None = None
+        self._is_over = bool(prefix) and not is_key(prefix.rstrip("/"))
+
+    def get(self, key: str) -> bytes | None:
+        """The whole object. Raises NotFound if the store says that there is no such object."""
+        path = self._prefix + check_key(key)
+
+        def read(store: S3Store) -> bytes:
+            import obstore
+
+            return obstore.get(store, path).bytes().to_bytes()
+
+        return self._try(read, key)
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes | None:
+        """Exactly `length` bytes (more than none) at `offset`. Raises NotFound like `get`."""
+        path = self._prefix + check_key(key)
+
+        def read(store: S3Store) -> bytes | None:
+            import obstore
+
+            data = obstore.get_range(store, path, start=offset, length=length).to_bytes()
+            return data if len(data) == length else None
+
+        return self._try(read, key)
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        """The object's description."""
+        path = self._prefix + check_key(key)
+
+        def read(store: S3Store) -> ObjectInfo:
+            import obstore
+
+            return self._described(obstore.head(store, path))
+
+        return self._try(read, key)
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo] | None:
+        """All objects in the folder `prefix`, in key order, if they fit into one answer."""
+        if not prefix.endswith("/"):
+            return None  # obstore lists whole folders
+
+        def read(store: S3Store) -> Sequence[ObjectInfo] | None:
+            import obstore
+
+            entries = next(obstore.list(store, self._prefix + prefix, chunk_size=_AT_ONCE), [])
+            found = sorted(map(self._described, entries), key=lambda info: info.key)
+            return [info for info in found if is_key(info.key)] if len(entries) < _AT_ONCE else None
+
+        return self._try(read, prefix)
+
+    def close(self) -> None:
+        """Read nothing any more."""
+        self._is_over = True
+        self._store = None
+
+    def _described(self, entry: ObjectMeta) -> ObjectInfo:
+        key = entry["path"][len(self._prefix) :]
+        return ObjectInfo(key, entry["size"], entry["last_modified"].timestamp())
+
+    def _try(self, read: Callable[[S3Store], Result], key: str) -> Result | None:
+        if self._is_over or (store := self._made()) is None:
+            return None
+        try:
+            return read(store)
+        except FileNotFoundError as error:
+            if "<Code>NoSuchKey</Code>" in str(error):
+                raise NotFound(f"no object {key} in s3://{self._bucket}/{self._prefix}".rstrip("/")) from None
+            self._is_over = True
+        except Exception:  # its words are worth less than botocore's, who will be asked next
+            self._is_over = True
+        return None
+
+    def _made(self) -> S3Store | None:
+        global _used_by
+        with self._making:
+            if _used_by not in (0, os.getpid()):
+                return None
+            if self._store is None and not self._is_over:
+                self._store = self._make()
+                self._is_over = self._store is None
+                _used_by = os.getpid() if self._store is not None else _used_by
+            return self._store
+
+    def _make(self) -> S3Store | None:
+        access = plain_access(self._bucket, self._settings, os.environ)
+        if access is None:
+            return None
+        try:
+            from obstore.store import S3Store
+        except ImportError:  # no wheel for this machine
+            return None
+        url = access.endpoint_url
+        config: S3Config = {
+            "region": access.region,
+            "access_key_id": access.key_id,
+            "secret_access_key": access.secret,
+            "virtual_hosted_style_request": url is None,
+        }
+        if url is not None:
+            config["endpoint"] = url
+        if access.token:
+            config["session_token"] = access.token
+        client = _CLIENT | {"allow_http": (url or "").startswith("http:")}
+        return S3Store(self._bucket, config=config, client_options=client, retry_config={"max_retries": 0})
