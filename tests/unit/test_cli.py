@@ -32,7 +32,10 @@ from crcli.ui.progress import PlainLines
 from crcli.ui.table import show_table
 from crcli.ui.text import count, duration, printable, size
 
-HEAVY = ("boto3", "botocore", "numpy", "rich", "pydantic", "yaml", "psutil", "google", "blake3", "pluggy")
+HEAVY = (
+    *("boto3", "botocore", "obstore", "numpy", "rich", "pydantic", "yaml", "psutil", "google", "blake3"),
+    "pluggy",
+)
 ROOT = Path(__file__).parents[2]
 
 raised: BaseException = RuntimeError()

@@ -28,7 +28,6 @@ _HARMLESS = frozenset(
         "AWS_ENDPOINT_URL",
         "AWS_ENDPOINT_URL_S3",
         "AWS_EXECUTION_ENV",
-        "AWS_MAX_ATTEMPTS",
         "AWS_PAGER",
         "AWS_REGION",
         "AWS_REQUEST_CHECKSUM_CALCULATION",
