@@ -43,7 +43,7 @@ from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey
-from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets, write_all
+from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets
 from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
@@ -423,13 +423,16 @@ class _Restore:
         wanted = targets(divided.early)
 
         def fill(places: Mapping[SpaceKey, tuple[int, dict[int, int]]]) -> None:
-            for group in self.memory.plan(wanted):
-                for origin, raw in self.memory.read(group):
-                    for target in wanted[origin]:
-                        fd, offsets = places[target.space]
-                        begin = target.offset * PAGE
-                        piece = memoryview(raw)[begin : begin + target.pages * PAGE]
-                        write_all(fd, piece, offsets[target.start])
+            in_files = {
+                origin: [one._replace(start=places[one.space][1][one.start] // PAGE) for one in whither]
+                for origin, whither in wanted.items()
+            }
+            files = {space: fd for space, (fd, _) in places.items()}
+            replay = Replay(in_files, self.memory.plan(wanted), self.memory.read, self._threads(wanted))
+            try:
+                replay.write_to(files)
+            finally:
+                replay.abandon()  # nobody may write into a file that is closed
 
         lay_out_memory(self.images, divided.early, fill)
 
