@@ -79,6 +79,14 @@ def test_what_is_read(store: S3Store) -> None:
     assert not has_asked_botocore(store)
 
 
+def test_an_endpoint_with_a_slash_behind_it(server: S3Server, url: str) -> None:
+    """Endpoints are written with and without one."""
+    store = open_store(url, endpoint_url=f"{server.endpoint_url}/")
+    assert store.get("images/a") == b"first"
+    assert not has_asked_botocore(store)
+    store.close()
+
+
 def test_it_says_what_botocore_says(store: S3Store) -> None:
     """Descriptions are the same whoever asks."""
     before = [store.stat("packs/one"), *store.list("images/")]
@@ -151,7 +159,7 @@ def test_a_store_that_keeps_silent(server: S3Server, url: str, monkeypatch: pyte
     import threading
 
     released: threading.Event = threading.Event()
-    monkeypatch.setitem(quick._CLIENT, "read_timeout", "200ms")
+    monkeypatch.setattr(quick, "_SILENCE_S", 0.2)
     with FaultyProxy(server) as proxy:
         store = open_store(url, endpoint_url=proxy.endpoint_url, patience_s=5)
         proxy.inject(hold_until(released), times=1)

@@ -27,12 +27,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-_CLIENT: ClientConfig = {
-    "connect_timeout": "2s",
-    "read_timeout": "5s",
-    "timeout": "30s",
-    "user_agent": "crcli",
-}
+_CONNECT_S, _SILENCE_S, _WHOLE_S = 2.0, 5.0, 30.0
+"""How long a connection, the next bytes of an answer, and all of it are waited for (seconds), at most."""
+
 _AT_ONCE = 1000
 """Entries of a listing that come in one answer."""
 
@@ -148,8 +145,18 @@ class QuickReads:
             "virtual_hosted_style_request": url is None,
         }
         if url is not None:
-            config["endpoint"] = url
+            config["endpoint"] = url.rstrip("/")
         if access.token:
             config["session_token"] = access.token
-        client = _CLIENT | {"allow_http": (url or "").startswith("http:")}
+        client: ClientConfig = {
+            "allow_http": (url or "").startswith("http:"),
+            "connect_timeout": self._at_most(_CONNECT_S),
+            "read_timeout": self._at_most(_SILENCE_S),
+            "timeout": self._at_most(_WHOLE_S),
+            "user_agent": "crcli",
+        }
         return S3Store(self._bucket, config=config, client_options=client, retry_config={"max_retries": 0})
+
+    def _at_most(self, seconds: float) -> str:
+        """That long, or for as long as there is patience with the store at all."""
+        return f"{1000 * min(seconds, self._settings.patience_s):.0f}ms"
