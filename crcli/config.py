@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from crcli.errors import UsageError
 from crcli.store.address import StoreAddress
@@ -26,8 +27,7 @@ _UNITS = {"": 1} | {
 }
 
 
-@dataclass(frozen=True)
-class StoreChoice:
+class StoreChoice(Struct, frozen=True):
     """Which store a command uses, and who said so."""
 
     url: str
@@ -59,8 +59,7 @@ def weights_folders() -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named)
 
 
-@dataclass(frozen=True)
-class CacheChoice:
+class CacheChoice(Struct, frozen=True):
     """Where what was stored or fetched is kept on this host, and its bound in bytes (None: what suits the
     disk; 0: nothing is kept)."""
 

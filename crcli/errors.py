@@ -6,13 +6,13 @@ table that stands in README; a test compares the two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from crcli.cause import Cause
     from crcli.findings import Finding
 
 
@@ -23,24 +23,6 @@ class TreeState(StrEnum):
     RUNNING = "running"
     STOPPED = "stopped"
     DEAD = "dead"
-
-
-@dataclass(frozen=True)
-class Cause:
-    """Why CRIU failed, read from its log.
-
-    `name` is stable (scripts match on it) and empty where the cause is not a known one; `said` is CRIU's own
-    line, `meaning` what it means, `remedy` what the user can do (may be empty). `retry` says whether trying
-    again with nothing changed can help; None where that is not known. `log` is the path of the whole log
-    (empty where it could not be kept).
-    """
-
-    name: str
-    said: str
-    meaning: str
-    remedy: str
-    retry: bool | None
-    log: str = ""
 
 
 EXIT_CODES: dict[int, tuple[str, str]] = {

@@ -12,8 +12,9 @@ leaves out. Of two entries that match in the same line the first one counts.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec import Struct
 
 
 class Upstream(NamedTuple):
@@ -24,8 +25,7 @@ class Upstream(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class KnownCause:
+class KnownCause(Struct, frozen=True):
     """One entry. `name` is stable; `retry` says whether trying again, with nothing changed, can help."""
 
     name: str

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from msgspec import Struct
 
 from crcli.criu.messages import (
     MAGICS,
@@ -63,8 +64,7 @@ class ImageFolder(Protocol):
         ...
 
 
-@dataclass
-class ImageFile:
+class ImageFile(Struct):
     """One image file taken apart: its magics, and its messages, which may be edited in place."""
 
     head: bytes
@@ -98,8 +98,7 @@ def _head(name: str) -> bytes:
     return struct.pack("<II", _COMMON_MAGIC, MAGICS[name])
 
 
-@dataclass(frozen=True)
-class TreeMember:
+class TreeMember(Struct, frozen=True):
     """One process as the image has it: all numbers as the tree itself sees them."""
 
     pid: int

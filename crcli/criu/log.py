@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from crcli.errors import Cause
+from crcli.cause import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

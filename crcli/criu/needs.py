@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True)
-class OpenedFile:
+class OpenedFile(Struct, frozen=True):
     """A file or folder that CRIU opens by its path, with what CRIU compares: None where it has no record.
 
     `size` in bytes, `mode` with the file type, `build_id` in hexadecimal (empty: it has none). `mapped`: some
@@ -23,8 +22,7 @@ class OpenedFile:
     appends: bool = False
 
 
-@dataclass(frozen=True)
-class InetSocket:
+class InetSocket(Struct, frozen=True):
     """A TCP or UDP socket with a local port. `state` is `listening`, `bound` or `connected`.
 
     `reuse_address` and `reuse_port` are what the program itself had asked for.
@@ -43,8 +41,7 @@ class InetSocket:
     device: str = ""
 
 
-@dataclass(frozen=True)
-class Rights:
+class Rights(Struct, frozen=True):
     """Whom the tree's processes belong to, and which capabilities they hold or pass on (a bit for each)."""
 
     users: frozenset[int]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from crcli.criu.rpc import rpc
 
@@ -16,8 +17,7 @@ _CPU_CAP = (1 << 0) | (1 << 2)  # CPU_CAP_FPU | CPU_CAP_INS: refuse a CPU that l
 _GHOST_FLOOR = 1 << 20
 
 
-@dataclass(frozen=True)
-class DumpPlan:
+class DumpPlan(Struct, frozen=True):
     """How CRIU is to take one tree, decided from what /proc says about it.
 
     `external` names objects that lead out of the tree and are handed in again on restore; `ghost_bytes`
@@ -41,8 +41,7 @@ class DumpPlan:
     leave_stopped: bool = False
 
 
-@dataclass(frozen=True)
-class RestorePlan:
+class RestorePlan(Struct, frozen=True):
     """How CRIU is to bring a tree back: the same decisions, and the descriptors for external objects."""
 
     shell_job: bool = False

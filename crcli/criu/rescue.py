@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import re
 import socket
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from crcli import kernel
 from crcli.criu import netlock
@@ -27,8 +28,7 @@ _DELETED = " (deleted)"
 _REMAP_PREFIX = "link_remap."
 
 
-@dataclass(frozen=True)
-class SocketSettings:
+class SocketSettings(Struct, frozen=True):
     """What CRIU changes about sockets and the kernel does not give back, by inode."""
 
     reused: frozenset[int] = frozenset()

@@ -14,9 +14,10 @@ import signal
 import socket
 import struct
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from msgspec import Struct
 
 from crcli import kernel
 from crcli.criu.rpc import CriuProcess
@@ -179,8 +180,7 @@ def _reap_within(pid: int, limit_s: float) -> None:
         pass
 
 
-@dataclass(frozen=True)
-class _Duty:
+class _Duty(Struct, frozen=True):
     """What a warden is forked with."""
 
     control: socket.socket

@@ -14,8 +14,9 @@ import signal
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from crcli.criu.binary import criu_command
 from crcli.criu.limits import with_limits_answered
@@ -46,8 +47,7 @@ class CriuTimeout(Exception):
     """CRIU did not finish within its time limit; its process group has been killed."""
 
 
-@dataclass(frozen=True)
-class CriuAnswer:
+class CriuAnswer(Struct, frozen=True):
     """What CRIU said at the end: whether it worked, its errno and error text, and the restored pid."""
 
     success: bool
@@ -56,8 +56,7 @@ class CriuAnswer:
     pid: int
 
 
-@dataclass
-class _Patience:
+class _Patience(Struct):
     """How long CRIU is waited for, in all: see `CriuProcess.request`."""
 
     limit_s: float | None

@@ -12,8 +12,10 @@ import json
 import os
 import signal
 import socket
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from crcli import kernel
 from crcli.criu import kerndat
@@ -31,8 +33,7 @@ _UNUSED_MOUNT_POINTS = ("/proc/sys/fs/binfmt_misc", "/proc/fs/nfsd", "/mnt")
 _LAST_PID = "/proc/sys/kernel/ns_last_pid"
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(Struct, frozen=True):
     """What the sandbox is to do: overlay these folders, keep these pids free, then start CRIU.
 
     Writes below an overlaid folder land in the sandbox, so that a socket or temporary file that CRIU makes
@@ -74,7 +75,7 @@ class Sandbox:
 
     def start_criu(self, order: Order) -> CriuProcess:
         """Start CRIU inside; its request's descriptors for external objects are 200, 201, …"""
-        self._control.send(json.dumps(order.__dict__).encode())
+        self._control.send(json.dumps(asdict(order)).encode())
         answer = self._control.recv(4096)
         if answer != READY:
             raise OSError(answer.decode() or "the sandbox died")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from crcli.criu.images import (
     FD,
@@ -96,8 +97,7 @@ def close_outside_connections(images: Workspace, here: Collection[tuple[str, str
     return closed
 
 
-@dataclass(frozen=True)
-class BoundSocket:
+class BoundSocket(Struct, frozen=True):
     """A TCP or UDP socket of the image with a port and no other end: it listens, or could.
 
     `protocol` is tcp or udp, `host` an address as text. `only_v6`: an IPv6 socket that takes no IPv4.

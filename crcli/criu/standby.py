@@ -22,8 +22,9 @@ import os
 import signal
 import socket
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from crcli import kernel
 from crcli.criu.netlock import other_network
@@ -41,8 +42,7 @@ _MESSAGE_LIMIT = 1 << 20
 _SIGKILL_BIT = 1 << (signal.SIGKILL - 1)
 
 
-@dataclass(frozen=True)
-class AfterDeath:
+class AfterDeath(Struct, frozen=True):
     """What the standby did once CRIU was killed.
 
     `finished`: the image was durable, and the tree is killed or stopped now, as CRIU was told. Otherwise the

@@ -14,8 +14,10 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 from crcli.demo import agent
 from crcli.errors import CrcliError, TreeState
@@ -50,8 +52,7 @@ class DemoFailed(CrcliError):
         return self._exit_code
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Struct, frozen=True):
     """One step that was seen to work: its name, how long it took (milliseconds), and what was seen."""
 
     name: str
@@ -59,8 +60,7 @@ class Step:
     seen: str
 
 
-@dataclass
-class DemoReport:
+class DemoReport(Struct):
     """What the demo saw, and what the two commands reported (their --json)."""
 
     steps: list[Step] = field(default_factory=list)
@@ -69,7 +69,7 @@ class DemoReport:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `crcli demo --json` prints."""
-        steps = [dict(step.__dict__) for step in self.steps]
+        steps = [asdict(step) for step in self.steps]
         return {"ok": True, "steps": steps, "dump": self.dump, "restore": self.restore}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +31,7 @@ class CudaState(StrEnum):
     SILENT = "silent"
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(Struct, frozen=True):
     """One GPU of a host. `uuid` as NVIDIA's tools print it ("GPU-…"), `minor` the number of /dev/nvidiaN.
 
     `compute` is the compute capability ("9.0"). `persistence` says whether the driver keeps it initialised
@@ -55,11 +56,10 @@ class Gpu:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Gpu:
         """Read one back; what a later crcli added is left out."""
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+        return cls(**{name: data[name] for name in cls.__struct_fields__ if name in data})
 
 
-@dataclass(frozen=True)
-class CudaProcess:
+class CudaProcess(Struct, frozen=True):
     """A process that CUDA's driver knows.
 
     `pid` and `restore_tid` are this host's; `used` is the memory that it has on each GPU (bytes by UUID), as
@@ -78,8 +78,7 @@ class CudaProcess:
         return sum(self.used.values())
 
 
-@dataclass(frozen=True)
-class GpuHost:
+class GpuHost(Struct, frozen=True):
     """The GPU side of a host: `driver` as "580.159.04", `api` the CUDA version of the driver (13000: 13.0).
 
     `custom_storage` says whether the driver can hand checkpointed bytes to us (CUDA 13.4).
@@ -92,7 +91,7 @@ class GpuHost:
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in a manifest, and in reports."""
-        return asdict(self)
+        return {**asdict(self), "gpus": [gpu.as_json() for gpu in self.gpus]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GpuHost:

@@ -15,8 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 import crcli
 from crcli.errors import CrcliError, HostLacks

@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from crcli.errors import HostLacks
 from crcli.findings import Finding, gravest_first
@@ -98,8 +99,7 @@ def _is_library(path: str, name: str = _DRIVER_LIBRARY) -> bool:
     return os.path.basename(path).startswith(name)
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(Struct, frozen=True, dict=True):
     """A tree, the GPUs of its host, and those of its processes that CUDA's driver knows."""
 
     evidence: Evidence
@@ -133,8 +133,7 @@ Check = Callable[[Scene], Iterator[Finding]]
 """One family of findings."""
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(Struct, frozen=True):
     """The GPU side of a tree, as CUDA tells it. `lacks` says why it cannot: then `host` is None."""
 
     host: GpuHost | None = None

@@ -21,8 +21,9 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from msgspec import Struct, field
 
 from crcli.gpu.care import Care
 from crcli.gpu.driver import CudaLacks, CudaRefused, Driver
@@ -50,8 +51,7 @@ _LOOK_S = 0.5
 _ASLEEP = (CudaState.LOCKED, CudaState.CHECKPOINTED, CudaState.CHECKPOINTING, CudaState.RESTORING)
 
 
-@dataclass
-class _Charge:
+class _Charge(Struct):
     """A CUDA process that was put into our hands.
 
     Whoever calls the driver for it holds the `mutex`. `state` is the last that was heard of, None: nothing
@@ -69,8 +69,7 @@ class _Charge:
         return self.id.pid
 
 
-@dataclass
-class _Order:
+class _Order(Struct):
     """What crcli has asked for, of these processes. Once it `is_over` nothing more of it is begun."""
 
     request: Mapping[str, Any]

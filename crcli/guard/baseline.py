@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from crcli.errors import UsageError
 from crcli.guard import cpu
@@ -33,8 +34,7 @@ NOT_REACHED = (
 """Code that no variable reaches: an image of it fits the baseline only if it happens to use no more."""
 
 
-@dataclass(frozen=True)
-class Baseline:
+class Baseline(Struct, frozen=True):
     """What several hosts have in common: the architecture, and /proc/cpuinfo's flags."""
 
     machine: str
@@ -45,8 +45,7 @@ class Baseline:
         return sorted(self.flags & cpu.flags_here())
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(Struct, frozen=True):
     """One host of a fleet, by the `host` of its `crcli doctor --json`."""
 
     name: str

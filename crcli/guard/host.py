@@ -7,8 +7,9 @@ It is given what the image needs (`needs`) and what this host has (`here`).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from crcli.errors import GuardRefused
 from crcli.findings import Finding, Severity, gravest_first

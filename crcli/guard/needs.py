@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import stat
 import struct
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from crcli.criu.needs import InetSocket, OpenedFile, Rights
 from crcli.errors import ImageDamaged
@@ -27,8 +29,7 @@ _TELLING = ("core-", "cpuinfo.img", "files.img", "mm-", "pstree.img", "remap-fpa
 NOBODYS = Rights(frozenset(), frozenset(), 0)
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """How the restore is asked for, in the words of its options; `forced` are names of blockers.
 
     `gpu_map` are pairs of GPUs: of the image, and here.
@@ -41,16 +42,14 @@ class Asked:
     gpu_map: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class NeededFile:
+class NeededFile(Struct, frozen=True):
     """A file that must be here: what CRIU knows of it, and the BLAKE3 hash of its content ("": not known)."""
 
     opened: OpenedFile
     digest: str = ""
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(Struct, frozen=True):
     """One image's needs. `files` may hold two records of a path, if manifest and CRIU's images disagree."""
 
     manifest: Manifest

@@ -7,9 +7,11 @@ manifest that it keeps too; a restore needs no store at all where both are there
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from crcli.config import choose_cache
 from crcli.errors import ImageDamaged, NotFound, StoreUnreachable
@@ -123,8 +125,7 @@ def _holds(cache: Cache, manifest: Manifest) -> bool:
 # --- for people --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class KeptImage:
+class KeptImage(Struct, frozen=True):
     """An image whose manifest is here: the store that it is in, its memory in bytes, whether all is here."""
 
     image: str
@@ -133,8 +134,7 @@ class KeptImage:
     whole: bool
 
 
-@dataclass(frozen=True)
-class CacheReport:
+class CacheReport(Struct, frozen=True):
     """What a cache holds; sizes in bytes. `limit_bytes` is 0 where nothing is to be kept."""
 
     folder: str
@@ -147,7 +147,7 @@ class CacheReport:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `crcli cache ls --json` prints."""
-        return {**self.__dict__, "images": [dict(image.__dict__) for image in self.images]}
+        return {**asdict(self), "images": [asdict(image) for image in self.images]}
 
 
 def describe_cache(cache: Cache) -> CacheReport:

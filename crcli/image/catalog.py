@@ -6,8 +6,9 @@ import calendar
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, peek_section
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 _READERS = 8
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One image as a listing shows it. `created` is in seconds since the epoch, 0.0 when unknown."""
 
     ref: ImageRef

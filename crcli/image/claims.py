@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from crcli.errors import NotFound, StoreError
 from crcli.image.names import LEASES, lease_key
@@ -25,8 +27,7 @@ TTL_S = 30.0
 _READERS = 8
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(Struct, frozen=True, dict=True):
     """One lease as the store has it. `renewed` is when it was last written, by the store's clock (seconds
     since the epoch; 0.0 where nobody asked)."""
 

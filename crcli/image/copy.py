@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image.gc import COLLECTIONS
@@ -42,8 +44,7 @@ _PIECE = 8 << 20
 _LOOK_AGAIN_S = 2.0
 
 
-@dataclass
-class CopyReport:
+class CopyReport(Struct):
     """What a copy did; sizes in bytes."""
 
     image: str
@@ -58,7 +59,7 @@ class CopyReport:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `crcli cp --json` prints."""
-        return dict(self.__dict__)
+        return asdict(self)
 
 
 def copy(

@@ -22,8 +22,10 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.container import ContainerKind, unpack_container
@@ -46,8 +48,7 @@ _SWEEP_S = 3600.0
 _THREADS = 8
 
 
-@dataclass
-class GcReport:
+class GcReport(Struct):
     """What a collection did, or (dry run) would do; sizes in bytes.
 
     `deferred` names the work in progress because of which no pack was removed this time.
@@ -70,7 +71,7 @@ class GcReport:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `crcli gc --json` prints."""
-        return dict(self.__dict__)
+        return asdict(self)
 
 
 class Collecting(Announcement):

@@ -8,8 +8,10 @@ tree and the dump (`meta`, JSON).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, pack_container, unpack_container
@@ -34,8 +36,7 @@ if TYPE_CHECKING:
     from crcli.store.base import ObjectInfo, Store
 
 
-@dataclass(frozen=True)
-class StoredFile:
+class StoredFile(Struct, frozen=True):
     """A file that travels in the image: its name, attributes, and the chunks that hold its bytes."""
 
     name: str
@@ -76,8 +77,7 @@ class StoredFile:
         )
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(Struct, frozen=True):
     """A file of weights that an image refers to: where it was, and what proves that another is the same.
 
     `digest` is the BLAKE3 of the whole file, in hexadecimal; a reference has a digest of its own.
@@ -94,8 +94,7 @@ class Weights:
         return cls(str(data["path"]), int(data["size"]), int(data["mtime_ns"]), str(data["digest"]))
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """One image, described."""
 
     name: str
@@ -123,7 +122,7 @@ class Manifest:
         }
         sections: dict[str, bytes] = {}
         if self.references:
-            head["weights"] = [dict(file.__dict__) for file in self.weights]
+            head["weights"] = [asdict(file) for file in self.weights]
             sections["WREF"], sections["WPCE"] = write_references(self.references)
         table, extents = write_spaces(self.spaces)
         return pack_container(

@@ -6,7 +6,8 @@ import os
 import re
 import time
 from calendar import timegm
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from crcli.errors import UsageError
 from crcli.store.address import split_name
@@ -19,8 +20,7 @@ WEIGHTS, PINS = "weights/", "pins/"
 LEASES = "leases/"
 
 
-@dataclass(frozen=True)
-class ImageRef:
+class ImageRef(Struct, frozen=True):
     """An image as a user names it: `id` is empty for "the newest of that name"."""
 
     name: str

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.findings import Finding, Severity
@@ -27,8 +29,7 @@ _READERS = 4
 _NAMED_USERS = 20
 
 
-@dataclass
-class VerifyReport:
+class VerifyReport(Struct):
     """What was read of an image, and what is wrong with it; sizes in bytes."""
 
     image: str
@@ -48,7 +49,7 @@ class VerifyReport:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `crcli verify --json` prints."""
-        return {**self.__dict__, "damage": [finding.as_json() for finding in self.damage]}
+        return {**asdict(self), "damage": [finding.as_json() for finding in self.damage]}
 
 
 def verify(store: Store, ref: ImageRef, on_bytes: Callable[[int, int], None] | None = None) -> VerifyReport:

@@ -10,11 +10,11 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
+from msgspec import Struct
 
 from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image.container import ContainerKind, pack_container, unpack_container
@@ -46,8 +46,7 @@ _IN_STORE = ""
 # --- in the store ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pushed:
+class Pushed(Struct, frozen=True):
     """A file of weights in a store: its BLAKE3 (hexadecimal), size, and the bytes that had to be sent."""
 
     path: str

@@ -13,10 +13,10 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from blake3 import blake3
+from msgspec import Struct, field
 
 from crcli.errors import UsageError
 
@@ -30,8 +30,7 @@ _LARGEST = 64 << 20
 ABSENT = "absent"
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """What makes a job the same job. `files` maps paths, as the user wrote them, to what they hold: a BLAKE3
     in hexadecimal, a size, or ABSENT; `environment` names to hashes of values; `weights` names to sizes."""
 

@@ -6,8 +6,9 @@ import os
 import signal
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,8 +17,7 @@ _LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049l\x1b[?25h"
 _PIECE = 1 << 16
 
 
-@dataclass
-class Relay:
+class Relay(Struct):
     """The other sides of a tree's terminals, and of pipes with where to each leads: a descriptor of ours."""
 
     masters: list[int] = field(default_factory=list)

@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
+
+from msgspec import Struct
 
 from crcli import kernel
 from crcli.errors import HostLacks
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Struct, frozen=True):
     """A job that runs: the root of its tree, and our child, the warden, which ends when the root does.
 
     `ended` becomes readable when the root has ended, and then says how: its exit code in decimal, negative
@@ -173,8 +173,7 @@ def _same(one: int, other: int) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class _Start:
+class _Start(Struct, frozen=True):
     """What a warden is forked with."""
 
     command: Sequence[str]

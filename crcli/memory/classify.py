@@ -10,11 +10,11 @@ so that the next dump finds it whole.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blake3 import blake3
+from msgspec import Struct
 
 from crcli.memory.extents import PAGE, ZERO_PAGE, Extent, Source, SpaceKey
 from crcli.memory.weights.references import Reference
@@ -117,8 +117,7 @@ class ChunkSink(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class MemoryCounts:
+class MemoryCounts(Struct, frozen=True):
     """What arrived, in bytes: all, zero pages, those in files of weights, those in the store, new ones."""
 
     total: int = 0

@@ -18,8 +18,9 @@ import os
 import queue
 import socket
 import threading
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from msgspec import Struct, field
 
 from crcli.errors import DumpFailed, TreeState
 from crcli.kernel import punch_hole
@@ -47,8 +48,7 @@ _KEEP_RUN, _KEEP_PAGES = 64, 16 << 10
 """Early pages that are kept for the trial: runs up to this long, and so many pages in all (64 MiB)."""
 
 
-@dataclass
-class _Pages:
+class _Pages(Struct):
     """Pages that go the same way: what is known of each run, and how many there are."""
 
     runs: list[Run] = field(default_factory=list)
@@ -73,14 +73,12 @@ class _Pages:
         self.used += run.pages
 
 
-@dataclass
 class _Block(_Pages):
     """Pages in memory of our own."""
 
     memory: bytearray = field(default_factory=lambda: bytearray(BLOCK_PAGES * PAGE))
 
 
-@dataclass
 class _Spilled(_Pages):
     """A block's worth of pages that lies in the overflow, from `offset` (bytes) on."""
 

@@ -12,9 +12,10 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey
 from crcli.memory.missing import Missing, Stretch
@@ -92,8 +93,7 @@ class _State(IntEnum):
     HERE = 3
 
 
-@dataclass(eq=False)
-class _Memory:
+class _Memory(Struct, eq=False):
     """The memory of one process: of one of the image, or of one that was forked meanwhile."""
 
     fault: Userfault
@@ -103,20 +103,21 @@ class _Memory:
     in it."""
 
 
-@dataclass
-class _Space:
+class _Space(Struct):
     """An address space of the image, and all memories that descend from it."""
 
     extents: list[Extent]
+    missing: Missing
+    """What is missing of the process of the image."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while pages are filled in or an event is read: no page goes where it does not belong any more."""
     memories: list[_Memory] = field(default_factory=list)
-    missing: Missing = field(init=False)
-    """What is missing of the process of the image."""
 
-    def __post_init__(self) -> None:
-        self.extents = sorted(extent for extent in self.extents if extent.source != Source.ZERO)
-        self.missing = Missing((extent.start, extent.pages) for extent in self.extents)
+    @classmethod
+    def of(cls, extents: Iterable[Extent]) -> _Space:
+        """A space of which all that is not zero is missing."""
+        kept = sorted(extent for extent in extents if extent.source != Source.ZERO)
+        return cls(kept, Missing((extent.start, extent.pages) for extent in kept))
 
     def source_of(self, page: int) -> Origin | None:
         """Where the bytes of a page are kept."""
@@ -141,7 +142,7 @@ class LazyFill:
 
         `adopted` is told the descriptor of each process that is forked before all is here.
         """
-        self._spaces = {key: _Space(extents) for key, extents in spaces.items()}
+        self._spaces = {key: _Space.of(extents) for key, extents in spaces.items()}
         self._wanted = targets(spaces)
         self._states = dict.fromkeys(self._wanted, _State.WANTED)
         self._left = len(self._wanted)
@@ -186,7 +187,7 @@ class LazyFill:
 
     def add(self, key: SpaceKey, fd: int) -> None:
         """Take over the descriptor of a process of the image, which stands still as yet."""
-        space = self._spaces.setdefault(key, _Space([]))
+        space = self._spaces.setdefault(key, _Space.of([]))
         with space.lock:
             self._take_in(space, _Memory(Userfault(fd), space.missing))
 

@@ -13,11 +13,11 @@ import random
 import time
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blake3 import blake3
+from msgspec import Struct, field
 
 from crcli.memory.classify import CHUNK_PAGES, GROUP_PAGES, Run
 from crcli.memory.extents import PAGE, ZERO_PAGE, SpaceKey, SpaceKind
@@ -56,8 +56,7 @@ class Lookup(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Makeup:
+class Makeup(Struct, frozen=True):
     """What memory consists of, in bytes.
 
     `total` is all that CRIU sends: `zero`, `weights` (found in files of weights), `reused` (the store has it,
@@ -85,8 +84,7 @@ class Makeup:
         )
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(Struct, frozen=True):
     """A process whose memory counts. `expected` is about how much of it CRIU will send (bytes)."""
 
     pid: int
@@ -96,8 +94,7 @@ class Subject:
 _Fresh = dict[bytes, tuple[int, int, bytes]]
 
 
-@dataclass
-class Counted:
+class Counted(Struct):
     """Pages of one kind that were looked at, new ones or known ones.
 
     `seen` says how often each was met. A page that n processes share since a fork is sent n times and stored
@@ -132,8 +129,7 @@ class Counted:
         return self.alone * distinct_share(self.seen.values(), part)
 
 
-@dataclass
-class Tally:
+class Tally(Struct):
     """Pages that were looked at, counted. `absent` are pages that CRIU would not send after all."""
 
     zero: int = 0

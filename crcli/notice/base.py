@@ -6,9 +6,10 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from msgspec import Struct, field
 
 from crcli.errors import UsageError
 from crcli.findings import Finding, Severity
@@ -37,8 +38,7 @@ def nothing() -> None:
     """Nobody waits for the image."""
 
 
-@dataclass(frozen=True)
-class Notice:
+class Notice(Struct, frozen=True):
     """Word that this node goes away, or may.
 
     `deadline` is when, on the clock of `time.monotonic()`; None where that was not said. `on_saved` is to be
@@ -83,8 +83,7 @@ class SignalSource(Protocol):
         """Called in the signal's handler, at that `time.monotonic()`: take no lock here, and no time."""
 
 
-@dataclass(frozen=True)
-class Surroundings:
+class Surroundings(Struct, frozen=True):
     """What a source may know of where it runs."""
 
     grace_s: float | None = None
@@ -122,8 +121,7 @@ def note(name: str, source: str, message: str, action: str, remedy: str = "") ->
 Make = Callable[[str, str, Surroundings], Sequence[Source]]
 
 
-@dataclass(frozen=True)
-class SourceKind:
+class SourceKind(Struct, frozen=True):
     """A kind of source, as a plug-in registers it.
 
     `names` are what `--notice` calls it, the first of them in general; `sees` says in a line what it sees,

@@ -10,10 +10,11 @@ import http.client
 import json
 import select
 import time
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 from crcli.errors import UsageError
 from crcli.notice.signals import LOOK_S
@@ -35,8 +36,7 @@ class ServiceSilent(Exception):
     """The service gave no useful answer; it is asked again."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """What a service answered; `at` is the `time.monotonic()` when its first byte came."""
 
     status: int

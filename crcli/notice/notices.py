@@ -9,8 +9,9 @@ import threading
 import time
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Self
+
+from msgspec.structs import replace
 
 from crcli.notice.base import Notice, Surroundings, Urgency, grace_of, note
 from crcli.notice.choose import choose

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from crcli.criu.images import link_remaps
 from crcli.criu.skeleton import regular_files
@@ -38,8 +39,7 @@ _SQLITE_MAGIC = b"SQLite format 3\0"
 _NEVER = ("/proc/", "/sys/", "/dev/pts/")
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """A file to take along: its path as the tree sees it, and why."""
 
     path: str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from crcli.findings import Severity, gravest_first
 from crcli.guard.claimed import claimed
@@ -31,8 +33,7 @@ if TYPE_CHECKING:
     from crcli.process.evidence import Evidence
 
 
-@dataclass(frozen=True)
-class CheckReport:
+class CheckReport(Struct, frozen=True):
     """What `crcli check --json` says. `target` is a pid, or an image as NAME@ID."""
 
     target: str

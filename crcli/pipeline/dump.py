@@ -11,8 +11,10 @@ import os
 import signal
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 import crcli
 from crcli import kernel
@@ -107,8 +109,7 @@ _NO_TIME_TO_TELL_S = 10.0
 """With less time than this (seconds) before its deadline a dump announces itself to nobody."""
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Struct, frozen=True):
     """A tree that was looked at and can be dumped, and how. Nothing was touched."""
 
     evidence: Evidence
@@ -723,7 +724,7 @@ class _Dump:
             "links": [link.as_json() for link in self.target.links],
             "run_id": self.run_id,
             "own_packs": self.writer.own_packs(),
-            "counts": dict(counts.__dict__),
+            "counts": asdict(counts),
             "indexes": self.writer.indexes(),
             "frozen_ms": self.report.frozen_ms,
             "phases": dict(self.watch.phases),

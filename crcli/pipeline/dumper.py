@@ -31,13 +31,15 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import asdict, replace
+
 import crcli
 from crcli import kernel
-from crcli.errors import Cause, CrcliError, DumpFailed, TreeState
+from crcli.cause import Cause
+from crcli.errors import CrcliError, DumpFailed, TreeState
 from crcli.findings import Finding, Severity
 from crcli.pipeline.interrupts import Interrupted
 from crcli.pipeline.shared import Shared
@@ -299,7 +301,7 @@ def _line(word: Mapping[str, Any]) -> bytes:
 
 def _plain(options: DumpOptions) -> dict[str, Any]:
     """Options as JSON has them."""
-    return {field.name: getattr(options, field.name) for field in fields(options)}
+    return asdict(options)
 
 
 def _options(plain: Mapping[str, Any], until: float | None) -> DumpOptions:
@@ -332,7 +334,7 @@ def error_as_json(error: CrcliError) -> dict[str, Any]:
         "hint": error.hint,
         "state": error.state.value,
         "findings": [finding.as_json() for finding in error.findings],
-        "cause": error.cause and dict(error.cause.__dict__),
+        "cause": error.cause and asdict(error.cause),
     }
 
 

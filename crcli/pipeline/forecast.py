@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import random
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
+from msgspec import Struct
 
 from crcli.errors import NotFound, StoreError
 from crcli.findings import Finding, Severity
@@ -69,8 +69,7 @@ _LOOK_INTO_FILES = 64 << 10
 """Files that travel along are read when they hold more than this together (bytes)."""
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(Struct, frozen=True):
     """What a dump has to do. `threads` are those beyond the first of each process; files in bytes.
 
     `gpu_bytes` is memory of GPUs, which `memory` counts as well: as new, for nobody can look into it before.

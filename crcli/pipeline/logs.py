@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from crcli.criu.log import explain
 from crcli.criu.options import LOG_NAME
 from crcli.logs import keep_log
 
 if TYPE_CHECKING:
+    from crcli.cause import Cause
     from crcli.criu.workspace import Workspace
-    from crcli.errors import Cause
 
 
 def explain_failure(folder: Workspace, kind: str, said: str = "") -> Cause:

@@ -17,8 +17,10 @@ import socket
 import struct
 import time
 from collections import deque
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from crcli import kernel
 from crcli.errors import CrcliError, DumpFailed, TreeState, UsageError
@@ -63,8 +65,7 @@ def dump_many(
     return DumpsReport(tuple(results), round((time.monotonic() - began) * 1000, 2))
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(Struct, frozen=True):
     """A tree that was looked at briefly and is to be dumped, and how."""
 
     options: DumpOptions

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from crcli import kernel
 from crcli.guard.carried import Standing
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from crcli.image.packs import ChunkReader
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(Struct, frozen=True):
     """One change to the host's files, noted before it is made; it can be undone at any moment since.
 
     `kind` is "file" (put at `path`; `device` and `inode` are the new file's, `aside` is where the one that

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from crcli.criu.options import DumpPlan
 from crcli.pipeline.stages import Outcome
@@ -13,8 +15,7 @@ if TYPE_CHECKING:
     from crcli.process.evidence import Evidence, HeldSocket
 
 
-@dataclass(frozen=True)
-class OutsideLink:
+class OutsideLink(Struct, frozen=True):
     """Something of the tree's that leads out of it, and must be put in place again on restore.
 
     `kind` is "terminal", "pipe" or "unix"; `key` is CRIU's name for it; `external` says whether CRIU has to
@@ -40,12 +41,12 @@ class OutsideLink:
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in the manifest."""
-        return dict(self.__dict__)
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> OutsideLink:
         """Read one back."""
-        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        known = {name: data[name] for name in cls.__struct_fields__ if name in data}
         known["descriptors"] = tuple((int(pid), int(fd)) for pid, fd in known.get("descriptors", ()))
         return cls(**known)
 

@@ -12,8 +12,9 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -58,8 +59,7 @@ _FILE_LIMIT = 1 << 20
 _LOCK_TRIES, _LOCK_PAUSE_S = 20, 0.005
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Struct, frozen=True):
     """What is known of one step: its rates in milliseconds, how many dumps they come from, and since when."""
 
     rates: Amounts
@@ -92,8 +92,7 @@ def _within(change: float) -> float:
     return min(most, max(-most, change))
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(Struct, frozen=True):
     """All steps by name. A step at a store is known by the store's URL, else by its kind ("s3", "file")."""
 
     steps: Mapping[str, Step] = field(default_factory=dict)

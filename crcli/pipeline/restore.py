@@ -10,8 +10,10 @@ import os
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from crcli import kernel
 from crcli.criu import netlock
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import FrameType
 
-    from crcli.errors import Cause
+    from crcli.cause import Cause
     from crcli.job.relay import Relay
     from crcli.memory.extents import Origin
     from crcli.pipeline.gpu import RestoreSide
@@ -96,8 +98,7 @@ SECOND_LOOK_S = 1.0
 """A tree can die of its first instructions: its root is watched for this long (seconds)."""
 
 
-@dataclass(frozen=True)
-class Restored:
+class Restored(Struct, frozen=True):
     """A tree that runs: its report, its root on this host, and our child whose end tells of the root's.
 
     `relay` passes on what it writes, when that is to come here. `ended` becomes readable when the root has
@@ -168,8 +169,7 @@ def restore_and_wait(
     return code if code >= 0 else 128 - code
 
 
-@dataclass(frozen=True)
-class Stay:
+class Stay(Struct, frozen=True):
     """We stay with the tree: `later` handles the signals that come too late to interrupt the restore.
 
     A tree that is `bound` to us lives no longer than its root, nor than we do, should we be killed.
@@ -390,9 +390,9 @@ class _Restore:
         return below(self.options.root, path)
 
     def _note(self, change: Change) -> None:
-        self.changes.append(change.__dict__)
+        self.changes.append(asdict(change))
         if self.residence is not None:
-            self.residence.note(change.__dict__)
+            self.residence.note(asdict(change))
 
     def _write_skeleton(self) -> None:
         wanted = {number for file in self.manifest.skeleton for number in file.chunks}
@@ -530,7 +530,7 @@ class _Restore:
         path = f"{tempfile.gettempdir()}/crcli-cgroups-{os.urandom(8).hex()}"
         self._note(Change("mounts", path))
         os.mkdir(path, 0o700)
-        self.held.callback(undo, [Change("mounts", path).__dict__])
+        self.held.callback(undo, [asdict(Change("mounts", path))])
         self.logs = Workspace(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         self.held.callback(self.logs.close)
         return self.logs.fd
@@ -561,7 +561,8 @@ class _Restore:
         self.host = host_pids(self.init, [member.pid for member in self.members])
         self.processes = [identify(self.host[member.pid]) for member in self.members if member.alive]
         if self.described is not None:
-            self.described = replace(self.described, host_pids=dict(self.host))
+            told = self.described
+            self.described = RestoreTarget(told.image, told.store, told.meta, dict(self.host))
 
     def _fill_late(self) -> None:
         """The tree is whole but for these pages, and stands still: write them."""

@@ -12,8 +12,10 @@ the same page (memory/frames.py): what is not, is read once more while the tree 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from crcli.criu.images import frozen_ms
 from crcli.criu.options import pre_dump_options
@@ -55,8 +57,7 @@ SHORT_MS = 50.0
 _LIMIT_S = 600.0
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(Struct, frozen=True):
     """One round: the memory that it sent (bytes), and for how long the tree stood still (ms)."""
 
     bytes: int
@@ -64,7 +65,7 @@ class Round:
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in a report."""
-        return dict(self.__dict__)
+        return asdict(self)
 
 
 def why_none() -> str:

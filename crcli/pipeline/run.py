@@ -14,8 +14,10 @@ import signal
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict, replace
 
 from crcli import kernel
 from crcli.errors import (
@@ -83,8 +85,7 @@ _LAST_WORDS_S = 5.0
 """How long what a job has written may take to be passed on when it has ended (seconds)."""
 
 
-@dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Struct, frozen=True):
     """What a user asks of `crcli run`. `name` names the job, its images and its lease; `store` is a URL.
 
     `keeping` says which images are taken while it runs, `restore` how one is brought back (their own names,
@@ -110,8 +111,7 @@ class RunOptions:
     claim_wait_s: float | None = None
 
 
-@dataclass
-class RunReport:
+class RunReport(Struct):
     """What `crcli run --report` writes. `begun` is "fresh" or "restored" (from `image`); `end` is "ended"
     (the job, by itself, with `exit_code`), "saved" (as `saved`), or "lost" (the lease)."""
 
@@ -128,11 +128,10 @@ class RunReport:
 
     def as_json(self) -> dict[str, Any]:
         """The promised JSON object."""
-        return dict(self.__dict__)
+        return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Running:
+class _Running(Struct, frozen=True):
     """A job that runs: its root, our child the warden, the descriptor that tells of its end, its output, and
     since when (time.monotonic())."""
 
@@ -399,7 +398,7 @@ class _Run:
             "lease": self.report.lease,
             "holder": self.lease.nonce,
             "lease_file": self.lease_file.name,
-            **self.history.__dict__,
+            **asdict(self.history),
         }
         if self.options.baseline is not None:
             facts["cpu_baseline"] = self.options.baseline.kept_here()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from crcli.process.identity import ProcessId, read_proc
 from crcli.process.tree import PID_GONE, child_pids
@@ -50,8 +52,7 @@ def optimal_interval(cost_s: float, mtbf_s: float) -> float:
     return math.sqrt(2 * cost_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost_s
 
 
-@dataclass(frozen=True)
-class History:
+class History(Struct, frozen=True):
     """What is known of a job: how often it was lost without notice, and how long it ran (seconds)."""
 
     failures: int = 0
@@ -81,8 +82,7 @@ class History:
         return (self.failures + 1) / (self.ran_s / 3600 + 1 / FAILURES_PER_H)
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(Struct, frozen=True):
     """What an image costs: how long the tree stood still, and how long it took until it was durable (ms)."""
 
     frozen_ms: float
@@ -170,8 +170,7 @@ IDLE_S = 0.05
 same processes, has done nothing that would be missed."""
 
 
-@dataclass(frozen=True)
-class Activity:
+class Activity(Struct, frozen=True):
     """What a tree has done so far: processor time used (seconds), bytes written, and who it consists of."""
 
     cpu_s: float

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 from crcli.errors import worst
 
@@ -80,8 +82,7 @@ PRE_COPY_AUTO = -1
 """As many rounds before the freeze as pay, where the kernel allows for any."""
 
 
-@dataclass(frozen=True)
-class DumpOptions:
+class DumpOptions(Struct, frozen=True):
     """What a user asks of `crcli dump`. `store` is a URL; `weights` are paths and patterns, or "auto".
 
     `start_time` (clock ticks since boot) says which process of that pid is meant; None: the one that has it.
@@ -107,8 +108,7 @@ class DumpOptions:
     job: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class RestoreOptions:
+class RestoreOptions(Struct, frozen=True):
     """What a user asks of `crcli restore`. `image` is NAME, NAME@ID or a URL; `store` a URL.
 
     `weights_map` says where files of weights are here (old and new path, of files or folders);
@@ -193,8 +193,7 @@ class Stopwatch:
         return round((time.monotonic() - self.begun) * 1000, 2)
 
 
-@dataclass(frozen=True)
-class Forecast:
+class Forecast(Struct, frozen=True):
     """How long a tree will stand still, the bytes that will go to the store, and how long the dump takes.
 
     Each is what the report of the dump means by the same name.
@@ -206,11 +205,10 @@ class Forecast:
 
     def as_json(self) -> dict[str, float]:
         """The promised JSON object."""
-        return dict(self.__dict__)
+        return asdict(self)
 
 
-@dataclass
-class DumpReport:
+class DumpReport(Struct):
     """What `crcli dump --json` says; sizes in bytes, times in milliseconds.
 
     `frozen_ms` runs from the freeze to the moment when all of the tree's state had left it and the trial was
@@ -250,14 +248,13 @@ class DumpReport:
     def as_json(self) -> dict[str, Any]:
         """The promised JSON object."""
         return {
-            **self.__dict__,
+            **asdict(self),
             "forecast": self.forecast and self.forecast.as_json(),
             "findings": [finding.as_json() for finding in self.findings],
         }
 
 
-@dataclass(frozen=True)
-class TreeResult:
+class TreeResult(Struct, frozen=True):
     """What became of one of several trees: the report of its dump, or the error that it ended with."""
 
     pid: int
@@ -270,8 +267,7 @@ class TreeResult:
         return self.error.exit_code if self.error is not None else 0
 
 
-@dataclass(frozen=True)
-class DumpsReport:
+class DumpsReport(Struct, frozen=True):
     """What `crcli dump` of several trees did, in the order in which they were named; time in milliseconds."""
 
     dumps: tuple[TreeResult, ...]
@@ -304,8 +300,7 @@ class DumpsReport:
 _SUMMED = ("processes", "memory_bytes", "zero_bytes", "weights_bytes", "reused_bytes", "stored_bytes")
 
 
-@dataclass
-class RestoreReport:
+class RestoreReport(Struct):
     """What `crcli restore --json` says; times in milliseconds.
 
     `pid` is the root's pid as the tree sees it, `host_pid` as this host does. `ready_ms` runs from the
@@ -330,4 +325,4 @@ class RestoreReport:
 
     def as_json(self) -> dict[str, Any]:
         """The promised JSON object."""
-        return {**self.__dict__, "findings": [finding.as_json() for finding in self.findings]}
+        return {**asdict(self), "findings": [finding.as_json() for finding in self.findings]}

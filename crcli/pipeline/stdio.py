@@ -12,8 +12,9 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from crcli.findings import Finding, Severity
 from crcli.job.relay import Relay
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 LOG_FOLDER = "/var/log/crcli"
 
 
-@dataclass
-class Replacements:
+class Replacements(Struct):
     """Descriptors that CRIU puts in place of external objects, by CRIU's name for each."""
 
     inherit: dict[str, int] = field(default_factory=dict)

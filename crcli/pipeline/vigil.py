@@ -19,9 +19,11 @@ import os
 import select
 import time
 import weakref
-from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict, replace
 
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
 from crcli.findings import Finding, Severity
@@ -62,8 +64,7 @@ _LOOK_AGAIN_S = 0.05
 """How often a tree is looked at whose dump should have ended (seconds)."""
 
 
-@dataclass(frozen=True)
-class Keeping:
+class Keeping(Struct, frozen=True):
     """What is to be kept of a tree. `dump` says how (its `outcome` is what a notice to leave leaves).
 
     An image is taken every `every_s` seconds, or with `auto` as often as costs least at `failure_rate_per_h`
@@ -79,8 +80,7 @@ class Keeping:
     failure_rate_per_h: float | None = None
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(Struct, frozen=True):
     """Something that happened, in a sentence, and as JSON values. `name` is stable."""
 
     name: str
@@ -111,8 +111,7 @@ class Why(StrEnum):
     """`interrupt` was called. The tree runs."""
 
 
-@dataclass(frozen=True)
-class VigilEnd:
+class VigilEnd(Struct, frozen=True):
     """How a vigil ended.
 
     `image` is the newest whole image that is known of (NAME@ID, or empty), `images` how many were taken.
@@ -140,8 +139,7 @@ class Purpose(StrEnum):
     LEAVE = LEAVE
 
 
-@dataclass
-class _UnderWay:
+class _UnderWay(Struct):
     """A dump that was begun and not answered. `since` sorts before the id of its image; `seen` is what the
     tree had done when it was let go, or when this began."""
 
@@ -158,8 +156,7 @@ class _UnderWay:
         return self.phase == "store"
 
 
-@dataclass
-class _Leaving:
+class _Leaving(Struct):
     """The notice to leave that counts, and how it is met. Times are of time.monotonic()."""
 
     notice: Notice
@@ -358,7 +355,7 @@ class Vigil:
         if self._keeping.dump.job is None:
             return None
         history = self._history.and_ran(time.monotonic() - self._began)
-        return {**self._keeping.dump.job, "purpose": purpose.value, **history.__dict__}
+        return {**self._keeping.dump.job, "purpose": purpose.value, **asdict(history)}
 
     def _image_taken(self, under_way: _UnderWay, report: dict[str, Any]) -> None:
         self._seen = under_way.seen

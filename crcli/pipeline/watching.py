@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from crcli.errors import NameClaimed, PreflightRefused
 from crcli.image.lease import Lease, LeaseState

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 from crcli.errors import CrcliError
 from crcli.findings import Finding, Severity
@@ -26,8 +28,7 @@ _BUILT_IN = {"notice_sources": "crcli.notice.builtin"}
 """What crcli implements of the contract itself: the hook, without its prefix, and the module."""
 
 
-@dataclass
-class PluginInfo:
+class PluginInfo(Struct):
     """One plug-in: its name, the package that brings it, the hooks it implements, or why it does not work."""
 
     name: str
@@ -38,7 +39,7 @@ class PluginInfo:
 
     def as_json(self) -> dict[str, Any]:
         """The plug-in as `crcli plugins --json` prints it."""
-        return dict(self.__dict__)
+        return asdict(self)
 
 
 class Hooks:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     from crcli.notice import SourceKind
 
+# What hooks are given are dataclasses, crcli's own records structs (see pyproject.toml): a plug-in takes them
+# apart with what it finds in the standard library.
+
 GROUP = "crcli.plugins"
 PREFIX = "crcli_"
 

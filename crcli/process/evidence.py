@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from crcli.process.capabilities import CAP_SYS_RESOURCE
 from crcli.process.files import FileId, Kind, Lock, Mapping, Mount, OpenFile
@@ -70,8 +71,7 @@ REMOTE_FILE_SYSTEMS = frozenset(
 VIRTUAL_CONSOLES, LAST_VIRTUAL_CONSOLE = 4, 63  # a major number and its minors; above them ttyS*
 
 
-@dataclass(frozen=True, slots=True)
-class Terminal:
+class Terminal(Struct, frozen=True):
     """One terminal that the tree has open.
 
     `index` is N of /dev/pts/N, also behind /dev/tty; None for a console or a serial line. `rdev` and `dev`
@@ -104,8 +104,7 @@ class Terminal:
         return f"tty[{self.rdev:x}:{self.dev:x}]"
 
 
-@dataclass(frozen=True, slots=True)
-class Pipe:
+class Pipe(Struct, frozen=True):
     """One pipe or FIFO (then with a `path`) of the tree. `outsiders` hold an end that the tree lacks."""
 
     id: FileId
@@ -125,8 +124,7 @@ class Pipe:
         return tuple(dict.fromkeys(self.readers + self.writers))
 
 
-@dataclass(frozen=True, slots=True)
-class HeldSocket:
+class HeldSocket(Struct, frozen=True):
     """One socket of the tree.
 
     `inside`: its other end is in the tree as well, False for one that leads out, None where there is no other
@@ -146,16 +144,14 @@ class HeldSocket:
         return f"unix[{self.socket.inode}]"
 
 
-@dataclass(frozen=True, slots=True)
-class HeldLock:
+class HeldLock(Struct, frozen=True):
     """One file lock of the tree, with one descriptor through which it is held."""
 
     file: OpenFile
     lock: Lock
 
 
-@dataclass(frozen=True, slots=True)
-class DeletedFile:
+class DeletedFile(Struct, frozen=True):
     """A file without its path, kept by descriptors and mappings. `nlink` > 0: it has another name."""
 
     path: str
@@ -171,8 +167,7 @@ class DeletedFile:
         return self.nlink > 0
 
 
-@dataclass(frozen=True, slots=True)
-class NamedFile:
+class NamedFile(Struct, frozen=True):
     """A regular file with a path, that the tree has open or mapped."""
 
     path: str
@@ -195,16 +190,14 @@ class NamedFile:
         return self.written and all(file.append and not file.readable for file in self.open if file.writable)
 
 
-@dataclass(frozen=True, slots=True)
-class Database:
+class Database(Struct, frozen=True):
     """An SQLite database that the tree has open, and the files beside it that exist now."""
 
     path: str
     siblings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ForeignNamespace:
+class ForeignNamespace(Struct, frozen=True):
     """A namespace of one process that is not the root's. `ours`: it is crcli's own."""
 
     pid: int
@@ -213,8 +206,7 @@ class ForeignNamespace:
     ours: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Relative:
+class Relative(Struct, frozen=True):
     """A process outside the tree that began inside it.
 
     `reason` is how it can be told: it is in a `session` or process `group` that began there, it was `forked`
@@ -226,8 +218,7 @@ class Relative:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class SharedMemory:
+class SharedMemory(Struct, frozen=True):
     """Memory of the tree that processes outside have mapped or open as well. `holders` are the tree's."""
 
     path: str
@@ -240,16 +231,14 @@ class SharedMemory:
         return "without a name" if self.path == "/dev/zero" else self.path
 
 
-@dataclass(frozen=True, slots=True)
-class Membership:
+class Membership(Struct, frozen=True):
     """A UDP socket, and the multicast groups to which it listens."""
 
     socket: HeldSocket
     groups: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Unaccepted:
+class Unaccepted(Struct, frozen=True):
     """A unix listener with connections that nobody has accepted.
 
     `closed` of them have no other end any more, `unread` have something to read, `outside` were opened by
@@ -262,8 +251,7 @@ class Unaccepted:
     outside: int
 
 
-@dataclass(frozen=True, slots=True)
-class Viewer:
+class Viewer(Struct, frozen=True):
     """crcli itself and its host: namespaces, cgroups, capabilities, users, limits.
 
     `hard_limits` are by number (RLIMIT_CPU is 0). `usual_cpus` are the lists of processors
@@ -290,8 +278,7 @@ class Viewer:
         return bool(self.cap_eff >> capability & 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
+class Evidence(Struct, frozen=True):
     """What was seen of a tree, in one moment before the freeze.
 
     `files` and `mappings` are everything; the rest is drawn from them. `mounts` are those of the root

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import stat as mode_bits
-from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from crcli.process.identity import read_proc
 from crcli.process.tree import PID_GONE
@@ -47,8 +48,7 @@ class Lock(NamedTuple):
     end: str
 
 
-@dataclass(frozen=True, slots=True)
-class OpenFile:
+class OpenFile(Struct, frozen=True):
     """One open descriptor of one process.
 
     `target` is the link as the kernel writes it, `path` the same without the mark of deletion. `flags`,
@@ -70,7 +70,7 @@ class OpenFile:
     nlink: int
     rdev: int
     deleted: bool
-    info: str = field(repr=False)
+    info: str
 
     @property
     def id(self) -> FileId:
@@ -129,8 +129,7 @@ class OpenFile:
         return [(key, value.strip()) for key, _, value in pairs]
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(Struct, frozen=True):
     """One file mapped by one process, all its pieces together.
 
     `permissions` is the union over the pieces ("rwxs"), `bytes` their sum, `address` where the first one
@@ -189,8 +188,7 @@ class Mapping:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(Struct, frozen=True):
     """One line of mountinfo. `root` is what of the file system lies at the mount point."""
 
     mnt_id: int

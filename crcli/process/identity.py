@@ -7,7 +7,8 @@ nobody. With the start time in clock ticks since boot (field 22 of /proc/PID/sta
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 PF_KTHREAD = 0x00200000
 """The bit of `Stat.flags` that marks a kernel thread (include/linux/sched.h)."""
@@ -16,8 +17,7 @@ ENDED = ("Z", "X", "x")
 """The states of a thread that runs no more. Others of the process may: the first can end before them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
+class Stat(Struct, frozen=True):
     """The fields of one /proc/PID/stat that crcli uses, named as in proc_pid_stat(5).
 
     `layout` is where code, stack and heap begin: zeros for a zombie, and where the kernel does not tell us.
@@ -95,8 +95,7 @@ def read_stat(pid: int) -> Stat:
         raise ProcessLookupError(f"no process {pid}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessId:
+class ProcessId(Struct, frozen=True):
     """One process, for ever: its pid and its start time in clock ticks since boot."""
 
     pid: int

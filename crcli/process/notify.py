@@ -11,8 +11,9 @@ import fcntl
 import os
 import stat
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from crcli import kernel, notify
 from crcli.process.identity import ProcessId, identify
@@ -31,8 +32,7 @@ _SEQUENCE_MASK = (1 << 30) - 1
 _STEP_S = 0.002
 
 
-@dataclass
-class Board:
+class Board(Struct):
     """One process's board: duplicates of its memory, and of its pipe opened once more (-1: there is none)."""
 
     process: ProcessId

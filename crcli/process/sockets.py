@@ -13,9 +13,10 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
+
+from msgspec import Struct
 
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
@@ -79,8 +80,7 @@ class Address(NamedTuple):
 NOWHERE = Address("", 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Socket:
+class Socket(Struct, frozen=True):
     """One socket of a network namespace.
 
     `protocol` is `tcp`, `udp`, `unix` or, for what the kernel lists nowhere, its own name for it (`NETLINK`,

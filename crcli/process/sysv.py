@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 GETPID = 11
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass(frozen=True, slots=True)
-class SysvObject:
+class SysvObject(Struct, frozen=True):
     """A semaphore set or message queue; `kind` is `semaphores` or `message queue`, `pid` who used it last."""
 
     kind: str

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from crcli.errors import PreflightRefused
 from crcli.process.identity import ENDED, ProcessId, Stat, read_proc, read_stat
@@ -39,8 +40,7 @@ class Capabilities(NamedTuple):
     ambient: int
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(Struct, frozen=True):
     """One process as /proc shows it, seen from crcli's own pid namespace.
 
     `uids` and `gids` are real, effective, saved, file system. `namespaces` maps a name in /proc/PID/ns to
@@ -116,13 +116,12 @@ class Process:
         return f"{self.comm} ({self.pid})"
 
 
-@dataclass(frozen=True, slots=True)
-class Tree:
+class Tree(Struct, frozen=True):
     """The processes of one dump, parents before their children, the root first."""
 
     root: Process
     processes: tuple[Process, ...]
-    pids: frozenset[int] = field(repr=False)
+    pids: frozenset[int]
 
     def __iter__(self) -> Iterator[Process]:
         return iter(self.processes)

@@ -12,8 +12,9 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
+
+from msgspec import Struct
 
 from crcli import kernel
 from crcli.process.files import DELETED, FileId, Mount, OpenFile
@@ -32,8 +33,7 @@ class Fate(StrEnum):
     LOST = "lost"
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
+class Watch(Struct, frozen=True):
     """One watch of one descriptor, on the file `id`. `path` is empty where none was found."""
 
     holder: OpenFile

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
+
+from msgspec import Struct, field
 
 from crcli.errors import UsageError
 
@@ -19,8 +20,7 @@ _EXAMPLES = "Write file:///absolute/path or s3://bucket/prefix."
 _NO_CREDENTIALS = "Put them where the AWS tools look: AWS_PROFILE, ~/.aws/credentials, a role, …."
 
 
-@dataclass(frozen=True)
-class StoreAddress:
+class StoreAddress(Struct, frozen=True):
     """A store's URL taken apart: `scheme`, `place` (a path, or bucket/prefix), and the query's `options`."""
 
     scheme: str

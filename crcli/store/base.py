@@ -7,8 +7,9 @@ does not exist until its writing is complete, and is durable when the call that 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
 
 from crcli.errors import ObjectExists
 
@@ -52,8 +53,7 @@ def taken(key: str) -> ObjectExists:
     return ObjectExists(f"{key} exists already", hint="Somebody else wrote it first; nothing was changed.")
 
 
-@dataclass(frozen=True)
-class ObjectInfo:
+class ObjectInfo(Struct, frozen=True):
     """An object's key, its size in bytes, and when the store says it was last written (seconds, epoch)."""
 
     key: str

@@ -23,10 +23,10 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,8 +66,7 @@ _OPEN_FILES = 128
 _SEAL = 32
 
 
-@dataclass(frozen=True)
-class Contents:
+class Contents(Struct, frozen=True):
     """What a cache holds: names with the bytes of disk that each takes, and the bound on all (bytes)."""
 
     files: dict[str, int]
@@ -359,8 +358,7 @@ class WholeWriter:
             cache._files.pop(self._temporary, None)
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(Struct, frozen=True):
     name: str
     bytes: int
     used_at: float

@@ -8,10 +8,10 @@ answer comes from it is the copy taken that this host saw last.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
+from msgspec import Struct
 
 from crcli.errors import NotFound, StoreUnreachable
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from crcli.store.cache import Cache, WholeWriter
 
 
-@dataclass(frozen=True)
-class Kinds:
+class Kinds(Struct, frozen=True):
     """Which objects are kept, and how, by what their keys begin with.
 
     `in_pieces` and `lasting` never change under a key, in whatever store; `named` objects exist in one store.

@@ -8,7 +8,8 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from crcli.errors import Cause, CrcliError, DumpFailed, PreflightRefused, TreeState
+from crcli.cause import Cause
+from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TreeState
 from crcli.findings import Severity
 from crcli.ui.text import printable
 

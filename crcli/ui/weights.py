@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import asdict
+
 from crcli.ui.reports import show_json
 from crcli.ui.table import show_table
 from crcli.ui.text import count, printable, size
@@ -26,7 +28,7 @@ def show_indexed(files: Sequence[dict[str, Any]], as_json: bool) -> None:
 def show_pushed(files: Sequence[Pushed], store_url: str, as_json: bool) -> None:
     """Show what was put into a store."""
     if as_json:
-        show_json({"store": store_url, "files": [dict(file.__dict__) for file in files]})
+        show_json({"store": store_url, "files": [asdict(file) for file in files]})
         return
     for file in files:
         what = "was there already" if file.was_there else f"{size(file.stored_bytes)} sent"

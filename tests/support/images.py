@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
+from msgspec.structs import replace
 
 from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.manifest import Manifest, StoredFile, load, publish

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from crcli import errors
+from crcli.cause import Cause
 from crcli.cli.options import JsonOption
 from crcli.config import DEFAULT_STORE, choose_store
 from crcli.errors import (
     EXIT_CODES,
-    Cause,
     CrcliError,
     DumpFailed,
     PreflightRefused,

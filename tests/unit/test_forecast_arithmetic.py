@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from msgspec.structs import astuple
 
 from crcli.memory.extents import PAGE
 from crcli.memory.sample import Counted, Makeup, Tally, distinct_share, make_up
@@ -72,7 +73,7 @@ def test_shares_of_a_sample_are_shares_of_memory() -> None:
     tally.new.seen.update({bytes([n]): 1 for n in range(50)})
     made = make_up(tally, 1000, 0.1, (0.5, 1.0))
     expected = Makeup(1000, zero=250, reused=250, new=500, stored=250, referred=250)
-    assert made == Makeup(*(value * PAGE for value in vars(expected).values()))
+    assert made == Makeup(*(value * PAGE for value in astuple(expected)))
 
 
 def test_what_could_not_be_read_is_taken_for_new() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from crcli.criu.needs import OpenedFile
 from crcli.errors import HostLacks, ImageDamaged

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from crcli.gpu.facts import Gpu, GpuHost
 from crcli.gpu.mapping import MappingRefused, choose_mapping, in_force

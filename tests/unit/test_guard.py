@@ -7,11 +7,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from crcli.criu.needs import InetSocket, OpenedFile, Rights
 from crcli.errors import GuardRefused

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import asdict
 
 from crcli.cli.keeping import parse_time
 from crcli.errors import ImagePinned, NotFound, UsageError
@@ -123,7 +124,7 @@ def test_a_rate_that_was_observed() -> None:
 
 def test_what_happened_to_a_job_stands_in_its_images() -> None:
     """Brought back from a periodic image it was lost; from one of a notice or by hand it was not."""
-    ran = History(2, 50.0).and_ran(10.0).__dict__
+    ran = asdict(History(2, 50.0).and_ran(10.0))
     assert History.noted(ran) == History(2, 60.0)
     assert History.after({**ran, "purpose": "periodic"}) == History(3, 60.0)
     assert History.after({**ran, "purpose": "leave"}) == History(2, 60.0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 
 class Status(StrEnum):
@@ -15,8 +17,7 @@ class Status(StrEnum):
     LACKS = "lacks"
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(Struct, frozen=True):
     """One thing that was looked at. `name` is stable, `evidence` holds JSON values."""
 
     name: str
@@ -27,7 +28,7 @@ class Check:
 
     def as_json(self) -> dict[str, Any]:
         """The check as `crcli doctor --json` prints it."""
-        return {**self.__dict__, "status": self.status.value}
+        return {**asdict(self), "status": self.status.value}
 
 
 def passed(name: str, message: str, **evidence: Any) -> Check:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from crcli.errors import CrcliError, HostLacks
 from crcli.gpu.care import forget, neglected
@@ -146,8 +147,7 @@ def _who_may_use_cuda() -> list[int]:
 _NOT_NOW = "its threads stand still, or the driver is at work on it: let it run, then try again"
 
 
-@dataclass(frozen=True)
-class Woken:
+class Woken(Struct, frozen=True):
     """A process whose CUDA was left asleep, and what it is in now. `error` says why it could not be woken."""
 
     pid: int

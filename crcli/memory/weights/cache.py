@@ -13,6 +13,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from blake3 import blake3
+from msgspec.structs import asdict
 
 from crcli.memory.weights.samples import Index, Stream, index_of
 from crcli.memory.weights.views import View
@@ -66,7 +67,7 @@ def _path(file: WeightsFile) -> str:
 
 
 def _name(identity: Identity) -> str:
-    words = struct.pack("<5Q", *(value & (1 << 64) - 1 for value in identity.__dict__.values()))
+    words = struct.pack("<5Q", *(value & (1 << 64) - 1 for value in asdict(identity).values()))
     return f"{blake3(words).hexdigest()[:40]}.{_VERSION}"
 
 

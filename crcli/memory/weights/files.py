@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import stat
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from crcli.memory.weights.views import View, apply, source_bytes, source_element
 
@@ -19,8 +20,7 @@ _TICK_NS, _COARSE_NS = 50_000_000, 3_000_000_000
 kernel's clock ticks every few milliseconds, that of some file systems every second or two."""
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """What changes when a file is replaced or written to (mappings that others write through apart)."""
 
     device: int

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import botocore.session
 from botocore.config import Config
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from crcli.store.s3.settings import S3Settings
@@ -24,8 +24,7 @@ CONNECTIONS = 32
 """Kept open at most: the writers' threads and those of a caller that reads ranges in parallel."""
 
 
-@dataclass(frozen=True)
-class Connection:
+class Connection(Struct, frozen=True):
     """A client, and what had to be known to make it."""
 
     client: Any

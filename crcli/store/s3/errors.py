@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from botocore import exceptions as boto
+from msgspec import Struct
 from urllib3.exceptions import HTTPError
 
 from crcli.errors import NotFound, StoreError, StoreUnreachable
@@ -94,8 +94,7 @@ _REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a request went, for messages."""
 
     bucket: str

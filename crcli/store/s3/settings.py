@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-@dataclass(frozen=True)
-class S3Settings:
+class S3Settings(Struct, frozen=True):
     """Options of the URL, the command line and CRCLI_* variables; None leaves it to the AWS settings.
 
     Everything else that the AWS tools honour (AWS_PROFILE, AWS_ENDPOINT_URL_S3, AWS_CA_BUNDLE, the `s3`

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from crcli.errors import ObjectExists, StoreError
 
@@ -13,8 +15,7 @@ if TYPE_CHECKING:
     from crcli.store.s3.bucket import Bucket
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(Struct, frozen=True):
     """What was found. `conditional_writes` is honoured, ignored or refused; no field holds a secret."""
 
     round_trip_ms: float
@@ -30,7 +31,7 @@ class Survey:
 
     def as_json(self) -> dict[str, Any]:
         """The survey as a JSON object."""
-        return dict(self.__dict__)
+        return asdict(self)
 
 
 def survey(bucket: Bucket) -> Survey:

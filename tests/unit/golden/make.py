@@ -24,6 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 from blake3 import blake3
+from msgspec.structs import asdict
 
 from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.manifest import Manifest, StoredFile, Weights, publish
@@ -315,7 +316,7 @@ def _describe_weights(manifest: Manifest) -> dict[str, Any]:
     if not manifest.references:
         return {}
     return {
-        "weights": [dict(file.__dict__) for file in manifest.weights],
+        "weights": [asdict(file) for file in manifest.weights],
         "references": [
             [[[p.file, int(p.view), p.offset, p.length] for p in one.pieces], one.raw, one.digest.hex()]
             for one in manifest.references
