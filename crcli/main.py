@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -46,10 +45,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 _PREFIXES = ("run",)
 """Commands that take another command, with options of its own."""
-
-_GARBAGE = 100_000
-"""After so many new objects Python looks for garbage, not after 700: what a command makes at its start stays,
-and looking through it again and again took a tenth of the imports and a third of making an S3 client."""
 
 _ClickUsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, or imports it: ask it
 
@@ -127,7 +122,6 @@ def build_app() -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (this process's own by default) and return its exit code."""
-    gc.set_threshold(_GARBAGE)
     argv = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
     try:

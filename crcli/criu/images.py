@@ -12,21 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import Struct
 
-from crcli.criu.messages import (
-    MAGICS,
-    core_entry,
-    fd_types,
-    fdinfo_entry,
-    file_entry,
-    inventory_entry,
-    memfd_inode_entry,
-    mm_entry,
-    pagemap_entry,
-    pagemap_head,
-    pstree_entry,
-    remap_file_path_entry,
-    stats_entry,
-)
+from crcli.criu import messages
 from crcli.memory.extents import PAGE, SpaceKind
 
 if TYPE_CHECKING:
@@ -35,17 +21,13 @@ if TYPE_CHECKING:
     from crcli.criu.workspace import Workspace
     from crcli.memory.extents import SpaceKey
 
-FD = fd_types
-
 _COMMON_MAGIC, _SERVICE_MAGIC = 0x54564319, 0x55105940
 _SHARED_MAGICS = tuple(struct.pack("<I", value) for value in (_COMMON_MAGIC, _SERVICE_MAGIC))
 _SIZE = struct.Struct("<I")
 _PRESENT = 4
 _MADV_WIPEONFORK = 18
 _TASK_ALIVE, _TASK_STOPPED = 1, 3
-_COUNTS = tuple(
-    name for name in ("nr_pages", "compat_nr_pages") if name in pagemap_entry.DESCRIPTOR.fields_by_name
-)
+_COUNTS = ("nr_pages", "compat_nr_pages")
 """Where a pagemap entry counts its pages: CRIU 4.2 has two such fields, for its older readers."""
 
 _REMAP_LINKED, _REMAP_PROCFS = 0, 2
@@ -95,7 +77,7 @@ def _message(entry: Any) -> bytes:
 
 
 def _head(name: str) -> bytes:
-    return struct.pack("<II", _COMMON_MAGIC, MAGICS[name])
+    return struct.pack("<II", _COMMON_MAGIC, messages.magic(name))
 
 
 class TreeMember(Struct, frozen=True):
@@ -118,12 +100,12 @@ def read_tree(images: ImageFolder) -> list[TreeMember]:
     """The processes of the image, the root first."""
     members: list[TreeMember] = []
     there = set(images.names())
-    for entry in ImageFile.parse(images.read("pstree.img"), pstree_entry).entries:
+    for entry in ImageFile.parse(images.read("pstree.img"), messages.pstree_entry).entries:
         state, comm, rseq = 0, "", set()
         for thread in entry.threads or [entry.pid]:
             if (name := f"core-{thread}.img") not in there:
                 continue
-            core = ImageFile.parse(images.read(name), core_entry).entries[0]
+            core = ImageFile.parse(images.read(name), messages.core_entry).entries[0]
             if thread == entry.pid:
                 state, comm = core.tc.task_state, core.tc.comm
             if core.thread_core.HasField("rseq_entry"):
@@ -146,7 +128,7 @@ def read_tree(images: ImageFolder) -> list[TreeMember]:
 
 def wiped_on_fork(images: ImageFolder, pid: int) -> list[int]:
     """The pages of a process whose children do not get their contents (MADV_WIPEONFORK)."""
-    mm = ImageFile.parse(images.read(f"mm-{pid}.img"), mm_entry).entries[0]
+    mm = ImageFile.parse(images.read(f"mm-{pid}.img"), messages.mm_entry).entries[0]
     return [
         page
         for vma in mm.vmas
@@ -157,10 +139,10 @@ def wiped_on_fork(images: ImageFolder, pid: int) -> list[int]:
 
 def join_threads_to_leaders(images: Workspace) -> None:
     """Say of every thread that it is in its process's cgroups, for a restore that leaves cgroups alone."""
-    for member in ImageFile.parse(images.read("pstree.img"), pstree_entry).entries:
+    for member in ImageFile.parse(images.read("pstree.img"), messages.pstree_entry).entries:
         for thread in member.threads:
             name = f"core-{thread}.img"
-            core = ImageFile.parse(images.read(name), core_entry)
+            core = ImageFile.parse(images.read(name), messages.core_entry)
             if core.entries[0].thread_core.HasField("cg_set"):
                 core.entries[0].thread_core.ClearField("cg_set")
                 images.write(name, core.encode())
@@ -168,7 +150,7 @@ def join_threads_to_leaders(images: Workspace) -> None:
 
 def read_files(images: ImageFolder) -> ImageFile:
     """Every open and mapped file of the tree (`file_entry` messages)."""
-    return ImageFile.parse(images.read("files.img"), file_entry)
+    return ImageFile.parse(images.read("files.img"), messages.file_entry)
 
 
 def read_descriptors(images: Workspace) -> dict[int, list[tuple[str, int]]]:
@@ -176,7 +158,7 @@ def read_descriptors(images: Workspace) -> dict[int, list[tuple[str, int]]]:
     users: dict[int, list[tuple[str, int]]] = {}
     for name in images.names():
         if name.startswith("fdinfo-"):
-            for entry in ImageFile.parse(images.read(name), fdinfo_entry).entries:
+            for entry in ImageFile.parse(images.read(name), messages.fdinfo_entry).entries:
                 users.setdefault(entry.id, []).append((name, entry.fd))
     return users
 
@@ -186,7 +168,7 @@ def mapped_ids(images: ImageFolder, pid: int | None = None) -> set[int]:
     names = [name for name in images.names() if name.startswith("mm-")] if pid is None else [f"mm-{pid}.img"]
     found: set[int] = set()
     for name in names:
-        for mm in ImageFile.parse(images.read(name), mm_entry).entries:
+        for mm in ImageFile.parse(images.read(name), messages.mm_entry).entries:
             found.add(mm.exe_file_id)
             found.update(vma.shmid for vma in mm.vmas if vma.status & _MAPS_A_FILE)
     return found
@@ -196,18 +178,19 @@ def memfd_names(images: ImageFolder) -> set[str]:
     """The names that the tree's memfds were made with."""
     if "memfd.img" not in images.names():
         return set()
-    return {entry.name for entry in ImageFile.parse(images.read("memfd.img"), memfd_inode_entry).entries}
+    inodes = ImageFile.parse(images.read("memfd.img"), messages.memfd_inode_entry).entries
+    return {inode.name for inode in inodes}
 
 
 def run_id(images: ImageFolder) -> str:
     """The id under which CRIU locked the network at the dump (empty when it has none)."""
-    entry = ImageFile.parse(images.read("inventory.img"), inventory_entry).entries[0]
+    entry = ImageFile.parse(images.read("inventory.img"), messages.inventory_entry).entries[0]
     return str(getattr(entry, "dump_criu_run_id", ""))
 
 
 def frozen_ms(images: ImageFolder) -> float:
     """For how long a dump or pre-dump that has worked stopped the tree, as CRIU measured it (ms)."""
-    stats = ImageFile.parse(images.read("stats-dump"), stats_entry).entries[0].dump
+    stats = ImageFile.parse(images.read("stats-dump"), messages.stats_entry).entries[0].dump
     return float((stats.freezing_time + stats.frozen_time) / 1000)
 
 
@@ -225,7 +208,7 @@ def remapped_ids(images: ImageFolder) -> set[int]:
 def _remaps(images: ImageFolder) -> list[Any]:
     if "remap-fpath.img" not in images.names():
         return []
-    return ImageFile.parse(images.read("remap-fpath.img"), remap_file_path_entry).entries
+    return ImageFile.parse(images.read("remap-fpath.img"), messages.remap_file_path_entry).entries
 
 
 def write_pagemap(images: Workspace, space: SpaceKey, pages_id: int, runs: Iterable[tuple[int, int]]) -> None:
@@ -233,9 +216,11 @@ def write_pagemap(images: Workspace, space: SpaceKey, pages_id: int, runs: Itera
 
     `runs` are (first page number, pages), ascending.
     """
-    parts = [_head("PAGEMAP"), _message(pagemap_head(pages_id=pages_id))]
+    known = messages.pagemap_entry.DESCRIPTOR.fields_by_name
+    counts = [name for name in _COUNTS if name in known]
+    parts = [_head("PAGEMAP"), _message(messages.pagemap_head(pages_id=pages_id))]
     parts += [
-        _message(pagemap_entry(vaddr=start * PAGE, flags=_PRESENT, **dict.fromkeys(_COUNTS, pages)))
+        _message(messages.pagemap_entry(vaddr=start * PAGE, flags=_PRESENT, **dict.fromkeys(counts, pages)))
         for start, pages in runs
     ]
     images.write(pagemap_name(space), b"".join(parts))
@@ -251,6 +236,3 @@ def create_pages(images: Workspace, pages_id: int, pages: int) -> int:
     fd = images.create_file(f"pages-{pages_id}.img")
     os.ftruncate(fd, pages * PAGE)
     return fd
-
-
-__all__ = ["FD", "ImageFile", "ImageFolder", "TreeMember", "file_entry"]

@@ -9,8 +9,8 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from crcli.criu.images import FD, ImageFile, mapped_ids, read_files, remapped_ids
-from crcli.criu.messages import core_entry, cpuinfo_entry
+from crcli.criu import messages
+from crcli.criu.images import ImageFile, mapped_ids, read_files, remapped_ids
 from crcli.criu.needs import InetSocket, OpenedFile, Rights
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def opened_files(images: ImageFolder) -> list[OpenedFile]:
     gone, mapped = remapped_ids(images), mapped_ids(images)
     entries: dict[str, list[Any]] = {}
     for entry in read_files(images).entries:
-        if entry.type == FD.REG and entry.id not in gone and not entry.reg.ext:
+        if entry.type == messages.fd_types.REG and entry.id not in gone and not entry.reg.ext:
             entries.setdefault(entry.reg.name, []).append(entry)
     return [
         _opened_file(path, same, mapped.isdisjoint(entry.id for entry in same))
@@ -77,7 +77,7 @@ def inet_sockets(images: ImageFolder) -> Iterator[InetSocket]:
     """The tree's TCP and UDP sockets that have a local port."""
     for entry in read_files(images).entries:
         sock = entry.isk
-        if entry.type != FD.INETSK or not sock.src_port or sock.proto not in _WITH_PORTS:
+        if entry.type != messages.fd_types.INETSK or not sock.src_port or sock.proto not in _WITH_PORTS:
             continue
         tcp = sock.proto == socket.IPPROTO_TCP
         connected = sock.dst_port != 0
@@ -108,7 +108,7 @@ def unix_names(images: ImageFolder) -> list[str]:
     found = set()
     for entry in read_files(images).entries:
         sock = entry.usk
-        if entry.type != FD.UNIXSK or sock.uflags & _OUTSIDE_SOCKET or sock.deleted:
+        if entry.type != messages.fd_types.UNIXSK or sock.uflags & _OUTSIDE_SOCKET or sock.deleted:
             continue
         if sock.name[:1] == b"\0":
             found.add("@" + os.fsdecode(sock.name[1:]))
@@ -121,7 +121,7 @@ def cpu_words(images: ImageFolder) -> tuple[int, ...]:
     """The words in which CRIU describes the CPU of the dump (x86; empty elsewhere, or if it wrote none)."""
     if "cpuinfo.img" not in images.names():
         return ()
-    entry = ImageFile.parse(images.read("cpuinfo.img"), cpuinfo_entry).entries[0]
+    entry = ImageFile.parse(images.read("cpuinfo.img"), messages.cpuinfo_entry).entries[0]
     return tuple(entry.x86_entry[0].capability) if entry.x86_entry else ()
 
 
@@ -130,7 +130,7 @@ def rights(images: ImageFolder) -> Rights:
     users, groups, capabilities = set(), set(), 0
     for name in images.names():
         if name.startswith("core-"):
-            core = ImageFile.parse(images.read(name), core_entry).entries[0]
+            core = ImageFile.parse(images.read(name), messages.core_entry).entries[0]
             if core.HasField("thread_core") and core.thread_core.HasField("creds"):
                 creds = core.thread_core.creds
                 users |= {creds.uid, creds.euid, creds.suid}

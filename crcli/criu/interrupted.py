@@ -13,8 +13,8 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any
 
+from crcli.criu import messages
 from crcli.criu.images import ImageFile
-from crcli.criu.messages import core_entry
 
 if TYPE_CHECKING:
     from crcli.criu.workspace import Workspace
@@ -33,7 +33,7 @@ def resume_interrupted_calls(images: Workspace) -> None:
         return
     for name in images.names():
         if name.startswith("core-"):
-            image = ImageFile.parse(images.read(name), core_entry)
+            image = ImageFile.parse(images.read(name), messages.core_entry)
             if _resume(image.entries[0]):
                 images.write(name, image.encode())
 

@@ -15,8 +15,8 @@ import signal
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from crcli.criu.images import FD, ImageFile, mapped_ids, read_descriptors, read_files
-from crcli.criu.messages import file_lock_entry
+from crcli.criu import messages
+from crcli.criu.images import ImageFile, mapped_ids, read_descriptors, read_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,11 +39,12 @@ def lost_locks(images: Workspace) -> dict[int, list[FileLock]]:
     """The locks that CRIU will lose (and maybe others), by the pid of their owner inside the tree."""
     if "filelocks.img" not in images.names():
         return {}
-    entries = ImageFile.parse(images.read("filelocks.img"), file_lock_entry).entries
+    entries = ImageFile.parse(images.read("filelocks.img"), messages.file_lock_entry).entries
     locks = [entry for entry in entries if entry.flag & _POSIX]
     if not locks:
         return {}
-    names = {entry.id: entry.reg.name for entry in read_files(images).entries if entry.type == FD.REG}
+    files = read_files(images).entries
+    names = {file.id: file.reg.name for file in files if file.type == messages.fd_types.REG}
     open_as: dict[int, set[str]] = {}
     for file_id, users in read_descriptors(images).items():
         for _, fd in users:

@@ -1,13 +1,14 @@
 """CRIU's messages, as protoc made them and pycriu ships them: those that crcli needs, and no others.
 
 `import pycriu` runs the modules of all messages that CRIU has, and costs every command 11 ms. So these few
-are taken from its folder one by one. They import each other by bare names, for which pycriu extends sys.path
-just as it is done here.
+are taken from its folder one by one, those of image files when they are first used: a dump reaches CRIU
+without them. They import each other by bare names, for which pycriu extends sys.path just as it is done here.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from typing import Any
@@ -44,21 +45,48 @@ def _message(name: str, module: str) -> Any:
 
 
 rpc = _module_at(f"{_folder}/rpc_pb2.py")
-MAGICS: dict[str, int] = _module_at(f"{_folder}/images/magic.py").by_name
 
-core_entry = _message("core_entry", "core")
-cpuinfo_entry = _message("cpuinfo_entry", "cpuinfo")
-fd_types = _message("fd_types", "fdinfo")
-fdinfo_entry = _message("fdinfo_entry", "fdinfo")
-file_entry = _message("file_entry", "fdinfo")
-file_lock_entry = _message("file_lock_entry", "file_lock")
-inventory_entry = _message("inventory_entry", "inventory")
-memfd_inode_entry = _message("memfd_inode_entry", "memfd")
-mm_entry = _message("mm_entry", "mm")
-pagemap_entry = _message("pagemap_entry", "pagemap")
-pagemap_head = _message("pagemap_head", "pagemap")
-pstree_entry = _message("pstree_entry", "pstree")
-remap_file_path_entry = _message("remap_file_path_entry", "remap_file_path")
-stats_entry = _message("stats_entry", "stats")
-tcp_stream_entry = _message("tcp_stream_entry", "tcp_stream")
-tty_info_entry = _message("tty_info_entry", "tty")
+_MODULES = {
+    "core_entry": "core",
+    "cpuinfo_entry": "cpuinfo",
+    "fd_types": "fdinfo",
+    "fdinfo_entry": "fdinfo",
+    "file_entry": "fdinfo",
+    "file_lock_entry": "file_lock",
+    "inventory_entry": "inventory",
+    "memfd_inode_entry": "memfd",
+    "mm_entry": "mm",
+    "pagemap_entry": "pagemap",
+    "pagemap_head": "pagemap",
+    "pstree_entry": "pstree",
+    "remap_file_path_entry": "remap_file_path",
+    "stats_entry": "stats",
+    "tcp_stream_entry": "tcp_stream",
+    "tty_info_entry": "tty",
+}
+"""The messages of image files, and the protoc module that each is in: imported when it is first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{_MODULES[name]}_pb2"), name)
+    globals()[name] = found
+    return found
+
+
+def import_all() -> None:
+    """Import all messages now, and not when a tree stands still."""
+    for name in _MODULES:
+        __getattr__(name)
+
+
+@cache
+def _magics() -> dict[str, int]:
+    found: dict[str, int] = _module_at(f"{_folder}/images/magic.py").by_name
+    return found
+
+
+def magic(name: str) -> int:
+    """The number that image files of this kind begin with."""
+    return _magics()[name]

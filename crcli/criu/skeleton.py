@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from crcli.criu import messages
 from crcli.criu.images import (
-    FD,
     ImageFile,
     create_pages,
     mapped_ids,
@@ -19,7 +19,6 @@ from crcli.criu.images import (
     write_pagemap,
 )
 from crcli.criu.inspect import writes_anywhere
-from crcli.criu.messages import inventory_entry, tcp_stream_entry, tty_info_entry
 from crcli.memory.extents import PAGE, Extent, SpaceKey
 
 if TYPE_CHECKING:
@@ -65,8 +64,9 @@ def lay_out_memory(
 def has_connections(images: Workspace) -> bool:
     """Whether the tree has TCP connections: with somebody outside, or inside of it."""
     return any(
-        entry.type == FD.INETSK and entry.isk.proto == _TCP and entry.isk.state in _ESTABLISHED_STATES
+        entry.isk.proto == _TCP and entry.isk.state in _ESTABLISHED_STATES
         for entry in read_files(images).entries
+        if entry.type == messages.fd_types.INETSK
     )
 
 
@@ -79,7 +79,8 @@ def close_outside_connections(images: Workspace, here: Collection[tuple[str, str
     on its next use, and reconnects.
     """
     files = read_files(images)
-    sockets = [entry.isk for entry in files.entries if entry.type == FD.INETSK and entry.isk.proto == _TCP]
+    sockets = [entry.isk for entry in files.entries if entry.type == messages.fd_types.INETSK]
+    sockets = [sock for sock in sockets if sock.proto == _TCP]
     ends = {(_address(s.src_addr, s.src_port), _address(s.dst_addr, s.dst_port)) for s in sockets}
     closed: list[tuple[str, str]] = []
     for sock in sockets:
@@ -150,7 +151,7 @@ def move_ports(images: Workspace, ports: Mapping[int, int]) -> None:
 
 
 def _inet_sockets(files: ImageFile) -> list[Any]:
-    return [e.isk for e in files.entries if e.type == FD.INETSK and e.isk.proto in _PROTOCOLS]
+    return [e.isk for e in files.entries if e.type == messages.fd_types.INETSK and e.isk.proto in _PROTOCOLS]
 
 
 def _waits_at_a_port(sock: Any) -> bool:
@@ -204,7 +205,7 @@ def mend_connections(images: Workspace) -> None:
             continue
         data = images.read(name)
         (size,) = struct.unpack_from("<I", data, 8)
-        entry = tcp_stream_entry.FromString(data[12 : 12 + size])
+        entry = messages.tcp_stream_entry.FromString(data[12 : 12 + size])
         beyond = (entry.snd_wl1 - entry.inq_seq - entry.rcv_wnd) & 0xFFFF_FFFF
         if entry.HasField("snd_wl1") and 0 < beyond < 1 << 31:
             entry.snd_wl1 = entry.inq_seq
@@ -217,7 +218,7 @@ def forget_foreign_sessions(images: Workspace, members: Collection[int]) -> None
     """Let a terminal that controlled a session outside of the tree control none: its leader is not here."""
     if "tty-info.img" not in images.names():
         return
-    info = ImageFile.parse(images.read("tty-info.img"), tty_info_entry)
+    info = ImageFile.parse(images.read("tty-info.img"), messages.tty_info_entry)
     for entry in info.entries:
         if entry.type == _EXTERNAL_TERMINAL and entry.sid not in members:
             entry.sid = entry.pgrp = 0
@@ -231,7 +232,7 @@ def forget_network_lock(images: Workspace) -> None:
     """
     if any(name.startswith("netns-") for name in images.names()):
         return
-    inventory = ImageFile.parse(images.read("inventory.img"), inventory_entry)
+    inventory = ImageFile.parse(images.read("inventory.img"), messages.inventory_entry)
     inventory.entries[0].network_lock_method = _NO_NETWORK_LOCK
     images.write("inventory.img", inventory.encode())
 
@@ -241,7 +242,7 @@ def regular_files(images: Workspace) -> list[tuple[str, int, int, int | None]]:
     return [
         (e.reg.name, e.reg.flags, e.reg.mode, e.reg.size if e.reg.HasField("size") else None)
         for e in read_files(images).entries
-        if e.type == FD.REG
+        if e.type == messages.fd_types.REG
     ]
 
 
@@ -253,7 +254,7 @@ def named_files(images: Workspace) -> list[dict[str, Any]]:
     remapped = remapped_ids(images)
     found: dict[str, dict[str, Any]] = {}
     for entry in read_files(images).entries:
-        if entry.type == FD.REG and entry.id not in remapped and not entry.reg.ext:
+        if entry.type == messages.fd_types.REG and entry.id not in remapped and not entry.reg.ext:
             words = b"".join(word.to_bytes(4, "little") for word in entry.reg.build_id)
             found[entry.reg.name] = {
                 "path": entry.reg.name,
@@ -268,7 +269,7 @@ def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> Non
     """Let CRIU open these files (None: all) whatever their size: their content was compared, or may grow."""
     files = read_files(images)
     for entry in files.entries:
-        if entry.type == FD.REG and (paths is None or entry.reg.name in paths):
+        if entry.type == messages.fd_types.REG and (paths is None or entry.reg.name in paths):
             entry.reg.ClearField("size")
     images.write("files.img", files.encode())
 
@@ -280,7 +281,7 @@ def forget_files(images: Workspace, paths: Collection[str], here: Callable[[str]
     """
     files = read_files(images)
     for entry in files.entries:
-        if entry.type == FD.REG and here(entry.reg.name) in paths:
+        if entry.type == messages.fd_types.REG and here(entry.reg.name) in paths:
             for field in ("size", "mode", "build_id"):
                 entry.reg.ClearField(field)
     images.write("files.img", files.encode())
@@ -294,7 +295,7 @@ def accept_growth(images: Workspace, here: Callable[[str], str] = str) -> list[t
     """
     files = read_files(images)
     remapped = remapped_ids(images)
-    regular = [entry for entry in files.entries if entry.type == FD.REG]
+    regular = [entry for entry in files.entries if entry.type == messages.fd_types.REG]
     grown: dict[str, tuple[str, int, int]] = {}
     for entry in regular:
         if entry.reg.HasField("size") and entry.id not in remapped and not entry.reg.ext:
@@ -326,12 +327,13 @@ def touched_folders(images: Workspace) -> list[str]:
     """Folders with names that a restore makes, removes or fills: bound sockets, FIFOs, unnamed files."""
     found: set[str] = set()
     entries = read_files(images).entries
-    special = remapped_ids(images) | {entry.fifo.regf_id for entry in entries if entry.type == FD.FIFO}
+    fifos = {entry.fifo.regf_id for entry in entries if entry.type == messages.fd_types.FIFO}
+    special = remapped_ids(images) | fifos
     for entry in entries:
-        if entry.type == FD.UNIXSK and not entry.usk.uflags & _OUTSIDE_SOCKET:
+        if entry.type == messages.fd_types.UNIXSK and not entry.usk.uflags & _OUTSIDE_SOCKET:
             if path := _socket_path(entry.usk):
                 found.add(os.path.dirname(path))
-        elif entry.type == FD.REG and entry.id in special:
+        elif entry.type == messages.fd_types.REG and entry.id in special:
             found.add(os.path.dirname(entry.reg.name))
     return sorted(os.path.normpath(folder) for folder in found if os.path.isdir(folder))
 
@@ -341,7 +343,7 @@ def outside_sockets(images: Workspace) -> list[str]:
     return sorted(
         path
         for entry in read_files(images).entries
-        if entry.type == FD.UNIXSK
+        if entry.type == messages.fd_types.UNIXSK
         and entry.usk.uflags & _OUTSIDE_SOCKET
         and (path := _socket_path(entry.usk))
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +141,8 @@ def is_held_by(store: Store, name: str, nonce: str) -> bool:
 
 def all_claims(store: Store) -> list[Claim]:
     """Who holds which name, in the order of names; see `claimed_by`."""
+    from concurrent.futures import ThreadPoolExecutor
+
     newest: dict[str, int] = {}
     for info in store.list(LEASES):
         name, _, number = info.key.removeprefix(LEASES).partition("/")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from msgspec.structs import asdict, replace
 
 import crcli
 from crcli import kernel
-from crcli.criu import netlock
+from crcli.criu import messages, netlock
 from crcli.criu.images import read_tree, run_id
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
@@ -562,6 +563,7 @@ class _Dump:
             self.standby.watch(criu.host_pid(), self._on_criu_death)
             receiver = Receiver(ours, self.intake)
             receiver.start()
+            threading.Thread(target=messages.import_all, name="messages", daemon=True).start()
             parent = self.rounds.parent
             options = dump_options(self.target.plan, self.images.fd, theirs.fileno(), parent)
             theirs.close()
@@ -585,6 +587,7 @@ class _Dump:
 
     def _on_notify(self, script: str, receiver: Receiver) -> bool:
         if script == "pre-dump":
+            messages.import_all()  # begun by a thread while CRIU got ready: no import holds up a frozen tree
             with self.watch.phase("reserve"):
                 self.overflow.settle(wait=self.options.deadline_s is None)
             self.overflow.measure_again()  # others take memory too; that of GPUs lies in the host's by now

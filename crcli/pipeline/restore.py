@@ -30,6 +30,7 @@ from crcli.criu.skeleton import (
     forget_foreign_sessions,
     forget_network_lock,
     forget_sizes,
+    has_connections,
     lay_out_memory,
     mend_connections,
 )
@@ -350,7 +351,7 @@ class _Restore:
         if not netlock.tables_of(str(self.manifest.meta.get("run_id", ""))):
             forget_network_lock(self.images)
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
-        if self.options.tcp == TcpPolicy.AUTO:
+        if self.options.tcp == TcpPolicy.AUTO and has_connections(self.images):
             close_outside_connections(self.images, established_here())
         self._fill_early(self.divided)
         if self.pager is None:

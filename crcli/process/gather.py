@@ -7,6 +7,7 @@ import resource
 import stat
 import time
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import TypeVar
 
 from crcli.errors import PreflightRefused
@@ -424,17 +425,17 @@ def _device_mappings(maps: tuple[Mapping, ...]) -> tuple[Mapping, ...]:
 
 
 def _databases(named: tuple[NamedFile, ...]) -> tuple[Database, ...]:
-    leased = leased_inodes()
+    leased = cache(leased_inodes)  # only where needed: for /proc/locks the kernel waits for every processor
     found = (_database(file, leased) for file in named if file.open)
     return tuple(database for database in found if database is not None)
 
 
-def _database(file: NamedFile, leased: frozenset[int]) -> Database | None:
+def _database(file: NamedFile, leased: Callable[[], frozenset[int]]) -> Database | None:
     if file.path.endswith(SQLITE_SIBLINGS) or file.size % SQLITE_SMALLEST_PAGE:
         return None
     seen_as = f"/proc/{file.open[0].pid}/root{file.path}"
     siblings = tuple(file.path + end for end in SQLITE_SIBLINGS if os.path.exists(seen_as + end))
-    if not siblings and (not file.size or file.id.ino in leased or not _is_sqlite(seen_as)):
+    if not siblings and (not file.size or file.id.ino in leased() or not _is_sqlite(seen_as)):
         return None
     return Database(file.path, siblings)
 

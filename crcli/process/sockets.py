@@ -64,6 +64,11 @@ class State(StrEnum):
 
 
 _STATES = dict(enumerate(State, start=1))
+_TIME_WAIT = next(number for number, state in _STATES.items() if state is State.TIME_WAIT)
+_OPEN_STATES = 0xFFFFFFFF & ~(1 << _TIME_WAIT)
+"""All but the connections that only wait for their time to pass: nobody has them open, and a host that talks
+much has thousands of them."""
+
 CONNECTED = frozenset(State) - {State.CLOSE, State.LISTEN, State.TIME_WAIT, State.NEW_SYN_RECV}
 
 
@@ -185,7 +190,7 @@ def _diag_socket_inside(pid: int) -> socket.socket:
 def _ask(diag: socket.socket) -> Iterator[Socket]:
     for family in (socket.AF_INET, socket.AF_INET6):
         for protocol in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
-            request = _INET_REQUEST.pack(family, protocol, 0, 0xFFFFFFFF)
+            request = _INET_REQUEST.pack(family, protocol, 0, _OPEN_STATES)
             for body in _dump(diag, request):
                 yield _inet(body, protocol)
     show = UDIAG_SHOW_NAME | UDIAG_SHOW_PEER | UDIAG_SHOW_ICONS | UDIAG_SHOW_RQLEN

@@ -107,7 +107,9 @@ def _pycriu() -> Iterator[Check]:
     try:
         import pycriu
 
-        import crcli.criu.messages  # noqa: F401  # as the pipelines do
+        from crcli.criu.messages import import_all
+
+        import_all()
     except (ImportError, HostLacks) as error:
         remedy = "run scripts/quickstart, which makes CRIU's pycriu reachable from this Python"
         yield lacks("pycriu", str(error), remedy, python=sys.executable)
