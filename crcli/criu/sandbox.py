@@ -51,10 +51,7 @@ class Sandbox:
     """See the module. A context manager: leaving it destroys everything inside."""
 
     def __init__(self, images_fd: int) -> None:
-        """Fork it. Call before any thread is started. CRIU will find its images in `images_fd`.
-
-        Raises HostLacks when namespaces are not allowed.
-        """
+        """Fork it. Call before any thread is started. CRIU will find its images in `images_fd`."""
         self._answers = kerndat.Answers() if kerndat.is_wanted() else None
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -65,6 +62,9 @@ class Sandbox:
             _keep(theirs, criu_end, images_fd, self._answers.known if self._answers is not None else None)
         theirs.close()
         criu_end.close()
+
+    def wait_until_ready(self) -> None:
+        """Return when its namespaces are made; raise HostLacks when they are not allowed."""
         answer = self._control.recv(4096)
         if answer != READY:
             self.close()

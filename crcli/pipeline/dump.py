@@ -371,6 +371,8 @@ class _Dump:
             )
             load = self._measure(known, gpu_bytes)
             self.hashing.finish()
+            if self.sandbox is not None:
+                self.sandbox.wait_until_ready()
             self.room = max(0, overflow.limit - gpu_bytes // 2)
             self.load = load
             self._foresee(load)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from crcli.criu.log import explain
 from crcli.criu.options import LOG_NAME
 from crcli.logs import keep_log
 
@@ -21,5 +20,7 @@ def explain_failure(folder: Workspace, kind: str, said: str = "") -> Cause:
     `kind` (dump, trial, restore) becomes part of its file's name; `said` is what CRIU answered, for want of a
     log.
     """
+    from crcli.criu.log import explain  # what goes well needs none of it
+
     log = folder.read(LOG_NAME).decode(errors="replace") if LOG_NAME in folder.names() else ""
     return replace(explain(log or said), log=keep_log(log, kind))

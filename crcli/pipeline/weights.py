@@ -6,17 +6,13 @@ import glob
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import UsageError
 from crcli.findings import Finding, Severity
 from crcli.image.manifest import Weights, load
 from crcli.image.weights import push, weights_report
-from crcli.memory.weights.cache import indexed, kept
 from crcli.memory.weights.files import WeightsFile, files_below
-from crcli.memory.weights.match import Matcher
-from crcli.memory.weights.samples import Index
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +20,7 @@ if TYPE_CHECKING:
     from crcli.image.names import ImageRef
     from crcli.image.weights import Pushed
     from crcli.memory.weights.cache import Indexed
+    from crcli.memory.weights.match import Matcher
     from crcli.process.evidence import Evidence
     from crcli.store.base import Store
 
@@ -173,6 +170,12 @@ class WeightsInUse:
         `amount` is told how many bytes are done, of how many. Files are read in threads; an exception in the
         calling one ends them.
         """
+        if not self.files:
+            return  # most trees have none, and need nothing of what follows
+        from concurrent.futures import ThreadPoolExecutor
+
+        from crcli.memory.weights.cache import indexed, kept
+
         end = None if limit_s is None else time.monotonic() + limit_s
         done, over = [0] * len(self.files), threading.Event()
         total = sum(file.size for file in self.files)
@@ -206,6 +209,9 @@ class WeightsInUse:
         self.files = [file for file, one in pairs if one is not None]
         self._indexed = [one for one in found if one is not None]
         if self.files:
+            from crcli.memory.weights.match import Matcher
+            from crcli.memory.weights.samples import Index
+
             self.matcher = Matcher(self.files, Index.joined([one.samples for one in self._indexed]))
 
     def findings(self) -> Iterator[Finding]:
@@ -266,6 +272,8 @@ def index_files(paths: Sequence[str], amount: Callable[[int, int], None]) -> lis
 
 def files_known(paths: Sequence[str]) -> list[dict[str, Any]]:
     """What is known of files here: their sizes, and the BLAKE3 of those that have an index (else empty)."""
+    from crcli.memory.weights.cache import kept
+
     found: list[dict[str, Any]] = []
     for path in chosen_files(paths):
         file = WeightsFile(path)
