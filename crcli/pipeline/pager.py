@@ -22,8 +22,9 @@ import signal
 import socket
 import threading
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from crcli import kernel
 from crcli.criu.lazy_socket import listen_in, receive_memories
@@ -76,8 +77,7 @@ _PATHS = (
 """Variables whose values may be relative to the folder that the pager leaves."""
 
 
-@dataclass(frozen=True)
-class Missing:
+class Missing(Struct, frozen=True):
     """What will be missing from a tree (`spaces`), and the image that has it. Paths are absolute."""
 
     spaces: Mapping[SpaceKey, list[Extent]]

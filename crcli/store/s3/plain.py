@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,8 +52,7 @@ _CREDENTIALS = {"aws_access_key_id", "aws_secret_access_key", "aws_session_token
 _ABOUT_NO_STORE = {"region", "output", "cli_pager", "cli_auto_prompt", "cli_history"}
 
 
-@dataclass(frozen=True)
-class PlainAccess:
+class PlainAccess(Struct, frozen=True):
     """All that a request needs: where the store is (None: at AWS), and whose it is."""
 
     endpoint_url: str | None
