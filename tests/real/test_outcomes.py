@@ -23,6 +23,7 @@ from crcli.image.owner import describe_owner
 from crcli.store import open_store
 from tests.support.crcli import (
     COMMAND_LIMIT_SECONDS,
+    ROOT,
     Crcli,
     assert_goes_on,
     counted,
@@ -44,6 +45,24 @@ ENDS_WITH_7 = """
     print("ready")
     while True: time.sleep(60)
     """
+
+WHAT_IS_IMPORTED = """
+    import sys
+    from crcli.__main__ import main
+    from crcli.pipeline.dump import _Dump
+    answer = _Dump._on_notify
+    def note_imports(dump, script, receiver):
+        try:
+            return answer(dump, script, receiver)
+        finally:
+            if script == "pre-dump":
+                dump.imported = set(sys.modules)
+            elif script == "post-dump":
+                print("late:", *sorted(set(sys.modules) - dump.imported), file=sys.stderr)
+    _Dump._on_notify = note_imports
+    sys.exit(main())
+    """
+"""A dump that says what it has imported between the freeze and the thaw."""
 
 FAMILY = """
     import os, time
@@ -103,6 +122,22 @@ def test_leave_running_leaves_it_running(crcli: Crcli) -> None:
         last = counted(program)[-1]
         crcli.restore(report["image"])
         wait_until(lambda: counted(program).count(last) == 2, "the copy does not come so far")
+
+
+def test_nothing_is_imported_while_a_tree_stands_still(crcli: Crcli) -> None:
+    """Between the freeze and the thaw a dump imports no module: each would cost the tree a millisecond."""
+    with spawn_python(counter()) as program:
+        options = ("dump", str(program.pid), "--leave-running", "--store", crcli.store)
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(WHAT_IS_IMPORTED), *options],
+            cwd=ROOT,
+            env=crcli.environment,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_LIMIT_SECONDS,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "late:" in done.stderr.splitlines()
 
 
 def test_leave_stopped_leaves_it_stopped(crcli: Crcli) -> None:

@@ -31,11 +31,20 @@ from crcli.pipeline.interrupts import Interrupted
 from crcli.ui.progress import PlainLines
 from crcli.ui.table import show_table
 from crcli.ui.text import count, duration, printable, size
+from tests.support.programs import spawn_python, then_wait
 
 HEAVY = (
     *("boto3", "botocore", "obstore", "numpy", "rich", "pydantic", "yaml", "psutil", "google", "blake3"),
     "pluggy",
 )
+UNUSED = (
+    {"boto3", "botocore", "obstore", "numpy", "rich", "pydantic", "yaml", "psutil", "cuda"},
+    {"core_pb2", "fdinfo_pb2", "tcp_stream_pb2"},
+    {"crcli.gpu", "crcli.notice", "crcli.store.s3", "crcli.pipeline.gpu", "crcli.pipeline.pager"},
+    {"crcli.memory.weights.match", "crcli.memory.weights.cache", "crcli.criu.log", "crcli.criu.causes"},
+)
+"""What a dump into a directory, or a restore out of one, does without until CRIU is called, or altogether."""
+
 ROOT = Path(__file__).parents[2]
 
 raised: BaseException = RuntimeError()
@@ -131,6 +140,30 @@ def test_help_of_a_command_imports_no_pipeline(command: str) -> None:
 def test_a_directory_store_does_not_pay_for_s3() -> None:
     """Listing a directory store imports neither boto3 nor numpy nor rich."""
     assert not loaded_by("ls", "--store", "/nonexistent/store").intersection(set(HEAVY) - {"blake3"})
+
+
+def test_a_restore_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    """A restore is ready to read an image before any client, GPU, pager or CRIU message was imported."""
+    (tmp_path / "store").mkdir()
+    loaded = loaded_by("restore", "nothing", "--store", f"file://{tmp_path}/store")
+    assert "crcli.pipeline.restore" in loaded
+    assert not loaded.intersection(set().union(*UNUSED))
+    assert not loaded.intersection({"crcli.pipeline.dump", "concurrent", "logging"})
+
+
+def test_a_dump_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    """A dump has looked at a tree before any client, GPU, index of weights or CRIU image was imported."""
+    with spawn_python(then_wait()) as program:
+        loaded = loaded_by("dump", str(program.pid), "--dry-run", "--store", f"file://{tmp_path}/store")
+    assert {"crcli.pipeline.dump", "crcli.memory.sample"} <= loaded
+    assert not loaded.intersection(set().union(*UNUSED) - {"crcli.criu.log"})
+    assert "crcli.pipeline.restore" not in loaded
+
+
+def test_records_are_structs() -> None:
+    """No module makes dataclasses, whose making is slow, but those that plug-ins are given."""
+    makes = [path for path in (ROOT / "crcli").rglob("*.py") if "from dataclasses import" in path.read_text()]
+    assert [path.name for path in makes] == ["spec.py"]
 
 
 def test_every_command_and_option_is_explained() -> None:
