@@ -123,16 +123,19 @@ class CriuProcess:
         on_notify: Callable[[str, int], bool],
         limit_s: float | None = None,
         idle_since: Callable[[], float] = lambda: 0.0,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> CriuAnswer:
         """Send one request and return CRIU's answer.
 
         `on_notify(script, pid)` is called for each notification; returning False (or raising, which is
         passed on once CRIU has been told) makes CRIU abandon what it does. Time spent in `on_notify` does
         not count against `limit_s`, which bounds CRIU's own work in seconds. It begins anew at `idle_since()`
-        (by the monotonic clock): when CRIU last did something by which it is seen to go on.
+        (by the monotonic clock): when CRIU last did something by which it is seen to go on. `meanwhile` is
+        called once CRIU works on the request, and before anything that it says is heard.
         """
         message = rpc.criu_req(type=kind, opts=options)
         self.channel.send(message.SerializeToString())
+        meanwhile()
         patience = _Patience(limit_s, idle_since)
         failure: BaseException | None = None
         while True:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -239,6 +239,8 @@ class _Dump:
         self.on_frozen: Callable[[], None] = lambda: None
         self.plugins: list[PluginInfo] = []
         self.shared = Shared()
+        self.look_ahead: Callable[[], None] = lambda: None
+        """What is left to do of the forecast."""
         self.nice = 0
         """The nice value of our thread while no tree stands still."""
         self.store: Store | None = None
@@ -251,6 +253,8 @@ class _Dump:
         self.keeps_lock = True
         """Whether the lock on connections is to stay after the kill: as of the freeze."""
         self.room = 0
+        self.load: Load | None = None
+        """What lies ahead of the dump, where it was looked at."""
         self.gpu: DumpSide | None = None
         self.network: int | None = None
         """The network of a tree that does not share ours, for as long as the dump lasts."""
@@ -369,14 +373,16 @@ class _Dump:
                 self.target.plan,
                 answer_limits=_must_answer_limits(self.target.evidence),
             )
-            load = self._measure(known, gpu_bytes)
+            self.room = max(0, overflow.limit - gpu_bytes // 2)
+            if self._acts_on_forecast():
+                self.load = self._measure(known, gpu_bytes)
             self.hashing.finish()
             if self.sandbox is not None:
                 self.sandbox.wait_until_ready()
-            self.room = max(0, overflow.limit - gpu_bytes // 2)
-            self.load = load
-            self._foresee(load)
+            self._foresee(self.load, self.watch.since_start_ms())
             self._compare_with_deadline()
+            if self.load is None:
+                self.look_ahead = partial(self._look_ahead, known, gpu_bytes, self.watch.since_start_ms())
 
     def _date_after(self, newest: str) -> None:
         """Have the image be newer than the newest of its name, though another host's clock was ahead."""
@@ -385,7 +391,20 @@ class _Dump:
             self.report.id = self.target.image_id
             self.report.image = f"{self.target.name}@{self.report.id}"
 
-    # Whatever should be wrong with a forecast, the dump goes on.
+    # Whatever should be wrong with a forecast, the dump goes on. Where nothing depends on it, the memory is
+    # looked at while CRIU gets ready, and not before CRIU is called.
+
+    def _acts_on_forecast(self) -> bool:
+        return self.options.deadline_s is not None or bool(self.options.pre_copy) or self.gpu is not None
+
+    def _look_ahead(self, known: KnownChunks, gpu_bytes: int, spent_ms: float) -> None:
+        self.load = self._measure(known, gpu_bytes)
+        self._foresee(self.load, spent_ms)
+
+    def _while_criu_gets_ready(self) -> None:
+        """Do what is to be done before the freeze: some ms pass before CRIU asks whether it may."""
+        messages.import_all()
+        self.look_ahead()
 
     def _measure(self, known: KnownChunks, gpu_bytes: int) -> Load | None:
         """What lies ahead."""
@@ -398,12 +417,11 @@ class _Dump:
         except Exception:
             return None
 
-    def _foresee(self, load: Load | None) -> None:
-        """Make the forecast: all is ready for the freeze."""
+    def _foresee(self, load: Load | None, spent_ms: float) -> None:
+        """Make the forecast; `spent_ms` is what preparing took."""
         if load is not None:
             try:
-                spent = self.watch.since_start_ms()
-                self.report.forecast = predict(load, load_rates(), self.options.store, self.room, spent)
+                self.report.forecast = predict(load, load_rates(), self.options.store, self.room, spent_ms)
             except Exception:
                 return
 
@@ -443,7 +461,7 @@ class _Dump:
         self.report.pre_copied_bytes = self.rounds.sent_bytes
         if self.load is not None and self.report.forecast is not None:
             stored = self.report.forecast.stored_bytes
-            self._foresee(self.rounds.left_of(self.load))
+            self._foresee(self.rounds.left_of(self.load), self.watch.since_start_ms())
             self.report.forecast = replace(self.report.forecast, stored_bytes=stored)
 
     def _copy_ms(self, size: int) -> float:
@@ -565,7 +583,6 @@ class _Dump:
             self.standby.watch(criu.host_pid(), self._on_criu_death)
             receiver = Receiver(ours, self.intake)
             receiver.start()
-            threading.Thread(target=messages.import_all, name="messages", daemon=True).start()
             parent = self.rounds.parent
             options = dump_options(self.target.plan, self.images.fd, theirs.fileno(), parent)
             theirs.close()
@@ -576,6 +593,7 @@ class _Dump:
                     lambda script, _: self._on_notify(script, receiver),
                     CRIU_LIMIT_S,
                     receiver.idle_since,
+                    self._while_criu_gets_ready,
                 )
             except BaseException:
                 self.intake.give_up()
@@ -589,7 +607,6 @@ class _Dump:
 
     def _on_notify(self, script: str, receiver: Receiver) -> bool:
         if script == "pre-dump":
-            messages.import_all()  # begun by a thread while CRIU got ready: no import holds up a frozen tree
             with self.watch.phase("reserve"):
                 self.overflow.settle(wait=self.options.deadline_s is None)
             self.overflow.measure_again()  # others take memory too; that of GPUs lies in the host's by now
