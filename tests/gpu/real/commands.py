@@ -121,6 +121,7 @@ def end_descendants(spare: frozenset[int] = frozenset()) -> list[str]:
 
 
 def _doing(process: psutil.Process) -> str:
+    said = [f"{process.pid} {_name_of(process)}"]
     try:
         said = [f"{process.pid} {' '.join(process.cmdline())} ({process.status()})"]
         for thread in sorted(os.listdir(f"/proc/{process.pid}/task"))[:_MOST_THREADS]:
