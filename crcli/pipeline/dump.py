@@ -39,6 +39,7 @@ from crcli.image.remove import remove
 from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
+from crcli.memory.digester import Digester
 from crcli.memory.intake import Intake
 from crcli.memory.overflow import Overflow
 from crcli.memory.sample import Makeup
@@ -96,6 +97,12 @@ _RECORD_BYTES = 40
 CRIU_LIMIT_S = 600.0
 """How long CRIU itself may work on a dump without sending a page (seconds), the time that it waits for us
 left out."""
+
+_LARGE_BYTES = 128 << 20
+"""So much memory takes 30 ms to hash, ten times as long as to start a process for it."""
+
+_CRIU_START_S = 0.025
+"""How long CRIU takes before it asks whether it may freeze the tree (seconds): memory is got until then."""
 
 _DEATH_S, _DEATH_S_PER_BYTE = 3.0, 0.25 / (1 << 30)
 """How long a killed tree is waited for (seconds): the kernel gives its memory back first."""
@@ -328,6 +335,11 @@ class _Dump:
         if not self.options.pre_copy:
             self.overflow.reserve(self.target.evidence.expected_bytes)
 
+    def _is_large(self) -> bool:
+        """Whether a process that hashes beside us is worth its start: for one tree, all sent at once."""
+        is_alone = self.shared.at_once == 1 and not self.options.pre_copy
+        return is_alone and self.target.evidence.expected_bytes >= _LARGE_BYTES
+
     def _prepare(self, held: ExitStack) -> None:
         with self.watch.phase("prepare"):
             limit_s = None if self.options.deadline_s is None else self.options.deadline_s / 10
@@ -336,13 +348,14 @@ class _Dump:
             self.trial = held.enter_context(self.workspace.folder("trial"))
             self.sandbox = held.enter_context(Sandbox(self.trial.fd)) if self._wants_trial() else None
             self.standby = held.enter_context(Standby(self.target.evidence.root.pid, self.images.fd))
+            overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
+            held.callback(overflow.close)
+            digester = held.enter_context(Digester(overflow.fd, overflow.limit)) if self._is_large() else None
             self.hashing = Hashing(self.target.evidence, limit_s)
             self.hashing.start()  # a thread: no more forks from here on
             self.network = other_network(self.target.evidence.root.pid)
             if self.network is not None:
                 held.callback(os.close, self.network)
-            overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
-            held.callback(overflow.close)
             if self.gpu is None:
                 self._reserve()
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
@@ -358,7 +371,7 @@ class _Dump:
             self.writer = PackWriter(store, self.target.image_id, known)
             held.callback(self.writer.close)
             pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
-            self.intake = Intake(pages, self.writer, overflow, self.weights.matcher)
+            self.intake = Intake(pages, self.writer, overflow, self.weights.matcher, digester=digester)
             held.callback(self.intake.abandon)
             self.rounds = Rounds(
                 self.workspace,
@@ -389,8 +402,8 @@ class _Dump:
             return None
         try:
             matcher = self.weights.matcher
-            evidence, most_s = self.target.evidence, DUMP_LOOK_MOST_S
-            return measure(evidence, self.options, known, DUMP_LOOK_S, most_s, matcher, gpu_bytes)
+            most_s = min(DUMP_LOOK_MOST_S, max(DUMP_LOOK_S, self.overflow.left_s() - _CRIU_START_S))
+            return measure(self.target.evidence, self.options, known, DUMP_LOOK_S, most_s, matcher, gpu_bytes)
         except Exception:
             return None
 
