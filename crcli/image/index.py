@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, peek_section, unpack_container
-from crcli.image.names import IMAGES, INDEXES, PACKS, index_key, is_id, manifest_key, pack_key, pages_key
+from crcli.image.names import IMAGES, INDEXES, index_key, is_id, manifest_key, pack_key, pages_key
 from crcli.image.tables import Chunk, Group, MixedGroup, read_chunks, read_groups, read_mixed, read_packs
 from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
 from crcli.memory.extents import PAGE
@@ -50,7 +50,6 @@ _MIXED = 1 << 63
 
 _READERS = 8
 _LISTED_AT_ONCE = 1000
-_FEW_PACKS = 200
 
 
 class Stretch(NamedTuple):
@@ -396,9 +395,9 @@ class _Loading:
                 if self._known.page_count >= self._limit:
                     return
                 found = list(filter(None, threads.map(self._read, new[at : at + _READERS])))
-                there = self._there({pack for index in found for pack in index.used_packs}, threads)
+                missing = self._missing({pack for index in found for pack in index.used_packs})
                 for index in found:
-                    if self._known.page_count < self._limit and index.used_packs <= there:
+                    if self._known.page_count < self._limit and not index.used_packs & missing:
                         self._known.add(*index)
 
     def _read(self, image_id: str) -> _Index | None:
@@ -407,21 +406,10 @@ class _Loading:
         except (ImageDamaged, NotFound):
             return None
 
-    def _there(self, packs: set[bytes], threads: ThreadPoolExecutor) -> set[bytes]:
-        """Those of the packs that the store has."""
-        if len(packs) > _FEW_PACKS:
-            keys = {info.key for info in self._store.list(PACKS)}
-            return {pack for pack in packs if pack_key(pack) in keys}
-        return {
-            pack for pack, is_there in zip(packs, threads.map(self._is_there, packs), strict=True) if is_there
-        }
-
-    def _is_there(self, pack: bytes) -> bool:
-        try:
-            self._store.stat(pack_key(pack))
-        except NotFound:
-            return False
-        return True
+    def _missing(self, packs: set[bytes]) -> set[bytes]:
+        """Those of the packs that the store does not have."""
+        keys = {pack_key(pack): pack for pack in packs}
+        return {keys[key] for key in self._store.missing(keys)}
 
 
 def _read_index(store: Store, image_id: str) -> _Index:

@@ -247,8 +247,8 @@ class Intake:
 
     def open_gate(self) -> None:
         """Let the workers begin: the tree's state is here, or there is no more room for it."""
-        if self._digester is not None and not self._gate.is_set():
-            self._digester.hurry()
+        if self._digester is not None:
+            self._digester.begin()
         self._gate.set()
 
     def flush(self) -> None:
@@ -273,6 +273,8 @@ class Intake:
         """
         self.flush()
         self._end_workers()
+        if self._digester is not None:
+            self._digester.hurry()
         for worker in self._workers:
             while worker.is_alive():
                 worker.join(AMOUNT_EVERY_S)
@@ -443,7 +445,7 @@ class Intake:
         if spilled.asked is None or self._digester is None:
             return None
         heads = heads_of(spilled.runs)
-        digests = self._digester.take(spilled.asked, len(heads))
+        digests = self._digester.take(spilled.asked)
         if digests is None:
             return None
         if self._matcher is not None:

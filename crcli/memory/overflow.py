@@ -36,7 +36,7 @@ _SMALL = 256 << 10
 one folio for a write, as large as that: small ones are cut from what is left of memory that was in use
 lately, while those of 1 MiB and more are mostly such that the host has taken back, and must find again."""
 
-_AT_ONCE = 4
+_AT_ONCE = 1
 """So many huge pieces are got by one call: after each the thread has to wait for Python's lock, for up to
 5 ms where others calculate."""
 
