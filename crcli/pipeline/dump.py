@@ -327,13 +327,13 @@ class _Dump:
 
     # Everything that takes time and does not need the tree frozen comes first.
 
-    def _reserve(self) -> None:
+    def _reserve(self, *, may_fork: bool = False) -> None:
         """Begin to get memory for the tree's pages, of a tree without GPUs: theirs needs all the room.
 
         After rounds little is left for the freeze.
         """
         if not self.options.pre_copy:
-            self.overflow.reserve(self.target.evidence.expected_bytes)
+            self.overflow.reserve(self.target.evidence.expected_bytes, may_fork=may_fork)
 
     def _is_large(self) -> bool:
         """Whether a process that hashes beside us is worth its start: for one tree, all sent at once."""
@@ -344,20 +344,20 @@ class _Dump:
         with self.watch.phase("prepare"):
             limit_s = None if self.options.deadline_s is None else self.options.deadline_s / 10
             self.workspace = held.enter_context(Workspace.create())
+            overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
+            held.callback(overflow.close)
+            if self.gpu is None:
+                self._reserve(may_fork=True)
             self.images = held.enter_context(self.workspace.folder("images"))
             self.trial = held.enter_context(self.workspace.folder("trial"))
             self.sandbox = held.enter_context(Sandbox(self.trial.fd)) if self._wants_trial() else None
             self.standby = held.enter_context(Standby(self.target.evidence.root.pid, self.images.fd))
-            overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
-            held.callback(overflow.close)
             digester = held.enter_context(Digester(overflow.fd, overflow.limit)) if self._is_large() else None
             self.hashing = Hashing(self.target.evidence, limit_s)
             self.hashing.start()  # a thread: no more forks from here on
             self.network = other_network(self.target.evidence.root.pid)
             if self.network is not None:
                 held.callback(os.close, self.network)
-            if self.gpu is None:
-                self._reserve()
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
             self._find(self.weights.findings())
