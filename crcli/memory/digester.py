@@ -1,10 +1,10 @@
 """A process that hashes groups of pages beside the workers.
 
 Hashing takes most of the work on a tree that was dumped before, and threads that do it wait for Python's lock
-in between: a process does not. It begins when the workers begin. They start with what came first, it starts
-with what came last, until they meet.
+in between: a process does not. It begins when the workers begin, with what came first. They take what it has
+done; when there is none of that, they do themselves what came last, until they meet.
 
-Nothing depends on it: what it has not done when a worker comes to it, the worker does.
+Nothing depends on it: what it does not do, the workers do.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import signal
 import struct
 import threading
+from collections import deque
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -52,7 +53,8 @@ class Digester:
         self._shared = mmap.mmap(-1, self._room * _RECORD)
         self._asked = 0
         self._has_begun = False
-        self._done: set[int] = set()
+        self._done: deque[int] = deque()
+        self._end = 0
         self._lock = threading.Lock()
         go, self._go = os.pipe()
         self._answers, answers = os.pipe()
@@ -70,13 +72,13 @@ class Digester:
 
     def ask(self, offset: int, heads: Sequence[int]) -> int | None:
         """Note groups to be hashed: those that begin at the pages `heads` of a block, which begins at
-        `offset` (bytes) and stays as it is until it is taken. Return the number to take it by; None where
+        `offset` (bytes) and stays as it is until `next` gives it out. Return the block's number; None where
         that will not be done."""
         if self._has_begun or self._asked == self._room or not 0 < len(heads) <= MOST_GROUPS:
             return None
         padding = (0,) * (MOST_GROUPS - len(heads))
         _BLOCK.pack_into(self._shared, self._asked * _RECORD, offset, 0, len(heads), *heads, *padding)
-        self._asked += 1
+        self._asked = self._end = self._asked + 1
         return self._asked - 1
 
     def begin(self) -> None:
@@ -95,24 +97,29 @@ class Digester:
         except OSError:
             pass  # it was killed, or stays in the background
 
-    def take(self, number: int) -> list[bytes] | None:
-        """The digests of the groups of a block, if they are there. If not, they never will be."""
-        at = number * _RECORD
+    def next(self) -> tuple[int, list[bytes]]:
+        """A block that was asked for and not given out yet, and the digests of its groups: one that is done,
+        or else the last one, without digests, which will not be done then."""
         with self._lock:
-            self._shared[at + _TAKEN_AT] = 1
             self._hear()
-            if number not in self._done:
-                return None
+            if self._done:
+                number = self._done.popleft()
+            else:
+                number = self._end = self._end - 1
+                self._shared[number * _RECORD + _TAKEN_AT] = 1
+                return number, []
+        at = number * _RECORD
         groups = _BLOCK.unpack_from(self._shared, at)[2]
         first = at + _BLOCK.size
-        return [self._shared[one : one + DIGEST] for one in range(first, first + groups * DIGEST, DIGEST)]
+        places = range(first, first + groups * DIGEST, DIGEST)
+        return number, [self._shared[place : place + DIGEST] for place in places]
 
     def _hear(self) -> None:
         try:
             said = os.read(self._answers, self._room * _NUMBER.size)
         except OSError:
             return
-        self._done.update(number for (number,) in _NUMBER.iter_unpack(said))
+        self._done.extend(number for (number,) in _NUMBER.iter_unpack(said) if number < self._end)
 
     def close(self) -> None:
         """End it; safe to call again."""
@@ -141,7 +148,7 @@ def _run(fd: int, shared: mmap.mmap, go: int, answers: int) -> None:
         gc.disable()  # it would touch, and so copy, all of the memory that is our parent's too
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         if asked := os.read(go, _NUMBER.size):
-            for number in reversed(range(*_NUMBER.unpack(asked))):
+            for number in range(*_NUMBER.unpack(asked)):
                 if _hash_groups(fd, shared, number * _RECORD):
                     os.write(answers, _NUMBER.pack(number))
     finally:

@@ -89,8 +89,8 @@ class _Spilled(_Pages):
     """A block's worth of pages that lies in the overflow, from `offset` (bytes) on."""
 
     offset: int = 0
-    asked: int | None = None
-    """The number by which the digester knows it."""
+    is_asked: bool = False
+    """Whether the digester knows it."""
 
 
 class Overflow(Protocol):
@@ -126,6 +126,7 @@ class Intake:
         self._believed: set[int] = set()
         self._overflow = overflow
         self._digester = digester
+        self._asked: dict[int, _Spilled] = {}
         self._gate = threading.Event()
         self._blocks = threading.Semaphore(BLOCK_COUNT)
         self._spare: list[_Block] = []
@@ -262,7 +263,10 @@ class Intake:
     def _have_hashed(self, spilled: _Spilled, digester: Digester) -> None:
         """Have the groups of spilled pages hashed while we receive, where that is little to ask for."""
         if len(spilled.runs) <= _FEW_RUNS:
-            spilled.asked = digester.ask(spilled.offset, heads_of(spilled.runs))
+            number = digester.ask(spilled.offset, heads_of(spilled.runs))
+            if number is not None:
+                self._asked[number] = spilled
+                spilled.is_asked = True
 
     def finish(
         self, amount: Callable[[int, int], None] = lambda done, total: None
@@ -431,7 +435,11 @@ class Intake:
 
     def _take_spilled(self, item: _Spilled, own: _Block) -> None:
         """The pages stay in the overflow for as long as a file that they were found in may change."""
-        ahead = self._ahead(item, own)
+        ahead = None
+        if item.is_asked and self._digester is not None:  # then the digester says which of those it knows
+            number, digests = self._digester.next()
+            item = self._asked.pop(number)
+            ahead = self._ahead(item, own, digests) if digests else None
         found = self._classify(own if ahead is not None else self._fetch(item, own), ahead)
         if found.files:
             with self._lock:
@@ -440,14 +448,8 @@ class Intake:
             self._accept(found)
             self._give_back(item)
 
-    def _ahead(self, spilled: _Spilled, block: _Block) -> Ahead | None:
-        """What was hashed of spilled pages; those that are needed nevertheless will be read into `block`."""
-        if spilled.asked is None or self._digester is None:
-            return None
-        heads = heads_of(spilled.runs)
-        digests = self._digester.take(spilled.asked)
-        if digests is None:
-            return None
+    def _ahead(self, spilled: _Spilled, block: _Block, digests: Sequence[bytes]) -> Ahead:
+        """Spilled pages, their groups hashed; those that are needed nevertheless are read into `block`."""
         if self._matcher is not None:
             self._fetch(spilled, block)
         block.runs, block.used = spilled.runs, spilled.used
@@ -456,7 +458,7 @@ class Intake:
             for begin, end in ranges if self._matcher is None else ():
                 self._read(spilled, block, begin, end)
 
-        return Ahead(dict(zip(heads, digests, strict=True)), fetch)
+        return Ahead(dict(zip(heads_of(spilled.runs), digests, strict=True)), fetch)
 
     def _fetch(self, spilled: _Spilled, block: _Block) -> _Block:
         """Read spilled pages into a worker's own block."""
