@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from itertools import pairwise
+from operator import sub
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blake3 import blake3
@@ -38,8 +38,8 @@ ZERO_GROUP_DIGEST = blake3(ZERO_GROUP).digest()
 _TWIN_LIMIT = 1 << 18
 """New pages of this dump that are remembered for finding their twins (about 50 MB when full)."""
 
-ZERO, NOWHERE = -1, -2
-"""The places of a zero page, and of one that is in no chunk."""
+ZERO, NOWHERE = -2, -1
+"""The places of a zero page, and of one that is in no chunk: no place in a chunk is one more than ZERO."""
 
 _CHUNK_SHIFT = 17
 _WEIGHTS = 1 << 60
@@ -354,12 +354,9 @@ def heads_of(runs: Sequence[Run]) -> list[int]:
 
 def _stretches(places: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Where, in these places, each stretch of pages that follow one another begins and ends."""
-    begin = 0
-    for at, (one, next_one) in enumerate(pairwise(places), 1):
-        if next_one != one + 1 if one != ZERO else next_one != ZERO:
-            yield begin, at
-            begin = at
-    yield begin, len(places)
+    steps = enumerate(map(sub, places[1:], places), 1)
+    ends = [at for at, step in steps if step != 1 and (step or places[at] != ZERO)]
+    return zip([0, *ends], [*ends, len(places)], strict=True)
 
 
 def _parts(places: Sequence[int]) -> list[Part]:

@@ -78,23 +78,23 @@ def test_it_says_what_blake3_says(overflow: MemoryFile, digester: Digester) -> N
     raw = os.urandom(3 * GROUP_BYTES) + bytes(GROUP_BYTES)
     os.pwrite(overflow.fd, raw, 5 * PAGE)
     number = digester.ask(5 * PAGE, [0, 7, 3 * GROUP_PAGES])
-    assert number is not None
     wait_for(digester, 1)
-    assert digester.take(number) == [
-        blake3(raw[at : at + GROUP_BYTES]).digest() for at in (0, 7 * PAGE, 3 * GROUP_BYTES)
-    ]
+    assert digester.next() == (
+        number,
+        [blake3(raw[at : at + GROUP_BYTES]).digest() for at in (0, 7 * PAGE, 3 * GROUP_BYTES)],
+    )
     assert blake3(bytes(GROUP_BYTES)).digest() == ZERO_GROUP_DIGEST
 
 
-def test_what_was_taken_is_not_worked_on(overflow: MemoryFile, digester: Digester) -> None:
-    """A block that a worker has begun is left to it, and what comes before is done."""
-    os.pwrite(overflow.fd, bytes(2 * GROUP_BYTES), 0)
-    first, second = digester.ask(0, [0]), digester.ask(GROUP_BYTES, [0])
-    assert first is not None and second is not None
-    assert digester.take(second) is None
-    wait_for(digester, 1)
-    assert digester.take(first) == [ZERO_GROUP_DIGEST]
-    assert digester.take(second) is None
+def test_each_block_is_given_out_once(overflow: MemoryFile, digester: Digester) -> None:
+    """What is done comes first; before that the last ones, which are not worked on any more."""
+    os.pwrite(overflow.fd, bytes(3 * GROUP_BYTES), 0)
+    first, second, third = (digester.ask(number * GROUP_BYTES, [0]) for number in range(3))
+    assert digester.next() == (third, [])
+    wait_for(digester, 2)
+    assert [digester.next(), digester.next()] == [(first, [ZERO_GROUP_DIGEST]), (second, [ZERO_GROUP_DIGEST])]
+    time.sleep(0.05)
+    assert _done(digester) == 0
 
 
 def test_more_is_not_asked_of_it_than_it_has_room_for(digester: Digester) -> None:
