@@ -187,6 +187,22 @@ def quiet_fork() -> int:
     return pid
 
 
+def close_all_but(*kept: int) -> None:
+    """Close every descriptor but these; what 0, 1 and 2 were leads nowhere.
+
+    For a process that was forked: nobody who waits for its parent's end, or its output's, is to wait for it.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in kept:
+            try:
+                os.close(int(name))
+            except OSError:
+                continue
+
+
 class Stop(NamedTuple):
     """Why a traced process has stopped: a signal for it, or (`is_exit`) its own end."""
 

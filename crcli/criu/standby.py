@@ -129,7 +129,7 @@ def _stand_by(control: socket.socket, root: int, images_fd: int) -> None:
     """What the process does. Never returns."""
     try:
         os.setsid()
-        _close_all_but(control.fileno(), images_fd)
+        kernel.close_all_but(control.fileno(), images_fd)
         before = remember(_tree_of(root))
         first = control.recv(_MESSAGE_LIMIT)
         kernel.hurry()
@@ -249,16 +249,3 @@ def _tree_of(root: int) -> list[int]:
     for pid in pids:
         pids += child_pids(pid)
     return pids
-
-
-def _close_all_but(*kept: int) -> None:
-    """Give back what is the command's: nobody who waits for its end, or its output's, is to wait for us."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) not in kept:
-            try:
-                os.close(int(name))
-            except OSError:
-                continue

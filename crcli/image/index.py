@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, peek_section, unpack_container
-from crcli.image.names import IMAGES, INDEXES, PACKS, index_key, is_id, manifest_key, pack_key, pages_key
+from crcli.image.names import IMAGES, INDEXES, index_key, is_id, manifest_key, pack_key, pages_key
 from crcli.image.tables import Chunk, Group, MixedGroup, read_chunks, read_groups, read_mixed, read_packs
 from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
 from crcli.memory.extents import PAGE
@@ -50,7 +50,6 @@ _MIXED = 1 << 63
 
 _READERS = 8
 _LISTED_AT_ONCE = 1000
-_FEW_PACKS = 200
 
 
 class Stretch(NamedTuple):
@@ -151,29 +150,38 @@ class KnownChunks:
                 (pack, chunk.offset): number for number, (pack, chunk) in enumerate(self._chunks)
             }
 
-    def find_pages(self, digests: Sequence[bytes]) -> list[tuple[int, int] | None]:
-        """For each digest of a page the known chunk and the page in it, or None."""
-        return [None if row is None else self._page_place(row) for row in self._rows(self._pages, digests)]
+    def find_pages(self, digests: Sequence[bytes]) -> list[int | None]:
+        """For each digest of a page its number among all known pages, or None."""
+        return self._rows(self._pages, digests)
 
-    def find_groups(self, digests: Sequence[bytes]) -> list[Sequence[Stretch] | None]:
-        """For each digest of a group the known chunks that it consists of, or None."""
-        return [None if row is None else self._group(row) for row in self._rows(self._groups, digests)]
+    def chunk_of(self, page: int) -> tuple[int, int, int]:
+        """The chunk in which a known page is, and the numbers of its first page and of the one behind it."""
+        owner = bisect_right(self._first_pages, page)
+        end = self._first_pages[owner] if owner < len(self._first_pages) else self._page_count
+        return self._memory_chunks[owner - 1], self._first_pages[owner - 1], end
 
-    def _page_place(self, row: int) -> tuple[int, int]:
-        owner = bisect_right(self._first_pages, row) - 1
-        return self._memory_chunks[owner], row - self._first_pages[owner]
+    def find_groups(self, digests: Sequence[bytes]) -> list[tuple[int, int] | list[Stretch] | None]:
+        """For each digest of a group where it is, or None: the known chunk and the page at which it begins,
+        or all the chunks that it consists of."""
+        places = self._group_places
+        rows = self._rows(self._groups, digests)
+        return [
+            None
+            if row is None
+            else self._mixed_group(place & ~_MIXED)
+            if (place := places[row]) & _MIXED
+            else (place >> 16, place & 0xFFFF)
+            for row in rows
+        ]
 
-    def _group(self, row: int) -> Sequence[Stretch] | None:
-        place = self._group_places[row]
-        if not place & _MIXED:
-            return (Stretch(place >> 16, place & 0xFFFF, GROUP_PAGES),)
-        packs, group = self._mixed[place & ~_MIXED]
+    def _mixed_group(self, number: int) -> list[Stretch] | None:
+        packs, group = self._mixed[number]
         found: list[Stretch] = []
         for pack, offset, page, pages in group.parts:
-            number = None if pack is None else self._chunk_at.get((packs[pack], offset), -1)
-            if number is not None and (number < 0 or self._chunks[number][1].raw < (page + pages) * PAGE):
+            chunk = None if pack is None else self._chunk_at.get((packs[pack], offset), -1)
+            if chunk is not None and (chunk < 0 or self._chunks[chunk][1].raw < (page + pages) * PAGE):
                 return None  # of an index that is not known here
-            found.append(Stretch(number, page, pages))
+            found.append(Stretch(chunk, page, pages))
         return found
 
     def _rows(self, table: _Digests | None, digests: Sequence[bytes]) -> list[int | None]:
@@ -190,18 +198,30 @@ class KnownPagesOf:
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
         """See memory.classify.KnownPages."""
-        return [
-            NOWHERE if found is None else self._place(*found) for found in self._known.find_pages(digests)
-        ]
+        places: list[int] = []
+        first, end, place = 0, 0, 0
+        for page in self._known.find_pages(digests):
+            if page is None:
+                places.append(NOWHERE)
+                continue
+            if not first <= page < end:  # most pages are of the chunk of the one before
+                chunk, first, end = self._known.chunk_of(page)
+                place = self._place(chunk, 0)
+            places.append(place + page - first)
+        return places
 
     def find_groups(self, digests: Sequence[bytes]) -> list[Sequence[int] | None]:
         """See memory.classify.KnownPages."""
-        return [None if found is None else self._places(found) for found in self._known.find_groups(digests)]
-
-    def _places(self, stretches: Sequence[Stretch]) -> Sequence[int]:
-        if len(stretches) == 1:
-            return self._places_in(*stretches[0])
-        return [place for stretch in stretches for place in self._places_in(*stretch)]
+        found: list[Sequence[int] | None] = []
+        for where in self._known.find_groups(digests):
+            if where is None:
+                found.append(None)
+            elif isinstance(where, tuple):
+                first = self._place(*where)
+                found.append(range(first, first + GROUP_PAGES))
+            else:
+                found.append([place for part in where for place in self._places_in(*part)])
+        return found
 
     def _places_in(self, chunk: int | None, page: int, pages: int) -> Sequence[int]:
         if chunk is None:
@@ -396,9 +416,9 @@ class _Loading:
                 if self._known.page_count >= self._limit:
                     return
                 found = list(filter(None, threads.map(self._read, new[at : at + _READERS])))
-                there = self._there({pack for index in found for pack in index.used_packs}, threads)
+                missing = self._missing({pack for index in found for pack in index.used_packs})
                 for index in found:
-                    if self._known.page_count < self._limit and index.used_packs <= there:
+                    if self._known.page_count < self._limit and not index.used_packs & missing:
                         self._known.add(*index)
 
     def _read(self, image_id: str) -> _Index | None:
@@ -407,21 +427,10 @@ class _Loading:
         except (ImageDamaged, NotFound):
             return None
 
-    def _there(self, packs: set[bytes], threads: ThreadPoolExecutor) -> set[bytes]:
-        """Those of the packs that the store has."""
-        if len(packs) > _FEW_PACKS:
-            keys = {info.key for info in self._store.list(PACKS)}
-            return {pack for pack in packs if pack_key(pack) in keys}
-        return {
-            pack for pack, is_there in zip(packs, threads.map(self._is_there, packs), strict=True) if is_there
-        }
-
-    def _is_there(self, pack: bytes) -> bool:
-        try:
-            self._store.stat(pack_key(pack))
-        except NotFound:
-            return False
-        return True
+    def _missing(self, packs: set[bytes]) -> set[bytes]:
+        """Those of the packs that the store does not have."""
+        keys = {pack_key(pack): pack for pack in packs}
+        return {keys[key] for key in self._store.missing(keys)}
 
 
 def _read_index(store: Store, image_id: str) -> _Index:

@@ -19,7 +19,7 @@ from blake3 import blake3
 from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.codec import Codec, compress, decompress
 from crcli.image.container import ContainerKind, pack_container
-from crcli.image.names import PACKS, index_key, pack_key, pages_key
+from crcli.image.names import index_key, pack_key, pages_key
 from crcli.image.tables import (
     PACK_ID,
     Chunk,
@@ -67,8 +67,6 @@ _NEGLIGIBLE = 1 / 64
 again; and whatever it takes more than the most for."""
 
 _STATS_AT_ONCE = 16
-_FEW_PACKS = 200
-"""Up to so many packs are asked for one by one: a listing may have many more."""
 
 _RESERVED = Chunk(0, 0, 0, 0, Codec.RAW, False, b"")
 
@@ -250,17 +248,9 @@ class PackWriter:
         return MixedPart(chunk.pack, chunk.offset, location.page, pages)
 
     def _see_packs(self) -> None:
-        """Make sure that all packs of the image are in the store, by a listing where that takes less."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        keys = [pack_key(pack) for pack in self._packs]
-        if len(keys) > _FEW_PACKS:
-            there = {info.key for info in self._store.list(PACKS)}
-            keys = [key for key in keys if key not in there]
-        if keys:
-            with ThreadPoolExecutor(min(_STATS_AT_ONCE, len(keys)), "pack-stat") as threads:
-                for _ in threads.map(self._store.stat, keys):
-                    pass
+        """Make sure that all packs of the image are in the store."""
+        for key in self._store.missing(map(pack_key, self._packs)):
+            self._store.stat(key)  # which says best what is wrong
 
     def close(self) -> None:
         """Give up what was not sealed, and free the threads. Never raises."""

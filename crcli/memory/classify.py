@@ -10,7 +10,7 @@ so that the next dump finds it whole.
 from __future__ import annotations
 
 import threading
-from itertools import pairwise
+from operator import sub
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blake3 import blake3
@@ -20,7 +20,7 @@ from crcli.memory.extents import PAGE, ZERO_PAGE, Extent, Source, SpaceKey
 from crcli.memory.weights.references import Reference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from crcli.memory.weights.match import Matcher
     from crcli.store.base import Buffer
@@ -32,13 +32,14 @@ CHUNK_PAGES = 64
 """Pages in one chunk at most (256 KiB): large enough to compress well and to fetch in one read."""
 
 DIGEST = 32
-_ZERO_GROUP = ZERO_PAGE * GROUP_PAGES
+ZERO_GROUP = ZERO_PAGE * GROUP_PAGES
+ZERO_GROUP_DIGEST = blake3(ZERO_GROUP).digest()
 
 _TWIN_LIMIT = 1 << 18
 """New pages of this dump that are remembered for finding their twins (about 50 MB when full)."""
 
-ZERO, NOWHERE = -1, -2
-"""The places of a zero page, and of one that is in no chunk."""
+ZERO, NOWHERE = -2, -1
+"""The places of a zero page, and of one that is in no chunk: no place in a chunk is one more than ZERO."""
 
 _CHUNK_SHIFT = 17
 _WEIGHTS = 1 << 60
@@ -154,6 +155,16 @@ class Run(NamedTuple):
     at: int
 
 
+class Ahead(NamedTuple):
+    """A block that was looked at before, and lies elsewhere.
+
+    `digests` are those of all its whole groups, by first page; `fetch` brings ranges of pages into memory.
+    """
+
+    digests: Mapping[int, bytes]
+    fetch: Callable[[Sequence[tuple[int, int]]], None]
+
+
 class _Chunk(NamedTuple):
     """A new chunk: its number, its pages and its groups (by their place in the block)."""
 
@@ -173,18 +184,27 @@ class Classifier:
         self._claims = threading.Lock()
 
     def classify(
-        self, memory: bytearray, runs: Sequence[Run], *, hurry: bool = False, weights: bool = True
+        self,
+        memory: bytearray,
+        runs: Sequence[Run],
+        *,
+        hurry: bool = False,
+        weights: bool = True,
+        ahead: Ahead | None = None,
     ) -> Classified:
         """Store what is new of the pages that `runs` describe in `memory`; return all their extents.
 
-        Without `weights` nothing is looked for in files.
+        Without `weights` nothing is looked for in files. With `ahead` the pages need not be in `memory` yet,
+        where nothing is to be looked for in files.
         """
         view = memoryview(memory)
         places = [NOWHERE] * max((run.at + run.pages for run in runs), default=0)
         files = self._place_weights(memory, runs, places) if weights and self._matcher is not None else set()
         heads, pages = _divide(runs, places if files else None)
-        groups = self._place_groups(memory, heads, places)
+        groups = self._place_groups(memory, heads, places, ahead.digests if ahead is not None else {})
         pages += [page for head in groups for page in range(head, head + GROUP_PAGES)]
+        if ahead is not None:
+            ahead.fetch(_ranges(sorted(pages)))
         unknown = self._place_pages(memory, pages, places)
         chunks = self._claim(unknown, groups, places)
         for chunk in chunks:
@@ -214,15 +234,17 @@ class Classifier:
             files.update(piece.file for piece in stretch.pieces)
         return files
 
-    def _place_groups(self, memory: bytearray, heads: list[int], places: list[int]) -> dict[int, bytes]:
-        """Place the groups that are zero or known; return the digests of the others, by first page."""
-        view, is_zero = memoryview(memory), memory.startswith
-        digests: dict[int, bytes] = {}
-        for head in heads:
-            if is_zero(_ZERO_GROUP, head * PAGE):
-                places[head : head + GROUP_PAGES] = _ALL_ZERO
-            else:
-                digests[head] = blake3(view[head * PAGE : (head + GROUP_PAGES) * PAGE]).digest()
+    def _place_groups(
+        self, memory: bytearray, heads: list[int], places: list[int], given: Mapping[int, bytes]
+    ) -> dict[int, bytes]:
+        """Place the groups that are zero or known; return the digests of the others, by first page.
+
+        Those that are `given` were hashed before.
+        """
+        digests = {head: given[head] for head in heads} if given else _digests_of_groups(memory, heads)
+        for head in [head for head, digest in digests.items() if digest == ZERO_GROUP_DIGEST]:
+            del digests[head]
+            places[head : head + GROUP_PAGES] = _ALL_ZERO
         if self._known is not None:
             found = self._known.find_groups(list(digests.values()))
             for head, there in zip(list(digests), found, strict=True):
@@ -299,27 +321,41 @@ def _divide(runs: Sequence[Run], places: list[int] | None) -> tuple[list[int], l
     return heads, loose
 
 
+def _digests_of_groups(memory: bytearray, heads: list[int]) -> dict[int, bytes]:
+    view, is_zero = memoryview(memory), memory.startswith
+    return {
+        head: ZERO_GROUP_DIGEST
+        if is_zero(ZERO_GROUP, head * PAGE)
+        else blake3(view[head * PAGE : (head + GROUP_PAGES) * PAGE]).digest()
+        for head in heads
+    }
+
+
 def _pieces(view: memoryview, pages: list[int]) -> list[memoryview]:
     """These pages as few contiguous views."""
-    pieces: list[memoryview] = []
-    begin = previous = pages[0]
-    for page in pages[1:]:
-        if page != previous + 1:
-            pieces.append(view[begin * PAGE : (previous + 1) * PAGE])
-            begin = page
-        previous = page
-    pieces.append(view[begin * PAGE : (previous + 1) * PAGE])
-    return pieces
+    return [view[begin * PAGE : end * PAGE] for begin, end in _ranges(pages)]
+
+
+def _ranges(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """These pages as ranges: the first page of each, and the one behind its last."""
+    ends = [at for at in range(1, len(pages)) if pages[at] != pages[at - 1] + 1]
+    return [
+        (pages[begin], pages[end - 1] + 1)
+        for begin, end in zip([0, *ends], [*ends, len(pages)], strict=True)
+        if end
+    ]
+
+
+def heads_of(runs: Sequence[Run]) -> list[int]:
+    """The first pages of the whole groups in a block."""
+    return _divide(runs, None)[0]
 
 
 def _stretches(places: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Where, in these places, each stretch of pages that follow one another begins and ends."""
-    begin = 0
-    for at, (one, next_one) in enumerate(pairwise(places), 1):
-        if next_one != one + 1 if one != ZERO else next_one != ZERO:
-            yield begin, at
-            begin = at
-    yield begin, len(places)
+    steps = enumerate(map(sub, places[1:], places), 1)
+    ends = [at for at, step in steps if step != 1 and (step or places[at] != ZERO)]
+    return zip([0, *ends], [*ends, len(places)], strict=True)
 
 
 def _parts(places: Sequence[int]) -> list[Part]:

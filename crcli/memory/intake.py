@@ -24,15 +24,16 @@ from msgspec import Struct, field
 
 from crcli.errors import DumpFailed, TreeState
 from crcli.kernel import punch_hole
-from crcli.memory.classify import GROUP_PAGES, Classified, Classifier, MemoryCounts, Run
+from crcli.memory.classify import GROUP_PAGES, Ahead, Classified, Classifier, MemoryCounts, Run, heads_of
 from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, coalesce
 from crcli.memory.pagemap import PageRun
 from crcli.memory.replay import AMOUNT_EVERY_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator
+    from collections.abc import Callable, Container, Iterator, Sequence
 
     from crcli.memory.classify import ChunkSink, KnownPages
+    from crcli.memory.digester import Digester
     from crcli.memory.weights.match import Matcher
 
 BLOCK_PAGES = 1024
@@ -43,6 +44,9 @@ _PIECE_BYTES = 256 << 10
 """How much goes into the overflow at once. A tmpfs takes one folio for a write, as large as that: small ones
 are cut from what is left of memory that was in use lately, while those of 1 MiB and more are mostly such that
 a virtual machine's host has taken back, and must find again (2 s for each GiB instead of 0.1)."""
+
+_FEW_RUNS = 16
+"""Blocks of more runs have few whole groups, and those are not worth a look while a tree stands frozen."""
 
 _KEEP_RUN, _KEEP_PAGES = 64, 16 << 10
 """Early pages that are kept for the trial: runs up to this long, and so many pages in all (64 MiB)."""
@@ -83,6 +87,8 @@ class _Spilled(_Pages):
     """A block's worth of pages that lies in the overflow, from `offset` (bytes) on."""
 
     offset: int = 0
+    is_asked: bool = False
+    """Whether the digester knows it."""
 
 
 class Overflow(Protocol):
@@ -110,12 +116,15 @@ class Intake:
         overflow: Overflow | None = None,
         matcher: Matcher | None = None,
         workers: int = 2,
+        digester: Digester | None = None,
     ) -> None:
         self._classifier = Classifier(known, sink, matcher)
         self._matcher = matcher
         self._doubtful: list[tuple[_Spilled, Classified]] = []
         self._believed: set[int] = set()
         self._overflow = overflow
+        self._digester = digester
+        self._asked: dict[int, _Spilled] = {}
         self._gate = threading.Event()
         self._blocks = threading.Semaphore(BLOCK_COUNT)
         self._spare: list[_Block] = []
@@ -237,13 +246,25 @@ class Intake:
 
     def open_gate(self) -> None:
         """Let the workers begin: the tree's state is here, or there is no more room for it."""
+        if self._digester is not None:
+            self._digester.begin()
         self._gate.set()
 
     def flush(self) -> None:
         """Hand on what has been received so far."""
         if self._open is not None:
+            if isinstance(self._open, _Spilled) and self._digester is not None:
+                self._have_hashed(self._open, self._digester)
             self._full.put(self._open)
             self._open = None
+
+    def _have_hashed(self, spilled: _Spilled, digester: Digester) -> None:
+        """Have the groups of spilled pages hashed while we receive, where that is little to ask for."""
+        if len(spilled.runs) <= _FEW_RUNS:
+            number = digester.ask(spilled.offset, heads_of(spilled.runs))
+            if number is not None:
+                self._asked[number] = spilled
+                spilled.is_asked = True
 
     def finish(
         self, amount: Callable[[int, int], None] = lambda done, total: None
@@ -254,6 +275,8 @@ class Intake:
         """
         self.flush()
         self._end_workers()
+        if self._digester is not None:
+            self._digester.hurry()
         for worker in self._workers:
             while worker.is_alive():
                 worker.join(AMOUNT_EVERY_S)
@@ -410,7 +433,12 @@ class Intake:
 
     def _take_spilled(self, item: _Spilled, own: _Block) -> None:
         """The pages stay in the overflow for as long as a file that they were found in may change."""
-        found = self._classify(self._fetch(item, own))
+        ahead = None
+        if item.is_asked and self._digester is not None:  # then the digester says which of those it knows
+            number, digests = self._digester.next()
+            item = self._asked.pop(number)
+            ahead = self._ahead(item, own, digests) if digests else None
+        found = self._classify(own if ahead is not None else self._fetch(item, own), ahead)
         if found.files:
             with self._lock:
                 self._doubtful.append((item, found))
@@ -418,22 +446,39 @@ class Intake:
             self._accept(found)
             self._give_back(item)
 
+    def _ahead(self, spilled: _Spilled, block: _Block, digests: Sequence[bytes]) -> Ahead:
+        """Spilled pages, their groups hashed; those that are needed nevertheless are read into `block`."""
+        if self._matcher is not None:
+            self._fetch(spilled, block)
+        block.runs, block.used = spilled.runs, spilled.used
+
+        def fetch(ranges: Sequence[tuple[int, int]]) -> None:
+            for begin, end in ranges if self._matcher is None else ():
+                self._read(spilled, block, begin, end)
+
+        return Ahead(dict(zip(heads_of(spilled.runs), digests, strict=True)), fetch)
+
     def _fetch(self, spilled: _Spilled, block: _Block) -> _Block:
         """Read spilled pages into a worker's own block."""
-        assert self._overflow is not None
-        view = memoryview(block.memory)[: spilled.used * PAGE]
-        if os.preadv(self._overflow.fd, [view], spilled.offset) != len(view):
-            raise OSError("the overflow area lost pages")
+        self._read(spilled, block, 0, spilled.used)
         block.runs, block.used = spilled.runs, spilled.used
         return block
+
+    def _read(self, spilled: _Spilled, block: _Block, begin: int, end: int) -> None:
+        """Read spilled pages, from page `begin` to `end`, to where they belong in a block."""
+        assert self._overflow is not None
+        view = memoryview(block.memory)[begin * PAGE : end * PAGE]
+        if os.preadv(self._overflow.fd, [view], spilled.offset + begin * PAGE) != len(view):
+            raise OSError("the overflow area lost pages")
 
     def _give_back(self, spilled: _Spilled) -> None:
         """Free the memory of pages that are stored, or need not be."""
         assert self._overflow is not None
         punch_hole(self._overflow.fd, spilled.offset, spilled.used * PAGE)
 
-    def _classify(self, block: _Block) -> Classified:
-        return self._classifier.classify(block.memory, block.runs, hurry=self._under_pressure())
+    def _classify(self, block: _Block, ahead: Ahead | None = None) -> Classified:
+        hurry = self._under_pressure()
+        return self._classifier.classify(block.memory, block.runs, hurry=hurry, ahead=ahead)
 
     def _accept(self, found: Classified) -> None:
         with self._lock:

@@ -7,11 +7,16 @@ frozen.
 
 from __future__ import annotations
 
+import mmap
 import os
+import select
+import signal
+import struct
 import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from crcli import kernel
 from crcli.process.memory_room import spare_memory
 
 if TYPE_CHECKING:
@@ -39,10 +44,14 @@ lately, while those of 1 MiB and more are mostly such that the host has taken ba
 _SLOW_S, _SLOW_COUNT = 0.002, 3
 """So many huge pieces that took so long each (seconds; 0.2 ms is usual) came from elsewhere."""
 
+_LARGE = 64 << 20
+"""So much (bytes) is worth a process: a thread waits for Python's lock after each piece, for up to 5 ms."""
+
 _PATIENCE_S, _PATIENCE_S_PER_GIB = 0.02, 0.5
 """For how long a dump is held up by getting memory (seconds, and for each GiB more), since that was begun."""
 
 _ZEROS = bytes(_HUGE)
+_COUNT = struct.Struct("<Q")
 
 
 class Overflow:
@@ -57,45 +66,78 @@ class Overflow:
         folder.remove("overflow")
         self._sharers = sharers
         self.limit = spare_memory() // 2 // sharers
-        self.reserved = 0
-        """How much of it has memory behind it, from its beginning (bytes)."""
+        self._reserved = mmap.mmap(-1, _COUNT.size)
         self._size = 0
         self._began = 0.0
         self._enough = threading.Event()
         self._thread: threading.Thread | None = None
+        self._pid = 0
+
+    @property
+    def reserved(self) -> int:
+        """How much of it has memory behind it, from its beginning (bytes)."""
+        (size,) = _COUNT.unpack(self._reserved[:])
+        return int(size)
 
     def measure_again(self) -> None:
         """Have the limit be no more than half of what is free now, beside what it has already."""
         self.limit = min(self.limit, self.reserved + spare_memory() // 2 // self._sharers)
 
-    def reserve(self, size: int) -> None:
-        """Begin to get memory for the first `size` bytes, in a thread; no more than `limit`."""
+    def reserve(self, size: int, *, may_fork: bool = False) -> None:
+        """Begin to get memory for the first `size` bytes; no more than `limit`.
+
+        `may_fork`: no thread was started yet.
+        """
         self._size = min(size, self.limit)
         self._began = time.monotonic()
-        if self._size >= _HUGE:
+        if may_fork and self._size >= _LARGE:
+            self._pid = kernel.quiet_fork()
+            if self._pid == 0:
+                self._get_and_exit()
+        elif self._size >= _HUGE:
             self._thread = threading.Thread(target=self._get, name="overflow", daemon=True)
             self._thread.start()
 
     def settle(self, *, wait: bool) -> None:
         """Stop getting memory; `wait` says whether it may first take the time that it needs, in reason."""
-        if self._thread is None:
-            return
-        if wait:
-            most_s = _PATIENCE_S + _PATIENCE_S_PER_GIB * self._size / (1 << 30)
-            self._thread.join(max(0.0, self._began + most_s - time.monotonic()))
-        self._enough.set()
-        self._thread.join()
-        self._thread = None
+        most_s = _PATIENCE_S + _PATIENCE_S_PER_GIB * self._size / (1 << 30)
+        left_s = max(0.0, self._began + most_s - time.monotonic()) if wait else 0.0
+        if self._thread is not None:
+            self._thread.join(left_s)
+            self._enough.set()
+            self._thread.join()
+            self._thread = None
+        if self._pid:
+            _wait_for_end(self._pid, left_s)
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+
+    def left_s(self) -> float:
+        """For how long it will go on getting memory (seconds), if that goes on as fast as so far."""
+        spent, reserved = time.monotonic() - self._began, self.reserved
+        return max(0.0, self._size - reserved) * spent / reserved if reserved else 0.0
+
+    def _get_and_exit(self) -> None:
+        """What the process does. Never returns."""
+        try:
+            kernel.die_with_parent(signal.SIGKILL)
+            kernel.close_all_but(self.fd)
+            self._get()
+        finally:
+            os._exit(0)
 
     def _get(self) -> None:
         piece, slow = _HUGE, 0
+        done = 0
         try:
-            while self.reserved < self._size and not self._enough.is_set():
+            while done < self._size and not self._enough.is_set():
                 began = time.monotonic()
                 if piece == _HUGE:
-                    os.ftruncate(self.fd, self.reserved + piece)  # without it the kernel gives small ones
-                    os.posix_fallocate(self.fd, self.reserved, piece)
-                self.reserved += os.pwrite(self.fd, memoryview(_ZEROS)[:piece], self.reserved)
+                    os.ftruncate(self.fd, done + piece)  # without it the kernel gives small ones
+                    os.posix_fallocate(self.fd, done, piece)
+                done += os.pwrite(self.fd, memoryview(_ZEROS)[:piece], done)
+                self._reserved[:] = _COUNT.pack(done)
                 slow += time.monotonic() - began > _SLOW_S
                 if slow == _SLOW_COUNT:
                     piece = _SMALL
@@ -106,3 +148,12 @@ class Overflow:
         """Give the memory back."""
         self.settle(wait=False)
         os.close(self.fd)
+
+
+def _wait_for_end(pid: int, most_s: float) -> None:
+    """Return when a child of ours has ended, or so many seconds have passed."""
+    ended = os.pidfd_open(pid)
+    try:
+        select.select([ended], [], [], most_s)
+    finally:
+        os.close(ended)

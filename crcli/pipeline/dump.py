@@ -42,6 +42,7 @@ from crcli.image.remove import remove
 from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
+from crcli.memory.digester import Digester
 from crcli.memory.intake import Intake
 from crcli.memory.overflow import Overflow
 from crcli.memory.sample import Makeup
@@ -99,6 +100,12 @@ _RECORD_BYTES = 40
 CRIU_LIMIT_S = 600.0
 """How long CRIU itself may work on a dump without sending a page (seconds), the time that it waits for us
 left out."""
+
+_LARGE_BYTES = 128 << 20
+"""So much memory takes 30 ms to hash, ten times as long as to start a process for it."""
+
+_CRIU_START_S = 0.025
+"""How long CRIU takes before it asks whether it may freeze the tree (seconds): memory is got until then."""
 
 _DEATH_S, _DEATH_S_PER_BYTE = 3.0, 0.25 / (1 << 30)
 """How long a killed tree is waited for (seconds): the kernel gives its memory back first."""
@@ -326,31 +333,37 @@ class _Dump:
 
     # Everything that takes time and does not need the tree frozen comes first.
 
-    def _reserve(self) -> None:
+    def _reserve(self, *, may_fork: bool = False) -> None:
         """Begin to get memory for the tree's pages, of a tree without GPUs: theirs needs all the room.
 
         After rounds little is left for the freeze.
         """
         if not self.options.pre_copy:
-            self.overflow.reserve(self.target.evidence.expected_bytes)
+            self.overflow.reserve(self.target.evidence.expected_bytes, may_fork=may_fork)
+
+    def _is_large(self) -> bool:
+        """Whether a process that hashes beside us is worth its start: for one tree, all sent at once."""
+        is_alone = self.shared.at_once == 1 and not self.options.pre_copy
+        return is_alone and self.target.evidence.expected_bytes >= _LARGE_BYTES
 
     def _prepare(self, held: ExitStack) -> None:
         with self.watch.phase("prepare"):
             limit_s = None if self.options.deadline_s is None else self.options.deadline_s / 10
             self.workspace = held.enter_context(Workspace.create())
+            overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
+            held.callback(overflow.close)
+            if self.gpu is None:
+                self._reserve(may_fork=True)
             self.images = held.enter_context(self.workspace.folder("images"))
             self.trial = held.enter_context(self.workspace.folder("trial"))
             self.sandbox = held.enter_context(Sandbox(self.trial.fd)) if self._wants_trial() else None
             self.standby = held.enter_context(Standby(self.target.evidence.root.pid, self.images.fd))
+            digester = held.enter_context(Digester(overflow.fd, overflow.limit)) if self._is_large() else None
             self.hashing = Hashing(self.target.evidence, limit_s)
             self.hashing.start()  # a thread: no more forks from here on
             self.network = other_network(self.target.evidence.root.pid)
             if self.network is not None:
                 held.callback(os.close, self.network)
-            overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
-            held.callback(overflow.close)
-            if self.gpu is None:
-                self._reserve()
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
             self._find(self.weights.findings())
@@ -364,7 +377,7 @@ class _Dump:
             self.writer = PackWriter(store, self.target.image_id, known)
             held.callback(self.writer.close)
             pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
-            self.intake = Intake(pages, self.writer, overflow, self.weights.matcher)
+            self.intake = Intake(pages, self.writer, overflow, self.weights.matcher, digester=digester)
             held.callback(self.intake.abandon)
             self.rounds = Rounds(
                 self.workspace,
@@ -412,8 +425,8 @@ class _Dump:
             return None
         try:
             matcher = self.weights.matcher
-            evidence, most_s = self.target.evidence, DUMP_LOOK_MOST_S
-            return measure(evidence, self.options, known, DUMP_LOOK_S, most_s, matcher, gpu_bytes)
+            most_s = min(DUMP_LOOK_MOST_S, max(DUMP_LOOK_S, self.overflow.left_s() - _CRIU_START_S))
+            return measure(self.target.evidence, self.options, known, DUMP_LOOK_S, most_s, matcher, gpu_bytes)
         except Exception:
             return None
 

@@ -14,7 +14,7 @@ from msgspec import Struct
 from crcli.errors import ObjectExists
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
 
 Buffer = bytes | bytearray | memoryview
@@ -150,6 +150,10 @@ class Store(Protocol):
 
     def stat(self, key: str) -> ObjectInfo:
         """Describe one object."""
+        ...
+
+    def missing(self, keys: Iterable[str]) -> set[str]:
+        """Those of these objects that are not there; few requests where few others lie beside them."""
         ...
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:

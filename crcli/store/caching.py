@@ -16,7 +16,7 @@ from msgspec import Struct
 from crcli.errors import NotFound, StoreUnreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from crcli.store.base import Buffer, ObjectInfo, ObjectWriter, Store
@@ -148,6 +148,10 @@ class CachingStore:
     def stat(self, key: str) -> ObjectInfo:
         """Ask the origin."""
         return self._reached().stat(key)
+
+    def missing(self, keys: Iterable[str]) -> set[str]:
+        """Ask the origin."""
+        return self._reached().missing(keys)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Ask the origin."""

@@ -21,7 +21,7 @@ from crcli.store.address import StoreAddress
 from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key, taken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from crcli.store.base import Buffer
@@ -102,6 +102,17 @@ class FileStore:
         """Describe the file."""
         with self._reading(key) as descriptor:
             return _describe(key, os.fstat(descriptor))
+
+    def missing(self, keys: Iterable[str]) -> set[str]:
+        """Look for each of the files."""
+        return {key for key in keys if not self._is_there(key)}
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            self.stat(key)
+        except NotFound:
+            return False
+        return True
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Walk the directories that can hold such keys, one at a time."""

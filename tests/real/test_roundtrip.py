@@ -94,6 +94,7 @@ SHARED_SINCE_THE_FORK = """
 
 PAGES = """
     import mmap, os, random, signal, time
+    from hashlib import blake2b
     source = random.Random({seed})
     memory = mmap.mmap(-1, {megabytes} << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages = len(memory) >> 12
@@ -106,6 +107,7 @@ PAGES = """
         print('changed')
 
     signal.signal(signal.SIGUSR1, change)
+    signal.signal(signal.SIGUSR2, lambda *_: print('hash=' + blake2b(memory).hexdigest()))
     print('ready')
     while True: time.sleep(60)
     """
@@ -307,6 +309,30 @@ def test_a_second_dump_stores_only_what_changed(crcli: Crcli) -> None:
         second = crcli.dump(program.pid, "--name", "agent", "--leave-running")
         assert second["reused_bytes"] > 0.98 * first["memory_bytes"] - first["zero_bytes"]
         assert second["stored_bytes"] <= 0.02 * first["stored_bytes"]
+
+
+def test_a_large_tree_is_dumped_again_and_again(crcli: Crcli) -> None:
+    """Each dump stores what has changed since the last, of a tree that is hashed by a process of its own, and
+    its memory is as it was."""
+    with spawn_python(PAGES.format(seed=11, megabytes=160)) as program:
+        first = crcli.dump(program.pid, "--name", "agent")
+        for generation in range(1, 4):
+            crcli.restore("agent")
+            os.kill(program.pid, signal.SIGUSR1)
+            wait_until(lambda count=generation: program.output.count("changed") == count, "it changes")
+            before = memory_hash(program)
+            again = crcli.dump(program.pid, "--name", "agent")
+            assert again["stored_bytes"] <= 0.02 * first["stored_bytes"]
+        crcli.restore("agent")
+        assert memory_hash(program) == before
+
+
+def memory_hash(program: Program) -> str:
+    """What a program with PAGES says of its memory."""
+    seen = program.output.count("hash=")
+    os.kill(program.pid, signal.SIGUSR2)
+    wait_until(lambda: program.output.count("hash=") > seen, "it hashes its memory")
+    return lines(program)[-1]
 
 
 def test_a_tree_restored_twice_stores_only_what_changed(crcli: Crcli) -> None:

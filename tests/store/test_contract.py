@@ -343,3 +343,15 @@ def test_close_twice(place: Place) -> None:
     store = open_store(place.url)
     store.close()
     store.close()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 20])
+def test_what_is_missing_is_told(store: Store, count: int) -> None:
+    """Of some keys, few or many, exactly those without an object are missing, whatever lies beside them."""
+    for number in range(count):
+        store.put(f"packs/{number % 3}/{number}", b"?")
+    store.put("packs/beside", b"?")
+    there = {f"packs/{number % 3}/{number}" for number in range(count)}
+    gone = {"packs/gone", "packs/1/gone"} if count % 2 else set()
+    assert store.missing(there | gone) == gone
+    assert store.missing(iter(there)) == set()

@@ -14,7 +14,7 @@ from crcli.store import ObjectInfo, Store
 Around = Callable[[str], AbstractContextManager[None]]
 """Called with what is about to be done (`put images/a/b`); the call happens inside of what it gives."""
 
-_PLAIN = ("put", "get", "get_range", "stat", "delete", "sweep")
+_PLAIN = ("put", "get", "get_range", "stat", "missing", "delete", "sweep")
 
 
 class WatchedStore:

@@ -275,8 +275,10 @@ def test_version_1_is_listed_and_known(golden: FileStore) -> None:
     asked = [blake3(page).digest() for page in (text_page(3), random_page(1), text_page(10), text_page(99))]
     *found, unknown = known.find_pages(asked)
     assert unknown is None
-    places = [(*known.chunk(place[0]), place[1]) for place in found if place is not None]
-    short = [(pack[-1], chunk.offset, page) for pack, chunk, page in places]
+    places = [(known.chunk_of(page), page) for page in found if page is not None]
+    assert all(first <= page < end for (_, first, end), page in places)
+    where = [(*known.chunk(number), page - first) for (number, first, _), page in places]
+    short = [(pack[-1], chunk.offset, page) for pack, chunk, page in where]
     assert short == [(1, 8, 3), (1, 57, 0), (6, 8, 1)]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from crcli.errors import StoreError
+from crcli.errors import NotFound, StoreError
 from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key
 from crcli.store.s3.body import Body
 from crcli.store.s3.bucket import Bucket
@@ -15,11 +18,16 @@ from crcli.store.s3.survey import Survey, survey
 from crcli.store.s3.uploads import PART_SIZE, S3Writer, UploadThreads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from crcli.store.address import StoreAddress
     from crcli.store.base import Buffer
     from crcli.store.s3.settings import S3Settings
+
+_FEW, _MANY, _LISTED = 2, 200, 1000
+"""More objects than a few are looked for in a listing first: in its first request, or, many, in all of it."""
+
+_HEADS_AT_ONCE = 16
 
 
 class S3Store:
@@ -105,6 +113,28 @@ class S3Store:
         head = self._bucket.request("head_object", self._bucket.of(key), key)
         return ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp())
 
+    def missing(self, keys: Iterable[str]) -> set[str]:
+        """List the first objects beside them, and ask for those by themselves that are not among these.
+
+        A store whose listings are not up to date is asked for what is new as well.
+        """
+        left = set(keys)
+        if len(left) > _FEW:
+            pages = self.list(_folder_of(left))
+            left -= {info.key for info in (pages if len(left) > _MANY else islice(pages, _LISTED))}
+        if not left:
+            return left
+        with ThreadPoolExecutor(min(_HEADS_AT_ONCE, len(left)), "s3-head") as threads:
+            answers = dict(zip(left, threads.map(self._is_there, left), strict=True))
+        return {key for key, is_there in answers.items() if not is_there}
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            self.stat(key)
+        except NotFound:
+            return False
+        return True
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """List page by page, as far as the caller reads."""
         quick = None if self._bucket.is_connected else self._quick.list(check_prefix(prefix))
@@ -172,3 +202,9 @@ class S3Store:
                 return data
 
         return self._bucket.patiently(attempt, key)
+
+
+def _folder_of(keys: Iterable[str]) -> str:
+    """What all these keys begin with, up to a slash; empty where they have that not in common."""
+    folder = os.path.commonpath(list(keys))
+    return f"{folder}/" if folder else ""
