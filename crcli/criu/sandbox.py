@@ -146,6 +146,8 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int, answ
         kernel.loopback_up()
         _allow_any_address()
         control.send(READY)
+        if answers == b"":
+            answers = kerndat.ask()  # nobody waits for us yet
         text = control.recv(1 << 20)
         if not text:
             os._exit(0)
