@@ -4,12 +4,14 @@ At each start CRIU asks the kernel a hundred questions (25 ms and more), and kee
 /run/criu.kdat: but only if that lies on a tmpfs, which goes with the kernel that it describes. In containers
 /run seldom is one, and a trial asks while a tree stands frozen. So a trial gets a /run that is a tmpfs, in
 which everything of the real one is found again. What CRIU puts there is kept for the trials to come, for
-this boot, this CRIU and these rights. CRIU itself refuses a cache that is not of its own build.
+this boot, this CRIU and these rights. Where nothing is kept yet, it is asked before the freeze. CRIU itself
+refuses a cache that is not of its own build.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -24,6 +26,11 @@ FOLDER = "/run"
 _NAME = "criu.kdat"
 _MOST_ENTRIES = 200
 """A /run with more in it than this is left as it is."""
+
+_QUESTION = ("check", "--feature", "pidfd_store")
+"""What CRIU can be told to do of which nothing is left but the answers."""
+
+_ASK_LIMIT_S = 5
 
 _KEPT_NAME = "kernel-"
 _DEFAULT_STATE = "/var/lib/crcli"
@@ -73,6 +80,43 @@ def lay_out(answers: bytes, overlays: Sequence[str]) -> None:
     if answers:
         with open(f"{FOLDER}/{_NAME}", "wb") as file:
             file.write(answers)
+
+
+def ask() -> bytes:
+    """Have a CRIU ask the kernel now, and return its answers; empty where that does not work.
+
+    In a mount namespace of ours; a process of its own gets another, for that CRIU to leave them in.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(reader)
+            _ask(writer)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with open(reader, "rb") as answers:
+        found = answers.read()
+    os.waitpid(child, 0)
+    return found
+
+
+def _ask(writer: int) -> None:
+    signal.alarm(_ASK_LIMIT_S)
+    kernel.unshare(kernel.CLONE_NEWNS)
+    lay_out(b"", ())
+    if criu := os.fork():
+        os.waitpid(criu, 0)
+        with open(f"{FOLDER}/{_NAME}", "rb") as file:
+            os.write(writer, file.read())
+        return
+    signal.alarm(_ASK_LIMIT_S)  # it stays with what we become
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    command = [*criu_command(), *_QUESTION]
+    os.execv(command[0], command)
 
 
 def _find_again(real: str, path: str, is_folder: bool) -> None:

@@ -57,6 +57,10 @@ processor time whatever it brings."""
 SOON_BYTES = 4 << 20
 """The same where somebody waits for one of them."""
 
+NEAR_BYTES = 1 << 20
+"""The same where this host has them: so much stays in a processor's cache while it is checked and passed on,
+and the allocator uses the same memory for it again and again, rather than have the kernel clear some anew."""
+
 _GAP = 256 << 10
 """Unwanted bytes between two wanted chunks up to which one read is cheaper than two."""
 

@@ -31,7 +31,7 @@ FILL_IN_BYTES = int(os.environ.get("CRCLI_FILL_IN_BYTES", 256 << 20))
 """How much memory a process must have (bytes) for it to be filled in rather than written: for less, the
 arrangements take longer than they save. Only one process's is: children share pages with their parents."""
 
-AHEAD_BYTES = 192 << 20
+AHEAD_BYTES = 256 << 20
 """Raw bytes that are fetched and held before the tree is ready to take them, at most."""
 
 

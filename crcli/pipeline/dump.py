@@ -617,6 +617,13 @@ class _Dump:
         if not answer.success:
             receiver.raise_failure()  # CRIU fails when nobody takes its pages: it is not to blame
             raise _explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
+        self._begin_work()
+
+    def _begin_work(self) -> None:
+        """Have what was taken worked on, by threads that take every processor: nobody waits for us to let a
+        tree go on any more."""
+        kernel.set_nice(self.nice)
+        self.intake.open_gate()
 
     def _on_notify(self, script: str, receiver: Receiver) -> bool:
         if script == "pre-dump":
@@ -657,12 +664,11 @@ class _Dump:
             with self.watch.phase("trial"):
                 plan, links = self.target.plan, self.target.links
                 try_skeleton(self.sandbox, self.trial, self.images, self.intake.kept, plan, links)
-        kernel.set_nice(self.nice)
         self.shared.end_turn()
-        self.intake.open_gate()
         since = self.gpu.asleep_since if self.gpu is not None else self.frozen_at
         self.report.frozen_ms = round((time.monotonic() - since) * 1000, 2)
         if self.options.outcome != Outcome.RUNNING:
+            self._begin_work()
             with self.watch.phase("hold"):
                 self._publish()
             self.standby.settle(self.options.outcome.value, self.tree.identities, self.keeps_lock)

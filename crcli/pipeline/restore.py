@@ -43,8 +43,8 @@ from crcli.guard.needs import Asked, cpu_promise, needs_of
 from crcli.image.cached import load_near, open_cached
 from crcli.image.manifest import Manifest
 from crcli.image.names import parse_image
-from crcli.image.packs import ChunkReader
-from crcli.image.weights import MemoryReader
+from crcli.image.packs import NEAR_BYTES, ChunkReader
+from crcli.image.weights import READ_BYTES, MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey
 from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets
 from crcli.pipeline.claims import WhoHolds
@@ -353,9 +353,9 @@ class _Restore:
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
         if self.options.tcp == TcpPolicy.AUTO and has_connections(self.images):
             close_outside_connections(self.images, established_here())
-        self._fill_early(self.divided)
         if self.pager is None:
             self._begin_replay(self.divided)
+        self._fill_early(self.divided)
 
     def _prepare_pager(self, pager: Pager) -> None:
         from crcli.pipeline.pager import Missing
@@ -440,12 +440,17 @@ class _Restore:
     def _begin_replay(self, divided: Split) -> None:
         wanted = targets(divided.late)
         self.late_spaces = [space for space, extents in divided.late.items() if extents]
-        self.replay = Replay(wanted, self.memory.plan(wanted), self.memory.read, self._threads(wanted))
+        plan = self.memory.plan(wanted, NEAR_BYTES if self._is_near(wanted) else READ_BYTES)
+        self.replay = Replay(wanted, plan, self.memory.read, self._threads(wanted))
 
     def _threads(self, wanted: Iterable[Origin]) -> int:
         """How many fetch memory at once: a store far away answers many in the time of one."""
+        return 2 if self._is_near(wanted) else 8
+
+    def _is_near(self, wanted: Iterable[Origin]) -> bool:
+        """Whether this host has all of this memory, in a directory store or its cache."""
         chunks = self.reader.plan(origin.number for origin in wanted if origin.source == Source.CHUNK)
-        return 2 if self.reader.is_near(chunks) else 8
+        return self.reader.is_near(chunks)
 
     # CRIU restores; at its post-restore hold the memory is written; then the tree runs.
 

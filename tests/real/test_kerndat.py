@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from crcli import kernel
 from crcli.criu import kerndat
+from crcli.criu.binary import criu_command
 from tests.support.crcli import Crcli, assert_goes_on, counter
 from tests.support.programs import spawn_python
 
@@ -64,6 +66,26 @@ def test_a_tree_with_a_file_in_run_is_tried_with_it(crcli: Crcli, tmp_path: Path
     finally:
         for one in (path, path + ".sock"):
             Path(one).unlink(missing_ok=True)
+
+
+def test_criu_takes_what_was_asked_for_ahead() -> None:
+    """Asked before a tree is frozen, a CRIU leaves answers that the next one takes for its own."""
+    before = sorted(os.listdir("/run"))
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if _takes_answers() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert "criu.kdat" not in set(os.listdir("/run")) - set(before)
+
+
+def _takes_answers() -> bool:
+    signal.alarm(20)
+    kernel.unshare(kernel.CLONE_NEWNS)
+    kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+    kerndat.lay_out(kerndat.ask(), ())
+    command = [*criu_command(), "check", "-v4", "--feature", "pidfd_store"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    return b"Loaded kdat cache" in done.stdout + done.stderr
 
 
 def test_the_new_run_is_the_old_one() -> None:

@@ -177,7 +177,7 @@ def test_readme_names_the_fields_of_reports() -> None:
             "(8 of 8 MiB), and one for each object that is open | 64 MiB",
             uploads.PARTS_IN_FLIGHT * uploads.PART_SIZE,
         ),
-        ("before the tree can take them | 192 MiB", replay.AHEAD_BYTES),
+        ("before the tree can take them | 256 MiB", replay.AHEAD_BYTES),
         ("cache of S3 (more is not kept) | 32 MiB", cache_of_host.WAITING_BYTES),
         ("packs of about 64 MiB", packs.PACK_BYTES),
     ],
