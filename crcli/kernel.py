@@ -132,15 +132,14 @@ _HURRY = 10
 """By how much `hurry` lowers the nice value: nine times the share of a busy core."""
 
 
-def hurry(tid: int = 0) -> int:
-    """Have a thread (0: this one), and what it starts, go before others on a busy machine; return its nice
-    value so far.
+def hurry() -> int:
+    """Have this thread, and what it starts, go before others on a busy machine; return its nice value so far.
 
     For as long as a tree stands still, which waits for us. Without CAP_SYS_NICE all stays as it is.
     """
-    before = os.getpriority(os.PRIO_PROCESS, tid)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
     try:
-        os.setpriority(os.PRIO_PROCESS, tid, before - _HURRY)
+        os.setpriority(os.PRIO_PROCESS, 0, before - _HURRY)
     except OSError:
         pass
     return before

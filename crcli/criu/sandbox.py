@@ -3,9 +3,7 @@
 A `Sandbox` is forked before the freeze, while crcli still has one thread, and makes its namespaces then, so
 that none of that time falls into the freeze. It holds two processes: a keeper, whose death takes all with
 it (its own parent's death kills it, crcli's included), and the first process of a new pid namespace,
-which starts CRIU and reaps. Its mounts are private, its network is an empty one with `lo` up. CRIU is
-started before the freeze, too, which takes as long as all that it does then for a small tree; where it turns
-out to stand in the tree's way, another one is started.
+which starts CRIU when told to and reaps. Its mounts are private, its network is an empty one with `lo` up.
 """
 
 from __future__ import annotations
@@ -151,8 +149,6 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int, answ
         control.send(READY)
         if answers == b"":
             answers = kerndat.ask()  # nobody waits for us yet
-        dodge_pids(())
-        ready = _fork_criu(criu_end, (), images_fd)
         text = control.recv(1 << 20)
         if not text:
             os._exit(0)
@@ -167,27 +163,15 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int, answ
         stand_ins = [_stand_in(kind) for kind in order.stand_ins]
         _fresh_terminals()
         dodge_pids(order.taken_pids)
-        if stand_ins or ready in order.taken_pids:
-            os.kill(ready, signal.SIGKILL)
-            os.waitpid(ready, 0)
-            criu = _fork_criu(criu_end, stand_ins, images_fd)
-        else:
-            criu = ready
-            kernel.hurry(criu)
+        criu = os.fork()
+        if criu == 0:
+            exec_criu(criu_end, stand_ins, [images_fd])
         control.send(READY)
         reap_until_alone(criu, criu_end)
     except BaseException as error:
         say(control, str(error))
     finally:
         os._exit(1)
-
-
-def _fork_criu(channel: socket.socket, stand_ins: Sequence[int], images_fd: int) -> int:
-    """Start CRIU, and return its pid: it loads what it needs, and waits for its request."""
-    criu = os.fork()
-    if criu == 0:
-        exec_criu(channel, stand_ins, [images_fd])
-    return criu
 
 
 def reap_until_alone(criu: int = 0, criu_end: socket.socket | None = None) -> None:
