@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +117,8 @@ class S3Store:
 
         A store whose listings are not up to date is asked for what is new as well.
         """
+        from concurrent.futures import ThreadPoolExecutor
+
         left = set(keys)
         if len(left) > _FEW:
             pages = self.list(_folder_of(left))
