@@ -238,6 +238,7 @@ def test_everything_killed_at_once_loses_nothing(tree: Victim, tmp_path: Path) -
     attempt = dumps.begin()
     attempt.wait_for(attempt.deep_criu)
     criu = attempt.criu()
+    assert criu, "there is no CRIU, and 0 would be all of us"
     attempt.send(signal.SIGKILL)
     os.kill(criu, signal.SIGKILL)
     dumps.assert_nothing_lost(attempt)
