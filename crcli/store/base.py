@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 
-from crcli.errors import ObjectExists
+from crcli.errors import NotFound, ObjectExists
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -180,3 +180,12 @@ class Store(Protocol):
     def close(self) -> None:
         """Give back connections and threads; requests still waiting to be retried give up."""
         ...
+
+
+def is_there(store: Store, key: str) -> bool:
+    """Whether the store, asked for this object alone, has it."""
+    try:
+        store.stat(key)
+    except NotFound:
+        return False
+    return True

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from crcli.errors import NotFound, StoreError
 from crcli.store.address import StoreAddress
-from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key, taken
+from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key, is_there, taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -105,14 +105,7 @@ class FileStore:
 
     def missing(self, keys: Iterable[str]) -> set[str]:
         """Look for each of the files."""
-        return {key for key in keys if not self._is_there(key)}
-
-    def _is_there(self, key: str) -> bool:
-        try:
-            self.stat(key)
-        except NotFound:
-            return False
-        return True
+        return {key for key in keys if not is_there(self, key)}
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Walk the directories that can hold such keys, one at a time."""

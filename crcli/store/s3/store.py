@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from crcli.errors import NotFound, StoreError
-from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key
+from crcli.errors import StoreError
+from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key, is_there
 from crcli.store.s3.body import Body
 from crcli.store.s3.bucket import Bucket
 from crcli.store.s3.creating import put_whole
@@ -126,15 +127,8 @@ class S3Store:
         if not left:
             return left
         with ThreadPoolExecutor(min(_HEADS_AT_ONCE, len(left)), "s3-head") as threads:
-            answers = dict(zip(left, threads.map(self._is_there, left), strict=True))
+            answers = dict(zip(left, threads.map(partial(is_there, self), left), strict=True))
         return {key for key, is_there in answers.items() if not is_there}
-
-    def _is_there(self, key: str) -> bool:
-        try:
-            self.stat(key)
-        except NotFound:
-            return False
-        return True
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """List page by page, as far as the caller reads."""
