@@ -12,7 +12,6 @@ compel/include/infect-priv.h (struct thread_ctx) of CRIU 4.2. What does not look
 from __future__ import annotations
 
 import os
-import platform
 import re
 import signal
 import struct
@@ -70,7 +69,7 @@ class Text(Struct, frozen=True):
     @classmethod
     def of(cls, pid: int) -> Text | None:
         """Note it while CRIU has written nothing there; None where that cannot be."""
-        if platform.machine() != "x86_64":
+        if os.uname().machine != "x86_64":
             return None
         try:
             address = next(start for start, _, is_criu in code(pid) if not is_criu)
