@@ -10,9 +10,9 @@ process of the tree and 10 microseconds each.
 It has a session of its own and outlives crcli, whose death ends CRIU's work as well: by CRIU's own hand,
 or, should CRIU be killed too, by the standby's.
 
-**What nobody can set right**: for some tens of microseconds at a time, when CRIU enters or leaves a process,
-a thread runs on registers that only CRIU knows how to give back. A CRIU that is killed just then takes
-that process with it (SIGTRAP).
+**What nobody can set right**: a thread that CRIU had borrowed has run into its breakpoint, and CRIU has not
+seen that yet (see crcli.criu.borrowed). A CRIU that is killed just then takes that process with it (SIGTRAP).
+Such moments last for microseconds, as CRIU and the standby go before all others.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from crcli import kernel
+from crcli.criu.borrowed import Recalled
+from crcli.criu.compel import Text
 from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME
 from crcli.criu.rescue import SocketSettings, free_sockets, remember, remove_link_remaps, remove_tables
@@ -51,6 +53,8 @@ class AfterDeath(Struct, frozen=True):
 
     finished: bool
     held: tuple[ProcessId, ...]
+    lost: tuple[ProcessId, ...] = ()
+    """Those of them that nobody could help: see crcli.criu.borrowed."""
 
 
 class Standby:
@@ -121,7 +125,8 @@ class Standby:
     def _listen(self, on_death: Callable[[], None]) -> None:
         while text := self._control.recv(_MESSAGE_LIMIT):
             told = json.loads(text)
-            self._report = AfterDeath(told["finished"], tuple(ProcessId(*pair) for pair in told["held"]))
+            held, lost = (tuple(ProcessId(*pair) for pair in told[name]) for name in ("held", "lost"))
+            self._report = AfterDeath(told["finished"], held, lost)
             on_death()
 
 
@@ -130,7 +135,8 @@ def _stand_by(control: socket.socket, root: int, images_fd: int) -> None:
     try:
         os.setsid()
         kernel.close_all_but(control.fileno(), images_fd)
-        before = remember(_tree_of(root))
+        pids = _tree_of(root)
+        before = _Before(remember(pids), {pid: Text.of(pid) for pid in pids})
         first = control.recv(_MESSAGE_LIMIT)
         kernel.hurry()
         if first:
@@ -139,10 +145,17 @@ def _stand_by(control: socket.socket, root: int, images_fd: int) -> None:
         os._exit(0)
 
 
+class _Before(Struct, frozen=True):
+    """What CRIU will change about a tree, as it was."""
+
+    sockets: SocketSettings
+    texts: dict[int, Text | None]
+
+
 class _Watch:
     """The standby at work."""
 
-    def __init__(self, control: socket.socket, root: int, images_fd: int, before: SocketSettings) -> None:
+    def __init__(self, control: socket.socket, root: int, images_fd: int, before: _Before) -> None:
         self.control = control
         self.root = root
         self.images_fd = images_fd
@@ -152,9 +165,12 @@ class _Watch:
         self.members: list[ProcessId] = []
         self.keep_lock = True
         self.is_alone = False
+        self.recalled: Recalled | None = None
 
     def run(self, criu: int) -> None:
         """Trace CRIU to its end, and do what there is to do right before that."""
+        for pid in (os.getpid(), criu):
+            kernel.go_first(pid)
         kernel.trace_exit(criu)
         report = None
         while (stop := kernel.wait_for_stop(criu)) is not None:
@@ -164,10 +180,13 @@ class _Watch:
                 killed = os.WIFSIGNALED(kernel.exit_status(criu))
                 number = 0
                 if killed:
-                    report = self._after_death()
+                    report = self._after_death(criu)
                 else:
                     self._after_end()
             kernel.go_on(criu, number)
+        if self.recalled is not None and report is not None:
+            self.recalled.give_back()
+            report["lost"] = [pair for pair in report["held"] if pair[0] in self.recalled.lost]
         if report is not None:
             self.control.send(json.dumps(report).encode())
 
@@ -185,17 +204,20 @@ class _Watch:
         except OSError:
             self.is_alone = True
 
-    def _after_death(self) -> dict[str, Any]:
+    def _after_death(self, criu: int) -> dict[str, Any]:
         """CRIU was killed. The tree stands still: finish what CRIU had begun, or undo it."""
         if self.outcome == "killed" and any(map(_is_dying, self.members)):
             self._signal_all(signal.SIGKILL)
             self._unlock_if_alone()
-            return {"finished": True, "held": []}
+            return {"finished": True, "held": [], "lost": []}
+        texts = (self.before.texts.get(pid) or Text.of(pid) for pid in _tree_of(self.root))
+        self.recalled = Recalled(criu, (text for text in texts if text is not None))
         held = [identify(pid) for pid in _tree_of(self.root) if os.path.exists(f"/proc/{pid}")]
         if self.outcome == "stopped":
             self._signal_all(signal.SIGSTOP)
         self._free()
-        return {"finished": self.outcome == "stopped", "held": [(one.pid, one.start_time) for one in held]}
+        pairs = [(one.pid, one.start_time) for one in held]
+        return {"finished": self.outcome == "stopped", "held": pairs, "lost": []}
 
     def _after_end(self) -> None:
         """CRIU ended by itself: it has undone what it did, unless the tree was to be killed or stopped."""
@@ -211,7 +233,7 @@ class _Watch:
 
     def _free(self) -> None:
         pids = _tree_of(self.root)
-        free_sockets(pids, self.before)
+        free_sockets(pids, self.before.sockets)
         remove_link_remaps(pids)
         remove_tables(self._log(), self.network)
 

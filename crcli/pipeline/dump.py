@@ -69,7 +69,7 @@ from crcli.pipeline.rounds import Rounds, rounds_here
 from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.trial import try_skeleton
-from crcli.pipeline.watch import kill_all, trapped, tree_state, wait_until_dead
+from crcli.pipeline.watch import crashed, kill_all, tree_state, wait_until_dead
 from crcli.pipeline.weights import WeightsInUse, chosen_files
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import DumpTarget, failure_of
@@ -89,7 +89,6 @@ if TYPE_CHECKING:
     from crcli.pipeline.stages import DumpOptions, Progress
     from crcli.plugins.loader import PluginInfo
     from crcli.process.evidence import Evidence
-    from crcli.process.identity import ProcessId
     from crcli.store.base import Store
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads would only spin beside ours
@@ -828,7 +827,7 @@ class _Dump:
             after = self._without_standby()
         if after is not None and after.finished:
             return
-        victims = self._died_with_criu(after.held) if after is not None else ""
+        victims = self._died_with_criu(after) if after is not None else ""
         raise self.failure(error, victims) from error
 
     def _without_standby(self) -> AfterDeath:
@@ -844,10 +843,10 @@ class _Dump:
             remove_tables(self.images.read(LOG_NAME), self.network)
         return AfterDeath(finished=False, held=tuple(members))
 
-    def _died_with_criu(self, held: Iterable[ProcessId]) -> str:
+    def _died_with_criu(self, after: AfterDeath) -> str:
         """Name a process that did not survive CRIU's death; empty when all did."""
         labels = {process.pid: process.label for process in self.tree}
-        return next((labels.get(one.pid, f"process {one.pid}") for one in trapped(held)), "")
+        return next((labels.get(one.pid, str(one.pid)) for one in after.lost or crashed(after.held)), "")
 
     def failure(self, error: BaseException, victims: str = "") -> BaseException:
         """The error to raise, saying what the tree does now."""

@@ -42,10 +42,13 @@ def kill_all(processes: Iterable[ProcessId]) -> None:
                 continue
 
 
-def trapped(processes: Iterable[ProcessId], within_s: float = 0.05) -> list[ProcessId]:
-    """Those of these processes, let go a moment ago, that died of a breakpoint (SIGTRAP), or are gone."""
+_CRASHES = (signal.SIGTRAP, signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, None)
+
+
+def crashed(processes: Iterable[ProcessId], within_s: float = 0.05) -> list[ProcessId]:
+    """Those of these processes, let go a moment ago, that died of what they ran into, or are gone."""
     time.sleep(within_s)
-    return [one for one in processes if not one.alive() and _ending_signal(one.pid) in (signal.SIGTRAP, None)]
+    return [one for one in processes if not one.alive() and _ending_signal(one.pid) in _CRASHES]
 
 
 def _ending_signal(pid: int) -> int | None:

@@ -1,0 +1,222 @@
+"""Threads that run CRIU's code when CRIU is killed go on as if nothing had been.
+
+CRIU cannot be held in such a moment, so a tracer of ours stands for it: it borrows a thread as compel does,
+in the same steps and with the same notes in its memory, stops after one of them, and is killed. The standby's
+watch is the real one. That it knows what the real CRIU does `test_nothing_lost` shows, at random moments.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from crcli import kernel
+from crcli.criu import compel
+from crcli.criu.standby import AfterDeath, Standby
+from tests.support.crcli import wait_until
+from tests.support.programs import Program, spawn_python
+
+pytestmark = [
+    pytest.mark.skipif(os.getuid() != 0, reason="needs root"),
+    pytest.mark.skipif(os.uname().machine != "x86_64", reason="knows the registers of x86-64 only"),
+]
+
+PROGRAM = """
+    import ctypes, mmap, os, signal, struct, threading, time
+    libc = ctypes.CDLL(None, use_errno=True)
+    board = mmap.mmap(os.open({board!r}, os.O_RDWR), 4096)
+    def count(slot):
+        number = 0
+        while True:
+            number += 1
+            assert struct.unpack("d", struct.pack("d", number / 8))[0] * 8 == number
+            board[slot : slot + 8] = number.to_bytes(8, "little")
+            time.sleep(0.001)
+    memory = os.memfd_create("CRIUMFD")
+    os.write(memory, bytes.fromhex({routine!r}).ljust(4096, b"\\0"))
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap(None, ctypes.c_size_t(4096), mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_SHARED, memory, 0)
+    os.close(memory)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    threading.Thread(target=count, args=(8,), daemon=True).start()
+    print("ready")
+    count(0)
+    """
+
+ROUTINE = "0f57c0" + "660f76c0" + "31c0" + "7e0c" + "4889c4" + "48c7c00f000000" + "0f05" + "cc"
+"""Clears and sets xmm0, returns 0: the breakpoint."""
+CALL = bytes.fromhex("0f05cccccccccccc")
+GETPID, MEMFD_CREATE, RSI = 39, 319, 13
+
+
+class Borrower:
+    """What stands for CRIU: traces all threads of a process, and has one of them run code."""
+
+    def __init__(self, pid: int, tid: int) -> None:
+        self.pid = pid
+        self.tid = tid
+        code = list(compel.code(pid))
+        self.text = next(start for start, _, is_criu in code if not is_criu)
+        self.routine = next(start for start, _, is_criu in code if is_criu)
+        for name in os.listdir(f"/proc/{pid}/task"):
+            kernel.hold(int(name))
+        self.own = kernel.registers(tid, kernel.GENERAL)
+        self.blocked = kernel.blocked_signals(tid)
+        # struct parasite_thread_ctl
+        self.notes = struct.pack("<Q56xQ", tid, self.blocked) + self.own + struct.pack("<H6x48x", 10)
+        self.notes = self.notes.ljust(384, b"\0") + kernel.registers(tid, kernel.XSTATE)
+
+    def write_call(self) -> None:
+        compel.write_memory(self.pid, self.text, CALL)
+
+    def block(self) -> None:
+        kernel.block_signals(self.tid, compel.ALL_BUT_TRAP)
+
+    def point(self, call: int = GETPID, argument: int = 0) -> None:
+        """Set the registers to the code that is to run."""
+        values = list(compel.REGISTERS.unpack(self.own))
+        values[compel.RIP] = self.text if self.tid == self.pid else self.routine
+        values[compel.RAX], values[compel.RDI] = call, argument
+        values[compel.ORIG_RAX] = (1 << 64) - 1
+        values[RSI] = 0
+        kernel.set_registers(self.tid, kernel.GENERAL, compel.REGISTERS.pack(*values))
+
+    def open_memory(self) -> None:
+        """Have a file like CRIU's made."""
+        name = self.text + len(CALL)
+        compel.write_memory(self.pid, name, b"CRIUMFD\0")
+        self.point(MEMFD_CREATE, name)
+
+    def run(self) -> None:
+        """Let it run, and see it stop at the breakpoint."""
+        kernel.go_on(self.tid, 0)
+        _, status = os.waitpid(self.tid, 0x4000_0000)
+        assert os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGTRAP
+
+    def run_unseen(self) -> None:
+        """Let it run, and do not look."""
+        kernel.go_on(self.tid, 0)
+
+
+Steps = tuple[Callable[[Borrower], None], ...]
+STEPS: Steps = (Borrower.write_call, Borrower.block, Borrower.point, Borrower.run)
+
+
+class Victim:
+    """A program with two threads that count, and what it looks like."""
+
+    def __init__(self, program: Program, board: Path) -> None:
+        self.program = program
+        self.pid = program.pid
+        self.threads = sorted(map(int, os.listdir(f"/proc/{self.pid}/task")))
+        self._board = board
+
+    def counts(self) -> tuple[int, int]:
+        """How far its threads have come."""
+        first, second = struct.unpack_from("QQ", self._board.read_bytes())
+        return first, second
+
+    def looks(self) -> tuple[list[str], bytes, list[str]]:
+        """Blocked signals, the beginning of the program text, and open files."""
+        blocked = [_line(f"/proc/{self.pid}/task/{tid}/status", "SigBlk") for tid in self.threads]
+        text = compel.Text.of(self.pid)
+        assert text is not None, "CRIU's code stands in the program text"
+        folder = f"/proc/{self.pid}/fd"
+        return blocked, text.content, sorted(os.readlink(f"{folder}/{name}") for name in os.listdir(folder))
+
+    def assert_goes_on(self) -> None:
+        """Assert that both threads count on, and find their numbers right."""
+        before = self.counts()
+        wait_until(
+            lambda: all(now > then + 5 for now, then in zip(self.counts(), before, strict=True)), "stands"
+        )
+        assert "Error" not in self.program.output
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Iterator[Victim]:
+    """A victim that counts."""
+    board = tmp_path / "board"
+    board.write_bytes(bytes(4096))
+    with spawn_python(PROGRAM.format(board=str(board), routine=ROUTINE)) as program:
+        found = Victim(program, board)
+        found.assert_goes_on()
+        yield found
+
+
+def killed_after(
+    steps: Steps, victim: Victim, tid: int, until: Callable[[], bool], folder: Path
+) -> AfterDeath:
+    """Kill a borrower of this thread after these steps, once `until` holds; return what the standby says."""
+    images = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    begin, done = os.pipe(), os.pipe()
+    try:
+        with Standby(victim.pid, images) as standby:
+            child = os.fork()
+            if child == 0:
+                try:
+                    os.read(begin[0], 1)
+                    borrower = Borrower(victim.pid, tid)
+                    for step in steps:
+                        step(borrower)
+                    os.write(done[1], b"!")
+                    signal.pause()
+                finally:
+                    os._exit(1)
+            standby.watch(child, lambda: None)
+            wait_until(lambda: _line(f"/proc/{child}/status", "TracerPid") != "0", "the standby watches")
+            os.write(begin[1], b"!")
+            assert os.read(done[0], 1)
+            wait_until(until, "the thread does not get there")
+            os.kill(child, signal.SIGKILL)
+            report = standby.wait()
+            os.waitpid(child, 0)
+            assert report is not None
+            return report
+    finally:
+        for fd in (images, *begin, *done):
+            os.close(fd)
+
+
+@pytest.mark.parametrize("number", range(len(STEPS) + 1), ids=["seized", "written", "blocked", "set", "run"])
+@pytest.mark.parametrize("which", [0, 1], ids=["first thread", "second thread"])
+def test_a_borrowed_thread_is_given_back(which: int, number: int, victim: Victim, tmp_path: Path) -> None:
+    """After each step of borrowing: the thread goes on with all that is its own, and the process is whole."""
+    before = victim.looks()
+    report = killed_after(STEPS[:number], victim, victim.threads[which], lambda: True, tmp_path)
+    assert not report.lost and [one.pid for one in report.held] == [victim.pid]
+    victim.assert_goes_on()
+    assert victim.looks() == before
+
+
+def test_what_criu_had_a_process_open_is_closed(victim: Victim, tmp_path: Path) -> None:
+    """CRIU killed between its memfd_create and its close: the process closes it, and goes on."""
+    before = victim.looks()
+    steps = (Borrower.write_call, Borrower.block, Borrower.open_memory, Borrower.run)
+    report = killed_after(steps, victim, victim.pid, lambda: True, tmp_path)
+    assert not report.lost
+    victim.assert_goes_on()
+    assert victim.looks() == before
+
+
+def test_a_thread_whose_breakpoint_nobody_saw_is_named_as_lost(victim: Victim, tmp_path: Path) -> None:
+    """The one moment in which nobody can help: the process dies of SIGTRAP, and the standby has said so."""
+    steps = (Borrower.block, Borrower.point, Borrower.run_unseen)
+
+    def is_there() -> bool:
+        words = Path(f"/proc/{victim.pid}/task/{victim.threads[1]}/stat").read_text().split()
+        return words[-1] == str(int(signal.SIGTRAP))
+
+    report = killed_after(steps, victim, victim.threads[1], is_there, tmp_path)
+    assert [one.pid for one in report.lost] == [victim.pid]
+    assert victim.program.process.wait(10) == -signal.SIGTRAP
+
+
+def _line(path: str, name: str) -> str:
+    lines = Path(path).read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith(f"{name}:"))
