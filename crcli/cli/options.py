@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Annotated
 
 import typer
@@ -34,6 +35,19 @@ ImageArgument = Annotated[
         show_default=False,
     ),
 ]
+
+
+LONGEST_S = 1e9
+"""Longer times count as this (seconds, 31 years): the kernel's timers take no more of them."""
+
+
+def check_seconds(param: typer.CallbackParam, value: float | None) -> float | None:
+    """The callback of options that take seconds: `nan` and `inf` are no times."""
+    if value is None:
+        return None
+    if not isfinite(value):
+        raise UsageError(f"{param.opts[0]} is a number of seconds, not {value}")
+    return min(value, LONGEST_S)
 
 
 def parse_pair(text: str, option: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from crcli.cli.keeping import (
     WeightsOption,
     keeping,
 )
-from crcli.cli.options import EndpointOption, StoreOption, parse_pair
+from crcli.cli.options import EndpointOption, StoreOption, check_seconds, parse_pair
 from crcli.config import choose_store, weights_folders
 from crcli.errors import CrcliError
 from crcli.pipeline.stages import DumpOptions, OnFailure, OnMismatch, PidNamespace, RestoreOptions
@@ -114,6 +114,7 @@ def run(
             metavar="SECONDS",
             help="How long to wait while another has the name. Default: until it is seen whether it lives.",
             min=0,
+            callback=check_seconds,
             show_default=False,
         ),
     ] = None,

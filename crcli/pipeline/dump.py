@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,7 @@ from crcli.process.gather import gather
 from crcli.process.tree import refuse_bad_target, scan_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from crcli.criu.options import DumpPlan
@@ -154,7 +154,7 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
         report.phases = watch.phases
         return report
     hooks = load_hooks()
-    with interruptible(_left_s(options, watch)) as interrupts:
+    with _failing_at_its_deadline(target), interruptible(_left_s(options, watch)) as interrupts:
         work = _Dump(options, target, watch, report, interrupts, progress)
         work.shared = shared or work.shared
         work.on_frozen = lambda: hooks.call("dump_frozen", target=work.described())
@@ -177,6 +177,21 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
 def _left_s(options: DumpOptions, watch: Stopwatch) -> float | None:
     """The time until the deadline (seconds), which counts from the start of the dump."""
     return None if options.deadline_s is None else options.deadline_s - watch.since_start_ms() / 1000
+
+
+@contextmanager
+def _failing_at_its_deadline(target: Target) -> Iterator[None]:
+    """A signal before the freeze ends the command; a deadline that passes then is a dump that failed."""
+    try:
+        yield
+    except Interrupted as error:
+        if error.number != signal.SIGALRM:
+            raise
+        raise DumpFailed(
+            f"the dump was {error}, before the tree was frozen",
+            hint="nothing was lost; give it more time",
+            state=tree_state(target.evidence.tree),
+        ) from error
 
 
 def look(options: DumpOptions) -> Target:

@@ -168,6 +168,14 @@ def test_a_network_that_outlives_the_tree_works_afterwards(crcli: Crcli, outcome
             os.close(network)
 
 
+def test_a_deadline_that_passes_before_the_freeze_is_a_failed_dump(crcli: Crcli) -> None:
+    """It ends with 11 as a later one does, not as if a signal had ended the command."""
+    with spawn_python(counter()) as program:
+        error = crcli.dump(program.pid, "--deadline", "0", code=11)["error"]
+        assert "deadline" in error["message"] and error["state"] == "running"
+        assert_goes_on(program)
+
+
 def test_a_dry_run_touches_nothing(crcli: Crcli, tmp_path: Path) -> None:
     """It reports what it would do; the tree runs on, and the store does not even exist."""
     with spawn_python(counter()) as program:
