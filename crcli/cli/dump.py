@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption, check_seconds
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption, check_seconds, parse_paths
 from crcli.config import choose_store
 from crcli.errors import UsageError
 from crcli.pipeline.stages import NOTIFY_WAIT_S, PRE_COPY_AUTO, DumpOptions, Outcome
@@ -100,7 +100,7 @@ def dump(
         store=chosen.url,
         name=name,
         outcome=Outcome.RUNNING if leave_running else Outcome.STOPPED if leave_stopped else Outcome.KILLED,
-        include=tuple(include or ()),
+        include=parse_paths(include, "--include"),
         trial=not no_trial,
         dry_run=dry_run,
         deadline_s=deadline,

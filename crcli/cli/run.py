@@ -20,7 +20,7 @@ from crcli.cli.keeping import (
     WeightsOption,
     keeping,
 )
-from crcli.cli.options import EndpointOption, StoreOption, check_seconds, parse_pair
+from crcli.cli.options import EndpointOption, StoreOption, check_seconds, parse_pair, parse_paths
 from crcli.config import choose_store, weights_folders
 from crcli.errors import CrcliError
 from crcli.pipeline.stages import DumpOptions, OnFailure, OnMismatch, PidNamespace, RestoreOptions
@@ -141,7 +141,7 @@ def run(
     dump = DumpOptions(
         pid=0,
         store=chosen.url,
-        include=tuple(include or ()),
+        include=parse_paths(include, "--include"),
         weights=tuple(weights or ()),
         endpoint_url=chosen.endpoint_url,
     )

@@ -214,8 +214,13 @@ def look(options: DumpOptions) -> Target:
     links = outside_links(evidence)
     plan = make_plan(evidence, links, options.outcome)
     name = options.name or suggested_name(evidence.root.comm)
-    weights = tuple(chosen_files(options.weights, evidence)) if options.weights else ()
+    weights = _weights(options, evidence) if options.weights else ()
     return Target(evidence, findings, links, plan, weights, name, new_image_id())
+
+
+def _weights(options: DumpOptions, evidence: Evidence) -> tuple[str, ...]:
+    """The files of weights to compare with. A job that is to be saved is, whatever became of them."""
+    return tuple(chosen_files(options.weights, evidence, may_be_absent=options.job is not None))
 
 
 def _gpus_ahead(evidence: Evidence, options: DumpOptions) -> tuple[list[Finding], int]:

@@ -32,6 +32,7 @@ from crcli.notice.base import Urgency
 from crcli.pipeline.dumper import Dumper
 from crcli.pipeline.schedule import LEAVE, Activity, Cost, History, Schedule, activity_of
 from crcli.pipeline.stages import PRE_COPY_AUTO, Outcome
+from crcli.pipeline.weights import absent_ones
 from crcli.process.identity import read_stat
 
 if TYPE_CHECKING:
@@ -229,6 +230,8 @@ class Vigil:
         caller's to call.
         """
         options = self._keeping.dump
+        for finding in absent_ones(options.weights):
+            self._say("finding", f"{finding.message}: crcli {finding.action}", finding=finding.as_json())
         with Dumper(options.store, options.endpoint_url) as self._dumper:
             while True:
                 self._wait(ended)

@@ -203,6 +203,7 @@ def test_no_arguments_show_the_help() -> None:
         ["dump", "1", "--deadline", "-1"],
         ["dump", "1", "--deadline", "nan"],
         ["dump", "1", "--notify-wait", "inf"],
+        ["dump", "1", "--include", ""],
         ["gc", "--grace", "nan"],
         ["watch", "1", "--reserve", "nan"],
         ["dump", "1", "--pre-copy", "0"],
