@@ -20,6 +20,7 @@ from msgspec.structs import asdict, replace
 import crcli
 from crcli import kernel
 from crcli.criu import messages, netlock
+from crcli.criu.binary import criu_command
 from crcli.criu.images import read_tree, run_id
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
@@ -211,6 +212,7 @@ def look(options: DumpOptions) -> Target:
             hint=blockers[0].remedy,
             findings=findings,
         )
+    criu_command()  # one that is not here is said before anything is begun
     links = outside_links(evidence)
     plan = make_plan(evidence, links, options.outcome)
     name = options.name or suggested_name(evidence.root.comm)

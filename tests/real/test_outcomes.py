@@ -253,6 +253,41 @@ def test_a_blocker_is_refused_with_its_remedy(crcli: Crcli) -> None:
         assert untraced(program.pid)
 
 
+def test_without_criu_nothing_is_begun(crcli: Crcli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command that would need it, now or later, ends with 40, and says how to get it."""
+    with spawn_python(counter()) as program:
+        pid, image = str(program.pid), crcli.dump(program.pid, "--leave-running", "--name", "job")["image"]
+        monkeypatch.setenv("CRCLI_CRIU_PREFIX", "/nonexistent")
+        monkeypatch.setattr(
+            "tests.support.crcli.Crcli.environment", crcli.environment | {"PATH": "/nonexistent"}
+        )
+        for command in (
+            ("dump", pid), ("dump", pid, "--dry-run"), ("check", pid), ("watch", pid),
+            ("check", image), ("restore", image), ("run", "--name", "other", "--", "/bin/true"),
+        ):  # fmt: skip
+            done = crcli.run(command[0], "--store", crcli.store, *command[1:], code=40)
+            assert "install-criu" in done.err, command
+        assert_goes_on(program)
+
+
+def test_a_criu_that_cannot_be_run_is_named(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of another machine, or without its interpreter, is no CRIU (40); one that ends at once says nothing
+    (11, 21), and the doctor is named."""
+    broken = tmp_path / "criu"
+    broken.write_bytes(b"\x7fELF of something else")
+    broken.chmod(0o755)
+    with spawn_python(counter()) as program:
+        crcli.dump(program.pid, "--leave-running", "--name", "job")
+        monkeypatch.setenv("CRCLI_CRIU", str(broken))
+        assert str(broken) in crcli.dump(program.pid, code=40)["error"]["message"]
+        monkeypatch.setenv("CRCLI_CRIU", "/bin/false")
+        assert "doctor" in crcli.dump(program.pid, code=11)["error"]["hint"]
+        assert "doctor" in crcli.restore("job", code=21)["error"]["hint"]
+        assert_goes_on(program)
+
+
 def test_an_image_that_is_not_there_is_exit_31(crcli: Crcli) -> None:
     """A restore of an unknown name says so, and starts nothing."""
     assert crcli.restore("nobody", code=31)["error"]["code"] == "not-found"

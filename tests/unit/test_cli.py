@@ -15,7 +15,7 @@ import pytest
 from crcli import errors
 from crcli.cause import Cause
 from crcli.cli.options import JsonOption
-from crcli.config import DEFAULT_STORE, choose_store
+from crcli.config import DEFAULT_STORE, choose_cache, choose_store
 from crcli.errors import (
     EXIT_CODES,
     CrcliError,
@@ -416,6 +416,15 @@ def test_wrong_settings_are_named(
     with pytest.raises(UsageError, match=message) as found:
         choose_store(None)
     assert str(file) in found.value.message
+
+
+def test_sizes_and_folders_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size is one of any length; a folder is the same from wherever crcli is called."""
+    monkeypatch.setenv("CRCLI_CACHE_SIZE", "9" * 400)
+    assert (choose_cache().limit or 0) >= 10**15
+    monkeypatch.setenv("CRCLI_CACHE_DIR", "cache")
+    with pytest.raises(UsageError, match="absolute"):
+        choose_cache()
 
 
 def test_an_empty_file_is_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
