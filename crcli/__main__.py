@@ -13,9 +13,12 @@ and looking through it again and again took a tenth of the imports and a third o
 def main() -> int:
     """Run this process's command line and return its exit code."""
     gc.set_threshold(_GARBAGE)  # before the imports, which make most of it
+    from crcli.ui.output import Output
+
+    output = Output.installed()
     from crcli.main import main as run
 
-    return run()
+    return output.ended_with(run(), sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -97,12 +97,6 @@ def show_unexpected(error: BaseException, as_json: bool) -> int:
     return 1
 
 
-def reader_went_away() -> int:
-    """End quietly when nobody reads our output any more (`crcli ls | head`); return 1."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return 1
-
-
 def _usage_hint(error: Any) -> str:
     return f"`{error.ctx.command_path if error.ctx is not None else 'crcli'} --help` says more"
 

@@ -253,6 +253,26 @@ def test_a_blocker_is_refused_with_its_remedy(crcli: Crcli) -> None:
         assert untraced(program.pid)
 
 
+def test_closed_streams_are_no_trouble(crcli: Crcli) -> None:
+    """Without stdin, stdout and stderr, as some daemons start programs, a tree is dumped and comes back; with
+    a full disk for the report, the dump is done all the same."""
+    with spawn_python(counter()) as program:
+        tree = tree_of(program.pid)
+        line = f"{sys.executable} -m crcli"
+        where = f"--store {crcli.store}"
+        for words in (
+            f"dump {program.pid} --name job --leave-running {where} >/dev/full",
+            f"dump {program.pid} --name job {where} <&- >&- 2>&-",
+            f"restore job {where} <&- >&- 2>&-",
+        ):
+            done = subprocess.run(["bash", "-c", f"{line} {words}"], env=crcli.environment, cwd=ROOT)
+            assert done.returncode == 0, words
+            if "<&-" in words and "dump" in words:
+                reap(tree)
+        assert_goes_on(program)
+        end([psutil.Process(program.pid)])
+
+
 def test_without_criu_nothing_is_begun(crcli: Crcli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command that would need it, now or later, ends with 40, and says how to get it."""
     with spawn_python(counter()) as program:

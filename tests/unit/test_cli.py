@@ -373,6 +373,45 @@ def test_a_reader_that_goes_away() -> None:
     assert done.stdout + done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("doctor --help | true", 141, ""),
+        ("plugins >/dev/full", 1, "could not be written"),
+        ("plugins --json >/dev/full", 1, "could not be written"),
+        ("show nobody --store /nowhere --json | true", 31, ""),
+        ("show nobody --store /nowhere --json >/dev/full", 31, "could not be written"),
+        ("plugins >&-", 0, ""),
+        ("plugins --json <&- >&- 2>&-", 0, ""),
+        ("show nobody --store /nowhere 2>/dev/full", 31, ""),
+    ],
+)
+def test_output_that_is_lost(line: str, code: int, said: str) -> None:
+    """A stream that is full or closed is no bug: the exit code stays, or says that something is missing."""
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m crcli {line}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (code, True, bool(said)), done
+
+
+def test_a_stream_that_cannot_show_a_character_shows_its_number() -> None:
+    """Output in another encoding than UTF-8 is never an error."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from crcli.ui.output import Output; Output.installed(); print('\\u2026 \\udcff')",
+        ],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        cwd=ROOT,
+    )
+    assert done.stdout == b"\\u2026 \\udcff\n", done
+
+
 # --- settings ----------------------------------------------------------------------------------------------
 
 
