@@ -16,9 +16,15 @@ def main() -> int:
     from crcli.ui.output import Output
 
     output = Output.installed()
-    from crcli.main import main as run
+    try:
+        from crcli.main import main as run
 
-    return output.ended_with(run(), sys.argv[1:])
+        code = run()
+    except KeyboardInterrupt as error:  # during the imports: `run` handles its own
+        from crcli.ui.errors import show_interrupt
+
+        code = show_interrupt(error, "--json" in sys.argv)
+    return output.ended_with(code, sys.argv[1:])
 
 
 if __name__ == "__main__":

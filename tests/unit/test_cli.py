@@ -350,6 +350,23 @@ def test_signals_end_with_their_number(
     assert one_error(capsys.readouterr().out)["code"] == "interrupted"
 
 
+def test_ctrl_c_while_it_is_imported() -> None:
+    """Is an interrupt like any other: one JSON object, no traceback, 130."""
+    code = """if True:
+        import sys
+        from crcli.__main__ import main
+        class Interrupting:
+            def find_spec(self, name, *_):
+                if name == "typer":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupting())
+        sys.argv = ["crcli", "ls", "--json"]
+        sys.exit(main())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert one_error(done.stdout)["code"] == "interrupted"
+
+
 def test_text_from_outside_cannot_steer_the_terminal(
     failing: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
