@@ -99,8 +99,12 @@ def identify_job(
 ) -> Identity:
     """Return the identity of a job that is to be started here, now.
 
-    Raises UsageError when a file of `config` cannot be read.
+    Raises UsageError when there is no such command, variable or file of `config`.
     """
+    if not command[0]:
+        raise UsageError("the command to run has no name")
+    if wrong := [name for name in variables if not name or "=" in name]:
+        raise UsageError(f"--variable takes the name of one, not {wrong[0]!r}")
     files = {path: _content(path) for path in command if _is_looked_into(path)}
     for path in config:
         try:

@@ -230,6 +230,13 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert one_error(said.out)["code"] == "usage"
 
 
+@pytest.mark.parametrize("words", [["--variable", "A=B", "--", "true"], ["--", ""]])
+def test_a_job_that_cannot_be(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A variable with its value, or a command without a name, is wrong usage before a store is looked at."""
+    assert main(["run", "--name", "x", "--store", "/proc/nowhere", *words]) == 2
+    assert capsys.readouterr().err.startswith("crcli: ")
+
+
 def test_a_misspelt_command_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
     """An unknown command names the one that may have been meant."""
     main(["restor"])
