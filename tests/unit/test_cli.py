@@ -550,6 +550,17 @@ def test_tables_on_a_terminal_take_text_literally() -> None:
     assert "[red]x[/red]" in said
 
 
+def test_names_stay_whole_on_a_terminal() -> None:
+    """What is copied from a table's first column is not broken over lines; what is long beside it is."""
+    image = "agent@20261126T024446670-3f0181"
+    said = in_terminal(
+        "import os; os.environ['COLUMNS'] = '80'\n"
+        "from crcli.ui.table import show_table\n"
+        f"show_table(('IMAGE', 'CREATED', 'COMMAND'), [('{image}', '2026-11-26 12:19:19', 'x' * 90)])"
+    )
+    assert image in said and "x" * 90 not in said
+
+
 def test_progress_on_a_terminal() -> None:
     """What takes over a second shows its phase and amount on a line that is gone at the end."""
     said = in_terminal(
