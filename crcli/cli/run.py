@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -182,9 +181,11 @@ def run(
 def _write(path: str, done: dict[str, Any], tell: Callable[[Event], None]) -> None:
     if not path:
         return
+    from crcli.ui.text import json_text
+
     try:
         with open(path, "w") as file:
-            json.dump(done, file)
+            file.write(json_text(done))
     except OSError as error:
         from crcli.pipeline.vigil import Event
 

@@ -30,7 +30,7 @@ from crcli.main import COMMANDS, build_app, main
 from crcli.pipeline.interrupts import Interrupted
 from crcli.ui.progress import PlainLines
 from crcli.ui.table import show_table
-from crcli.ui.text import count, duration, printable, size
+from crcli.ui.text import count, duration, json_text, printable, size
 from tests.support.programs import spawn_python, then_wait
 
 HEAVY = (
@@ -516,6 +516,13 @@ def test_sizes_and_times() -> None:
     assert [duration(ms) for ms in (0.4, 88, 1500, 200_000)] == ["0 ms", "88 ms", "1.50 s", "3.3 min"]
     assert [count(1, "pack"), count(2, "pack"), count(2, "process")] == ["1 pack", "2 packs", "2 processes"]
     assert printable("a\tb\nc\r\x00") == "a\tb\nc\\r\\x00"
+
+
+def test_json_of_names_that_are_no_text() -> None:
+    """What is in no encoding is marked; the JSON is ASCII, and has no half of a character."""
+    text = json_text({"command": "a\udcff\u00e4\U0001f600\\udcff"})
+    assert text.isascii() and json.loads(text) == {"command": "a\ufffd\u00e4\U0001f600\\udcff"}
+    assert json_text({"a": 1.5, "b": None}) == '{"a": 1.5, "b": null}'
 
 
 def test_tables_are_plain_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
