@@ -96,6 +96,12 @@ def manifest_key(name: str, image_id: str) -> str:
     return f"{IMAGES}{name}/{image_id}"
 
 
+def image_at(key: str) -> ImageRef | None:
+    """The image whose manifest has this key; None for what somebody else has put beside them."""
+    name, _, image_id = key.removeprefix(IMAGES).partition("/")
+    return ImageRef(name, image_id) if _NAME.match(name) and _ID.match(image_id) else None
+
+
 def pin_key(name: str, image_id: str) -> str:
     """Where it stands that an image is to stay."""
     return f"{PINS}{name}/{image_id}"
