@@ -61,7 +61,7 @@ def parse_image(text: str) -> tuple[str | None, ImageRef]:
     rest = text
     if "://" in text or text.startswith("/"):
         url, rest = split_name(text)
-        place, mark, query = url.partition("?")
+        place, mark, query = (url, "", "") if url.startswith("/") else url.partition("?")
         url = place.removesuffix("/images") + mark + query  # the address of the object itself works as well
     name, _, image_id = rest.partition("@")
     check_name(name)
