@@ -13,9 +13,18 @@ and looking through it again and again took a tenth of the imports and a third o
 def main() -> int:
     """Run this process's command line and return its exit code."""
     gc.set_threshold(_GARBAGE)  # before the imports, which make most of it
-    from crcli.main import main as run
+    from crcli.ui.output import Output
 
-    return run()
+    output = Output.installed()
+    try:
+        from crcli.main import main as run
+
+        code = run()
+    except KeyboardInterrupt as error:  # during the imports: `run` handles its own
+        from crcli.ui.errors import show_interrupt
+
+        code = show_interrupt(error, "--json" in sys.argv)
+    return output.ended_with(code, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ _UNITS = {"": 1} | {
     for unit, factor in ((f"{letter}B", 1000), (f"{letter.upper()}iB", 1024))
 }
 
+_MOST = 1e15
+"""Larger figures count as this."""
+
 
 class StoreChoice(Struct, frozen=True):
     """Which store a command uses, and who said so."""
@@ -71,6 +74,8 @@ def choose_cache() -> CacheChoice:
     """Return the cache to use: $CRCLI_CACHE_DIR and $CRCLI_CACHE_SIZE, the file's, then the default."""
     settings = _load().get("cache", {})
     base = os.environ.get("CRCLI_CACHE_DIR") or settings.get("folder") or DEFAULT_CACHE
+    if not os.path.isabs(base):
+        raise UsageError(f"the folder of the cache is an absolute path, not {base!r}")
     size = os.environ.get("CRCLI_CACHE_SIZE") or settings.get("size")
     return CacheChoice(os.path.join(base, "objects"), None if size is None else parse_size(str(size)))
 
@@ -80,7 +85,7 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
     if found is None or found[2] not in _UNITS:
         raise UsageError(f"{text!r} is not a size", hint="sizes look like 10GiB, 500MB or 0")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(min(float(found[1]), _MOST) * _UNITS[found[2]])
 
 
 def _path() -> str | None:

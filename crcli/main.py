@@ -128,7 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app = build_app()
         with app.make_context("crcli", argv) as context:
             result = app.invoke(context)
-        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except typer.Exit as done:
         return done.exit_code
@@ -148,6 +147,4 @@ def _report(error: BaseException, as_json: bool) -> int:
         return errors.show_usage(error, as_json)
     if isinstance(error, KeyboardInterrupt | typer.Abort | Interrupted):
         return errors.show_interrupt(error, as_json)
-    if isinstance(error, BrokenPipeError):
-        return errors.reader_went_away()
     return errors.show_unexpected(error, as_json)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from crcli.cli.options import JsonOption
+from crcli.errors import HostLacks
 
 if TYPE_CHECKING:
     from crcli.store.cache import Cache
@@ -37,7 +38,12 @@ def clear(as_json: JsonOption = False) -> None:
     from crcli.ui.cache import show_cleared
 
     cache = _cache()
-    show_cleared(cache.folder, cache.clear(), as_json)
+    removed = cache.clear()
+    if removed.trouble:
+        raise HostLacks(
+            f"{cache.folder} cannot be cleared: {removed.trouble}", hint="look at who may change it"
+        )
+    show_cleared(cache.folder, removed, as_json)
 
 
 def _cache() -> Cache:

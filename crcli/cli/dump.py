@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption, check_seconds, parse_paths
 from crcli.config import choose_store
 from crcli.errors import UsageError
 from crcli.pipeline.stages import NOTIFY_WAIT_S, PRE_COPY_AUTO, DumpOptions, Outcome
@@ -50,7 +50,11 @@ def dump(
     deadline: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", help="When this node goes away, from now.", min=0, show_default=False
+            metavar="SECONDS",
+            help="When this node goes away, from now.",
+            min=0,
+            callback=check_seconds,
+            show_default=False,
         ),
     ] = None,
     notify_wait: Annotated[
@@ -59,6 +63,7 @@ def dump(
             metavar="SECONDS",
             help="How long programs that use crcli.notify may get ready; 0: not told.",
             min=0,
+            callback=check_seconds,
         ),
     ] = NOTIFY_WAIT_S,
     pre_copy: Annotated[
@@ -95,7 +100,7 @@ def dump(
         store=chosen.url,
         name=name,
         outcome=Outcome.RUNNING if leave_running else Outcome.STOPPED if leave_stopped else Outcome.KILLED,
-        include=tuple(include or ()),
+        include=parse_paths(include, "--include"),
         trial=not no_trial,
         dry_run=dry_run,
         deadline_s=deadline,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption, check_seconds
 from crcli.cli.stores import opened
 
 
@@ -16,7 +16,10 @@ def gc(
         bool, typer.Option("--dry-run", help="Say what would be removed; remove nothing.")
     ] = False,
     grace: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="Keep whatever is younger than this.")
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0, callback=check_seconds, help="Keep whatever is younger than this."
+        ),
     ] = 3600.0,
     as_json: JsonOption = False,
     endpoint_url: EndpointOption = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from crcli.cli.options import LONGEST_S, check_seconds
 from crcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ ReserveOption = Annotated[
         metavar="SECONDS",
         help="By how much a dump must have ended before the deadline; a fifth of the time, if that is less.",
         min=0,
+        callback=check_seconds,
     ),
 ]
 
@@ -110,7 +112,7 @@ def parse_time(text: str, option: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([smhd]?)", text.strip())
     if found is None or float(found[1]) <= 0:
         raise UsageError(f"{option} takes a time such as 90s, 10m or 2h, not {text!r}")
-    return float(found[1]) * _UNITS[found[2]]
+    return min(float(found[1]) * _UNITS[found[2]], LONGEST_S)
 
 
 def keeping(dump: DumpOptions, every: str, keep: int, mtbf: str, reserve: float) -> Keeping:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from math import isfinite
 from typing import Annotated
 
 import typer
@@ -34,6 +36,26 @@ ImageArgument = Annotated[
         show_default=False,
     ),
 ]
+
+
+LONGEST_S = 1e9
+"""Longer times count as this (seconds, 31 years): the kernel's timers take no more of them."""
+
+
+def check_seconds(param: typer.CallbackParam, value: float | None) -> float | None:
+    """The callback of options that take seconds: `nan` and `inf` are no times."""
+    if value is None:
+        return None
+    if not isfinite(value):
+        raise UsageError(f"{param.opts[0]} is a number of seconds, not {value}")
+    return min(value, LONGEST_S)
+
+
+def parse_paths(paths: list[str] | None, option: str) -> tuple[str, ...]:
+    """The paths as they are meant from here; raise UsageError for an empty one (this folder)."""
+    if paths and "" in paths:
+        raise UsageError(f"{option} takes a path, not ''")
+    return tuple(map(os.path.abspath, paths or ()))
 
 
 def parse_pair(text: str, option: str) -> tuple[str, str]:

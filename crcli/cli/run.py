@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +19,7 @@ from crcli.cli.keeping import (
     WeightsOption,
     keeping,
 )
-from crcli.cli.options import EndpointOption, StoreOption, parse_pair
+from crcli.cli.options import EndpointOption, StoreOption, check_seconds, parse_pair, parse_paths
 from crcli.config import choose_store, weights_folders
 from crcli.errors import CrcliError
 from crcli.pipeline.stages import DumpOptions, OnFailure, OnMismatch, PidNamespace, RestoreOptions
@@ -114,6 +113,7 @@ def run(
             metavar="SECONDS",
             help="How long to wait while another has the name. Default: until it is seen whether it lives.",
             min=0,
+            callback=check_seconds,
             show_default=False,
         ),
     ] = None,
@@ -140,7 +140,7 @@ def run(
     dump = DumpOptions(
         pid=0,
         store=chosen.url,
-        include=tuple(include or ()),
+        include=parse_paths(include, "--include"),
         weights=tuple(weights or ()),
         endpoint_url=chosen.endpoint_url,
     )
@@ -181,9 +181,11 @@ def run(
 def _write(path: str, done: dict[str, Any], tell: Callable[[Event], None]) -> None:
     if not path:
         return
+    from crcli.ui.text import json_text
+
     try:
         with open(path, "w") as file:
-            json.dump(done, file)
+            file.write(json_text(done))
     except OSError as error:
         from crcli.pipeline.vigil import Event
 

@@ -20,7 +20,7 @@ from crcli.cli.keeping import (
     WeightsOption,
     keeping,
 )
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption, parse_paths
 from crcli.config import choose_store
 from crcli.pipeline.stages import DumpOptions, Outcome
 
@@ -60,7 +60,7 @@ def watch(
         store=chosen.url,
         name=name,
         outcome=Outcome.RUNNING if leave_running else Outcome.KILLED,
-        include=tuple(include or ()),
+        include=parse_paths(include, "--include"),
         weights=tuple(weights or ()),
         endpoint_url=chosen.endpoint_url,
     )

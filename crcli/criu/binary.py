@@ -17,11 +17,14 @@ from crcli.errors import HostLacks
 DEFAULT_PREFIX = "/usr/local/lib/crcli/criu"
 _LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
 
+DOES_IT_START = "`crcli doctor` says whether CRIU works here"
+"""What to do about a CRIU that says nothing at all."""
+
 
 def criu_command() -> list[str]:
     """Return the argv prefix that starts criu; raise HostLacks when there is none."""
     if named := os.environ.get("CRCLI_CRIU"):
-        if not os.access(named, os.X_OK):
+        if not os.path.isfile(named) or not os.access(named, os.X_OK):
             raise HostLacks(f"CRCLI_CRIU names {named}, which cannot be executed")
         return [named]
     prefix = os.environ.get("CRCLI_CRIU_PREFIX", DEFAULT_PREFIX)

@@ -18,6 +18,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from crcli.cause import Cause
+from crcli.criu.binary import DOES_IT_START
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -127,4 +128,5 @@ def _unknown(said: list[str], log: str) -> Cause:
         return Cause(name="", said=said[0], meaning=said[0], remedy="", retry=None)
     last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")
     meaning = f"CRIU's log ends without an error, with: {last}" if last else "CRIU wrote no log"
-    return Cause(name="", said=last, meaning=meaning, remedy="", retry=None)
+    remedy = "" if last else DOES_IT_START
+    return Cause(name="", said=last, meaning=meaning, remedy=remedy, retry=None)

@@ -21,6 +21,7 @@ from msgspec import Struct
 from crcli.criu.binary import criu_command
 from crcli.criu.limits import with_limits_answered
 from crcli.criu.messages import rpc
+from crcli.errors import HostLacks
 from crcli.process.tree import child_pids
 
 if TYPE_CHECKING:
@@ -104,14 +105,17 @@ class CriuProcess:
             kept = (theirs.fileno(), *pass_fds)
 
             def launch() -> subprocess.Popen[bytes]:
-                return subprocess.Popen(
-                    command,
-                    pass_fds=kept,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    process_group=0,
-                )
+                try:
+                    return subprocess.Popen(
+                        command,
+                        pass_fds=kept,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                        process_group=0,
+                    )
+                except OSError as error:
+                    raise HostLacks(f"{command[0]} cannot be started: {error.strerror}") from error
 
             process = with_limits_answered(launch) if answer_limits else launch()
         return cls(ours, process, enter)
@@ -134,7 +138,10 @@ class CriuProcess:
         called once CRIU works on the request, and before anything that it says is heard.
         """
         message = rpc.criu_req(type=kind, opts=options)
-        self.channel.send(message.SerializeToString())
+        try:
+            self.channel.send(message.SerializeToString())
+        except OSError as error:
+            raise CriuDied("CRIU ended as soon as it was started") from error
         meanwhile()
         patience = _Patience(limit_s, idle_since)
         failure: BaseException | None = None

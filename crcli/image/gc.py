@@ -29,7 +29,7 @@ from msgspec.structs import asdict
 
 from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.container import ContainerKind, unpack_container
-from crcli.image.names import IMAGES, INDEXES, PACKS, SESSIONS, WEIGHTS, pack_key
+from crcli.image.names import IMAGES, INDEXES, PACKS, SESSIONS, WEIGHTS, image_at, pack_key
 from crcli.image.session import Announcement, announced
 from crcli.image.tables import read_chunks, read_packs
 
@@ -179,9 +179,11 @@ class _Collection:
         except NotFound:
             return []  # removed since it was listed
         except (ImageDamaged, KeyError) as error:
+            is_image = image_at(manifest) is not None
             raise ImageDamaged(
                 f"nothing was removed, because what {manifest} refers to is not known: {error}",
-                hint="use a newer crcli if it is of one; else remove that image with `crcli rm`",
+                hint="use a newer crcli if it is of one; else remove "
+                + ("that image with `crcli rm`" if is_image else "that object: it is no image"),
             ) from error
 
     def _look_for_sessions(self, now: float) -> None:

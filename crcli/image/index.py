@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, peek_section, unpack_container
-from crcli.image.names import IMAGES, INDEXES, index_key, is_id, manifest_key, pack_key, pages_key
+from crcli.image.names import IMAGES, INDEXES, image_at, index_key, is_id, manifest_key, pack_key, pages_key
 from crcli.image.tables import Chunk, Group, MixedGroup, read_chunks, read_groups, read_mixed, read_packs
 from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
 from crcli.memory.extents import PAGE
@@ -316,7 +316,7 @@ def load_known(
     """
     known = KnownChunks()
     loading = _Loading(store, known, limit)
-    same_name = _newest(store, f"{IMAGES}{name}/", LINEAGES)
+    same_name = [info for info in _newest(store, f"{IMAGES}{name}/", LINEAGES) if image_at(info.key)]
     known.newest_image = same_name[0].key.rpartition("/")[2] if same_name else ""
     loading.take(_lineages(store, name, same_name[:LINEAGES], is_same)[:SAME_NAME_LIMIT])
     if wanted is None or known.page_count < wanted:

@@ -15,7 +15,7 @@ from msgspec.structs import asdict
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, pack_container, unpack_container
-from crcli.image.names import IMAGES, ImageRef, manifest_key
+from crcli.image.names import IMAGES, ImageRef, image_at, manifest_key
 from crcli.image.tables import (
     Chunk,
     read_chunks,
@@ -183,12 +183,13 @@ def resolve(store: Store, ref: ImageRef) -> ImageRef:
     """Return the image that `ref` names, with its id; raise NotFound when there is none."""
     if ref.id:
         return ref
-    newest = max((info.key for info in store.list(f"{IMAGES}{ref.name}/")), default=None)
-    if newest is None:
+    images = (image_at(info.key) for info in store.list(f"{IMAGES}{ref.name}/"))
+    newest = max((image.id for image in images if image is not None), default="")
+    if not newest:
         raise NotFound(
             f"the store {store.url} has no image named {ref.name}", hint="`crcli ls` shows what it holds"
         )
-    return ImageRef(ref.name, newest.rpartition("/")[2])
+    return ImageRef(ref.name, newest)
 
 
 def load(store: Store, ref: ImageRef) -> Manifest:
@@ -208,8 +209,5 @@ def load(store: Store, ref: ImageRef) -> Manifest:
 
 def list_images(store: Store) -> list[tuple[ImageRef, ObjectInfo]]:
     """Every image in the store, by name and then by time."""
-    found: list[tuple[ImageRef, ObjectInfo]] = []
-    for info in store.list(IMAGES):
-        name, _, image_id = info.key.removeprefix(IMAGES).partition("/")
-        found.append((ImageRef(name, image_id), info))
-    return found
+    listed = ((image_at(info.key), info) for info in store.list(IMAGES))
+    return [(image, info) for image, info in listed if image is not None]

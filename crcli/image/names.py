@@ -61,7 +61,7 @@ def parse_image(text: str) -> tuple[str | None, ImageRef]:
     rest = text
     if "://" in text or text.startswith("/"):
         url, rest = split_name(text)
-        place, mark, query = url.partition("?")
+        place, mark, query = (url, "", "") if url.startswith("/") else url.partition("?")
         url = place.removesuffix("/images") + mark + query  # the address of the object itself works as well
     name, _, image_id = rest.partition("@")
     check_name(name)
@@ -94,6 +94,12 @@ def suggested_name(comm: str) -> str:
 def manifest_key(name: str, image_id: str) -> str:
     """Where the manifest of an image is."""
     return f"{IMAGES}{name}/{image_id}"
+
+
+def image_at(key: str) -> ImageRef | None:
+    """The image whose manifest has this key; None for what somebody else has put beside them."""
+    name, _, image_id = key.removeprefix(IMAGES).partition("/")
+    return ImageRef(name, image_id) if _NAME.match(name) and _ID.match(image_id) else None
 
 
 def pin_key(name: str, image_id: str) -> str:

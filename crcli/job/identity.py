@@ -17,6 +17,7 @@ from typing import Any
 
 from blake3 import blake3
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from crcli.errors import UsageError
 
@@ -28,6 +29,9 @@ _LARGEST = 64 << 20
 """A larger file on the command line is known by its size."""
 
 ABSENT = "absent"
+
+_NOT_HERE = {"0", ABSENT}
+"""The size of weights that are not here."""
 
 
 class Identity(Struct, frozen=True):
@@ -51,9 +55,9 @@ class Identity(Struct, frozen=True):
 
     def differs_from(self, facts: Mapping[str, Any]) -> list[str]:
         """What is not the same as in an image with these facts, in words; empty: it is the same job."""
-        if facts.get("identity") == self.digest:
+        if facts.get("identity") == self._with_weights_of(facts).digest:
             return []
-        mine = self._plain()
+        mine = self._with_weights_of(facts)._plain()
         said = [
             f"{what} was {_shown(facts.get(name))}, and is {_shown(mine[name])}"
             for name, what in (("argv", "the command"), ("cwd", "its folder"))
@@ -64,6 +68,16 @@ class Identity(Struct, frozen=True):
             changed = sorted(key for key in {*old, *mine[name]} if old.get(key) != mine[name].get(key))
             said += [f"the {what} {key} changed" for key in changed]
         return said or ["it was taken of another kind of job"]
+
+    def _with_weights_of(self, facts: Mapping[str, Any]) -> Identity:
+        """The same, but for weights that were not there, or are not: they may be in the store, and a restore
+        compares their bytes."""
+        old = facts.get("weights") or {}
+        weights = {
+            name: old[name] if name in old and {old[name], size} & _NOT_HERE else size
+            for name, size in self.weights.items()
+        }
+        return replace(self, weights=weights)
 
     def _plain(self) -> dict[str, Any]:
         return {
@@ -85,8 +99,12 @@ def identify_job(
 ) -> Identity:
     """Return the identity of a job that is to be started here, now.
 
-    Raises UsageError when a file of `config` cannot be read.
+    Raises UsageError when there is no such command, variable or file of `config`.
     """
+    if not command[0]:
+        raise UsageError("the command to run has no name")
+    if wrong := [name for name in variables if not name or "=" in name]:
+        raise UsageError(f"--variable takes the name of one, not {wrong[0]!r}")
     files = {path: _content(path) for path in command if _is_looked_into(path)}
     for path in config:
         try:

@@ -63,7 +63,7 @@ def capture_files(
     include: tuple[str, ...],
     writer: PackWriter,
 ) -> tuple[list[StoredFile], list[Finding]]:
-    """Store the files that must travel; return them, and a finding for each that was too large.
+    """Store the files that must travel; return them, and a finding for each that cannot.
 
     The tree must be frozen. Paths are read as the tree's root process sees them.
     """
@@ -71,16 +71,22 @@ def capture_files(
     stored: list[StoredFile] = []
     findings: list[Finding] = []
     seen: set[str] = set()
+    asked_for = {os.path.abspath(path) for path in include}
     leased = cache(leased_inodes)  # only where needed: for /proc/locks the kernel waits for every processor
     for wanted in _wanted(images, root, mounts, include, leased):
         if wanted.path in seen:
             continue
         seen.add(wanted.path)
         try:
-            if os.stat(root + wanted.path).st_ino in leased():
+            status = os.stat(root + wanted.path)
+            if not stat.S_ISREG(status.st_mode):
+                raise FileNotFoundError(wanted.path)  # and not opened: nobody may write into a named pipe
+            if status.st_ino in leased():
                 continue  # opening it would break the lease, which the tree can see
             file = _store(root, wanted, writer)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
+            if wanted.path in asked_for:
+                findings.append(_not_there(wanted.path))
             continue
         if file is not None:
             stored.append(file)
@@ -150,8 +156,6 @@ def _store(root: str, wanted: Wanted, writer: PackWriter) -> StoredFile | None:
     limit = WRITTEN_LIMIT if wanted.role in ("written", "database") else MEMORY_LIMIT
     with open(root + wanted.path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise FileNotFoundError(wanted.path)
         if status.st_size > limit and wanted.role not in ("link", "include"):
             return None
         chunks = []
@@ -169,6 +173,17 @@ def _store(root: str, wanted: Wanted, writer: PackWriter) -> StoredFile | None:
             mtime_ns=status.st_mtime_ns,
             role=wanted.role,
         )
+
+
+def _not_there(path: str) -> Finding:
+    return Finding(
+        name="include-missing",
+        severity=Severity.CHANGE,
+        message=f"{path} was to travel in the image, and is no file that the tree can see",
+        evidence={"path": path},
+        action="the image goes without it",
+        remedy="--include takes files and folders, as the tree's root process sees them",
+    )
 
 
 def _too_large(wanted: Wanted, size: int) -> Finding:

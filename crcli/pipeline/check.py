@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 from msgspec.structs import replace
 
+from crcli.criu.binary import criu_command
 from crcli.findings import Severity, gravest_first
 from crcli.guard.claimed import claimed
 from crcli.guard.here import Here
@@ -59,9 +60,10 @@ def check_process(pid: int, store: str, endpoint_url: str | None = None) -> Chec
     """Say what stands in the way of a dump of this process's tree to this store, what will be different after
     it, and what it will take.
 
-    Raises PreflightRefused for a pid that can never be dumped.
+    Raises PreflightRefused for a pid that can never be dumped, HostLacks where there is no CRIU.
     """
     evidence = gather(scan_tree(refuse_bad_target(pid)))
+    criu_command()
     gpus = _gpu_side(evidence)
     report = CheckReport(str(pid), gravest_first([*preflight_here(evidence), *gpus.findings]))
     if report.is_refused:
@@ -90,7 +92,7 @@ def check_image(
     """Say what stands in the way of a restore of this image here, and what will be different after it.
 
     Of the image only what tells of its needs is fetched, no memory. Files of weights are looked for in
-    `weights_folders` too. Raises NotFound, ImageDamaged, StoreError.
+    `weights_folders` too. Raises NotFound, ImageDamaged, StoreError, HostLacks where there is no CRIU.
     """
     url, ref = parse_image(image)
     found = open_store(url or store, endpoint_url=endpoint_url)
@@ -102,6 +104,7 @@ def check_image(
         missing = MemoryReader(found, manifest, reader, folders=weights_folders).missing()
     finally:
         found.close()
+    criu_command()
     needs = replace(needs_of(manifest, images, Asked()), missing_weights=tuple(missing))
     findings = [*examine(needs, Here()), *held]
     return CheckReport(f"{manifest.name}@{manifest.id}", findings)

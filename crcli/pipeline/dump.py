@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from msgspec.structs import asdict, replace
 import crcli
 from crcli import kernel
 from crcli.criu import messages, netlock
+from crcli.criu.binary import criu_command
 from crcli.criu.images import read_tree, run_id
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
@@ -78,7 +79,7 @@ from crcli.process.gather import gather
 from crcli.process.tree import refuse_bad_target, scan_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from crcli.criu.options import DumpPlan
@@ -154,7 +155,7 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
         report.phases = watch.phases
         return report
     hooks = load_hooks()
-    with interruptible(_left_s(options, watch)) as interrupts:
+    with _failing_at_its_deadline(target), interruptible(_left_s(options, watch)) as interrupts:
         work = _Dump(options, target, watch, report, interrupts, progress)
         work.shared = shared or work.shared
         work.on_frozen = lambda: hooks.call("dump_frozen", target=work.described())
@@ -179,6 +180,21 @@ def _left_s(options: DumpOptions, watch: Stopwatch) -> float | None:
     return None if options.deadline_s is None else options.deadline_s - watch.since_start_ms() / 1000
 
 
+@contextmanager
+def _failing_at_its_deadline(target: Target) -> Iterator[None]:
+    """A signal before the freeze ends the command; a deadline that passes then is a dump that failed."""
+    try:
+        yield
+    except Interrupted as error:
+        if error.number != signal.SIGALRM:
+            raise
+        raise DumpFailed(
+            f"the dump was {error}, before the tree was frozen",
+            hint="nothing was lost; give it more time",
+            state=tree_state(target.evidence.tree),
+        ) from error
+
+
 def look(options: DumpOptions) -> Target:
     """Look at the tree and decide how to take it; raise PreflightRefused when it cannot be taken."""
     if options.name:
@@ -196,11 +212,17 @@ def look(options: DumpOptions) -> Target:
             hint=blockers[0].remedy,
             findings=findings,
         )
+    criu_command()  # one that is not here is said before anything is begun
     links = outside_links(evidence)
     plan = make_plan(evidence, links, options.outcome)
     name = options.name or suggested_name(evidence.root.comm)
-    weights = tuple(chosen_files(options.weights, evidence)) if options.weights else ()
+    weights = _weights(options, evidence) if options.weights else ()
     return Target(evidence, findings, links, plan, weights, name, new_image_id())
+
+
+def _weights(options: DumpOptions, evidence: Evidence) -> tuple[str, ...]:
+    """The files of weights to compare with. A job that is to be saved is, whatever became of them."""
+    return tuple(chosen_files(options.weights, evidence, may_be_absent=options.job is not None))
 
 
 def _gpus_ahead(evidence: Evidence, options: DumpOptions) -> tuple[list[Finding], int]:

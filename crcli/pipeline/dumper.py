@@ -41,7 +41,7 @@ from crcli import kernel
 from crcli.cause import Cause
 from crcli.errors import CrcliError, DumpFailed, TreeState
 from crcli.findings import Finding, Severity
-from crcli.pipeline.interrupts import Interrupted
+from crcli.pipeline.interrupts import Interrupted, ring_in
 from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import DumpOptions, Outcome, Silent
 from crcli.pipeline.watch import tree_state
@@ -529,7 +529,7 @@ class _Asked:
 
     def _set_alarm(self) -> None:
         if self._is_busy and (left_s := _left(self._until)) is not None:
-            signal.setitimer(signal.ITIMER_REAL, left_s)
+            ring_in(left_s)
 
     def _stop(self, is_over: bool = False) -> None:
         """End the dump under way as a signal ends it; there will be no other if that `is_over`."""

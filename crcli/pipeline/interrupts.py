@@ -57,6 +57,9 @@ class Interrupts:
 _FOR_PEOPLE = (signal.SIGINT, signal.SIGHUP)
 _JOB_CONTROL = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+_LONGEST_S = 1e9
+"""Later deadlines are none (seconds): timers take no more."""
+
 _answers_first = False
 
 
@@ -92,7 +95,7 @@ def interruptible(
     }
     stops = {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_CONTROL}
     if deadline_s is not None:
-        signal.setitimer(signal.ITIMER_REAL, max(deadline_s, 0.001))
+        ring_in(deadline_s)
     try:
         yield interrupts
     finally:
@@ -102,6 +105,11 @@ def interruptible(
         for number, handler in before.items():
             ignored = _answers_first and interrupts.are_over and handler in _DEFAULTS
             signal.signal(number, signal.SIG_IGN if ignored else handler)
+
+
+def ring_in(seconds: float) -> None:
+    """Set the deadline of the block: SIGALRM comes then, in a moment where that is past."""
+    signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 0.001), _LONGEST_S))
 
 
 def seconds_left() -> float | None:
@@ -125,7 +133,7 @@ def noted(note: Callable[[int], None], deadline_s: float | None = None) -> Itera
     before = {number: signal.signal(number, lambda number, _: note(number)) for number in numbers}
     stops = {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_CONTROL}
     if deadline_s is not None:
-        signal.setitimer(signal.ITIMER_REAL, max(deadline_s, 0.001))
+        ring_in(deadline_s)
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from msgspec.structs import asdict, replace
 
 from crcli import kernel
 from crcli.criu import netlock
+from crcli.criu.binary import DOES_IT_START, criu_command
 from crcli.criu.images import memfd_names, read_tree, wiped_on_fork
 from crcli.criu.interrupted import resume_interrupted_calls
 from crcli.criu.locks import FileLock, lost_locks, take_again
@@ -296,6 +297,7 @@ class _Restore:
             self.gpu = self.held.enter_context(RestoreSide(self.manifest.meta["gpu"], self.options.gpu_map))
 
     def _guard(self) -> None:
+        criu_command()  # one that is not here is said before anything is begun
         self.workspace = self.held.enter_context(Workspace.create())
         self.images = self.logs = self.held.enter_context(self.workspace.folder("images"))
         self._write_skeleton()
@@ -700,7 +702,7 @@ class _Restore:
         if isinstance(error, CriuDied):
             return RestoreFailed(
                 f"CRIU died: {cause.meaning if cause else error}",
-                hint=cause.remedy if cause else "",
+                hint=cause.remedy if cause else DOES_IT_START,
                 cause=cause,
             )
         if isinstance(error, CriuTimeout):

@@ -20,6 +20,7 @@ from msgspec import Struct, field
 from msgspec.structs import asdict, replace
 
 from crcli import kernel
+from crcli.criu.binary import criu_command
 from crcli.errors import (
     CrcliError,
     GuardRefused,
@@ -146,9 +147,10 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
     """Run a job to its end, or until it is saved because this node goes away; return what was done.
 
     Raises NameClaimed (another has the job), JobMismatch (the image is of another job), TryAgain and what a
-    restore raises (nothing was started), StoreError.
+    restore raises (nothing was started; also HostLacks where there is no CRIU), StoreError.
     """
     check_name(options.name)
+    criu_command()  # a job that could never be saved is not begun
     identity = identify_job(
         options.command,
         os.environ,

@@ -32,6 +32,7 @@ from crcli.notice.base import Urgency
 from crcli.pipeline.dumper import Dumper
 from crcli.pipeline.schedule import LEAVE, Activity, Cost, History, Schedule, activity_of
 from crcli.pipeline.stages import PRE_COPY_AUTO, Outcome
+from crcli.pipeline.weights import absent_ones
 from crcli.process.identity import read_stat
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ _PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 
 _LONGEST_STOP_S, _STOP_SHARE = 5.0, 0.15
 """How long a dump that was stopped may take to end (seconds), and which share of a short time."""
+
+_LONGEST_WAIT_S = 3600.0
+"""For how long nothing is looked at (seconds); poll(2) takes 24 days at most."""
 
 _LOOK_AGAIN_S = 0.05
 """How often a tree is looked at whose dump should have ended (seconds)."""
@@ -226,6 +230,8 @@ class Vigil:
         caller's to call.
         """
         options = self._keeping.dump
+        for finding in absent_ones(options.weights):
+            self._say("finding", f"{finding.message}: crcli {finding.action}", finding=finding.as_json())
         with Dumper(options.store, options.endpoint_url) as self._dumper:
             while True:
                 self._wait(ended)
@@ -242,7 +248,7 @@ class Vigil:
         if not self._has_ended:
             poll.register(ended, select.POLLIN)
         due = self._next_time()
-        timeout = None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1
+        timeout = None if due is None else min(max(0.0, due - time.monotonic()), _LONGEST_WAIT_S) * 1000 + 1
         ready = {fd for fd, _ in poll.poll(timeout)}
         self._has_ended = self._has_ended or ended in ready
         if self._wake in ready:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from crcli.criu.binary import criu_command
 from crcli.errors import NameClaimed, PreflightRefused
 from crcli.image.lease import Lease, LeaseState
 from crcli.image.names import check_name, suggested_name
@@ -38,8 +39,8 @@ def watch_tree(
 
     The images' name is claimed meanwhile. The tree is not stopped when the store cannot be reached and the
     claim lapses, for it is somebody else's; it may then run here and elsewhere. Raises UsageError,
-    PreflightRefused (no such tree), NameClaimed and StoreError, with the tree as it was. Call it from the
-    main thread.
+    PreflightRefused (no such tree), HostLacks (no CRIU), NameClaimed and StoreError, with the tree as it was.
+    Call it from the main thread.
     """
 
     def found(finding: Finding) -> None:
@@ -48,6 +49,7 @@ def watch_tree(
     with ExitStack() as held:
         root, ended, comm = _find(keeping.dump.pid)
         held.callback(os.close, ended)
+        criu_command()
         name = check_name(keeping.dump.name or suggested_name(comm))
         heard = Notices(notices, grace_s, found=found)
         store = open_store(keeping.dump.store, endpoint_url=keeping.dump.endpoint_url)

@@ -51,18 +51,38 @@ _MOST_ENTRIES = 10_000
 _NAMED = 20
 
 
-def chosen_files(wanted: Sequence[str], evidence: Evidence | None = None) -> list[str]:
+def absent_ones(wanted: Sequence[str]) -> Iterator[Finding]:
+    """Say which paths and patterns name nothing: no reason for a job not to be saved."""
+    for one in wanted:
+        if one != AUTO and not _named(one):
+            yield Finding(
+                "weights-absent",
+                Severity.NOTE,
+                f"there is nothing at {one!r} for --weights",
+                {"path": one},
+                action="stores what the tree has in memory",
+            )
+
+
+def _named(path: str) -> list[str]:
+    """The files and folders that a path or pattern names."""
+    return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+
+
+def chosen_files(
+    wanted: Sequence[str], evidence: Evidence | None = None, *, may_be_absent: bool = False
+) -> list[str]:
     """Return the files that `wanted` names (paths of files and folders, patterns, or "auto"), each once.
 
-    Raises UsageError for a path or pattern that names nothing.
+    Raises UsageError for a path or pattern that names nothing, unless it may.
     """
     found: list[str] = []
     for one in wanted:
         if one == AUTO and evidence is not None:
             found += _found_by_ourselves(evidence)
             continue
-        named = [one] if os.path.exists(one) else sorted(glob.glob(one, recursive=True))
-        if not named:
+        named = _named(one)
+        if not named and not may_be_absent:
             raise UsageError(f"there is nothing at {one}", hint="--weights takes files, folders and patterns")
         for path in named:
             found += files_below(path) if os.path.isdir(path) else [path]

@@ -30,8 +30,10 @@ class StoreAddress(Struct, frozen=True):
     @classmethod
     def parse(cls, url: str) -> StoreAddress:
         """Take `url` apart; raises UsageError if it is not a store's."""
+        if not _is_text(url):
+            raise UsageError(f"not the URL of a store, but bytes that are no UTF-8: {url!r}", hint=_EXAMPLES)
         if url.startswith("/"):
-            return cls("file", os.path.normpath(url))
+            return cls("file", _folder(url))
         if "://" not in url:
             raise UsageError(f"not the URL of a store: {url!r}", hint=_absolute_hint(url))
         parts = _split(url)
@@ -56,8 +58,8 @@ def join_name(store_url: str, name: str) -> str:
 
 
 def split_name(url: str) -> tuple[str, str]:
-    """The store's URL and the name that `join_name` joined."""
-    place, mark, query = url.partition("?")
+    """The store's URL and the name that `join_name` joined; a plain path has no options."""
+    place, mark, query = (url, "", "") if url.startswith("/") else url.partition("?")
     store, _, name = place.rpartition("/")
     return store + mark + query, name
 
@@ -100,7 +102,23 @@ def _parse_file(parts: SplitResult) -> StoreAddress:
         )
     if not parts.path:
         raise UsageError("the URL of a directory store names a path", hint=_EXAMPLES)
-    return StoreAddress("file", os.path.normpath(unquote(parts.path)))
+    return StoreAddress("file", _folder(unquote(parts.path)))
+
+
+def _folder(path: str) -> str:
+    """The path in its shortest form; raises UsageError for the one that a variable without a value leaves."""
+    found = os.path.normpath(f"/{path.lstrip('/')}")
+    if found == "/" or "\0" in found:
+        raise UsageError(f"a store is a directory of its own, not {found!r}", hint=_EXAMPLES)
+    return found
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse_s3(parts: SplitResult) -> StoreAddress:

@@ -173,10 +173,12 @@ class Cache:
             return Contents({}, self._limit or 0, error.strerror or str(error))
 
     def clear(self) -> Contents:
-        """Remove everything; return what it was."""
+        """Remove everything; return what it was, with the trouble if some of it could not be removed."""
         before = self.contents()
         for name in before.files:
             self._remove(name)
+        if not before.trouble and (left := before.files.keys() & self.contents().files.keys()):
+            return Contents(before.files, before.limit, f"{len(left)} files cannot be removed")
         return before
 
     def reopened(self) -> Cache:

@@ -49,7 +49,7 @@ class FileStore:
 
     def warm(self, *, for_writing: bool = False) -> None:
         """See whether the directory can be read; with `for_writing`, create it and try a file in it."""
-        with self._translating(self.root):
+        with self._translating(self.root, writing=for_writing):
             if for_writing:
                 with FileWriter(self, "probe") as writer:
                     writer.write(b"?")
@@ -66,7 +66,7 @@ class FileStore:
 
     def writer(self, key: str, *, if_absent: bool = False) -> FileWriter:
         """Begin a file in `.tmp/`; what is written goes straight to it."""
-        with self._translating(self._path(key)):
+        with self._translating(self._path(key), writing=True):
             return FileWriter(self, key, if_absent=if_absent)
 
     def get(self, key: str) -> bytes:
@@ -187,15 +187,15 @@ class FileStore:
                     pass  # deleted since the directory was read
 
     @contextmanager
-    def _translating(self, path: str, key: str = "") -> Iterator[None]:
+    def _translating(self, path: str, key: str = "", *, writing: bool = False) -> Iterator[None]:
         """Turn the kernel's refusals into StoreError, with what can be done about them."""
         try:
             yield
         except OSError as error:
-            raise self._translate(error, path, key) from error
+            raise self._translate(error, path, key, writing) from error
 
-    def _translate(self, error: OSError, path: str, key: str) -> StoreError:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.lexists(self.root):
+    def _translate(self, error: OSError, path: str, key: str, writing: bool) -> StoreError:
+        if error.errno == errno.ENOENT and not writing and not os.path.lexists(self.root):
             return NotFound(
                 f"there is no store at {self.root}",
                 hint="Check --store; a directory store is created by the first dump into it.",
@@ -226,7 +226,7 @@ class FileWriter:
 
     def write(self, data: Buffer) -> None:
         """Write `data` out; nothing of it is kept here."""
-        with self._store._translating(self._temporary):
+        with self._store._translating(self._temporary, writing=True):
             view = memoryview(data).cast("B")
             while view:
                 count = os.write(self._descriptor, view)
@@ -240,7 +240,7 @@ class FileWriter:
         """Sync the file, give it its name, sync the directory."""
         destination = self._store._path(self._key)
         try:
-            with self._store._translating(destination):
+            with self._store._translating(destination, writing=True):
                 os.fsync(self._descriptor)
                 self._publish(destination)
         finally:

@@ -35,7 +35,5 @@ def show_cleared(folder: str, removed: Contents, as_json: bool) -> None:
     """Show what was removed from a cache."""
     if as_json:
         show_json({"folder": folder, "files": len(removed.files), "bytes": removed.bytes})
-    elif removed.trouble:
-        print(printable(f"{folder} cannot be used: {removed.trouble}"))
     else:
         print(printable(f"removed {count(len(removed.files), 'file')}, {size(removed.bytes)}, from {folder}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from crcli.cause import Cause
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TreeState
 from crcli.findings import Severity
-from crcli.ui.text import printable
+from crcli.ui.text import json_text, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +28,7 @@ _STATES = {
 def show(error: CrcliError, as_json: bool) -> int:
     """Show an error that crcli raised on purpose; return its exit code."""
     if as_json:
-        print(json.dumps({"error": as_object(error)}), flush=True)
+        print(json_text({"error": as_object(error)}), flush=True)
         return error.exit_code
     lines = [f"crcli: {error.message}"]
     for finding in error.findings:
@@ -97,12 +96,6 @@ def show_unexpected(error: BaseException, as_json: bool) -> int:
     return 1
 
 
-def reader_went_away() -> int:
-    """End quietly when nobody reads our output any more (`crcli ls | head`); return 1."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return 1
-
-
 def _usage_hint(error: Any) -> str:
     return f"`{error.ctx.command_path if error.ctx is not None else 'crcli'} --help` says more"
 
@@ -118,7 +111,7 @@ def what_of_the_tree(error: CrcliError) -> str:
 
 
 def _emit(code: str, message: str, hint: str, state: TreeState, findings: Sequence[Finding]) -> None:
-    print(json.dumps({"error": _object(code, message, hint, state, findings)}), flush=True)
+    print(json_text({"error": _object(code, message, hint, state, findings)}), flush=True)
 
 
 def _object(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from crcli.ui.text import count, duration, printable, size
+from crcli.ui.text import count, duration, json_text, printable, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +17,7 @@ OUTCOMES = {"killed": "and killed", "running": "and left running", "stopped": "a
 
 def show_json(data: Mapping[str, Any]) -> None:
     """Print the one JSON object of a command."""
-    print(json.dumps(data), flush=True)
+    print(json_text(data), flush=True)
 
 
 def show_dump(report: DumpReport, as_json: bool, *, dry_run: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from crcli.ui.text import printable
 
@@ -36,9 +36,13 @@ def _show_rich(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Seq
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    # Names stand in the first column. They are copied from here, so they stay whole where there is room.
+    is_whole = max((len(row[0]) for row in rows), default=0) <= console.width * 2 // 3
+    for number, name in enumerate(columns):
+        justify: Literal["left", "right"] = "right" if name in right else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=is_whole and number == 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: nothing in it is taken for markup
-    Console().print(table)
+    console.print(table)

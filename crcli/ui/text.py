@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """Return `text` with control characters written out, so that no foreign text can steer a terminal."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def json_text(data: Any) -> str:
+    """Return `data` as JSON that every reader takes.
+
+    Names of files and commands are any bytes; those that are no UTF-8 are lone surrogates in Python, which
+    stricter readers refuse.
+    """
+    text = json.dumps(data, ensure_ascii=False)
+    if not text.isascii():
+        text = json.dumps(json.loads(_SURROGATE.sub("\ufffd", text)))
+    return text
 
 
 def size(count: float) -> str:

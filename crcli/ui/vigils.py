@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from crcli.findings import Finding, Severity
 from crcli.pipeline.vigil import Event, VigilEnd, Why
 from crcli.ui import errors
 from crcli.ui.reports import show_json
-from crcli.ui.text import printable
+from crcli.ui.text import json_text, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +23,7 @@ def teller(as_json: bool) -> Callable[[Event], None]:
     end = "\r\n" if sys.stderr.isatty() else "\n"  # a terminal may be raw: it is the job's
 
     def tell(event: Event) -> None:
-        text = json.dumps(event.as_json()) if as_json else printable(f"crcli: {event.message}")
+        text = json_text(event.as_json()) if as_json else printable(f"crcli: {event.message}")
         try:
             print(text, end=end, file=sys.stderr, flush=True)
         except OSError:

@@ -24,7 +24,7 @@ from tests.support.crcli import (
     tree_of,
     wait_until,
 )
-from tests.support.programs import Program, spawn_python
+from tests.support.programs import Program, spawn_python, then_wait
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
@@ -355,6 +355,17 @@ state = lambda: file.seek(0) or file.read()
         report = crcli.restore(image, "--files", "image")
         assert state(program, report["host_pid"]) == "of the tree"
         assert [p.read_text() for p in tmp_path.glob("state.before-*")] == ["of another!"]
+
+
+def test_what_is_included_and_is_no_file_is_said(crcli: Crcli, tmp_path: Path) -> None:
+    """A path without a file is a finding, and so is a named pipe: opening it would hold a frozen tree for as
+    long as nobody writes there."""
+    os.mkfifo(tmp_path / "fifo")
+    names = (str(tmp_path / "fifo"), str(tmp_path / "nothing"))
+    with spawn_python(then_wait()) as program:
+        options = [word for name in names for word in ("--include", name)]
+        findings = crcli.dump(program.pid, "--leave-running", *options)["findings"]
+    assert [one["evidence"]["path"] for one in findings if one["name"] == "include-missing"] == [*names]
 
 
 def test_an_included_folder_travels(crcli: Crcli, tmp_path: Path) -> None:

@@ -168,6 +168,14 @@ def test_a_network_that_outlives_the_tree_works_afterwards(crcli: Crcli, outcome
             os.close(network)
 
 
+def test_a_deadline_that_passes_before_the_freeze_is_a_failed_dump(crcli: Crcli) -> None:
+    """It ends with 11 as a later one does, not as if a signal had ended the command."""
+    with spawn_python(counter()) as program:
+        error = crcli.dump(program.pid, "--deadline", "0", code=11)["error"]
+        assert "deadline" in error["message"] and error["state"] == "running"
+        assert_goes_on(program)
+
+
 def test_a_dry_run_touches_nothing(crcli: Crcli, tmp_path: Path) -> None:
     """It reports what it would do; the tree runs on, and the store does not even exist."""
     with spawn_python(counter()) as program:
@@ -243,6 +251,61 @@ def test_a_blocker_is_refused_with_its_remedy(crcli: Crcli) -> None:
         error = refused(crcli, program.pid)
         assert "namespace" in str(error["message"]) and error["findings"]
         assert untraced(program.pid)
+
+
+def test_closed_streams_are_no_trouble(crcli: Crcli) -> None:
+    """Without stdin, stdout and stderr, as some daemons start programs, a tree is dumped and comes back; with
+    a full disk for the report, the dump is done all the same."""
+    with spawn_python(counter()) as program:
+        tree = tree_of(program.pid)
+        line = f"{sys.executable} -m crcli"
+        where = f"--store {crcli.store}"
+        for words in (
+            f"dump {program.pid} --name job --leave-running {where} >/dev/full",
+            f"dump {program.pid} --name job {where} <&- >&- 2>&-",
+            f"restore job {where} <&- >&- 2>&-",
+        ):
+            done = subprocess.run(["bash", "-c", f"{line} {words}"], env=crcli.environment, cwd=ROOT)
+            assert done.returncode == 0, words
+            if "<&-" in words and "dump" in words:
+                reap(tree)
+        assert_goes_on(program)
+        end([psutil.Process(program.pid)])
+
+
+def test_without_criu_nothing_is_begun(crcli: Crcli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command that would need it, now or later, ends with 40, and says how to get it."""
+    with spawn_python(counter()) as program:
+        pid, image = str(program.pid), crcli.dump(program.pid, "--leave-running", "--name", "job")["image"]
+        monkeypatch.setenv("CRCLI_CRIU_PREFIX", "/nonexistent")
+        monkeypatch.setattr(
+            "tests.support.crcli.Crcli.environment", crcli.environment | {"PATH": "/nonexistent"}
+        )
+        for command in (
+            ("dump", pid), ("dump", pid, "--dry-run"), ("check", pid), ("watch", pid),
+            ("check", image), ("restore", image), ("run", "--name", "other", "--", "/bin/true"),
+        ):  # fmt: skip
+            done = crcli.run(command[0], "--store", crcli.store, *command[1:], code=40)
+            assert "install-criu" in done.err, command
+        assert_goes_on(program)
+
+
+def test_a_criu_that_cannot_be_run_is_named(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of another machine, or without its interpreter, is no CRIU (40); one that ends at once says nothing
+    (11, 21), and the doctor is named."""
+    broken = tmp_path / "criu"
+    broken.write_bytes(b"\x7fELF of something else")
+    broken.chmod(0o755)
+    with spawn_python(counter()) as program:
+        crcli.dump(program.pid, "--leave-running", "--name", "job")
+        monkeypatch.setenv("CRCLI_CRIU", str(broken))
+        assert str(broken) in crcli.dump(program.pid, code=40)["error"]["message"]
+        monkeypatch.setenv("CRCLI_CRIU", "/bin/false")
+        assert "doctor" in crcli.dump(program.pid, code=11)["error"]["hint"]
+        assert "doctor" in crcli.restore("job", code=21)["error"]["hint"]
+        assert_goes_on(program)
 
 
 def test_an_image_that_is_not_there_is_exit_31(crcli: Crcli) -> None:

@@ -279,6 +279,15 @@ def test_a_later_deadline_changes_nothing(crcli: Crcli) -> None:
         assert end.why is Why.SAVED and end.timing["deadline"] <= 30.0
 
 
+def test_far_away_is_no_trouble(crcli: Crcli) -> None:
+    """Times that no timer of the kernel takes are waited for, and a notice may be of such a deadline."""
+    with spawn_python(counter()) as program, kept(crcli, program, every_s=1e9) as (vigil, notices):
+        tree = tree_of(program.pid)
+        notices.say(1e300)
+        assert vigil.wait().why is Why.SAVED, vigil.events
+        reap(tree)
+
+
 def test_a_risk_brings_an_image_and_no_end(crcli: Crcli) -> None:
     """The tree runs on and is watched on; a second warning about what has not moved brings nothing new."""
     with spawn_python(counter()) as program, kept(crcli, program) as (vigil, notices):

@@ -193,6 +193,19 @@ def test_on_notice_the_tree_is_saved(crcli: Crcli) -> None:
         assert_goes_on(program)
 
 
+def test_weights_that_are_not_there_do_not_keep_it_from_being_saved(crcli: Crcli) -> None:
+    """It is said at once that there is nothing at that path; on notice all of the memory is stored."""
+    with spawn_python(counter()) as program:
+        tree = tree_of(program.pid)
+        with watching(crcli, program.pid, "--weights", "/nowhere/model") as watch:
+            assert watch.wait_for("finding")["finding"]["name"] == "weights-absent"
+            watch.notice(30)
+            watch.ends(75)
+        reap(tree)
+        crcli.restore("job")
+        assert_goes_on(program)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_are_notices(crcli: Crcli, number: signal.Signals) -> None:
     """Of no deadline; those that mean the watcher do not harm its dump when they come again."""

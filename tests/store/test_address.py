@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from crcli.errors import UsageError
+from crcli.image.names import ImageRef, parse_image
 from crcli.store import open_store
 from crcli.store.address import StoreAddress, join_name, split_name
 
@@ -17,6 +18,8 @@ from crcli.store.address import StoreAddress, join_name, split_name
     [
         ("/var/lib/crcli", "file", "/var/lib/crcli", {}),
         ("/var//lib/../lib/crcli/", "file", "/var/lib/crcli", {}),
+        ("//var/lib/crcli", "file", "/var/lib/crcli", {}),
+        ("/what?/100%#1", "file", "/what?/100%#1", {}),
         ("file:///var/lib/crcli", "file", "/var/lib/crcli", {}),
         ("file://localhost/var/lib/crcli", "file", "/var/lib/crcli", {}),
         ("file:///with%20space", "file", "/with space", {}),
@@ -48,6 +51,10 @@ def test_good_urls(url: str, scheme: str, place: str, options: dict[str, str]) -
         ("file://host/path", "file:///host/path"),
         ("file://", "file:///absolute/path"),
         ("file:///path?region=x", "%3F"),
+        ("file:///", "file:///absolute/path"),
+        ("/..", "file:///absolute/path"),
+        ("/no\udcfftext", "file:///absolute/path"),
+        ("file:///nu%00ll", "file:///absolute/path"),
         ("s3://", "s3://bucket/prefix"),
         ("s3:///prefix", "s3://bucket/prefix"),
         ("s3://key:secret@bucket/prefix", "~/.aws/credentials"),
@@ -89,6 +96,12 @@ def test_names_in_stores(store: str, full: str) -> None:
     """A name joins a store's URL before the options, and is split off again."""
     assert join_name(store, "agent@1") == full
     assert split_name(full) == (store, "agent@1")
+
+
+def test_a_plain_path_has_no_options() -> None:
+    """The same folder with `?` in its name is meant by an image's path and by a store's."""
+    store, ref = parse_image("/what?/agent")
+    assert store is not None and StoreAddress.parse(store).place == "/what?" and ref == ImageRef("agent")
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -19,7 +19,7 @@ from crcli.image import session as announcing
 from crcli.image.catalog import list_entries
 from crcli.image.copy import copy
 from crcli.image.gc import COLLECTIONS, Collecting, collect_garbage
-from crcli.image.index import KnownChunks, KnownPagesOf
+from crcli.image.index import KnownChunks, KnownPagesOf, load_known
 from crcli.image.manifest import list_images, load
 from crcli.image.names import IMAGES, INDEXES, PACKS, SESSIONS, ImageRef, index_key, manifest_key
 from crcli.image.packs import PackWriter
@@ -185,6 +185,20 @@ def test_listing_shows_damaged_images_too(directory: FileStore) -> None:
     assert entries[whole].damage == ""
     assert entries[whole].command == "agent --serve"
     assert "cut short" in entries[broken].damage
+
+
+def test_what_others_put_beside_images_is_none(directory: FileStore) -> None:
+    """The newest image is one; a dump goes on from it; only a collection, which cannot know, does nothing."""
+    first = make_image(directory, "agent", pages(1, 4))
+    for key in ("images/agent/README", f"images/agent/old/{first.id}", "images/notes"):
+        directory.put(key, b"not ours")
+    assert load(directory, ImageRef("agent")).id == first.id
+    second = make_image(directory, "agent", pages(1, 4))
+    assert [ref for ref, _ in list_images(directory)] == [first, second]
+    assert load_known(directory, "agent").newest_image == second.id
+    with pytest.raises(ImageDamaged) as refused:
+        collect_garbage(directory, grace_s=0)
+    assert "it is no image" in refused.value.hint
 
 
 def test_listing_reads_little_of_a_large_manifest(directory: FileStore) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from crcli.main import main
 from crcli.store import cache as cache_module
 from crcli.store.cache import Cache
 
@@ -264,6 +265,21 @@ def test_what_is_dropped_does_not_come_back(folder: str, reader: Cache) -> None:
     one.drop("table")
     one.close()
     assert reader.get("table") is None
+
+
+def test_what_cannot_be_removed_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a disk that has become read-only, `crcli cache clear` ends with 40: the memory is still there."""
+    kept(f"{tmp_path}/objects", lambda cache: [cache.put("table", b"x")])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    monkeypatch.setenv("CRCLI_CACHE_DIR", str(tmp_path))
+    assert main(["cache", "clear"]) == 40
+    assert "cannot be removed" in capsys.readouterr().err
 
 
 def test_clear_tells_what_there_was(folder: str) -> None:

@@ -54,6 +54,16 @@ def test_reading_does_not_create(store: FileStore) -> None:
     assert not os.path.lexists(store.root)
 
 
+def test_a_path_that_leads_through_a_file(tmp_path: Path) -> None:
+    """That is no store which the first dump would create, for reading or for writing."""
+    (tmp_path / "file").touch()
+    store = FileStore(str(tmp_path / "file" / "store"))
+    for attempt in (store.warm, lambda: store.warm(for_writing=True), lambda: store.get("key")):
+        with pytest.raises(StoreError, match="Not a directory") as caught:
+            attempt()
+        assert caught.value.exit_code == 30 and "is a file" in caught.value.hint
+
+
 def test_modes(store: FileStore) -> None:
     """Images hold the memory of processes: nobody but the owner can read them, whatever the umask says."""
     before = os.umask(0)

@@ -255,6 +255,11 @@ NOT_PLAIN: list[tuple[dict[str, str], str, str, dict[str, str]]] = [
     (KEYS | {"AWS_MAX_ATTEMPTS": "3"}, "", "", {}),
     (KEYS | {"AWS_SKIP_SIGNATURE": "true"}, "", "", {}),
     (KEYS | {"AWS_DEFAULT_REGION": "cn-north-1"}, "", "", {}),
+    (KEYS | {"AWS_ENDPOINT_URL": "http://[1"}, "", "", {}),
+    (KEYS | {"AWS_ENDPOINT_URL": "http://127.0.0.1:port"}, "", "", {}),
+    (KEYS | {"AWS_ENDPOINT_URL": "http://127.0.0.1:99999"}, "", "", {}),
+    (KEYS | {"AWS_ACCESS_KEY_ID": "AKID\n"}, "", "", {}),
+    (KEYS | {"AWS_SESSION_TOKEN": "token\r"}, "", "", {}),
     ({"AWS_WEB_IDENTITY_TOKEN_FILE": "/x", "AWS_ROLE_ARN": "arn:aws:iam::1:role/r"}, "", "", {}),
 ]
 

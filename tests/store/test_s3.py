@@ -72,6 +72,25 @@ def test_no_credentials(s3: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sudo -E" in refusal(server.url("x")).hint
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_ENDPOINT_URL", "nonsense"),
+        ("AWS_ENDPOINT_URL", "http://[1"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:port"),
+        ("AWS_MAX_ATTEMPTS", "many"),
+        ("AWS_ACCESS_KEY_ID", "with a line break\n"),
+    ],
+)
+def test_settings_that_make_no_sense(
+    s3: Choose, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """Variables that no client can use are refused like any other store that cannot be used."""
+    server = s3("moto")
+    monkeypatch.setenv(variable, value)
+    assert refusal(server.url("x")).hint
+
+
 def test_unknown_profile(s3: Choose) -> None:
     """A profile that does not exist is named."""
     error = refusal(s3("swift").url("x") + "?profile=nowhere")

@@ -15,7 +15,7 @@ import pytest
 from crcli import errors
 from crcli.cause import Cause
 from crcli.cli.options import JsonOption
-from crcli.config import DEFAULT_STORE, choose_store
+from crcli.config import DEFAULT_STORE, choose_cache, choose_store
 from crcli.errors import (
     EXIT_CODES,
     CrcliError,
@@ -30,7 +30,7 @@ from crcli.main import COMMANDS, build_app, main
 from crcli.pipeline.interrupts import Interrupted
 from crcli.ui.progress import PlainLines
 from crcli.ui.table import show_table
-from crcli.ui.text import count, duration, printable, size
+from crcli.ui.text import count, duration, json_text, printable, size
 from tests.support.programs import spawn_python, then_wait
 
 HEAVY = (
@@ -201,6 +201,11 @@ def test_no_arguments_show_the_help() -> None:
         ["dump", "1", "--no-such-option"],
         ["dump", "1", "--leave-running", "--leave-stopped"],
         ["dump", "1", "--deadline", "-1"],
+        ["dump", "1", "--deadline", "nan"],
+        ["dump", "1", "--notify-wait", "inf"],
+        ["dump", "1", "--include", ""],
+        ["gc", "--grace", "nan"],
+        ["watch", "1", "--reserve", "nan"],
         ["dump", "1", "--pre-copy", "0"],
         ["dump", "1", "--pre-copy", "many"],
         ["restore", "x", "--tcp", "sometimes"],
@@ -223,6 +228,13 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr()
     assert said.err == ""
     assert one_error(said.out)["code"] == "usage"
+
+
+@pytest.mark.parametrize("words", [["--variable", "A=B", "--", "true"], ["--", ""]])
+def test_a_job_that_cannot_be(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A variable with its value, or a command without a name, is wrong usage before a store is looked at."""
+    assert main(["run", "--name", "x", "--store", "/proc/nowhere", *words]) == 2
+    assert capsys.readouterr().err.startswith("crcli: ")
 
 
 def test_a_misspelt_command_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,6 +357,23 @@ def test_signals_end_with_their_number(
     assert one_error(capsys.readouterr().out)["code"] == "interrupted"
 
 
+def test_ctrl_c_while_it_is_imported() -> None:
+    """Is an interrupt like any other: one JSON object, no traceback, 130."""
+    code = """if True:
+        import sys
+        from crcli.__main__ import main
+        class Interrupting:
+            def find_spec(self, name, *_):
+                if name == "typer":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupting())
+        sys.argv = ["crcli", "ls", "--json"]
+        sys.exit(main())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert one_error(done.stdout)["code"] == "interrupted"
+
+
 def test_text_from_outside_cannot_steer_the_terminal(
     failing: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,6 +395,45 @@ def test_a_reader_that_goes_away() -> None:
         env=os.environ | {"PYTHON": sys.executable},
     )
     assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("doctor --help | true", 141, ""),
+        ("plugins >/dev/full", 1, "could not be written"),
+        ("plugins --json >/dev/full", 1, "could not be written"),
+        ("show nobody --store /nowhere --json | true", 31, ""),
+        ("show nobody --store /nowhere --json >/dev/full", 31, "could not be written"),
+        ("plugins >&-", 0, ""),
+        ("plugins --json <&- >&- 2>&-", 0, ""),
+        ("show nobody --store /nowhere 2>/dev/full", 31, ""),
+    ],
+)
+def test_output_that_is_lost(line: str, code: int, said: str) -> None:
+    """A stream that is full or closed is no bug: the exit code stays, or says that something is missing."""
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m crcli {line}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (code, True, bool(said)), done
+
+
+def test_a_stream_that_cannot_show_a_character_shows_its_number() -> None:
+    """Output in another encoding than UTF-8 is never an error."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from crcli.ui.output import Output; Output.installed(); print('\\u2026 \\udcff')",
+        ],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        cwd=ROOT,
+    )
+    assert done.stdout == b"\\u2026 \\udcff\n", done
 
 
 # --- settings ----------------------------------------------------------------------------------------------
@@ -413,6 +481,15 @@ def test_wrong_settings_are_named(
     assert str(file) in found.value.message
 
 
+def test_sizes_and_folders_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size is one of any length; a folder is the same from wherever crcli is called."""
+    monkeypatch.setenv("CRCLI_CACHE_SIZE", "9" * 400)
+    assert (choose_cache().limit or 0) >= 10**15
+    monkeypatch.setenv("CRCLI_CACHE_DIR", "cache")
+    with pytest.raises(UsageError, match="absolute"):
+        choose_cache()
+
+
 def test_an_empty_file_is_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An empty configuration file leaves the default; one that is named but not there is an error."""
     file = tmp_path / "settings.yaml"
@@ -439,6 +516,13 @@ def test_sizes_and_times() -> None:
     assert [duration(ms) for ms in (0.4, 88, 1500, 200_000)] == ["0 ms", "88 ms", "1.50 s", "3.3 min"]
     assert [count(1, "pack"), count(2, "pack"), count(2, "process")] == ["1 pack", "2 packs", "2 processes"]
     assert printable("a\tb\nc\r\x00") == "a\tb\nc\\r\\x00"
+
+
+def test_json_of_names_that_are_no_text() -> None:
+    """What is in no encoding is marked; the JSON is ASCII, and has no half of a character."""
+    text = json_text({"command": "a\udcff\u00e4\U0001f600\\udcff"})
+    assert text.isascii() and json.loads(text) == {"command": "a\ufffd\u00e4\U0001f600\\udcff"}
+    assert json_text({"a": 1.5, "b": None}) == '{"a": 1.5, "b": null}'
 
 
 def test_tables_are_plain_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -471,6 +555,17 @@ def test_tables_on_a_terminal_take_text_literally() -> None:
     """rich draws tables on terminals, and takes nothing in them for its markup."""
     said = in_terminal("from crcli.ui.table import show_table; show_table(('NAME',), [('[red]x[/red]',)])")
     assert "[red]x[/red]" in said
+
+
+def test_names_stay_whole_on_a_terminal() -> None:
+    """What is copied from a table's first column is not broken over lines; what is long beside it is."""
+    image = "agent@20261126T024446670-3f0181"
+    said = in_terminal(
+        "import os; os.environ['COLUMNS'] = '80'\n"
+        "from crcli.ui.table import show_table\n"
+        f"show_table(('IMAGE', 'CREATED', 'COMMAND'), [('{image}', '2026-11-26 12:19:19', 'x' * 90)])"
+    )
+    assert image in said and "x" * 90 not in said
 
 
 def test_progress_on_a_terminal() -> None:

@@ -362,6 +362,7 @@ def test_a_shutdown_dumps_every_tree_of_the_list(stand_in: StandIn, trees: Calla
     """All at once, each with the time that is left; one that does not run is left out."""
     script = stand_in.copy("dump-trees")
     listed = trees(agent=4711, stopped=None, other=4712)
+    Path(listed).write_text(Path(listed).read_text().rstrip("\n"))
     done = stand_in.run([script, "20"], CRCLI_TREES=listed)
     assert done.returncode == 0, done.stderr
     assert sorted(call[1] for call in stand_in.calls) == ["4711", "4712"]

@@ -132,7 +132,8 @@ def test_what_happened_to_a_job_stands_in_its_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400), ("2 d", 172800)]
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400), ("2 d", 172800), ("9" * 400, 1e9)],
 )
 def test_times(text: str, seconds: float) -> None:
     """Times are read as people write them."""

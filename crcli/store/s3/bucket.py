@@ -47,7 +47,7 @@ class Bucket:
 
         try:
             connection = connect(self.settings)
-        except FOREIGN as error:
+        except (*FOREIGN, ValueError) as error:  # the latter for settings that are no numbers or URLs
             raise self._translated(error, "") from error
         self._retrier.max_attempts = connection.max_attempts
         return connection

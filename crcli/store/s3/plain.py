@@ -69,7 +69,7 @@ def plain_access(bucket: str, settings: S3Settings, environ: Mapping[str, str]) 
     endpoint_url = (
         settings.endpoint_url or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or None
     )
-    scheme = urlsplit(endpoint_url).scheme if endpoint_url else "https"
+    scheme = _scheme(endpoint_url) if endpoint_url else "https"
     if scheme not in _ON_THE_WAY or not _are_understood(environ, _ON_THE_WAY[scheme]):
         return None
     if not _BUCKET.fullmatch(bucket) or bucket.endswith(_SPECIAL_BUCKET):
@@ -87,7 +87,23 @@ def plain_access(bucket: str, settings: S3Settings, environ: Mapping[str, str]) 
     if endpoint_url is None and (region.startswith("cn-") or settings.addressing_style == "path"):
         return None
     keys = _keys(environ)
-    return PlainAccess(endpoint_url, region, *keys) if keys is not None else None
+    if keys is None or not all(_may_stand_in_a_header(word or "") for word in (region, *keys)):
+        return None
+    return PlainAccess(endpoint_url, region, *keys)
+
+
+def _scheme(endpoint_url: str) -> str:
+    """The scheme of a server's URL; empty where it is not one."""
+    try:
+        parts = urlsplit(endpoint_url)
+        return parts.scheme if parts.hostname and parts.port != 0 else ""
+    except ValueError:  # a port that is no number, or none of TCP's
+        return ""
+
+
+def _may_stand_in_a_header(word: str) -> bool:
+    """Whether a client can send it: one with a line break at its end would bring obstore down."""
+    return word.isascii() and word.isprintable()
 
 
 def _are_understood(environ: Mapping[str, str], on_the_way: frozenset[str]) -> bool:
