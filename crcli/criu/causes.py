@@ -60,6 +60,13 @@ OF_DUMPS = (
         retry=True,
     ),
     KnownCause(
+        "criu-too-old",
+        r"Can't get 1:(?:16|34)(?:\(\d+\))? opt: Operation not supported",
+        "this CRIU is too old for this kernel: from Linux 6.16 on, connections need CRIU 4.2",
+        "scripts/install-criu finds one that works here, or unpacks it beside the system's",
+        upstream=Upstream("criu/sockets.c", "do_dump_opt", "Can't get %d:%d opt"),
+    ),
+    KnownCause(
         "capability-missing",
         r"Effective capability (?P<number>\d+) missing",
         "CRIU was started without a capability that it cannot do without (number {number})",
