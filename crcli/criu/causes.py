@@ -88,7 +88,8 @@ OF_DUMPS = (
         "io-uring",
         r"send_fds failed \(-22\)|anon_inode:\[io_uring\]",
         "a process of the tree has a descriptor that cannot be passed on, which is how io_uring shows itself",
-        "start Node with UV_USE_IO_URING=0, and other programs with their own switch against io_uring",
+        "set the sysctl kernel.io_uring_disabled=2 before the program starts, or UV_USE_IO_URING=0 for Node, "
+        "uvloop and others whose libuv is older than 1.50",
     ),
     KnownCause(
         "userfaultfd",

@@ -246,7 +246,10 @@ server = socket.socket(socket.AF_UNIX)
 server.bind(os.getcwd() + "/{}")
 server.listen()
 """
-UNIX_OUTSIDE = "import socket; s = socket.socket(socket.AF_UNIX); s.connect(b'\\0crcli-test-causes')"
+OUTSIDE = f"\0crcli-test-causes-{os.urandom(4).hex()}"
+"""The address of a service outside of every tree: one to each of several runs at once."""
+
+UNIX_OUTSIDE = f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({OUTSIDE!r})"
 SYSTEM_CALL = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
 FILTER = """
 import ctypes, struct
@@ -290,7 +293,7 @@ def accepted(place: Place) -> None:
 def service() -> socket.socket:
     """A service outside of every tree, for programs to connect to."""
     server = socket.socket(socket.AF_UNIX)
-    server.bind(b"\0crcli-test-causes")
+    server.bind(OUTSIDE)
     server.listen()
     return server
 
