@@ -60,6 +60,13 @@ OF_DUMPS = (
         retry=True,
     ),
     KnownCause(
+        "criu-too-old",
+        r"Can't get 1:(?:16|34)(?:\(\d+\))? opt: Operation not supported",
+        "this CRIU is too old for this kernel: from Linux 6.16 on, connections need CRIU 4.2",
+        "scripts/install-criu finds one that works here, or unpacks it beside the system's",
+        upstream=Upstream("criu/sockets.c", "do_dump_opt", "Can't get %d:%d opt"),
+    ),
+    KnownCause(
         "capability-missing",
         r"Effective capability (?P<number>\d+) missing",
         "CRIU was started without a capability that it cannot do without (number {number})",
@@ -81,7 +88,8 @@ OF_DUMPS = (
         "io-uring",
         r"send_fds failed \(-22\)|anon_inode:\[io_uring\]",
         "a process of the tree has a descriptor that cannot be passed on, which is how io_uring shows itself",
-        "start Node with UV_USE_IO_URING=0, and other programs with their own switch against io_uring",
+        "set the sysctl kernel.io_uring_disabled=2 before the program starts, or UV_USE_IO_URING=0 for Node, "
+        "uvloop and others whose libuv is older than 1.50",
     ),
     KnownCause(
         "userfaultfd",

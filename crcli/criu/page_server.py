@@ -88,12 +88,17 @@ def _headers(channel: socket.socket) -> Iterator[tuple[int, int, int, int]]:
     """Every header that comes, as (command, pages, address, owner).
 
     The first opens a space: it has an owner, but neither pages nor an address. So the owner's place in it
-    tells which of the two layouts this CRIU speaks.
+    tells which of the two layouts this CRIU speaks. Where the dump failed before that, the first ends the
+    session: it has no owner, and is the last.
     """
     buffer = memoryview(bytearray(_HEADER.size))
     if not receive_exactly(channel, buffer[: _OLD_HEADER.size], end_allowed=True):
         return
-    if _OLD_HEADER.unpack_from(buffer)[3]:
+    first = _OLD_HEADER.unpack_from(buffer)
+    if first[0] in (_CLOSE, _FORCE_CLOSE):  # waiting for the rest of it, an older CRIU would wait for us
+        yield first
+        return
+    if first[3]:
         layout, buffer = _OLD_HEADER, buffer[: _OLD_HEADER.size]
     else:
         layout = _HEADER

@@ -70,9 +70,8 @@ def io_uring(evidence: Evidence) -> Iterator[Finding]:
             "io-uring",
             f"{who(evidence, held)} uses io_uring, whose queues live in the kernel and cannot be saved",
             places(evidence, held),
-            "start the program without it: UV_USE_IO_URING=0 for Node, uvloop and others that use libuv, or "
-            "set "
-            "the sysctl kernel.io_uring_disabled=2 before it starts",
+            "start the program without it: set the sysctl kernel.io_uring_disabled=2 before it starts, or "
+            "UV_USE_IO_URING=0 for Node, uvloop and others whose libuv is older than 1.50",
         )
 
 

@@ -8,6 +8,28 @@ work=''      # where all of it is done
 there=()     # options that make apt know one other source only, see lists_of
 keyring=''   # that proves it
 
+# each_source SUITES COMMAND...: run the command for every mirror and suite, in this order, with $mirror and $suite
+# set and "${there[@]}" as lists_of leaves it, until it succeeds. Lists that are past their date, because a mirror
+# lags or this machine's clock is ahead, come last: what Debian signed is Debian's, only perhaps not its newest.
+each_source() {
+    local mirror suite late=() one
+    for mirror in $(debian_mirrors); do
+        for suite in $1; do
+            if source_of "$mirror" "$suite"; then
+                "${@:2}" && return
+            elif grep -q 'Release file .* is expired' "$work/log"; then
+                late+=("$mirror $suite")
+            fi
+        done
+    done
+    for one in "${late[@]}"; do
+        read -r mirror suite <<<"$one"
+        say "nothing newer helps: taking Debian $suite as it was, its signature is right"
+        source_of "$mirror" "$suite" -o Acquire::Check-Valid-Until=false && "${@:2}" && return
+    done
+    return 1
+}
+
 # debian_mirrors: print the addresses that may serve other Debian suites, likeliest first. A Debian machine's
 # own sources name one (whatever their format: apt itself is asked); elsewhere debootstrap knows the default.
 debian_mirrors() {
@@ -45,17 +67,17 @@ apt_download_here() {
     (cd "$work/here" && apt-get -qq -o APT::Sandbox::User=root download "$1" >&2 && dpkg -x "$1"_*.deb .)
 }
 
-# source_of MIRROR SUITE: "${there[@]}" makes apt know this one source, its signature checked.
+# source_of MIRROR SUITE [OPTION...]: "${there[@]}" makes apt know this one source, its signature checked.
 source_of() {
     local stone
     [[ -n $keyring ]] || keyring=$(found_keyring)
     [[ -n $keyring ]] || { apt_need debian-archive-keyring; keyring=$(found_keyring); }
-    lists_of "$1" "$2" && return
+    lists_of "$@" && return
     # An older distribution's keyring does not know the newest archive keys. Each Debian release is signed
     # with its predecessor's key too, so a release that the keyring can prove hands us a newer keyring.
     if grep -q NO_PUBKEY "$work/log"; then
         for stone in oldoldstable oldstable stable; do
-            newer_keyring "$1" "$stone" && lists_of "$1" "$2" && return
+            newer_keyring "$1" "$stone" && lists_of "$@" && return
         done
     fi
     say "Debian $2 cannot be read: $(grep -m1 -E '^[EW]:' "$work/log" || echo 'no reason given')"
@@ -82,7 +104,8 @@ found_keyring() {
     done
 }
 
-# lists_of MIRROR SUITE: its package lists are here, proven by $keyring, and "${there[@]}" makes apt use them.
+# lists_of MIRROR SUITE [OPTION...]: its package lists are here, proven by $keyring, and "${there[@]}" makes apt use
+# them, with these options of apt's.
 lists_of() {
     rm -rf "$work/apt"
     mkdir -p "$work"/apt/{sources,lists/partial,cache/archives/partial}
@@ -102,9 +125,9 @@ STANZA
         -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts=/dev/null
         -o Dir::State::Lists="$work/apt/lists" -o Dir::State::status="$work/apt/status"
         -o Dir::Cache="$work/apt/cache" -o Dir::Cache::pkgcache=packages.bin -o Dir::Cache::srcpkgcache=
-        -o Acquire::Languages=none -o Acquire::PDiffs=false -o Acquire::Retries=3
+        -o Acquire::Languages=none -o Acquire::PDiffs=false -o Acquire::Retries=3 "${@:3}"
     )
-    apt-get -q "${there[@]}" -o APT::Update::Error-Mode=any update >"$work/log" 2>&1
+    LC_ALL=C apt-get -q "${there[@]}" -o APT::Update::Error-Mode=any update >"$work/log" 2>&1
 }
 
 # fetched_there PACKAGE...: their files lie in $work/debs, as that source has them.

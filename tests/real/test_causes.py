@@ -246,7 +246,10 @@ server = socket.socket(socket.AF_UNIX)
 server.bind(os.getcwd() + "/{}")
 server.listen()
 """
-UNIX_OUTSIDE = "import socket; s = socket.socket(socket.AF_UNIX); s.connect(b'\\0crcli-test-causes')"
+OUTSIDE = f"\0crcli-test-causes-{os.urandom(4).hex()}"
+"""The address of a service outside of every tree: one to each of several runs at once."""
+
+UNIX_OUTSIDE = f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({OUTSIDE!r})"
 SYSTEM_CALL = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
 FILTER = """
 import ctypes, struct
@@ -290,7 +293,7 @@ def accepted(place: Place) -> None:
 def service() -> socket.socket:
     """A service outside of every tree, for programs to connect to."""
     server = socket.socket(socket.AF_UNIX)
-    server.bind(b"\0crcli-test-causes")
+    server.bind(OUTSIDE)
     server.listen()
     return server
 
@@ -307,6 +310,9 @@ assert child.stdout.readline()
 
 NO_IPTABLES = "mkdir {folder}/bin; ln -s /bin/sh {folder}/bin/sh; PATH={folder}/bin; export PATH; exec"
 """Have CRIU find a shell and nothing else."""
+
+NEW_TO_THE_KERNEL = "exec unshare -n -m sh -c 'mount -t tmpfs none /run && exec \"$@\"' sh"
+"""Have CRIU find no network, and not what it noted of the kernel in /run (where that is a tmpfs)."""
 
 
 CASES = [
@@ -614,7 +620,7 @@ CASES = [
     ),
     Case("criu-crashed", between=remove("mm-*.img"), restore={}),
     # Both
-    Case("kernel-lacks", dump_with="exec unshare -n", says="kerndat_tcp_repair"),
+    Case("kernel-lacks", dump_with=NEW_TO_THE_KERNEL, says="kerndat_tcp_repair"),
     Case("disk-full", LARGE, prepare=full),
     Case("page-server-gone", LARGE, dump={"page_channel": "closed"}),
     Case("input-output", between=unreadable("files.img"), restore={}),

@@ -48,8 +48,20 @@ def started_with(before: str, folder: Path) -> Iterator[None]:
 
 
 def _request(kind: int, folder: Path, options: dict[str, Any], answer_limits: bool = False) -> Attempt:
+    images = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        return _asked(kind, folder, images, options, answer_limits)
+    finally:
+        os.close(images)
+
+
+def _asked(kind: int, folder: Path, images: int, options: dict[str, Any], answer_limits: bool) -> Attempt:
     wanted = rpc.criu_opts(
-        images_dir_fd=-1, images_dir=str(folder), log_level=4, log_file=LOG_NAME, notify_scripts=True
+        images_dir_fd=-1,
+        images_dir=f"/proc/self/fd/{images}",  # CRIU 4.1 wants a link here
+        log_level=4,
+        log_file=LOG_NAME,
+        notify_scripts=True,
     )
     page_channel = options.pop("page_channel", None)
     if page_channel is not None:
@@ -58,7 +70,7 @@ def _request(kind: int, folder: Path, options: dict[str, Any], answer_limits: bo
         setattr(wanted, name, value)
     log = folder / LOG_NAME
     log.unlink(missing_ok=True)
-    passed = [] if page_channel is None else [page_channel]
+    passed = [images] if page_channel is None else [images, page_channel]
     said, success = "", False
     with CriuProcess.start(passed, answer_limits) as criu:
         try:

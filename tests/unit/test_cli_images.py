@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from crcli.criu import netlock
 from crcli.errors import HostLacks
+from crcli.guard.doctor import criu as doctor_criu
 from crcli.guard.doctor import gpus, host, kernel, rights
 from crcli.image import owner
 from crcli.image.lease import Lease, LeaseState
@@ -214,6 +217,27 @@ def test_doctor_knows_an_old_criu(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("CRCLI_CRIU", str(old))
     found = {check["name"]: check for check in cli.json("doctor", code=40)["checks"]}
     assert (found["criu"]["status"], found["criu"]["evidence"]["version"]) == ("lacks", "3.17.1")
+
+
+@pytest.mark.parametrize(("all_sockets_say", "status"), [(True, "ok"), (False, "lacks")])
+def test_doctor_knows_a_criu_too_old_for_the_kernel(
+    all_sockets_say: bool, status: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """CRIU 4.1 asks every socket for what Linux 6.16 says of some only, though its own check passes."""
+    old = tmp_path / "criu"
+    old.write_text("#!/bin/sh\necho Version: 4.1.1\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("CRCLI_CRIU", str(old))
+    monkeypatch.setattr(doctor_criu, "_all_sockets_say_passcred", lambda: all_sockets_say)
+    found = {check["name"]: check for check in cli_json(cli, "doctor")["checks"]}
+    assert found["criu"]["status"] == status
+
+
+def test_doctor_looks_for_all_packages() -> None:
+    """What pyproject.toml asks for is what doctor looks for."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    asked = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
+    assert set(doctor_criu._PACKAGES) == asked
 
 
 def test_doctor_looks_at_the_store(cli: Cli, tmp_path: Path) -> None:

@@ -106,6 +106,15 @@ def listening(intake: Intake, layout: str = "new") -> Iterator[Criu]:
         raise failures[0]
 
 
+@pytest.mark.parametrize("layout", HEADERS)
+def test_a_dump_that_failed_before_its_first_page_is_let_go(layout: str) -> None:
+    """CRIU ends a session in which nothing was sent, and waits, the tree frozen, until it is answered."""
+    with closing(Intake(None, KeepingSink())) as intake, listening(intake, layout) as criu:
+        criu.channel.settimeout(5)
+        criu.say(FORCE_CLOSE)
+        assert criu.hear(4) == bytes(4)
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> list[tuple[Memory, dict[SpaceKey, set[int]]]]:
     """For each round the tree's memory, and which of its pages were not written to since the one before."""

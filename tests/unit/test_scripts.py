@@ -102,6 +102,14 @@ def fake_criu(folder: Path, version: str, complaint: str = "") -> Path:
     return binary
 
 
+def with_kernel(folder: Path, release: str) -> str:
+    """A PATH with which scripts take this for the kernel's release."""
+    uname = folder / "uname"
+    uname.write_text(f"#!/bin/sh\necho {release}\n")
+    uname.chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -153,7 +161,48 @@ def test_a_criu_is_taken_only_when_it_works_here(
 ) -> None:
     """A version that is new enough is not enough: the kernel may refuse it, and the reason is told."""
     binary = fake_criu(tmp_path, version, complaint)
-    assert install_criu(f'runs {binary} && echo fine || echo "$why"').stdout.strip() == verdict
+    path = with_kernel(tmp_path, "6.12.107")
+    assert install_criu(f'runs {binary} && echo fine || echo "$why"', PATH=path).stdout.strip() == verdict
+
+
+@pytest.mark.skipif(not shutil.which("dpkg"), reason="dpkg compares the versions")
+@pytest.mark.parametrize(
+    ("kernel", "verdict"),
+    [
+        ("6.12.107+deb13-amd64", "fine"),
+        ("6.16.3+deb13-amd64", "older than 4.2"),
+        ("6.18.44", "older than 4.2"),
+    ],
+)
+def test_a_criu_is_new_enough_for_this_kernel(tmp_path: Path, kernel: str, verdict: str) -> None:
+    """CRIU 4.1 says that all is well on Linux 6.16, but dumps no connection there."""
+    binary = fake_criu(tmp_path, "4.1.1")
+    path = with_kernel(tmp_path, kernel)
+    said = install_criu(f'runs {binary} && echo fine || echo "$why"', PATH=path).stdout
+    assert said.strip().endswith(verdict)
+
+
+def test_lists_past_their_date_are_taken_when_nothing_newer_helps() -> None:
+    """A mirror that lags, or a clock ahead: those suites, and no others, are asked again, last."""
+    commands = """
+        work=$(mktemp -d); debian_mirrors() { echo http://mirror/; }
+        source_of() { echo "E: Release file for $1 is expired" >$work/log; [[ $2 == stable || -n ${3:-} ]]; }
+        try() { echo "$suite"; [[ $suite == testing ]]; }
+        each_source "sid testing stable" try && echo found
+        rm -r "$work"
+        """
+    found = install_criu(commands)
+    assert found.stdout.split() == ["stable", "sid", "testing", "found"]
+
+
+def test_each_lane_is_set_up_once() -> None:
+    """Of tests that are named by their paths, scripts/test finds the lanes whose set-up they need."""
+    named = "tests/real/test_move.py tests/real/test_run.py::test_x tests/store -k real/ tests/unit/ -x tests"
+    command = f'source "$1"; lanes_of {named}'
+    found = subprocess.run(
+        ["bash", "-c", command, "a-test", str(SCRIPTS / "test")], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == ["real", "store", "unit"]
 
 
 @pytest.mark.skipif(not shutil.which("dpkg"), reason="dpkg compares the versions")

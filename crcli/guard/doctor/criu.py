@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _OLDEST = (4, 1)
+_OLDEST_FOR_SOCKETS = (4, 2)  # on kernels that do not say SO_PASSCRED of every socket: Linux 6.16 and newer
 _INSTALL = "run scripts/install-criu"
 _CHECK_LIMIT_S = 20.0
 _FEATURES = {
@@ -36,7 +38,11 @@ _FEATURES = {
     "timens": ("clocks that go on from where they were", "Linux 5.6 or newer with CONFIG_TIME_NS"),
     "get_rseq_conf": ("restartable sequences, which every glibc program uses", "Linux 5.13 or newer"),
 }
-_PACKAGES = ("protobuf", "numpy", "zstandard", "blake3", "botocore", "psutil", "typer", "rich", "pluggy")
+_PACKAGES = (
+    *("typer", "rich", "msgspec", "protobuf", "psutil", "blake3", "zstandard", "numpy"),
+    *("boto3", "obstore", "pyyaml", "pluggy"),
+)
+"""What pyproject.toml asks for."""
 
 
 def _criu() -> Iterator[Check]:
@@ -55,11 +61,25 @@ def _criu() -> Iterator[Check]:
     source = _source(command)
     says = f"CRIU {version} ({command[-1]}, from {source})"
     evidence = {"command": command, "version": version, "from": source}
-    if (int(found[1]), int(found[2])) < _OLDEST:
+    number = int(found[1]), int(found[2])
+    if number < _OLDEST:
         yield lacks("criu", says, f"crcli needs CRIU 4.1 or newer: {_INSTALL}", **evidence)
+    elif number < _OLDEST_FOR_SOCKETS and not _all_sockets_say_passcred():
+        remedy = f"with Linux 6.16 and newer, CRIU dumps connections only since 4.2: {_INSTALL}"
+        yield lacks("criu", says, remedy, **evidence)
     else:
         yield passed("criu", says, **evidence)
     yield from _what_criu_says(command)
+
+
+def _all_sockets_say_passcred() -> bool:
+    """Whether this kernel answers what an older CRIU asks of every socket."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as any_socket:
+        try:
+            any_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
+        except OSError:
+            return False
+    return True
 
 
 def _source(command: list[str]) -> str:

@@ -104,7 +104,7 @@ def _io_uring() -> Iterator[Check]:
         yield note(
             "io-uring",
             "programs may use io_uring here, and cannot be dumped while they do",
-            "start Node with UV_USE_IO_URING=0, or set the sysctl kernel.io_uring_disabled=2 for all",
+            "set the sysctl kernel.io_uring_disabled=2 (UV_USE_IO_URING=0 serves with libuv before 1.50)",
             **evidence,
         )
 

@@ -51,7 +51,7 @@ KEEPER_OF_FILES = """
         print("written by the second node", file=log, flush=True)
         deleted.seek(0)
         rows = [text for (text,) in base.execute("select text from lines")]
-        print("told", rows, deleted.read(), bytes(memory[:8]))
+        print(f"told {rows} {deleted.read()} {bytes(memory[:8])}")  # in one piece
     signal.signal(signal.SIGUSR1, tell)
     print("ready")
     while True:

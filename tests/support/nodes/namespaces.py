@@ -7,6 +7,7 @@ memory over this host's root. Nodes of one `Lan` reach each other and whoever ma
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,7 @@ class NamespaceNode(Node):
         super().__init__(name)
         self.address = f"10.77.0.{number}"
         self._port = f"port-{number}"
+        self.init_pid = 0
         command = ("unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
         first = (sys.executable, "-S", str(Path(__file__).with_name("init.py")))
         self._keeper = subprocess.Popen(
@@ -99,11 +101,15 @@ class NamespaceNode(Node):
         return self._keeper.poll() is None
 
     def kill(self) -> None:
-        """See Node: the kernel ends what is in a pid namespace with its first process."""
+        """See Node: the kernel ends what is in a pid namespace with its first process, which it does last."""
+        first = os.pidfd_open(self.init_pid) if self.init_pid and self.is_alive() else -1
         self._keeper.kill()
         self._keeper.wait()
         if self._keeper.stdout is not None:
             self._keeper.stdout.close()
+        if first >= 0:
+            select.select([first], [], [], 10)
+            os.close(first)
 
     def command_there(self) -> list[str]:
         """What runs there the line of the shell that is added to it, in its environment."""
