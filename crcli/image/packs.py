@@ -234,7 +234,8 @@ class PackWriter:
                     "MPRT": parts,
                 },
             )
-            self._store.put(index_key(self._image_id), index)
+            # A thread's: ours may be interrupted, which a store's client need not notice.
+            self._committer.submit(self._store.put, index_key(self._image_id), index).result()
             self.stored_bytes += len(index)
         seen.result()
 
