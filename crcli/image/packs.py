@@ -108,6 +108,11 @@ class PackWriter:
         self.stored_bytes = 0
         """Bytes handed to the store so far for packs and the index."""
 
+    def learn(self, known: KnownChunks, image_id: str) -> None:
+        """Take note of what the store has, and of what the image is called; nothing was added before."""
+        self._known = known
+        self._image_id = image_id
+
     @property
     def packs(self) -> list[bytes]:
         """The pack table of the image: ids of its own packs and of those that it refers to."""
