@@ -43,8 +43,8 @@ from crcli.guard.needs import Asked, cpu_promise, needs_of
 from crcli.image.cached import load_near, open_cached
 from crcli.image.manifest import Manifest
 from crcli.image.names import parse_image
-from crcli.image.packs import NEAR_BYTES, ChunkReader
-from crcli.image.weights import READ_BYTES, MemoryReader
+from crcli.image.packs import NEAR_BYTES, READ_BYTES, ChunkReader
+from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey
 from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets
 from crcli.pipeline.claims import WhoHolds
