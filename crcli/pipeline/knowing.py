@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from crcli.errors import NotFound
+from crcli.errors import CrcliError
 from crcli.image.names import index_key
 
 if TYPE_CHECKING:
@@ -28,22 +28,17 @@ class Knowing(threading.Thread):
         self._store = store
         self._read = read
         self._known: KnownChunks | None = None
-        self._failure: BaseException | None = None
 
     def run(self) -> None:
         """What the thread does."""
         try:
             self._known = self._read()
-        except NotFound:
-            pass  # a directory that the announcement is about to make
-        except BaseException as error:
-            self._failure = error
+        except CrcliError:
+            pass  # perhaps the announcement was just making a directory: it is read once more after that
 
     def finish(self) -> KnownChunks:
-        """Return what the store has, now that it is told of the dump; raise what the reading raised."""
+        """Return what the store has, now that it is told of the dump. Raises StoreError."""
         self.join()
-        if self._failure is not None:
-            raise self._failure
         if self._known is None or self._store.missing(map(index_key, self._known.indexes)):
             self._known = self._read()
         return self._known

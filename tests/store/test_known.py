@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from blake3 import blake3
 
-from crcli.errors import ImageDamaged, StoreError
+from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image import index, manifest
 from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.names import index_key, manifest_key, new_image_id
@@ -253,13 +254,21 @@ def test_what_is_read_before_the_announcement_counts_if_it_still_stands(store: F
 
 
 def test_a_directory_that_the_announcement_makes(tmp_path: Path) -> None:
-    """A store that is not there yet is asked once more when it is."""
+    """A store that is not there yet, or only in part, is asked once more when it is."""
     store = FileStore(str(tmp_path / "new"))
-    knowing = Knowing(store, lambda: load_known(store, "agent"))
-    knowing.start()
-    knowing.join()
-    with Session(store, new_image_id()):
-        assert knowing.finish().page_count == 0
+    failures: list[StoreError] = [StoreError("failed: No such file or directory"), NotFound("no such store")]
+
+    def read() -> KnownChunks:
+        if threading.current_thread() is not threading.main_thread() and failures:
+            raise failures.pop()
+        return load_known(store, "agent")
+
+    while failures:
+        knowing = Knowing(store, read)
+        knowing.start()
+        knowing.join()
+        with Session(store, new_image_id()):
+            assert knowing.finish().page_count == 0
 
 
 def test_a_store_that_cannot_be_read(store: FileStore) -> None:
