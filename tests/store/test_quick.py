@@ -112,6 +112,18 @@ def test_what_is_written_in_parts(store: S3Store) -> None:
     assert store.get("packs/larger") == data
 
 
+def test_a_store_that_is_opened_again(store: S3Store) -> None:
+    """A store that was closed does nothing any more; opened again, it has the client that it had."""
+    store.put("images/c", b"third")
+    store.close()
+    again = store.reopened()
+    again.put("images/c", b"again")
+    assert again.get("images/c") == b"again"
+    assert not has_asked_botocore(again)
+    assert again._quick._store is store._quick._store
+    again.close()
+
+
 def test_what_is_not_written_after_all(store: S3Store) -> None:
     """Parts that were held back are forgotten with the rest."""
     with store.writer("packs/no") as writer:

@@ -138,10 +138,15 @@ class QuickRequests:
 
         return self._try(delete, key)
 
+    def reopened(self) -> QuickRequests:
+        """The same, open again after `close`, with the client, if it was of use."""
+        again = QuickRequests(self._bucket, self._prefix, self._settings)
+        again._store, again._is_aws = self._store, self._is_aws
+        return again
+
     def close(self) -> None:
         """Ask nothing any more."""
         self._is_over = True
-        self._store = None
 
     def _described(self, entry: ObjectMeta) -> ObjectInfo:
         key = entry["path"][len(self._prefix) :]
@@ -156,9 +161,10 @@ class QuickRequests:
         except FileNotFoundError as error:
             if _is_absent(error):
                 raise NotFound(f"no object {key} in s3://{self._bucket}/{self._prefix}".rstrip("/")) from None
-            self._is_over = True
-        except Exception:  # its words are worth less than botocore's, who will be asked next
-            self._is_over = True
+        except Exception:
+            pass  # its words are worth less than botocore's, who will be asked next
+        self._is_over = True
+        self._store = None
         return None
 
     def _made(self) -> S3Store | None:

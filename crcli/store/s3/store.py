@@ -39,9 +39,10 @@ class S3Store:
         self._address = address
         self._settings = settings
         self._bucket = Bucket(bucket, prefix + "/" if prefix else "", settings)
+        self._quick = QuickRequests(bucket, self._bucket.prefix, settings)
         if like is not None:
             self._bucket.take_client_of(like._bucket)
-        self._quick = QuickRequests(bucket, self._bucket.prefix, settings)
+            self._quick = like._quick.reopened()
         self._threads = UploadThreads()
 
     @property

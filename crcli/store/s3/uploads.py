@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PART_SIZE = 8 << 20
 PARTS_IN_FLIGHT = 8
 """Parts of one store that wait or are being sent, over all its writers: 64 MiB. Each open writer holds at
-most one more that is not full yet. `write` blocks until there is room: memory is bounded, come what may."""
+most two more, the last not full yet. `write` blocks until there is room: memory is bounded, come what may."""
 UPLOAD_THREADS = 8
 HELD_PARTS = 1
 """So many full parts wait for what follows, where an object that ends with that can go in one request by the
