@@ -24,6 +24,7 @@ def main() -> int:
         from crcli.ui.errors import show_interrupt
 
         code = show_interrupt(error, "--json" in sys.argv)
+    gc.freeze()  # at its end Python looks through all that is left once more: 30 ms, 100 with an S3 client
     return output.ended_with(code, sys.argv[1:])
 
 

@@ -9,8 +9,8 @@ chunk's pack is being removed. The order of steps rules that out:
 3. If a dump is in progress, doomed packs stay for this time: it may have seen them.
 4. The indexes that tell of doomed packs are removed. A dump that begins after this is not told of them. No
    index can appear that tells of them: only a dump in progress in step 3 could have written it.
-5. Sessions again: a dump that began before step 4 was finished announced itself before it read an index, so
-   it is seen now, and doomed packs stay for this time.
+5. Sessions again: a dump that began before step 4 was finished announced itself before it read an index, or
+   saw that one which it had read was still there, so it is seen now, and doomed packs stay for this time.
 6. Manifests again: a dump that ended between 2 and 5 has published by now; what it refers to is spared.
 7. The rest is removed.
 

@@ -84,6 +84,11 @@ class KnownChunks:
     def __len__(self) -> int:
         return len(self._chunks)
 
+    @property
+    def indexes(self) -> list[str]:
+        """The ids of the dumps whose indexes told of these chunks."""
+        return self._indexes
+
     def chunk(self, number: int) -> tuple[bytes, Chunk]:
         """The pack id and the record of one known chunk."""
         return self._chunks[number]

@@ -108,6 +108,11 @@ class PackWriter:
         self.stored_bytes = 0
         """Bytes handed to the store so far for packs and the index."""
 
+    def learn(self, known: KnownChunks, image_id: str) -> None:
+        """Take note of what the store has, and of what the image is called; nothing was added before."""
+        self._known = known
+        self._image_id = image_id
+
     @property
     def packs(self) -> list[bytes]:
         """The pack table of the image: ids of its own packs and of those that it refers to."""
@@ -234,7 +239,8 @@ class PackWriter:
                     "MPRT": parts,
                 },
             )
-            self._store.put(index_key(self._image_id), index)
+            # A thread's: ours may be interrupted, which a store's client need not notice.
+            self._committer.submit(self._store.put, index_key(self._image_id), index).result()
             self.stored_bytes += len(index)
         seen.result()
 

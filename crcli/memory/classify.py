@@ -177,7 +177,8 @@ class Classifier:
     """Turns blocks of pages into extents and new chunks. Safe to call from several threads."""
 
     def __init__(self, known: KnownPages | None, sink: ChunkSink, matcher: Matcher | None = None) -> None:
-        self._known = known
+        self.known = known
+        """What the store has; set before the first block."""
         self._sink = sink
         self._matcher = matcher
         self._twins: dict[bytes, int] = {}
@@ -245,8 +246,8 @@ class Classifier:
         for head in [head for head, digest in digests.items() if digest == ZERO_GROUP_DIGEST]:
             del digests[head]
             places[head : head + GROUP_PAGES] = _ALL_ZERO
-        if self._known is not None:
-            found = self._known.find_groups(list(digests.values()))
+        if self.known is not None:
+            found = self.known.find_groups(list(digests.values()))
             for head, there in zip(list(digests), found, strict=True):
                 if there is not None:
                     del digests[head]
@@ -262,8 +263,8 @@ class Classifier:
                 places[page] = ZERO
             else:
                 digests[page] = blake3(view[page * PAGE : (page + 1) * PAGE]).digest()
-        if self._known is not None:
-            found = self._known.find(list(digests.values()))
+        if self.known is not None:
+            found = self.known.find(list(digests.values()))
             for page, place in zip(list(digests), found, strict=True):
                 if place != NOWHERE:
                     del digests[page]

@@ -149,6 +149,10 @@ class Intake:
         """Pages of which CRIU says that they are as the round before sent them."""
         self._kept_before: dict[SpaceKey, list[tuple[int, bytes]]] = {}
 
+    def learn(self, known: KnownPages) -> None:
+        """Take note of what the store has, before the first page comes."""
+        self._classifier.known = known
+
     def _start_workers(self) -> None:
         self._workers = [
             threading.Thread(target=self._work, name=f"intake-{number}", daemon=True)

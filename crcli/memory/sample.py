@@ -236,14 +236,14 @@ class _Pieces:
             self._counts.append((run.end - 1) // GROUP_PAGES - run.start // GROUP_PAGES + 1)
             self.pages += run.end - run.start
 
-    def draw(self, most: int) -> list[_Piece]:
-        """So many different pieces at most, in random order; the same ones each time."""
+    def draw(self, most: int) -> list[int]:
+        """The numbers of so many different pieces at most, in random order; the same ones each time."""
         self._ends = list(accumulate(self._counts))
         total = self._ends[-1] if self._ends else 0
-        lot = random.Random(total)
-        return [self._piece(number) for number in lot.sample(range(total), min(most, total))]
+        return random.Random(total).sample(range(total), min(most, total))
 
-    def _piece(self, number: int) -> _Piece:
+    def piece(self, number: int) -> _Piece:
+        """One of those that were drawn."""
         at = bisect_right(self._ends, number)
         space, run = self._runs[at]
         group = run.start // GROUP_PAGES + number - (self._ends[at] - self._counts[at])
@@ -381,7 +381,8 @@ class Sampler:
             enough = _FEWEST_PIECES if tally.new.sent > _FEWEST_PIECES else _FEWEST_PIECES * 4
             if at >= enough and self._spent() > until:  # the less is new, the easier it is missed
                 break
-            batch = [read for piece in order[at : at + _BATCH] for read in self._read(piece, tally)]
+            drawn = map(pieces.piece, order[at : at + _BATCH])
+            batch = [read for piece in drawn for read in self._read(piece, tally)]
             self._tell_apart(batch, tally)
         return tally
 

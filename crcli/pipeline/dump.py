@@ -61,6 +61,7 @@ from crcli.pipeline.forecast import (
 )
 from crcli.pipeline.hashing import Hashing, describe_mounts
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible, seconds_left
+from crcli.pipeline.knowing import Knowing
 from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.preflight import preflight_here
@@ -268,7 +269,7 @@ class _Dump:
         self.plugins: list[PluginInfo] = []
         self.shared = Shared()
         self.look_ahead: Callable[[], None] = lambda: None
-        """What is left to do of the forecast."""
+        """What is left to do before the freeze when CRIU is called."""
         self.nice = 0
         """The nice value of our thread while no tree stands still."""
         self.store: Store | None = None
@@ -391,14 +392,12 @@ class _Dump:
             store = self.shared.open_store(self.options)
             held.callback(store.close)
             self.store = store
-            self.session = held.enter_context(Session(store, self.target.image_id))
             gpu_bytes = self._look_at_gpus()
-            known = known_for(self.target.evidence, store, self.target.name, gpu_bytes=gpu_bytes)
-            self._date_after(known.newest_image)
-            self.writer = PackWriter(store, self.target.image_id, known)
+            self._begin_knowing(held, store, gpu_bytes)
+            self.session = held.enter_context(Session(store, self.target.image_id))
+            self.writer = PackWriter(store, self.target.image_id)
             held.callback(self.writer.close)
-            pages = KnownPagesOf(known, self.writer.adopt) if known.page_count else None
-            self.intake = Intake(pages, self.writer, overflow, self.weights.matcher, digester=digester)
+            self.intake = Intake(None, self.writer, overflow, self.weights.matcher, digester=digester)
             held.callback(self.intake.abandon)
             self.rounds = Rounds(
                 self.workspace,
@@ -409,14 +408,29 @@ class _Dump:
             )
             self.room = max(0, overflow.limit - gpu_bytes // 2)
             if self._acts_on_forecast():
-                self.load = self._measure(known, gpu_bytes)
+                self.load = self._measure(self._take_in_known(), gpu_bytes)
             self.hashing.finish()
             if self.sandbox is not None:
                 self.sandbox.wait_until_ready()
             self._foresee(self.load, self.watch.since_start_ms())
             self._compare_with_deadline()
-            if self.load is None:
-                self.look_ahead = partial(self._look_ahead, known, gpu_bytes, self.watch.since_start_ms())
+            if not self._acts_on_forecast():
+                self.look_ahead = partial(self._look_ahead, gpu_bytes, self.watch.since_start_ms())
+
+    def _begin_knowing(self, held: ExitStack, store: Store, gpu_bytes: int) -> None:
+        evidence, name = self.target.evidence, self.target.name
+        self.knowing = Knowing(store, partial(known_for, evidence, store, name, gpu_bytes=gpu_bytes))
+        self.knowing.start()
+        held.callback(self.knowing.join)
+
+    def _take_in_known(self) -> KnownChunks:
+        """Have what the store has already be referred to, and return it. The dump is announced."""
+        known = self.knowing.finish()
+        self._date_after(known.newest_image)
+        self.writer.learn(known, self.target.image_id)
+        if known.page_count:
+            self.intake.learn(KnownPagesOf(known, self.writer.adopt))
+        return known
 
     def _date_after(self, newest: str) -> None:
         """Have the image be newer than the newest of its name, though another host's clock was ahead."""
@@ -425,14 +439,14 @@ class _Dump:
             self.report.id = self.target.image_id
             self.report.image = f"{self.target.name}@{self.report.id}"
 
-    # Whatever should be wrong with a forecast, the dump goes on. Where nothing depends on it, the memory is
-    # looked at while CRIU gets ready, and not before CRIU is called.
+    # Whatever should be wrong with a forecast, the dump goes on. Where nothing depends on it, what the store
+    # has is waited for, and the memory looked at, while CRIU gets ready, and not before CRIU is called.
 
     def _acts_on_forecast(self) -> bool:
         return self.options.deadline_s is not None or bool(self.options.pre_copy) or self.gpu is not None
 
-    def _look_ahead(self, known: KnownChunks, gpu_bytes: int, spent_ms: float) -> None:
-        self.load = self._measure(known, gpu_bytes)
+    def _look_ahead(self, gpu_bytes: int, spent_ms: float) -> None:
+        self.load = self._measure(self._take_in_known(), gpu_bytes)
         self._foresee(self.load, spent_ms)
 
     def _while_criu_gets_ready(self) -> None:

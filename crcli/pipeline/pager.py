@@ -30,10 +30,10 @@ from crcli import kernel
 from crcli.criu.lazy_socket import listen_in, receive_memories
 from crcli.errors import CrcliError, HostLacks, ImageDamaged, NotFound, StoreError, StoreUnreachable
 from crcli.image.cached import open_cached
-from crcli.image.packs import SOON_BYTES, ChunkReader
+from crcli.image.packs import READ_BYTES, SOON_BYTES, ChunkReader
 from crcli.image.weights import MemoryReader
 from crcli.logs import keep_log
-from crcli.memory.extents import Source, SpaceKey, SpaceKind
+from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
 from crcli.memory.lazy import LazyFill, first_wanted
 from crcli.memory.replay import targets
 from crcli.memory.userfault import Userfault, is_available
@@ -67,6 +67,9 @@ _FEW = 64
 
 _LOOK_EVERY_S = 0.5
 
+_MANY_PAGES = (256 << 20) // PAGE
+"""So much takes long enough that it counts how soon all of it is here, more than how soon one page is."""
+
 _PATHS = (
     "AWS_CA_BUNDLE",
     "REQUESTS_CA_BUNDLE",
@@ -99,7 +102,8 @@ class Missing(Struct, frozen=True):
         wanted = targets(self.spaces)
         memory.make_sure(wanted)
         first = first_wanted(self.spaces)
-        plan = memory.plan(wanted.keys() - first, SOON_BYTES)
+        pages = sum(target.pages for whither in wanted.values() for target in whither)
+        plan = memory.plan(wanted.keys() - first, READ_BYTES if pages >= _MANY_PAGES else SOON_BYTES)
         own = set(self.manifest.meta.get("own_packs", ()))
         plan.sort(key=lambda group: not self._is_in(own, group[0]))
         return memory.plan(first, SOON_BYTES) + plan, memory.read, store.close

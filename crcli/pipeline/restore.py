@@ -44,8 +44,8 @@ from crcli.guard.needs import Asked, cpu_promise, needs_of
 from crcli.image.cached import load_near, open_cached
 from crcli.image.manifest import Manifest
 from crcli.image.names import parse_image
-from crcli.image.packs import NEAR_BYTES, ChunkReader
-from crcli.image.weights import READ_BYTES, MemoryReader
+from crcli.image.packs import NEAR_BYTES, READ_BYTES, ChunkReader
+from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey
 from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets
 from crcli.pipeline.claims import WhoHolds
@@ -355,9 +355,8 @@ class _Restore:
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
         if self.options.tcp == TcpPolicy.AUTO and has_connections(self.images):
             close_outside_connections(self.images, established_here())
-        if self.pager is None:
-            self._begin_replay(self.divided)
         self._fill_early(self.divided)
+        self._begin_replay()
 
     def _prepare_pager(self, pager: Pager) -> None:
         from crcli.pipeline.pager import Missing
@@ -431,7 +430,10 @@ class _Restore:
                 for origin, whither in wanted.items()
             }
             files = {space: fd for space, (fd, _) in places.items()}
+            is_near = self._is_near(wanted)
             replay = Replay(in_files, self.memory.plan(wanted), self.memory.read, self._threads(wanted))
+            if not is_near:  # a store far away is waited for: let what comes later be asked for right behind
+                self._begin_replay()
             try:
                 replay.write_to(files)
             finally:
@@ -439,9 +441,13 @@ class _Restore:
 
         lay_out_memory(self.images, divided.early, fill)
 
-    def _begin_replay(self, divided: Split) -> None:
-        wanted = targets(divided.late)
-        self.late_spaces = [space for space, extents in divided.late.items() if extents]
+    def _begin_replay(self) -> None:
+        """Begin to fetch what CRIU need not find, if that is to be here before the tree runs; once."""
+        if self.pager is not None or self.replay is not None:
+            return
+        late = self.divided.late
+        wanted = targets(late)
+        self.late_spaces = [space for space, extents in late.items() if extents]
         plan = self.memory.plan(wanted, NEAR_BYTES if self._is_near(wanted) else READ_BYTES)
         self.replay = Replay(wanted, plan, self.memory.read, self._threads(wanted))
 

@@ -43,13 +43,13 @@ from crcli.process.files import (
     mounts,
     open_files,
 )
-from crcli.process.identity import read_proc
+from crcli.process.identity import Stat, read_proc
 from crcli.process.outside import Outside, Outsider
 from crcli.process.relatives import relatives
 from crcli.process.settings import read_limits
 from crcli.process.sockets import Address, Socket, sockets_of, unlisted_socket, unread_netlink
 from crcli.process.sysv import SysvObject, sysv_objects
-from crcli.process.tree import PID_GONE, Process, Tree, read_process
+from crcli.process.tree import PID_GONE, Process, Tree, every_stat, read_process
 from crcli.process.watches import watches
 
 SQLITE_MAGIC = b"SQLite format 3\0"
@@ -58,7 +58,7 @@ SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
 STUCK_AFTER_SECONDS = 0.5
 CORKED_AFTER_SECONDS = 0.05
 _BOARD = f"/memfd:{notify.NAME}"
-PAGER_COMMS = (b"crcli-pager", b"crcli-keeper")
+PAGER_COMMS = ("crcli-pager", "crcli-keeper")
 """The name of the processes that fill memory in after a lazy restore (pipeline.pager.COMM)."""
 
 CONTROLLING_TTY = os.makedev(5, 0)
@@ -91,6 +91,7 @@ def _gather(tree: Tree) -> Evidence:
     outside = Outside(tree)
     named = _named_files(files, maps, mounts_by_device)
     sockets = _sockets(files, table, outside)
+    everybody = tuple(every_stat())
     return Evidence(
         tree=tree,
         viewer=viewer,
@@ -107,10 +108,10 @@ def _gather(tree: Tree) -> Evidence:
         device_mappings=_device_mappings(maps),
         unreachable=_unreachable(tree, viewer, files),
         foreign_namespaces=_foreign_namespaces(tree, viewer),
-        relatives=relatives(tree),
+        relatives=relatives(tree, everybody),
         prlimit_denied=_prlimit_denied(tree),
         stuck=_stuck(tree),
-        unfilled=_unfilled(tree),
+        unfilled=_unfilled(tree, everybody),
         watches=watches(files, tree.root.pid, all_mounts, _likely_paths(tree, files)),
         shared_memory=_shared_memory(files, maps, mounts_by_device, outside),
         sysv_objects=_sysv_objects(tree, viewer),
@@ -546,21 +547,14 @@ def _stuck(tree: Tree) -> tuple[Process, ...]:
     return tuple(process for process in tree if process.pid in stuck)
 
 
-def _unfilled(tree: Tree) -> tuple[Process, ...]:
+def _unfilled(tree: Tree, everybody: Iterable[Stat]) -> tuple[Process, ...]:
     """The processes that a lazy restore has not given all of their memory yet.
 
     Their mappings carry the flag `um`. Reading the flags takes a while, so it is done only where a pager is.
     """
-    if not any(_comm(pid) in PAGER_COMMS for pid in os.listdir("/proc") if pid.isdecimal()):
+    if not any(stat.comm in PAGER_COMMS for stat in everybody):
         return ()
     return tuple(process for process in tree.living if _has_missing_pages(process.pid))
-
-
-def _comm(pid: str) -> bytes:
-    try:
-        return read_proc(f"/proc/{pid}/comm").strip()
-    except PID_GONE:
-        return b""
 
 
 def _has_missing_pages(pid: int) -> bool:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from crcli.process.evidence import Relative
 from crcli.process.identity import Stat, read_proc
-from crcli.process.tree import every_stat
 
 if TYPE_CHECKING:
     from crcli.process.tree import Process, Tree
@@ -21,12 +20,13 @@ if TYPE_CHECKING:
 ADDR_NO_RANDOMIZE = 0x0004_0000
 
 
-def relatives(tree: Tree) -> tuple[Relative, ...]:
-    """Return the processes outside that began inside the tree, as far as they can be told.
+def relatives(tree: Tree, everybody: Iterable[Stat]) -> tuple[Relative, ...]:
+    """Return the processes outside (of `everybody` on this host) that began inside the tree, as far as they
+    can be told.
 
     Those that the tree has brought forth since it was looked at are none.
     """
-    everybody = sorted(every_stat(), key=lambda stat: stat.start_time)
+    everybody = sorted(everybody, key=lambda stat: stat.start_time)
     inside = set(tree.pids)
     inside.update(stat.pid for stat in everybody if stat.ppid in inside)
     kin = _Kinship(tree, {stat.pid: stat for stat in everybody})

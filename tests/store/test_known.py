@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from blake3 import blake3
 
-from crcli.errors import ImageDamaged
+from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image import index, manifest
 from crcli.image.index import KnownPagesOf, load_known
-from crcli.image.names import manifest_key, new_image_id
+from crcli.image.names import index_key, manifest_key, new_image_id
 from crcli.image.packs import ChunkReader, PackWriter
 from crcli.image.remove import remove
+from crcli.image.session import Session
 from crcli.image.tables import MixedGroup, MixedPart, read_mixed, write_mixed
 from crcli.memory.classify import GROUP_PAGES, Classified, Classifier, Run
 from crcli.memory.extents import PAGE, ZERO_PAGE, Source, SpaceKey, SpaceKind
+from crcli.pipeline.knowing import Knowing
 from crcli.store.file import FileStore
 from tests.support.images import make_image, pages
 from tests.support.stores import WatchedStore
@@ -224,3 +227,57 @@ def test_mixed_groups_are_written_and_read() -> None:
     ):
         with pytest.raises(ImageDamaged):
             read_mixed(*damaged, "an index")
+
+
+# --- read before the dump is announced ---------------------------------------------------------------------
+
+
+def test_what_is_read_before_the_announcement_counts_if_it_still_stands(store: FileStore) -> None:
+    """An index that a collection took away meanwhile is not believed; one that is there is not read again."""
+    made, memory = generations(store, "agent", 2)
+    reads = []
+
+    def read() -> KnownChunks:
+        reads.append(load_known(store, "agent"))
+        return reads[-1]
+
+    knowing = Knowing(store, read)
+    knowing.start()
+    assert all(is_known(knowing.finish(), memory))
+    assert len(reads) == 1
+    knowing = Knowing(store, read)
+    knowing.start()
+    knowing.join()
+    store.delete(index_key(made[1].id))
+    assert sum(is_known(knowing.finish(), memory)) == 19  # the one that changed since the first is not known
+    assert len(reads) == 3
+
+
+def test_a_directory_that_the_announcement_makes(tmp_path: Path) -> None:
+    """A store that is not there yet, or only in part, is asked once more when it is."""
+    store = FileStore(str(tmp_path / "new"))
+    failures: list[StoreError] = [StoreError("failed: No such file or directory"), NotFound("no such store")]
+
+    def read() -> KnownChunks:
+        if threading.current_thread() is not threading.main_thread() and failures:
+            raise failures.pop()
+        return load_known(store, "agent")
+
+    while failures:
+        knowing = Knowing(store, read)
+        knowing.start()
+        knowing.join()
+        with Session(store, new_image_id()):
+            assert knowing.finish().page_count == 0
+
+
+def test_a_store_that_cannot_be_read(store: FileStore) -> None:
+    """What is wrong with a store is told to whoever waits for what it has."""
+
+    def fail() -> KnownChunks:
+        raise StoreError("no answer")
+
+    knowing = Knowing(store, fail)
+    knowing.start()
+    with pytest.raises(StoreError, match="no answer"):
+        knowing.finish()

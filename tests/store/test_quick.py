@@ -1,4 +1,4 @@
-"""Reads that do not wait for botocore: the same objects, and the same words when something is wrong."""
+"""Requests that do not wait for botocore: the same objects, and the same words when something is wrong."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from crcli.errors import NotFound, StoreError
+from crcli.errors import NotFound, ObjectExists, StoreError
 from crcli.store import open_store, retrying
 from crcli.store.s3 import S3Settings, S3Store, quick
 from crcli.store.s3.client import connect
 from crcli.store.s3.plain import plain_access
+from crcli.store.s3.uploads import PART_SIZE
 from tests.support.faulty_proxy import (
     FaultyProxy,
     answer,
+    damage_request,
     hold_until,
     lose_answer,
     reset_midway,
@@ -77,6 +79,75 @@ def test_what_is_read(store: S3Store) -> None:
     assert [(info.key, info.size) for info in store.list("images/")] == [("images/a", 5), ("images/b", 6)]
     assert list(store.list("nothing/")) == []
     assert not has_asked_botocore(store)
+
+
+def test_what_is_written(store: S3Store) -> None:
+    """Objects of up to two parts are written, and objects deleted, without botocore."""
+    store.put("images/c", b"third")
+    store.put("images/c", b"third again")
+    store.put("images/d", b"fourth", if_absent=True)
+    with store.writer("packs/two") as writer:
+        writer.write(PACK)
+        writer.commit()
+    with store.writer("packs/large") as writer:
+        for _ in range(PART_SIZE // len(PACK) + 3):
+            writer.write(PACK)
+        writer.commit()
+    store.delete("images/a")
+    store.delete("images/a")
+    assert store.get("images/c") == b"third again"
+    assert store.get("packs/two") == PACK
+    assert store.get("packs/large") == PACK * (PART_SIZE // len(PACK) + 3)
+    assert [info.key for info in store.list("images/")] == ["images/b", "images/c", "images/d"]
+    assert not has_asked_botocore(store)
+
+
+def test_what_is_written_in_parts(store: S3Store) -> None:
+    """An object of more than two parts is botocore's, what was held back included."""
+    data = os.urandom(2 * PART_SIZE + 5)
+    with store.writer("packs/larger") as writer:
+        writer.write(data)
+        writer.commit()
+    assert has_asked_botocore(store)
+    assert store.get("packs/larger") == data
+
+
+def test_a_store_that_is_opened_again(store: S3Store) -> None:
+    """A store that was closed does nothing any more; opened again, it has the client that it had."""
+    store.put("images/c", b"third")
+    store.close()
+    again = store.reopened()
+    again.put("images/c", b"again")
+    assert again.get("images/c") == b"again"
+    assert not has_asked_botocore(again)
+    assert again._quick._store is store._quick._store
+    again.close()
+
+
+def test_what_is_not_written_after_all(store: S3Store) -> None:
+    """Parts that were held back are forgotten with the rest."""
+    with store.writer("packs/no") as writer:
+        writer.write(bytes(PART_SIZE + 1))
+    assert not has_asked_botocore(store)
+    assert [info.key for info in store.list("packs/")] == ["packs/one"]
+
+
+def test_a_name_that_is_taken(store: S3Store) -> None:
+    """Who wants a name that somebody has is told so, and nothing is changed."""
+    with pytest.raises(ObjectExists):
+        store.put("images/a", b"mine", if_absent=True)
+    assert store.get("images/a") == b"first"
+
+
+def test_encryption_is_left_to_botocore(s3: Callable[[str], S3Server], prefix: str) -> None:
+    """Whoever wants objects encrypted gets them so: obstore is not told how."""
+    server = s3("moto")
+    store = open_store(f"{server.url(prefix)}?sse=AES256")
+    store.put("images/c", b"third")
+    assert has_asked_botocore(store)
+    head = server.client().head_object(Bucket=server.bucket, Key=f"{prefix}/images/c")
+    assert head["ServerSideEncryption"] == "AES256"
+    store.close()
 
 
 def test_an_endpoint_with_a_slash_behind_it(server: S3Server, url: str) -> None:
@@ -151,6 +222,50 @@ def test_faults(server: S3Server, url: str, fault: Any, monkeypatch: pytest.Monk
         asked = len(proxy.requests)
         assert store.get("images/a") == b"first"
         assert len(proxy.requests) == asked + 1
+        store.close()
+
+
+@pytest.mark.parametrize("if_absent", [False, True])
+@pytest.mark.parametrize(
+    "fault",
+    [answer(503, "SlowDown"), answer(403, "AccessDenied"), reset_midway, lose_answer, damage_request],
+    ids=["throttled", "denied", "reset", "answer lost", "damaged"],
+)
+def test_faults_of_writes(
+    s3: Callable[[str], S3Server], prefix: str, fault: Any, if_absent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not written, or perhaps, is written by botocore, and is ours, also if a condition was set."""
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.01)
+    server = s3("swift")  # it compares what it got with what was signed
+    with FaultyProxy(server) as proxy:
+        store = open_store(server.url(prefix), endpoint_url=proxy.endpoint_url, patience_s=5)
+        proxy.inject(fault, times=1, method="PUT")
+        store.put("images/new", PACK, if_absent=if_absent)
+        assert has_asked_botocore(store)
+        assert store.get("images/new") == PACK
+        store.close()
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_name_that_was_perhaps_taken_by_us(
+    server: S3Server, prefix: str, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When no answer came, what stands under the name then says whether it is ours."""
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.01)
+    with FaultyProxy(server) as proxy:
+        store = open_store(server.url(prefix), endpoint_url=proxy.endpoint_url, patience_s=5)
+
+        def lose(*arguments: Any) -> None:
+            lose_answer(*arguments)
+            if not is_ours:
+                open_store(server.url(prefix)).put("claim", b"theirs")
+
+        proxy.inject(lose, times=1, method="PUT")
+        if is_ours:
+            store.put("claim", b"ours", if_absent=True)
+        else:
+            with pytest.raises(ObjectExists):
+                store.put("claim", b"ours", if_absent=True)
         store.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import NotFound, StoreError
@@ -14,14 +15,23 @@ if TYPE_CHECKING:
 
     from crcli.store.s3.body import Body
     from crcli.store.s3.bucket import Bucket
+    from crcli.store.s3.quick import QuickRequests
 
 SEND_WITHOUT_ASKING = 64 << 10
 """Up to here a body is handed over as bytes. With anything longer botocore sends the headers first and waits
 for the store's `100 Continue`: a round trip, or a second with servers that never say it."""
 
 
-def put_whole(bucket: Bucket, key: str, body: Body, *, if_absent: bool) -> None:
-    """Write `body` in one request."""
+def put_soon(bucket: Bucket, quick: QuickRequests, key: str, body: Body, *, if_absent: bool) -> None:
+    """Write `body` in one request, by whichever client is at hand."""
+    done = None if bucket.is_connected else quick.put(key, bytes(body), if_absent=if_absent)
+    if not done:
+        put_whole(bucket, key, body, if_absent=if_absent, was_tried=done is False)
+
+
+def put_whole(bucket: Bucket, key: str, body: Body, *, if_absent: bool, was_tried: bool = False) -> None:
+    """Write `body` in one request. `was_tried`: somebody has sent one for us, and does not know what came
+    of it."""
     parameters = {**bucket.of(key), **bucket.settings.encryption, **bucket.checksum(body)}
     small = bytes(body) if len(body) <= SEND_WITHOUT_ASKING else None
 
@@ -29,7 +39,8 @@ def put_whole(bucket: Bucket, key: str, body: Body, *, if_absent: bool) -> None:
         body.seek(0)
         bucket.send("put_object", {**parameters, **condition, "Body": body if small is None else small})
 
-    _create(bucket, key, write, lambda: _holds(bucket, key, body), if_absent=if_absent)
+    is_ours = partial(_holds, bucket, key, body)
+    _create(bucket, key, write, is_ours, if_absent=if_absent, was_tried=was_tried)
 
 
 def complete_upload(
@@ -41,7 +52,7 @@ def complete_upload(
     def write(condition: dict[str, str]) -> None:
         bucket.send("complete_multipart_upload", parameters | condition)
 
-    _create(bucket, key, write, lambda: _consists_of(bucket, key, parts, size), if_absent=if_absent)
+    _create(bucket, key, write, partial(_consists_of, bucket, key, parts, size), if_absent=if_absent)
 
 
 def _create(
@@ -51,6 +62,7 @@ def _create(
     is_ours: Callable[[], bool],
     *,
     if_absent: bool,
+    was_tried: bool = False,
 ) -> None:
     """Write until the object is there. With `if_absent`, raise ObjectExists if it is there but not ours.
 
@@ -59,9 +71,12 @@ def _create(
     """
     trusted = bucket.connection.is_aws or not if_absent
     if not trusted and _exists(bucket, key):
+        if was_tried and is_ours():
+            return
         raise taken(key)
     try:
-        _write(bucket, key, write, is_ours, {"IfNoneMatch": "*"} if if_absent else {})
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
+        _write(bucket, key, write, is_ours, condition, attempts=int(was_tried))
     except StoreError as error:
         from crcli.store.s3.errors import refuses_conditions
 
@@ -78,9 +93,12 @@ def _write(
     write: Callable[[dict[str, str]], None],
     is_ours: Callable[[], bool],
     condition: dict[str, str],
+    attempts: int = 0,
 ) -> None:
-    """Write, and see through a lost answer: the next attempt then finds the key taken, or the upload gone."""
-    attempts = 0
+    """Write, and see through a lost answer: the next attempt then finds the key taken, or the upload gone.
+
+    `attempts` were made before.
+    """
 
     def attempt() -> None:
         nonlocal attempts

@@ -1,10 +1,10 @@
-"""Reads that need not wait for botocore.
+"""Requests that need not wait for botocore.
 
 botocore works for 150 ms before it sends its first request: a third of the time in which a small tree is
-back. obstore, a client in Rust, needs 10. It knows few of the AWS tools' settings, tells a store's answer as
-text only, and lets no signal through while it waits. So it reads only where the settings are plain, waits for
-a few seconds at most, and whatever it cannot do is asked again through botocore, which explains it, and from
-then on does all.
+back, a tenth of what the repeated dump of a large one takes. obstore, a client in Rust, needs 15. It knows
+few of the AWS tools' settings, tells a store's answer as text only, and lets no signal through while it
+waits. So it is used only where the settings are plain, waits for a few seconds at most, and whatever it
+cannot do is asked again through botocore, which explains it, and from then on does all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ClientConfig, S3Config, S3Store
 
+    from crcli.store.base import Buffer
     from crcli.store.s3.settings import S3Settings
 
 Result = TypeVar("Result")
@@ -37,8 +38,8 @@ _used_by = 0
 """The process whose threads obstore's are: one that was forked from it would wait for them for ever."""
 
 
-class QuickReads:
-    """Reads of a bucket's objects below `prefix`. Every method returns None for what is not to be had so."""
+class QuickRequests:
+    """A bucket's objects below `prefix`. Every method returns None for what is not to be had so."""
 
     def __init__(self, bucket: str, prefix: str, settings: S3Settings) -> None:
         self._bucket = bucket
@@ -46,7 +47,13 @@ class QuickReads:
         self._settings = settings
         self._making = threading.Lock()
         self._store: S3Store | None = None
+        self._is_aws = False
         self._is_over = bool(prefix) and not is_key(prefix.rstrip("/"))
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether anything is to be had so, as far as is known by now."""
+        return not self._is_over and self._made() is not None
 
     def get(self, key: str) -> bytes | None:
         """The whole object. Raises NotFound if the store says that there is no such object."""
@@ -96,26 +103,68 @@ class QuickReads:
 
         return self._try(read, prefix)
 
+    def put(self, key: str, data: Buffer, *, if_absent: bool) -> bool | None:
+        """Write a whole object; with `if_absent`, only if the store surely has none of that name.
+
+        The store compares what it got with the SHA-256 that is signed. False: it was tried, and the object
+        may have been written or not.
+        """
+        path = self._prefix + check_key(key)
+        was_sent = False
+
+        def write(store: S3Store) -> bool | None:
+            nonlocal was_sent
+            import obstore
+
+            is_doubted = if_absent and not self._is_aws  # see `creating`: others may ignore the condition
+            if is_doubted and _read(store, path) is not None:
+                return None
+            was_sent = True
+            obstore.put(store, path, data, mode="create" if if_absent else "overwrite", use_multipart=False)
+            return not is_doubted or _read(store, path) == data
+
+        done = None if self._settings.encryption else self._try(write, key)
+        return bool(done) if was_sent else None
+
+    def delete(self, key: str) -> bool | None:
+        """Delete an object, which need not be there."""
+        path = self._prefix + check_key(key)
+
+        def delete(store: S3Store) -> bool:
+            import obstore
+
+            obstore.delete(store, path)
+            return True
+
+        return self._try(delete, key)
+
+    def reopened(self) -> QuickRequests:
+        """The same, open again after `close`, with the client, if it was of use."""
+        again = QuickRequests(self._bucket, self._prefix, self._settings)
+        again._store, again._is_aws = self._store, self._is_aws
+        return again
+
     def close(self) -> None:
-        """Read nothing any more."""
+        """Ask nothing any more."""
         self._is_over = True
-        self._store = None
 
     def _described(self, entry: ObjectMeta) -> ObjectInfo:
         key = entry["path"][len(self._prefix) :]
         return ObjectInfo(key, entry["size"], entry["last_modified"].timestamp())
 
     def _try(self, read: Callable[[S3Store], Result], key: str) -> Result | None:
-        if self._is_over or (store := self._made()) is None:
+        store = None if self._is_over else self._made()
+        if store is None:
             return None
         try:
             return read(store)
         except FileNotFoundError as error:
-            if "<Code>NoSuchKey</Code>" in str(error):
+            if _is_absent(error):
                 raise NotFound(f"no object {key} in s3://{self._bucket}/{self._prefix}".rstrip("/")) from None
-            self._is_over = True
-        except Exception:  # its words are worth less than botocore's, who will be asked next
-            self._is_over = True
+        except Exception:
+            pass  # its words are worth less than botocore's, who will be asked next
+        self._is_over = True
+        self._store = None
         return None
 
     def _made(self) -> S3Store | None:
@@ -138,6 +187,7 @@ class QuickReads:
         except ImportError:  # no wheel for this machine
             return None
         url = access.endpoint_url
+        self._is_aws = url is None
         config: S3Config = {
             "region": access.region,
             "access_key_id": access.key_id,
@@ -160,3 +210,20 @@ class QuickReads:
     def _at_most(self, seconds: float) -> str:
         """That long, or for as long as there is patience with the store at all."""
         return f"{1000 * min(seconds, self._settings.patience_s):.0f}ms"
+
+
+def _read(store: S3Store, path: str) -> bytes | None:
+    """An object; None where the store says that there is none."""
+    import obstore
+
+    try:
+        return obstore.get(store, path).bytes().to_bytes()
+    except FileNotFoundError as error:
+        if _is_absent(error):
+            return None
+        raise
+
+
+def _is_absent(error: FileNotFoundError) -> bool:
+    """Whether the store says that there is no such object, and not that there is no such bucket."""
+    return "<Code>NoSuchKey</Code>" in str(error)

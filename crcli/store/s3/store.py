@@ -12,8 +12,8 @@ from crcli.errors import StoreError
 from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key, is_there
 from crcli.store.s3.body import Body
 from crcli.store.s3.bucket import Bucket
-from crcli.store.s3.creating import put_whole
-from crcli.store.s3.quick import QuickReads
+from crcli.store.s3.creating import put_soon
+from crcli.store.s3.quick import QuickRequests
 from crcli.store.s3.survey import Survey, survey
 from crcli.store.s3.uploads import PART_SIZE, S3Writer, UploadThreads
 
@@ -39,9 +39,10 @@ class S3Store:
         self._address = address
         self._settings = settings
         self._bucket = Bucket(bucket, prefix + "/" if prefix else "", settings)
+        self._quick = QuickRequests(bucket, self._bucket.prefix, settings)
         if like is not None:
             self._bucket.take_client_of(like._bucket)
-        self._quick = QuickReads(bucket, self._bucket.prefix, settings)
+            self._quick = like._quick.reopened()
         self._threads = UploadThreads()
 
     @property
@@ -67,7 +68,7 @@ class S3Store:
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         """Send `data` in one request, or in parallel parts if it is larger than one."""
         if memoryview(data).nbytes <= PART_SIZE:
-            put_whole(self._bucket, check_key(key), Body.of(data), if_absent=if_absent)
+            put_soon(self._bucket, self._quick, check_key(key), Body.of(data), if_absent=if_absent)
             return
         with self.writer(key, if_absent=if_absent) as writer:
             writer.write(data)
@@ -75,7 +76,7 @@ class S3Store:
 
     def writer(self, key: str, *, if_absent: bool = False) -> S3Writer:
         """Begin an object; nothing is sent before the first part is full."""
-        return S3Writer(self._bucket, self._threads, key, if_absent=if_absent)
+        return S3Writer(self._bucket, self._quick, self._threads, key, if_absent=if_absent)
 
     def get(self, key: str) -> bytes:
         """Read the object in one request."""
@@ -149,7 +150,8 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         """Delete the object (in a versioned bucket: hide it)."""
-        self._bucket.request("delete_object", self._bucket.of(key), key)
+        if self._bucket.is_connected or not self._quick.delete(key):
+            self._bucket.request("delete_object", self._bucket.of(key), key)
 
     def sweep(self, older_than_s: float) -> int:
         """Abort multipart uploads that were begun so long ago and never completed."""

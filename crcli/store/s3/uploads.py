@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from crcli.errors import StoreError
 from crcli.store.base import check_key
 from crcli.store.s3.body import Body
-from crcli.store.s3.creating import complete_upload, put_whole
+from crcli.store.s3.creating import complete_upload, put_soon
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
     from crcli.store.base import Buffer
     from crcli.store.s3.bucket import Bucket
+    from crcli.store.s3.quick import QuickRequests
 
 PART_SIZE = 8 << 20
 PARTS_IN_FLIGHT = 8
 """Parts of one store that wait or are being sent, over all its writers: 64 MiB. Each open writer holds at
-most one more that is not full yet. `write` blocks until there is room: memory is bounded, come what may."""
+most two more, the last not full yet. `write` blocks until there is room: memory is bounded, come what may."""
 UPLOAD_THREADS = 8
+HELD_PARTS = 1
+"""So many full parts wait for what follows, where an object that ends with that can go in one request by the
+client that need not be waited for (see `quick`): longer ones are worth botocore's start."""
 MOST_PARTS = 10_000
 """The protocol's limit: an object has at most 78 GiB."""
 
@@ -137,11 +141,15 @@ class MultipartUpload:
 class S3Writer:
     """An object on its way: one request if it ends within a part, a multipart upload otherwise."""
 
-    def __init__(self, bucket: Bucket, threads: UploadThreads, key: str, *, if_absent: bool) -> None:
+    def __init__(
+        self, bucket: Bucket, quick: QuickRequests, threads: UploadThreads, key: str, *, if_absent: bool
+    ) -> None:
         self._bucket = bucket
+        self._quick = quick
         self._threads = threads
         self._key = check_key(key)
         self._if_absent = if_absent
+        self._held: list[Body] = []
         self._pending = Body()
         self._upload: MultipartUpload | None = None
 
@@ -157,18 +165,17 @@ class S3Writer:
 
     def commit(self) -> None:
         """Send what is left, wait for every part, and make the object of them."""
-        if self._upload is None:
-            put_whole(self._bucket, self._key, self._pending, if_absent=self._if_absent)
-        else:
-            self._send_pending()
-            self._upload.complete(if_absent=self._if_absent)
-            self._upload = None
-        self._pending = Body()
+        if self._upload is None and not self._held:
+            put_soon(self._bucket, self._quick, self._key, self._pending, if_absent=self._if_absent)
+        elif self._upload is not None or not self._put_held():
+            self._begun().add(self._pending)
+            self._begun().complete(if_absent=self._if_absent)
+        self._forget()
 
     def abort(self) -> None:
         """Forget what was written; an upload that had begun is aborted in the background."""
-        upload, self._upload = self._upload, None
-        self._pending = Body()
+        upload = self._upload
+        self._forget()
         if upload is not None:
             upload.abort()
 
@@ -181,10 +188,33 @@ class S3Writer:
         self.abort()
 
     def _send_pending(self) -> None:
+        body, self._pending = self._pending, Body()
+        if self._upload is None and len(self._held) < HELD_PARTS and self._may_hold():
+            self._held.append(body)
+        else:
+            self._begun().add(body)
+
+    def _may_hold(self) -> bool:
+        return not self._if_absent and not self._bucket.is_connected and self._quick.is_usable
+
+    def _put_held(self) -> bool:
+        """Send all in one request; say whether that worked."""
+        if self._bucket.is_connected:
+            return False
+        whole = b"".join(map(bytes, (*self._held, self._pending)))
+        return bool(self._quick.put(self._key, whole, if_absent=False))
+
+    def _begun(self) -> MultipartUpload:
+        """The upload, of which the parts that were held are the first."""
         if self._upload is None:
             self._upload = MultipartUpload(self._bucket, self._threads, self._key)
-        body, self._pending = self._pending, Body()
-        self._upload.add(body)
+            for body in self._held:
+                self._upload.add(body)
+            self._held = []
+        return self._upload
+
+    def _forget(self) -> None:
+        self._upload, self._held, self._pending = None, [], Body()
 
 
 def _lasting(view: memoryview) -> memoryview:

@@ -1,0 +1,44 @@
+"""What the store has, read by a thread beside what else a dump prepares.
+
+Only a dump that has announced itself (see crcli.image.session) may rely on what a store has: `gc` removes
+what nobody may have seen. The reading need not wait for that: it begins at once, and what was read counts if
+the store, once it was told of the dump, still has it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from crcli.errors import CrcliError
+from crcli.image.names import index_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from crcli.image.index import KnownChunks
+    from crcli.store.base import Store
+
+
+class Knowing(threading.Thread):
+    """Reads what a store has by `read`; `finish` it once the dump is announced."""
+
+    def __init__(self, store: Store, read: Callable[[], KnownChunks]) -> None:
+        super().__init__(name="knowing", daemon=True)
+        self._store = store
+        self._read = read
+        self._known: KnownChunks | None = None
+
+    def run(self) -> None:
+        """What the thread does."""
+        try:
+            self._known = self._read()
+        except CrcliError:
+            pass  # perhaps the announcement was just making a directory: it is read once more after that
+
+    def finish(self) -> KnownChunks:
+        """Return what the store has, now that it is told of the dump. Raises StoreError."""
+        self.join()
+        if self._known is None or self._store.missing(map(index_key, self._known.indexes)):
+            self._known = self._read()
+        return self._known
