@@ -71,6 +71,11 @@ class ImageFile(Struct):
         return self.head + b"".join(_message(entry) for entry in self.entries)
 
 
+def text_of(field: str | bytes) -> str:
+    """A name from a message, as Python has file names: protobuf hands one that is not UTF-8 over as bytes."""
+    return os.fsdecode(field)
+
+
 def _message(entry: Any) -> bytes:
     body: bytes = entry.SerializeToString()
     return _SIZE.pack(len(body)) + body
@@ -107,7 +112,7 @@ def read_tree(images: ImageFolder) -> list[TreeMember]:
                 continue
             core = ImageFile.parse(images.read(name), messages.core_entry).entries[0]
             if thread == entry.pid:
-                state, comm = core.tc.task_state, core.tc.comm
+                state, comm = core.tc.task_state, text_of(core.tc.comm)
             if core.thread_core.HasField("rseq_entry"):
                 rseq.add(core.thread_core.rseq_entry.rseq_abi_pointer // PAGE)
         members.append(
@@ -179,7 +184,7 @@ def memfd_names(images: ImageFolder) -> set[str]:
     if "memfd.img" not in images.names():
         return set()
     inodes = ImageFile.parse(images.read("memfd.img"), messages.memfd_inode_entry).entries
-    return {inode.name for inode in inodes}
+    return {text_of(inode.name) for inode in inodes}
 
 
 def run_id(images: ImageFolder) -> str:
@@ -197,7 +202,7 @@ def frozen_ms(images: ImageFolder) -> float:
 def link_remaps(images: ImageFolder) -> list[str]:
     """Paths of the temporary hard links that CRIU made for files without a name of their own."""
     linked = {entry.remap_id for entry in _remaps(images) if entry.remap_type == _REMAP_LINKED}
-    return [entry.reg.name for entry in read_files(images).entries if entry.id in linked]
+    return [text_of(entry.reg.name) for entry in read_files(images).entries if entry.id in linked]
 
 
 def remapped_ids(images: ImageFolder) -> set[int]:

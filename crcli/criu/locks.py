@@ -16,7 +16,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from crcli.criu import messages
-from crcli.criu.images import ImageFile, mapped_ids, read_descriptors, read_files
+from crcli.criu.images import ImageFile, mapped_ids, read_descriptors, read_files, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +44,7 @@ def lost_locks(images: Workspace) -> dict[int, list[FileLock]]:
     if not locks:
         return {}
     files = read_files(images).entries
-    names = {file.id: file.reg.name for file in files if file.type == messages.fd_types.REG}
+    names = {file.id: text_of(file.reg.name) for file in files if file.type == messages.fd_types.REG}
     open_as: dict[int, set[str]] = {}
     for file_id, users in read_descriptors(images).items():
         for _, fd in users:
