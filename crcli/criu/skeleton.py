@@ -16,14 +16,16 @@ from crcli.criu.images import (
     mapped_ids,
     read_files,
     remapped_ids,
+    text_of,
     write_pagemap,
 )
-from crcli.criu.inspect import writes_anywhere
+from crcli.criu.inspect import inet_socket, writes_anywhere
 from crcli.memory.extents import PAGE, Extent, SpaceKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
+    from crcli.criu.needs import InetSocket
     from crcli.criu.workspace import Workspace
 
 _TCP, _UDP = 6, 17
@@ -150,6 +152,36 @@ def move_ports(images: Workspace, ports: Mapping[int, int]) -> None:
     images.write("files.img", files.encode())
 
 
+def free_lost_addresses(images: Workspace, is_here: Callable[[InetSocket], bool]) -> None:
+    """Let UDP sockets that are connected to outside send from an address of this host.
+
+    Theirs was the old host's, and the kernel's choice. `is_here` says whether a socket's address is ours.
+    """
+    files = read_files(images)
+    entries = [sock for sock in _inet_sockets(files) if sock.src_port]
+    sockets = [inet_socket(sock) for sock in entries]
+    lost = [
+        sock
+        for sock, one in zip(entries, sockets, strict=True)
+        if one.may_have_another_address(sockets) and not is_here(one)
+    ]
+    for sock in lost:
+        sock.src_addr[:] = [0] * len(sock.src_addr)
+    if lost:
+        images.write("files.img", files.encode())
+
+
+def forget_devices(images: Workspace) -> None:
+    """Bind no socket to a network interface, for a network that has none."""
+    files = read_files(images)
+    bound = [e.isk for e in files.entries if e.type == messages.fd_types.INETSK]
+    bound = [sock for sock in bound if sock.opts.so_bound_dev]
+    for sock in bound:
+        sock.opts.ClearField("so_bound_dev")
+    if bound:
+        images.write("files.img", files.encode())
+
+
 def _inet_sockets(files: ImageFile) -> list[Any]:
     return [e.isk for e in files.entries if e.type == messages.fd_types.INETSK and e.isk.proto in _PROTOCOLS]
 
@@ -225,6 +257,17 @@ def forget_foreign_sessions(images: Workspace, members: Collection[int]) -> None
     images.write("tty-info.img", info.encode())
 
 
+def forget_death_of_parent(images: Workspace, root: int) -> int:
+    """Let the root live on when its parent ends; return the signal that it was to get then (0: none)."""
+    core = ImageFile.parse(images.read(f"core-{root}.img"), messages.core_entry)
+    thread = core.entries[0].thread_core
+    number = int(thread.pdeath_sig)
+    if number:
+        thread.ClearField("pdeath_sig")
+        images.write(f"core-{root}.img", core.encode())
+    return number
+
+
 def forget_network_lock(images: Workspace) -> None:
     """Let CRIU look for no packet filter table where there is none: to find none takes the kernel 10 ms.
 
@@ -240,7 +283,7 @@ def forget_network_lock(images: Workspace) -> None:
 def regular_files(images: Workspace) -> list[tuple[str, int, int, int | None]]:
     """Every regular file that the tree has open or mapped: (path, flags, mode, size at the dump)."""
     return [
-        (e.reg.name, e.reg.flags, e.reg.mode, e.reg.size if e.reg.HasField("size") else None)
+        (text_of(e.reg.name), e.reg.flags, e.reg.mode, e.reg.size if e.reg.HasField("size") else None)
         for e in read_files(images).entries
         if e.type == messages.fd_types.REG
     ]
@@ -256,8 +299,9 @@ def named_files(images: Workspace) -> list[dict[str, Any]]:
     for entry in read_files(images).entries:
         if entry.type == messages.fd_types.REG and entry.id not in remapped and not entry.reg.ext:
             words = b"".join(word.to_bytes(4, "little") for word in entry.reg.build_id)
-            found[entry.reg.name] = {
-                "path": entry.reg.name,
+            path = text_of(entry.reg.name)
+            found[path] = {
+                "path": path,
                 "size": entry.reg.size,
                 "mode": entry.reg.mode,
                 "build_id": words.hex(),
@@ -269,7 +313,7 @@ def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> Non
     """Let CRIU open these files (None: all) whatever their size: their content was compared, or may grow."""
     files = read_files(images)
     for entry in files.entries:
-        if entry.type == messages.fd_types.REG and (paths is None or entry.reg.name in paths):
+        if entry.type == messages.fd_types.REG and (paths is None or text_of(entry.reg.name) in paths):
             entry.reg.ClearField("size")
     images.write("files.img", files.encode())
 
@@ -281,7 +325,7 @@ def forget_files(images: Workspace, paths: Collection[str], here: Callable[[str]
     """
     files = read_files(images)
     for entry in files.entries:
-        if entry.type == messages.fd_types.REG and here(entry.reg.name) in paths:
+        if entry.type == messages.fd_types.REG and here(text_of(entry.reg.name)) in paths:
             for field in ("size", "mode", "build_id"):
                 entry.reg.ClearField(field)
     images.write("files.img", files.encode())
@@ -299,16 +343,17 @@ def accept_growth(images: Workspace, here: Callable[[str], str] = str) -> list[t
     grown: dict[str, tuple[str, int, int]] = {}
     for entry in regular:
         if entry.reg.HasField("size") and entry.id not in remapped and not entry.reg.ext:
-            now = _size_of(here(entry.reg.name))
+            path = text_of(entry.reg.name)
+            now = _size_of(here(path))
             if now > entry.reg.size:
-                grown[entry.reg.name] = (entry.reg.name, entry.reg.size, now)
+                grown[path] = (path, entry.reg.size, now)
     if grown:
         mapped = mapped_ids(images)
         for entry in regular:
             if entry.id in mapped or writes_anywhere(entry.reg.flags):
-                grown.pop(entry.reg.name, None)
+                grown.pop(text_of(entry.reg.name), None)
         for entry in regular:
-            if entry.reg.name in grown:
+            if text_of(entry.reg.name) in grown:
                 entry.reg.ClearField("size")
         images.write("files.img", files.encode())
     return list(grown.values())
@@ -334,7 +379,7 @@ def touched_folders(images: Workspace) -> list[str]:
             if path := _socket_path(entry.usk):
                 found.add(os.path.dirname(path))
         elif entry.type == messages.fd_types.REG and entry.id in special:
-            found.add(os.path.dirname(entry.reg.name))
+            found.add(os.path.dirname(text_of(entry.reg.name)))
     return sorted(os.path.normpath(folder) for folder in found if os.path.isdir(folder))
 
 
@@ -353,4 +398,4 @@ def _socket_path(entry: Any) -> str:
     """Where a unix socket is bound; empty for one without a name, or with an abstract one."""
     if entry.name[:1] in (b"", b"\0"):
         return ""
-    return os.path.join(entry.name_dir or "/", os.fsdecode(entry.name.rstrip(b"\0")))
+    return os.path.join(text_of(entry.name_dir) or "/", os.fsdecode(entry.name.rstrip(b"\0")))

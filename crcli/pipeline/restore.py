@@ -18,6 +18,7 @@ from msgspec.structs import asdict, replace
 from crcli import kernel
 from crcli.criu import netlock
 from crcli.criu.images import memfd_names, read_tree, wiped_on_fork
+from crcli.criu.inspect import own_namespaces
 from crcli.criu.interrupted import resume_interrupted_calls
 from crcli.criu.locks import FileLock, lost_locks, take_again
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
@@ -26,10 +27,12 @@ from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.skeleton import (
     accept_growth,
     close_outside_connections,
+    forget_death_of_parent,
     forget_files,
     forget_foreign_sessions,
     forget_network_lock,
     forget_sizes,
+    free_lost_addresses,
     has_connections,
     lay_out_memory,
     mend_connections,
@@ -40,6 +43,7 @@ from crcli.findings import Finding, Severity
 from crcli.guard.here import Here
 from crcli.guard.host import forced_paths, guard, guard_machine
 from crcli.guard.needs import Asked, cpu_promise, needs_of
+from crcli.guard.places import has_address
 from crcli.image.cached import load_near, open_cached
 from crcli.image.manifest import Manifest
 from crcli.image.names import parse_image
@@ -353,9 +357,19 @@ class _Restore:
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
         if self.options.tcp == TcpPolicy.AUTO and has_connections(self.images):
             close_outside_connections(self.images, established_here())
+        if self.stay is None and self.namespace != PidNamespace.NEW:
+            self._leave_parent()
+        if "net" not in own_namespaces(self.images.names()):
+            free_lost_addresses(self.images, has_address)
         if self.pager is None:
             self._begin_replay(self.divided)
         self._fill_early(self.divided)
+
+    def _leave_parent(self) -> None:
+        """The root's parent would be us, and we end soon: let it not mind."""
+        root = self.members[0]
+        if number := forget_death_of_parent(self.images, root.pid):
+            self.findings.append(_parent_forgotten(root.comm, number))
 
     def _prepare_pager(self, pager: Pager) -> None:
         from crcli.pipeline.pager import Missing
@@ -745,6 +759,17 @@ def asked_of(options: RestoreOptions) -> Asked:
         options.changed_files.value,
         options.forced,
         options.gpu_map,
+    )
+
+
+def _parent_forgotten(comm: str, number: int) -> Finding:
+    name = signal.Signals(number).name
+    return Finding(
+        "parent-death-signal",
+        Severity.NOTE,
+        f"{comm} had asked for {name} when its parent ends (PR_SET_PDEATHSIG), and has no such parent here",
+        {"signal": name},
+        action="forgets that it asked",
     )
 
 

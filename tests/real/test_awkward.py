@@ -437,6 +437,31 @@ WHOLE = {
         """,
         ("deleted-files",),
     ),
+    "sockets that are connected or bound to what a trial does not have": Whole(
+        """
+        far, device = (socket.socket(type=socket.SOCK_DGRAM) for _ in range(2))
+        far.bind(("127.77.0.1", 0))
+        far.connect(("127.77.0.2", 53))
+        device.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, os.listdir("/sys/class/net")[0].encode())
+        def state():
+            return far.getsockname(), far.getpeername(), device.getsockopt(socket.SOL_SOCKET, 25, 20)
+        """,
+    ),
+    "a symbolic link that is open itself": Whole(
+        """
+        os.symlink("/nowhere", os.environ["FOLDER"] + "/link")
+        fd = os.open(os.environ["FOLDER"] + "/link", os.O_PATH | os.O_NOFOLLOW)
+        def state():
+            return os.readlink("", dir_fd=fd)
+        """,
+    ),
+    "a root that is to die with its parent": Whole(
+        """
+        libc.prctl(1, signal.SIGKILL)
+        def state():
+            return os.getsid(0) == os.getpid()
+        """,
+    ),
     "strict seccomp in a child": Whole(
         """
         reader, writer = os.pipe()
