@@ -30,7 +30,7 @@ _TASK_ALIVE, _TASK_STOPPED = 1, 3
 _COUNTS = ("nr_pages", "compat_nr_pages")
 """Where a pagemap entry counts its pages: CRIU 4.2 has two such fields, for its older readers."""
 
-_REMAP_LINKED, _REMAP_PROCFS = 0, 2
+_REMAP_LINKED, _REMAP_GHOST, _REMAP_PROCFS = 0, 1, 2
 _MAPS_A_FILE = 1 << 6 | 1 << 7  # VMA_FILE_PRIVATE, VMA_FILE_SHARED
 
 
@@ -208,6 +208,11 @@ def link_remaps(images: ImageFolder) -> list[str]:
 def remapped_ids(images: ImageFolder) -> set[int]:
     """Ids of the files that have no name of their own any more (those of ended processes in /proc aside)."""
     return {entry.orig_id for entry in _remaps(images) if entry.remap_type != _REMAP_PROCFS}
+
+
+def unnamed_ids(images: ImageFolder) -> dict[int, int]:
+    """Ids of the open files and folders that have no name at all any more, and which unnamed one each is."""
+    return {e.orig_id: e.remap_id for e in _remaps(images) if e.remap_type == _REMAP_GHOST}
 
 
 def _remaps(images: ImageFolder) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import struct
@@ -17,6 +18,7 @@ from crcli.criu.images import (
     read_files,
     remapped_ids,
     text_of,
+    unnamed_ids,
     write_pagemap,
 )
 from crcli.criu.inspect import inet_socket, writes_anywhere
@@ -357,6 +359,44 @@ def accept_growth(images: Workspace, here: Callable[[str], str] = str) -> list[t
                 entry.reg.ClearField("size")
         images.write("files.img", files.encode())
     return list(grown.values())
+
+
+def make_room_for_deleted(images: Workspace, here: Callable[[str], str] = str) -> None:
+    """Give deleted files and folders other names, where CRIU could not make them under their own.
+
+    It makes each for a moment, and removes it again. It needs the folder above (which it would make, and
+    leave behind), and takes a folder that somebody has made there meanwhile for its own. `here` says where
+    a path lies on this host.
+    """
+    files = read_files(images)
+    unnamed = unnamed_ids(images)
+    renamed: dict[tuple[int, str], str] = {}
+    taken: set[str] = set()
+    for entry in files.entries:
+        if entry.type != messages.fd_types.REG or entry.id not in unnamed:
+            continue
+        path = text_of(entry.reg.name)
+        key = (unnamed[entry.id], path)
+        if key not in renamed:
+            is_folder = stat.S_ISDIR(entry.reg.mode)
+            is_free = path not in taken and not (is_folder and os.path.lexists(here(path)))
+            has_room = is_free and os.path.isdir(here(os.path.dirname(path)))
+            renamed[key] = path if has_room else _free_name(path, here, taken)
+            taken.update([renamed[key]] if is_folder else [])
+        if renamed[key] != path:
+            entry.reg.name = renamed[key]
+    if any(path != name for (_, path), name in renamed.items()):
+        images.write("files.img", files.encode())
+
+
+def _free_name(path: str, here: Callable[[str], str], taken: Collection[str]) -> str:
+    """A name that nothing has, in the nearest folder above that is there."""
+    folder, name = os.path.split(path)
+    while not os.path.isdir(here(folder)):
+        folder = os.path.dirname(folder)
+    start = os.path.join(folder, name.encode(errors="replace").decode()[:50])  # messages take UTF-8 only
+    names = (f"{start}.gone-{number}" for number in itertools.count(1))
+    return next(path for path in names if path not in taken and not os.path.lexists(here(path)))
 
 
 def _size_of(path: str) -> int:

@@ -80,7 +80,7 @@ def capture_files(
             if os.stat(root + wanted.path).st_ino in leased():
                 continue  # opening it would break the lease, which the tree can see
             file = _store(root, wanted, writer)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         if file is not None:
             stored.append(file)

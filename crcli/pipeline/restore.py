@@ -35,6 +35,7 @@ from crcli.criu.skeleton import (
     free_lost_addresses,
     has_connections,
     lay_out_memory,
+    make_room_for_deleted,
     mend_connections,
 )
 from crcli.criu.workspace import Workspace
@@ -347,6 +348,7 @@ class _Restore:
         place_files(self.manifest_here, self.reader, self._changed_files(), self.here, self._note)
         forget_sizes(self.images, {file.name for file in self.manifest.files})
         accept_growth(self.images, self._host_path)
+        make_room_for_deleted(self.images, self._host_path)
         if paths := forced_paths(self.findings):
             forget_files(self.images, paths, self._host_path)
         mend_connections(self.images)

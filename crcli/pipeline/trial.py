@@ -14,6 +14,7 @@ from crcli.criu.skeleton import (
     forget_network_lock,
     forget_sizes,
     lay_out_memory,
+    make_room_for_deleted,
     outside_sockets,
     touched_folders,
 )
@@ -56,6 +57,7 @@ def try_skeleton(
     _lay_out_kept(trial, kept)
     forget_network_lock(trial)  # it lies around the original
     forget_devices(trial)
+    make_room_for_deleted(trial)
     forget_sizes(trial)  # others may write to the same files meanwhile
     outside = [link for link in links if link.external]
     members = read_tree(trial)

@@ -447,6 +447,38 @@ WHOLE = {
             return far.getsockname(), far.getpeername(), device.getsockopt(socket.SOL_SOCKET, 25, 20)
         """,
     ),
+    "a working folder that was deleted, with another in its place": Whole(
+        """
+        os.chdir(os.environ["FOLDER"])
+        for path in ("full", "empty", "file", "twice"):
+            for _ in range(2 if path == "twice" else 1):
+                os.mkdir(path)
+                if os.fork() == 0:
+                    os.chdir(path)
+                    time.sleep(600)
+                time.sleep(0.2)
+                os.rmdir(path)
+        os.makedirs("full/new"), os.mkdir("empty"), open("file", "w").close()
+        def state():
+            return [path for path in ("full/new", "empty", "file", "twice") if os.path.exists(path)]
+        """,
+    ),
+    "what lay in folders that are gone": Whole(
+        """
+        import shutil
+        os.makedirs(os.environ["FOLDER"] + "/gone/too"), os.makedirs(os.environ["FOLDER"] + "/replaced/too")
+        os.chdir(os.environ["FOLDER"] + "/gone/too")
+        files = [open(path + "/too/deleted", "w+b", 0) for path in ("..", "../../replaced")]
+        for file in files:
+            file.write(b"deleted")
+        shutil.rmtree("..")
+        shutil.rmtree(os.environ["FOLDER"] + "/replaced")
+        open(os.environ["FOLDER"] + "/replaced", "w").close()
+        def state():
+            there = [os.path.exists(os.environ["FOLDER"] + path) for path in ("/gone", "/replaced")]
+            return os.listdir("."), there, [os.pread(file.fileno(), 99, 0) for file in files]
+        """,
+    ),
     "a symbolic link that is open itself": Whole(
         """
         os.symlink("/nowhere", os.environ["FOLDER"] + "/link")
