@@ -471,7 +471,7 @@ WHOLE = {
         files = [open(path + "/too/deleted", "w+b", 0) for path in ("..", "../../replaced")]
         for file in files:
             file.write(b"deleted")
-        shutil.rmtree("..")
+        shutil.rmtree(os.environ["FOLDER"] + "/gone")
         shutil.rmtree(os.environ["FOLDER"] + "/replaced")
         open(os.environ["FOLDER"] + "/replaced", "w").close()
         def state():
