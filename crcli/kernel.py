@@ -45,7 +45,7 @@ _PTRACE_CONT, _PTRACE_DETACH = 7, 17
 _PTRACE_GETEVENTMSG, _PTRACE_GETREGSET, _PTRACE_SETREGSET = 0x4201, 0x4204, 0x4205
 _PTRACE_SEIZE, _PTRACE_INTERRUPT, _PTRACE_LISTEN = 0x4206, 0x4207, 0x4208
 _PTRACE_GETSIGMASK, _PTRACE_SETSIGMASK = 0x420A, 0x420B
-_PTRACE_O_TRACEEXIT, _PTRACE_EVENT_EXIT, _PTRACE_EVENT_STOP = 0x40, 6, 128
+_PTRACE_O_TRACESYSGOOD, _PTRACE_O_TRACEEXIT, _PTRACE_EVENT_EXIT, _PTRACE_EVENT_STOP = 1, 0x40, 6, 128
 _WALL = 0x4000_0000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -256,7 +256,9 @@ class Stop(NamedTuple):
 
 def trace_exit(pid: int) -> None:
     """Become the tracer of a process, which the kernel then stops for us on its way out, killed or not."""
-    _checked(_libc.ptrace(_PTRACE_SEIZE, pid, None, _PTRACE_O_TRACEEXIT), "ptrace SEIZE")
+    _checked(
+        _libc.ptrace(_PTRACE_SEIZE, pid, None, _PTRACE_O_TRACESYSGOOD | _PTRACE_O_TRACEEXIT), "ptrace SEIZE"
+    )
 
 
 def wait_for_stop(pid: int) -> Stop | None:
