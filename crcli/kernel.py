@@ -34,6 +34,7 @@ _KCMP_EPOLL_TFD = 7
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _CLOEXEC_MOUNT = 1
 
+_TIOCGPTPEER = 0x5441
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -135,6 +136,12 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """Duplicate descriptor `fd` of the process behind `pidfd` into this one."""
     return _checked(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0), "pidfd_getfd")
+
+
+def hang_up(master: int) -> None:
+    """Have a pseudo-terminal that nobody has opened yet be one that everybody has closed: reads end."""
+    flags = os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
+    os.close(_checked(_libc.ioctl(master, _TIOCGPTPEER, flags), "ioctl TIOCGPTPEER"))
 
 
 def die_with_parent(signal: int) -> None:

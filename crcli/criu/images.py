@@ -16,7 +16,7 @@ from crcli.criu import messages
 from crcli.memory.extents import PAGE, SpaceKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from crcli.criu.workspace import Workspace
     from crcli.memory.extents import SpaceKey
@@ -166,6 +166,18 @@ def read_descriptors(images: Workspace) -> dict[int, list[tuple[str, int]]]:
             for entry in ImageFile.parse(images.read(name), messages.fdinfo_entry).entries:
                 users.setdefault(entry.id, []).append((name, entry.fd))
     return users
+
+
+def holders_of(images: Workspace, ids: Collection[int]) -> list[tuple[int, int]]:
+    """One (pid inside the tree, descriptor) for each of these file ids that a process has open."""
+    owners: dict[str, int] = {}
+    for name in images.names():
+        if name.startswith("ids-"):
+            kobj = ImageFile.parse(images.read(name), messages.task_kobj_ids_entry).entries[0]
+            owners[f"fdinfo-{kobj.files_id}.img"] = int(name[4:-4])
+    users = read_descriptors(images)
+    holders = ([(owners[name], fd) for name, fd in users.get(number, ()) if name in owners] for number in ids)
+    return sorted(found[0] for found in holders if found)
 
 
 def mapped_ids(images: ImageFolder, pid: int | None = None) -> set[int]:

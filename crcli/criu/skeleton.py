@@ -14,6 +14,7 @@ from crcli.criu import messages
 from crcli.criu.images import (
     ImageFile,
     create_pages,
+    holders_of,
     mapped_ids,
     read_files,
     remapped_ids,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 _TCP, _UDP = 6, 17
 _PROTOCOLS = {_TCP: "tcp", _UDP: "udp"}
 _TCP_CLOSE, _TCP_LISTEN = 7, 10
-_EXTERNAL_TERMINAL = 5
+_PSEUDO_TERMINAL, _EXTERNAL_TERMINAL = 1, 5
+_MASTERS = 5
+"""The major device number of /dev/ptmx."""
 _OUTSIDE_SOCKET = 1
 _NO_NETWORK_LOCK = 2
 _ESTABLISHED_STATES = frozenset((1, 2, 3, 4, 5, 6, 8, 9, 11))
@@ -257,6 +260,51 @@ def forget_foreign_sessions(images: Workspace, members: Collection[int]) -> None
         if entry.type == _EXTERNAL_TERMINAL and entry.sid not in members:
             entry.sid = entry.pgrp = 0
     images.write("tty-info.img", info.encode())
+
+
+def move_terminals(images: Workspace, taken: Collection[int]) -> None:
+    """Give pseudo-terminals whose numbers are `taken` here (N of /dev/pts/N) the next that are free."""
+    if "tty-info.img" not in images.names():
+        return
+    info = ImageFile.parse(images.read("tty-info.img"), messages.tty_info_entry)
+    pairs = [entry for entry in info.entries if entry.type == _PSEUDO_TERMINAL]
+    ours = {entry.pty.index for entry in pairs}
+    free = (number for number in itertools.count() if number not in taken and number not in ours)
+    moved = dict(zip(sorted(ours.intersection(taken)), free, strict=False))
+    slaves: dict[int, int] = {}
+    for entry in pairs:
+        if entry.pty.index in moved:
+            entry.pty.index = moved[entry.pty.index]
+            if os.major(entry.rdev) != _MASTERS:
+                entry.rdev = os.makedev(os.major(entry.rdev), entry.pty.index)
+                slaves[entry.id] = entry.pty.index
+    if moved:
+        images.write("tty-info.img", info.encode())
+        _rename_terminals(images, slaves)
+
+
+def _rename_terminals(images: Workspace, slaves: Mapping[int, int]) -> None:
+    """Have the files of these terminals (ids of `tty_info_entry`) be named after their new numbers."""
+    files = read_files(images)
+    ttys = [entry.tty for entry in files.entries if entry.type == messages.fd_types.TTY]
+    names = {tty.regf_id: f"/dev/pts/{slaves[tty.tty_info_id]}" for tty in ttys if tty.tty_info_id in slaves}
+    for entry in files.entries:
+        if entry.type == messages.fd_types.REG and entry.id in names:
+            entry.reg.name = names[entry.id]
+    images.write("files.img", files.encode())
+
+
+def hung_up_terminals(images: Workspace) -> list[tuple[int, int]]:
+    """The masters of terminals that nobody has open any more, each as (pid inside the tree, descriptor)."""
+    if "tty-info.img" not in images.names():
+        return []
+    entries = ImageFile.parse(images.read("tty-info.img"), messages.tty_info_entry).entries
+    pairs = [entry for entry in entries if entry.type == _PSEUDO_TERMINAL]
+    used = {entry.pty.index for entry in pairs if os.major(entry.rdev) != _MASTERS}
+    left = {entry.id for entry in pairs if entry.pty.index not in used}
+    files = [e.tty for e in read_files(images).entries if e.type == messages.fd_types.TTY] if left else []
+    masters = {tty.id for tty in files if tty.tty_info_id in left}
+    return holders_of(images, masters)
 
 
 def forget_death_of_parent(images: Workspace, root: int) -> int:

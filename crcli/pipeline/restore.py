@@ -34,9 +34,11 @@ from crcli.criu.skeleton import (
     forget_sizes,
     free_lost_addresses,
     has_connections,
+    hung_up_terminals,
     lay_out_memory,
     make_room_for_deleted,
     mend_connections,
+    move_terminals,
 )
 from crcli.criu.workspace import Workspace
 from crcli.errors import CrcliError, RestoreFailed, TreeState
@@ -62,7 +64,7 @@ from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Sil
 from crcli.pipeline.stdio import Replacements, replace_links
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import RestoreTarget, failure_of
-from crcli.process.here import established_here
+from crcli.process.here import established_here, terminals_here
 from crcli.process.identity import ProcessId, identify
 from crcli.process.settings import give_back
 from crcli.process.tree import child_pids
@@ -357,6 +359,7 @@ class _Restore:
         if not netlock.tables_of(str(self.manifest.meta.get("run_id", ""))):
             forget_network_lock(self.images)
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
+        move_terminals(self.images, terminals_here())
         if self.options.tcp == TcpPolicy.AUTO and has_connections(self.images):
             close_outside_connections(self.images, established_here())
         if self.stay is None and self.namespace != PidNamespace.NEW:
@@ -565,6 +568,7 @@ class _Restore:
             else:
                 self._fill_late()
             self._give_back_settings()
+            self._hang_up()
             self._tell()
             self.hooks.call("restore_frozen", target=self.described)
         elif script == "pre-resume":
@@ -613,6 +617,22 @@ class _Restore:
             if host_pid is not None and (saved or whole):
                 for tid, host_tid in host_threads(host_pid, depth).items():
                     give_back(host_tid, saved.get(str(tid), whole))
+
+    def _hang_up(self) -> None:
+        """Let the tree see that terminals which it drives were left: else it would wait for more for ever."""
+        for pid, fd in hung_up_terminals(self.images):
+            try:
+                pidfd = os.pidfd_open(self.host[pid])
+                try:
+                    master = kernel.pidfd_getfd(pidfd, fd)
+                finally:
+                    os.close(pidfd)
+                try:
+                    kernel.hang_up(master)
+                finally:
+                    os.close(master)
+            except OSError:
+                continue
 
     def _tell(self) -> None:
         """Let processes that use crcli.notify know, so that they find it when they run."""

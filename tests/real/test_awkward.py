@@ -145,6 +145,16 @@ REFUSED = {
         libc.mq_unlink(b"/crcli-test")
         """,
     ),
+    "a pager in a terminal of the tree's own": (
+        "terminal-reopened",
+        """
+        import pty
+        pid, master = pty.fork()
+        if pid == 0:
+            fd = os.open("/dev/tty", os.O_RDWR)
+            time.sleep(600)
+        """,
+    ),
     "a file about its parent": ("proc-outside", "f = open(f'/proc/{os.getppid()}/status')"),
     "a program started from memory": (
         "executable-in-memory",
@@ -479,6 +489,20 @@ WHOLE = {
             return os.listdir("."), there, [os.pread(file.fileno(), 99, 0) for file in files]
         """,
     ),
+    "a terminal whose program has ended": Whole(
+        """
+        import pty
+        pid, master = pty.fork()
+        if pid == 0:
+            os._exit(3)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        def state():
+            try:
+                return os.read(master, 1)
+            except OSError as error:
+                return os.strerror(error.errno)
+        """,
+    ),
     "a symbolic link that is open itself": Whole(
         """
         os.symlink("/nowhere", os.environ["FOLDER"] + "/link")
@@ -539,6 +563,43 @@ def _ask_again(program: Program, pid: int) -> None:
 
 
 # --- comes back changed, as it was said --------------------------------------------------------------------
+
+
+def test_a_terminal_whose_number_is_taken_gets_another(command: Crcli) -> None:
+    """Terminals that the tree drives go on, whatever terminals others have opened meanwhile."""
+    code = """
+        import pty
+        shells = []
+        for _ in range(2):
+            pid, master = pty.fork()
+            if pid == 0:
+                os.execlp("bash", "bash", "--norc", "-i")
+            shells.append((pid, master))
+        def says(master):
+            os.write(master, b"echo $((6 * 7)) >/dev/tty\\n")
+            text = b""
+            while b"42" not in text:
+                text += os.read(master, 1000)
+            return True
+        def state():
+            return [(says(master), os.tcgetpgrp(master) == pid) for pid, master in shells]
+        """
+    with running(code, THEN_COMPARE) as program:
+        terminals = [os.readlink(f"/proc/{pid}/fd/0") for pid in map(int, _children(program.pid))]
+        image = command.dump(program.pid)["image"]
+        opened = [os.openpty() for _ in range(8)]
+        assert all(map(os.path.exists, terminals))
+        try:
+            restored = command.restore(image)
+            _ask_again(program, restored["host_pid"])
+        finally:
+            for fd in (fd for pair in opened for fd in pair):
+                os.close(fd)
+        assert program.value_of("after") == program.value_of("before") == "[(True, True), (True, True)]"
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 @dataclass(frozen=True)
