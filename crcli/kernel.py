@@ -34,16 +34,19 @@ _KCMP_EPOLL_TFD = 7
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _CLOEXEC_MOUNT = 1
 
+_TIOCGPTPEER = 0x5441
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SIOCSIFFLAGS, _SIOCGIFFLAGS, _IFF_UP = 0x8914, 0x8913, 1
+_RTM_NEWROUTE, _NLM_F_REQUEST_CREATE_ACK, _RTA_OIF = 24, 0x405, 4
+_RT_TABLE_LOCAL, _RT_SCOPE_HOST, _RTN_LOCAL = 255, 254, 2
 
 _PTRACE_CONT, _PTRACE_DETACH = 7, 17
 _PTRACE_GETEVENTMSG, _PTRACE_GETREGSET, _PTRACE_SETREGSET = 0x4201, 0x4204, 0x4205
 _PTRACE_SEIZE, _PTRACE_INTERRUPT, _PTRACE_LISTEN = 0x4206, 0x4207, 0x4208
 _PTRACE_GETSIGMASK, _PTRACE_SETSIGMASK = 0x420A, 0x420B
-_PTRACE_O_TRACEEXIT, _PTRACE_EVENT_EXIT, _PTRACE_EVENT_STOP = 0x40, 6, 128
+_PTRACE_O_TRACESYSGOOD, _PTRACE_O_TRACEEXIT, _PTRACE_EVENT_EXIT, _PTRACE_EVENT_STOP = 1, 0x40, 6, 128
 _WALL = 0x4000_0000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -71,9 +74,17 @@ def setns(fd: int, kind: int = 0) -> None:
 def mount(source: str, target: str, kind: str, flags: int = 0, data: str = "") -> None:
     """mount(2)."""
     _checked(
-        _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode()),
+        _libc.mount(*map(os.fsencode, (source, target, kind)), ctypes.c_ulong(flags), os.fsencode(data)),
         f"mount {kind} on {target}",
     )
+
+
+def mount_points() -> list[str]:
+    """Return where something is mounted for this process, in the kernel's order; some may be named twice."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        points = [line.split(b" ")[4] for line in file]
+    # Blanks, line ends and backslashes are written as octal escapes, all else as it is.
+    return [os.fsdecode(point.decode("unicode_escape").encode("latin-1")) for point in points]
 
 
 def unmount(path: str) -> None:
@@ -125,6 +136,12 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """Duplicate descriptor `fd` of the process behind `pidfd` into this one."""
     return _checked(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0), "pidfd_getfd")
+
+
+def hang_up(master: int) -> None:
+    """Have a pseudo-terminal that nobody has opened yet be one that everybody has closed: reads end."""
+    flags = os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
+    os.close(_checked(_libc.ioctl(master, _TIOCGPTPEER, flags), "ioctl TIOCGPTPEER"))
 
 
 def die_with_parent(signal: int) -> None:
@@ -182,6 +199,25 @@ def loopback_up() -> None:
         ioctl(sock, _SIOCSIFFLAGS, request)
 
 
+def own_every_address() -> None:
+    """Have every address of this network namespace be one of `lo` (IPv6 as far as it is there).
+
+    Sockets can then be bound and connected to any.
+    """
+    import socket
+
+    loopback = socket.if_nametoindex("lo")
+    for family in (socket.AF_INET, socket.AF_INET6):
+        route = struct.pack("8BI", family, 0, 0, 0, _RT_TABLE_LOCAL, 0, _RT_SCOPE_HOST, _RTN_LOCAL, 0)
+        route += struct.pack("HHI", 8, _RTA_OIF, loopback)
+        header = struct.pack("IHHII", 16 + len(route), _RTM_NEWROUTE, _NLM_F_REQUEST_CREATE_ACK, 1, 0)
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as kernel:
+            kernel.send(header + route)
+            (error,) = struct.unpack_from("i", kernel.recv(4096), 16)
+        if error and family == socket.AF_INET:
+            raise OSError(-error, f"routing everything to lo: {os.strerror(-error)}")
+
+
 def quiet_fork() -> int:
     """Fork; the child has the default signal handling from its first instruction on.
 
@@ -227,7 +263,9 @@ class Stop(NamedTuple):
 
 def trace_exit(pid: int) -> None:
     """Become the tracer of a process, which the kernel then stops for us on its way out, killed or not."""
-    _checked(_libc.ptrace(_PTRACE_SEIZE, pid, None, _PTRACE_O_TRACEEXIT), "ptrace SEIZE")
+    _checked(
+        _libc.ptrace(_PTRACE_SEIZE, pid, None, _PTRACE_O_TRACESYSGOOD | _PTRACE_O_TRACEEXIT), "ptrace SEIZE"
+    )
 
 
 def wait_for_stop(pid: int) -> Stop | None:

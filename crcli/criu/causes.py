@@ -428,6 +428,14 @@ OF_RESTORES = (
         "`crcli verify` reads the image back; when it is whole, report this with CRIU's log",
     ),
     KnownCause(
+        "terminal-taken",
+        r"Unable to open dev/ptmx with specified index (?P<number>\d+)",
+        "somebody opened a terminal under a number (/dev/pts/{number}) that the tree was about to get",
+        "restore again",
+        retry=True,
+        upstream=Upstream("criu/tty.c", "open_ptmx_index", "Unable to open %s with specified index %d"),
+    ),
+    KnownCause(
         "descriptor-limit",
         r"Can't chose service_fd_base",
         "the tree has more files open than may be opened here",

@@ -16,7 +16,7 @@ from crcli.criu import messages
 from crcli.memory.extents import PAGE, SpaceKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from crcli.criu.workspace import Workspace
     from crcli.memory.extents import SpaceKey
@@ -30,7 +30,7 @@ _TASK_ALIVE, _TASK_STOPPED = 1, 3
 _COUNTS = ("nr_pages", "compat_nr_pages")
 """Where a pagemap entry counts its pages: CRIU 4.2 has two such fields, for its older readers."""
 
-_REMAP_LINKED, _REMAP_PROCFS = 0, 2
+_REMAP_LINKED, _REMAP_GHOST, _REMAP_PROCFS = 0, 1, 2
 _MAPS_A_FILE = 1 << 6 | 1 << 7  # VMA_FILE_PRIVATE, VMA_FILE_SHARED
 
 
@@ -71,6 +71,11 @@ class ImageFile(Struct):
         return self.head + b"".join(_message(entry) for entry in self.entries)
 
 
+def text_of(field: str | bytes) -> str:
+    """A name from a message, as Python has file names: protobuf hands one that is not UTF-8 over as bytes."""
+    return os.fsdecode(field)
+
+
 def _message(entry: Any) -> bytes:
     body: bytes = entry.SerializeToString()
     return _SIZE.pack(len(body)) + body
@@ -107,7 +112,7 @@ def read_tree(images: ImageFolder) -> list[TreeMember]:
                 continue
             core = ImageFile.parse(images.read(name), messages.core_entry).entries[0]
             if thread == entry.pid:
-                state, comm = core.tc.task_state, core.tc.comm
+                state, comm = core.tc.task_state, text_of(core.tc.comm)
             if core.thread_core.HasField("rseq_entry"):
                 rseq.add(core.thread_core.rseq_entry.rseq_abi_pointer // PAGE)
         members.append(
@@ -163,6 +168,18 @@ def read_descriptors(images: Workspace) -> dict[int, list[tuple[str, int]]]:
     return users
 
 
+def holders_of(images: Workspace, ids: Collection[int]) -> list[tuple[int, int]]:
+    """One (pid inside the tree, descriptor) for each of these file ids that a process has open."""
+    owners: dict[str, int] = {}
+    for name in images.names():
+        if name.startswith("ids-"):
+            kobj = ImageFile.parse(images.read(name), messages.task_kobj_ids_entry).entries[0]
+            owners[f"fdinfo-{kobj.files_id}.img"] = int(name[4:-4])
+    users = read_descriptors(images)
+    holders = ([(owners[name], fd) for name, fd in users.get(number, ()) if name in owners] for number in ids)
+    return sorted(found[0] for found in holders if found)
+
+
 def mapped_ids(images: ImageFolder, pid: int | None = None) -> set[int]:
     """Ids of the files that a process (None: any) has mapped or executes."""
     names = [name for name in images.names() if name.startswith("mm-")] if pid is None else [f"mm-{pid}.img"]
@@ -179,7 +196,7 @@ def memfd_names(images: ImageFolder) -> set[str]:
     if "memfd.img" not in images.names():
         return set()
     inodes = ImageFile.parse(images.read("memfd.img"), messages.memfd_inode_entry).entries
-    return {inode.name for inode in inodes}
+    return {text_of(inode.name) for inode in inodes}
 
 
 def run_id(images: ImageFolder) -> str:
@@ -197,12 +214,17 @@ def frozen_ms(images: ImageFolder) -> float:
 def link_remaps(images: ImageFolder) -> list[str]:
     """Paths of the temporary hard links that CRIU made for files without a name of their own."""
     linked = {entry.remap_id for entry in _remaps(images) if entry.remap_type == _REMAP_LINKED}
-    return [entry.reg.name for entry in read_files(images).entries if entry.id in linked]
+    return [text_of(entry.reg.name) for entry in read_files(images).entries if entry.id in linked]
 
 
 def remapped_ids(images: ImageFolder) -> set[int]:
     """Ids of the files that have no name of their own any more (those of ended processes in /proc aside)."""
     return {entry.orig_id for entry in _remaps(images) if entry.remap_type != _REMAP_PROCFS}
+
+
+def unnamed_ids(images: ImageFolder) -> dict[int, int]:
+    """Ids of the open files and folders that have no name at all any more, and which unnamed one each is."""
+    return {e.orig_id: e.remap_id for e in _remaps(images) if e.remap_type == _REMAP_GHOST}
 
 
 def _remaps(images: ImageFolder) -> list[Any]:

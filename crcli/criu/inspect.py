@@ -10,7 +10,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from crcli.criu import messages
-from crcli.criu.images import ImageFile, mapped_ids, read_files, remapped_ids
+from crcli.criu.images import ImageFile, mapped_ids, read_files, remapped_ids, text_of
 from crcli.criu.needs import InetSocket, OpenedFile, Rights
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def opened_files(images: ImageFolder) -> list[OpenedFile]:
     entries: dict[str, list[Any]] = {}
     for entry in read_files(images).entries:
         if entry.type == messages.fd_types.REG and entry.id not in gone and not entry.reg.ext:
-            entries.setdefault(entry.reg.name, []).append(entry)
+            entries.setdefault(text_of(entry.reg.name), []).append(entry)
     return [
         _opened_file(path, same, mapped.isdisjoint(entry.id for entry in same))
         for path, same in sorted(entries.items())
@@ -79,21 +79,26 @@ def inet_sockets(images: ImageFolder) -> Iterator[InetSocket]:
         sock = entry.isk
         if entry.type != messages.fd_types.INETSK or not sock.src_port or sock.proto not in _WITH_PORTS:
             continue
-        tcp = sock.proto == socket.IPPROTO_TCP
-        connected = sock.dst_port != 0
-        yield InetSocket(
-            protocol="tcp" if tcp else "udp",
-            family=sock.family,
-            host=_host(sock.src_addr),
-            port=sock.src_port,
-            remote=(_host(sock.dst_addr), sock.dst_port),
-            state=_TCP_STATES.get(sock.state, "connected") if tcp else "connected" if connected else "bound",
-            reuse_address=sock.opts.reuseaddr,
-            reuse_port=sock.opts.so_reuseport,
-            only_v6=sock.v6only,
-            free_bind=sock.ip_opts.freebind,
-            device=sock.ifname,
-        )
+        yield inet_socket(sock)
+
+
+def inet_socket(sock: Any) -> InetSocket:
+    """What a restore needs for one TCP or UDP socket (an `inet_sk_entry`)."""
+    tcp = sock.proto == socket.IPPROTO_TCP
+    connected = sock.dst_port != 0
+    return InetSocket(
+        protocol="tcp" if tcp else "udp",
+        family=sock.family,
+        host=_host(sock.src_addr),
+        port=sock.src_port,
+        remote=(_host(sock.dst_addr), sock.dst_port),
+        state=_TCP_STATES.get(sock.state, "connected") if tcp else "connected" if connected else "bound",
+        reuse_address=sock.opts.reuseaddr,
+        reuse_port=sock.opts.so_reuseport,
+        only_v6=sock.v6only,
+        free_bind=sock.ip_opts.freebind,
+        device=sock.ifname,
+    )
 
 
 def _host(words: Iterable[int]) -> str:
@@ -113,7 +118,7 @@ def unix_names(images: ImageFolder) -> list[str]:
         if sock.name[:1] == b"\0":
             found.add("@" + os.fsdecode(sock.name[1:]))
         elif sock.name:
-            found.add(os.path.join(sock.name_dir or "/", os.fsdecode(sock.name.rstrip(b"\0"))))
+            found.add(os.path.join(text_of(sock.name_dir) or "/", os.fsdecode(sock.name.rstrip(b"\0"))))
     return sorted(found)
 
 

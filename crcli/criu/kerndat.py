@@ -47,7 +47,7 @@ def is_wanted() -> bool:
 def _file_system(folder: str) -> str:
     """The type of the file system that a folder below / is on."""
     found = ""
-    with open("/proc/self/mountinfo") as file:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             fields, _, source = line.partition(" - ")
             if fields.split()[4] in ("/", folder):

@@ -58,6 +58,8 @@ _CONSEQUENCES = re.compile(
 )
 """What CRIU says on its way there, after the cause."""
 
+_KILLED = re.compile(r"\d+ killed by signal 9: ")
+"""A cause only when nothing was said before: after an error CRIU kills what it has begun."""
 
 _VERSION = re.compile(r"^\([\d.]+\) Version: (\S+)", re.MULTILINE)
 
@@ -82,6 +84,7 @@ def explain(log: str) -> Cause:
     lines = [line for line in _parse(log) if not _HARMLESS.match(line.text)]
     errors = [line for line in lines if line.is_error]
     causes = [line for line in errors if not _CONSEQUENCES.match(line.text)]
+    causes = causes[:1] + [line for line in causes[1:] if not _KILLED.search(line.text)]
     warnings = [line for line in lines if _WARNINGS_THAT_COUNT.match(line.text)]
     said = _of_the_first_to_fail(causes or warnings or errors)
     return _known(said) or _unknown(said, log)

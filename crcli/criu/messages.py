@@ -61,6 +61,7 @@ _MODULES = {
     "pstree_entry": "pstree",
     "remap_file_path_entry": "remap_file_path",
     "stats_entry": "stats",
+    "task_kobj_ids_entry": "core",
     "tcp_stream_entry": "tcp_stream",
     "tty_info_entry": "tty",
 }

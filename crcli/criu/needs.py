@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from msgspec import Struct
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 
 class OpenedFile(Struct, frozen=True):
@@ -39,6 +44,12 @@ class InetSocket(Struct, frozen=True):
     only_v6: bool = False
     free_bind: bool = False
     device: str = ""
+
+    def may_have_another_address(self, others: Collection[InetSocket]) -> bool:
+        """Whether it may send from any address: UDP that is connected, and not with one of these `others`."""
+        ends = (self.host, self.port)
+        is_client = self.protocol == "udp" and self.state == "connected" and not self.device
+        return is_client and not any(one.protocol == "udp" and one.remote == ends for one in others)
 
 
 class Rights(Struct, frozen=True):

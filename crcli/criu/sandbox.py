@@ -145,6 +145,7 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int, answ
     try:
         mount_proc()
         kernel.loopback_up()
+        kernel.own_every_address()  # connected sockets must find a way to wherever they are connected
         _allow_any_address()
         control.send(READY)
         if answers == b"":
@@ -235,10 +236,8 @@ def _overlay(folder: str, layers: str, number: int, keep: Sequence[str]) -> None
 
 def _mounts_below(folder: str) -> list[str]:
     """Mount points directly or further below a folder, those inside another of them left out."""
-    with open("/proc/self/mountinfo") as file:
-        points = sorted({line.split()[4].replace("\\040", " ") for line in file})
     found: list[str] = []
-    for point in points:
+    for point in sorted(set(kernel.mount_points())):
         inside = point.startswith(folder.rstrip("/") + "/")
         if inside and not any(point.startswith(f"{other}/") for other in found):
             found.append(point)

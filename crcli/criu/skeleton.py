@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import struct
@@ -13,23 +14,29 @@ from crcli.criu import messages
 from crcli.criu.images import (
     ImageFile,
     create_pages,
+    holders_of,
     mapped_ids,
     read_files,
     remapped_ids,
+    text_of,
+    unnamed_ids,
     write_pagemap,
 )
-from crcli.criu.inspect import writes_anywhere
+from crcli.criu.inspect import inet_socket, writes_anywhere
 from crcli.memory.extents import PAGE, Extent, SpaceKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
+    from crcli.criu.needs import InetSocket
     from crcli.criu.workspace import Workspace
 
 _TCP, _UDP = 6, 17
 _PROTOCOLS = {_TCP: "tcp", _UDP: "udp"}
 _TCP_CLOSE, _TCP_LISTEN = 7, 10
-_EXTERNAL_TERMINAL = 5
+_PSEUDO_TERMINAL, _EXTERNAL_TERMINAL = 1, 5
+_MASTERS = 5
+"""The major device number of /dev/ptmx."""
 _OUTSIDE_SOCKET = 1
 _NO_NETWORK_LOCK = 2
 _ESTABLISHED_STATES = frozenset((1, 2, 3, 4, 5, 6, 8, 9, 11))
@@ -150,6 +157,36 @@ def move_ports(images: Workspace, ports: Mapping[int, int]) -> None:
     images.write("files.img", files.encode())
 
 
+def free_lost_addresses(images: Workspace, is_here: Callable[[InetSocket], bool]) -> None:
+    """Let UDP sockets that are connected to outside send from an address of this host.
+
+    Theirs was the old host's, and the kernel's choice. `is_here` says whether a socket's address is ours.
+    """
+    files = read_files(images)
+    entries = [sock for sock in _inet_sockets(files) if sock.src_port]
+    sockets = [inet_socket(sock) for sock in entries]
+    lost = [
+        sock
+        for sock, one in zip(entries, sockets, strict=True)
+        if one.may_have_another_address(sockets) and not is_here(one)
+    ]
+    for sock in lost:
+        sock.src_addr[:] = [0] * len(sock.src_addr)
+    if lost:
+        images.write("files.img", files.encode())
+
+
+def forget_devices(images: Workspace) -> None:
+    """Bind no socket to a network interface, for a network that has none."""
+    files = read_files(images)
+    bound = [e.isk for e in files.entries if e.type == messages.fd_types.INETSK]
+    bound = [sock for sock in bound if sock.opts.so_bound_dev]
+    for sock in bound:
+        sock.opts.ClearField("so_bound_dev")
+    if bound:
+        images.write("files.img", files.encode())
+
+
 def _inet_sockets(files: ImageFile) -> list[Any]:
     return [e.isk for e in files.entries if e.type == messages.fd_types.INETSK and e.isk.proto in _PROTOCOLS]
 
@@ -225,6 +262,62 @@ def forget_foreign_sessions(images: Workspace, members: Collection[int]) -> None
     images.write("tty-info.img", info.encode())
 
 
+def move_terminals(images: Workspace, taken: Collection[int]) -> None:
+    """Give pseudo-terminals whose numbers are `taken` here (N of /dev/pts/N) the next that are free."""
+    if "tty-info.img" not in images.names():
+        return
+    info = ImageFile.parse(images.read("tty-info.img"), messages.tty_info_entry)
+    pairs = [entry for entry in info.entries if entry.type == _PSEUDO_TERMINAL]
+    ours = {entry.pty.index for entry in pairs}
+    free = (number for number in itertools.count() if number not in taken and number not in ours)
+    moved = dict(zip(sorted(ours.intersection(taken)), free, strict=False))
+    slaves: dict[int, int] = {}
+    for entry in pairs:
+        if entry.pty.index in moved:
+            entry.pty.index = moved[entry.pty.index]
+            if os.major(entry.rdev) != _MASTERS:
+                entry.rdev = os.makedev(os.major(entry.rdev), entry.pty.index)
+                slaves[entry.id] = entry.pty.index
+    if moved:
+        images.write("tty-info.img", info.encode())
+        _rename_terminals(images, slaves)
+
+
+def _rename_terminals(images: Workspace, slaves: Mapping[int, int]) -> None:
+    """Have the files of these terminals (ids of `tty_info_entry`) be named after their new numbers."""
+    files = read_files(images)
+    ttys = [entry.tty for entry in files.entries if entry.type == messages.fd_types.TTY]
+    names = {tty.regf_id: f"/dev/pts/{slaves[tty.tty_info_id]}" for tty in ttys if tty.tty_info_id in slaves}
+    for entry in files.entries:
+        if entry.type == messages.fd_types.REG and entry.id in names:
+            entry.reg.name = names[entry.id]
+    images.write("files.img", files.encode())
+
+
+def hung_up_terminals(images: Workspace) -> list[tuple[int, int]]:
+    """The masters of terminals that nobody has open any more, each as (pid inside the tree, descriptor)."""
+    if "tty-info.img" not in images.names():
+        return []
+    entries = ImageFile.parse(images.read("tty-info.img"), messages.tty_info_entry).entries
+    pairs = [entry for entry in entries if entry.type == _PSEUDO_TERMINAL]
+    used = {entry.pty.index for entry in pairs if os.major(entry.rdev) != _MASTERS}
+    left = {entry.id for entry in pairs if entry.pty.index not in used}
+    files = [e.tty for e in read_files(images).entries if e.type == messages.fd_types.TTY] if left else []
+    masters = {tty.id for tty in files if tty.tty_info_id in left}
+    return holders_of(images, masters)
+
+
+def forget_death_of_parent(images: Workspace, root: int) -> int:
+    """Let the root live on when its parent ends; return the signal that it was to get then (0: none)."""
+    core = ImageFile.parse(images.read(f"core-{root}.img"), messages.core_entry)
+    thread = core.entries[0].thread_core
+    number = int(thread.pdeath_sig)
+    if number:
+        thread.ClearField("pdeath_sig")
+        images.write(f"core-{root}.img", core.encode())
+    return number
+
+
 def forget_network_lock(images: Workspace) -> None:
     """Let CRIU look for no packet filter table where there is none: to find none takes the kernel 10 ms.
 
@@ -240,7 +333,7 @@ def forget_network_lock(images: Workspace) -> None:
 def regular_files(images: Workspace) -> list[tuple[str, int, int, int | None]]:
     """Every regular file that the tree has open or mapped: (path, flags, mode, size at the dump)."""
     return [
-        (e.reg.name, e.reg.flags, e.reg.mode, e.reg.size if e.reg.HasField("size") else None)
+        (text_of(e.reg.name), e.reg.flags, e.reg.mode, e.reg.size if e.reg.HasField("size") else None)
         for e in read_files(images).entries
         if e.type == messages.fd_types.REG
     ]
@@ -256,8 +349,9 @@ def named_files(images: Workspace) -> list[dict[str, Any]]:
     for entry in read_files(images).entries:
         if entry.type == messages.fd_types.REG and entry.id not in remapped and not entry.reg.ext:
             words = b"".join(word.to_bytes(4, "little") for word in entry.reg.build_id)
-            found[entry.reg.name] = {
-                "path": entry.reg.name,
+            path = text_of(entry.reg.name)
+            found[path] = {
+                "path": path,
                 "size": entry.reg.size,
                 "mode": entry.reg.mode,
                 "build_id": words.hex(),
@@ -269,7 +363,7 @@ def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> Non
     """Let CRIU open these files (None: all) whatever their size: their content was compared, or may grow."""
     files = read_files(images)
     for entry in files.entries:
-        if entry.type == messages.fd_types.REG and (paths is None or entry.reg.name in paths):
+        if entry.type == messages.fd_types.REG and (paths is None or text_of(entry.reg.name) in paths):
             entry.reg.ClearField("size")
     images.write("files.img", files.encode())
 
@@ -281,7 +375,7 @@ def forget_files(images: Workspace, paths: Collection[str], here: Callable[[str]
     """
     files = read_files(images)
     for entry in files.entries:
-        if entry.type == messages.fd_types.REG and here(entry.reg.name) in paths:
+        if entry.type == messages.fd_types.REG and here(text_of(entry.reg.name)) in paths:
             for field in ("size", "mode", "build_id"):
                 entry.reg.ClearField(field)
     images.write("files.img", files.encode())
@@ -299,19 +393,58 @@ def accept_growth(images: Workspace, here: Callable[[str], str] = str) -> list[t
     grown: dict[str, tuple[str, int, int]] = {}
     for entry in regular:
         if entry.reg.HasField("size") and entry.id not in remapped and not entry.reg.ext:
-            now = _size_of(here(entry.reg.name))
+            path = text_of(entry.reg.name)
+            now = _size_of(here(path))
             if now > entry.reg.size:
-                grown[entry.reg.name] = (entry.reg.name, entry.reg.size, now)
+                grown[path] = (path, entry.reg.size, now)
     if grown:
         mapped = mapped_ids(images)
         for entry in regular:
             if entry.id in mapped or writes_anywhere(entry.reg.flags):
-                grown.pop(entry.reg.name, None)
+                grown.pop(text_of(entry.reg.name), None)
         for entry in regular:
-            if entry.reg.name in grown:
+            if text_of(entry.reg.name) in grown:
                 entry.reg.ClearField("size")
         images.write("files.img", files.encode())
     return list(grown.values())
+
+
+def make_room_for_deleted(images: Workspace, here: Callable[[str], str] = str) -> None:
+    """Give deleted files and folders other names, where CRIU could not make them under their own.
+
+    It makes each for a moment, and removes it again. It needs the folder above (which it would make, and
+    leave behind), and takes a folder that somebody has made there meanwhile for its own. `here` says where
+    a path lies on this host.
+    """
+    files = read_files(images)
+    unnamed = unnamed_ids(images)
+    renamed: dict[tuple[int, str], str] = {}
+    taken: set[str] = set()
+    for entry in files.entries:
+        if entry.type != messages.fd_types.REG or entry.id not in unnamed:
+            continue
+        path = text_of(entry.reg.name)
+        key = (unnamed[entry.id], path)
+        if key not in renamed:
+            is_folder = stat.S_ISDIR(entry.reg.mode)
+            is_free = path not in taken and not (is_folder and os.path.lexists(here(path)))
+            has_room = is_free and os.path.isdir(here(os.path.dirname(path)))
+            renamed[key] = path if has_room else _free_name(path, here, taken)
+            taken.update([renamed[key]] if is_folder else [])
+        if renamed[key] != path:
+            entry.reg.name = renamed[key]
+    if any(path != name for (_, path), name in renamed.items()):
+        images.write("files.img", files.encode())
+
+
+def _free_name(path: str, here: Callable[[str], str], taken: Collection[str]) -> str:
+    """A name that nothing has, in the nearest folder above that is there."""
+    folder, name = os.path.split(path)
+    while not os.path.isdir(here(folder)):
+        folder = os.path.dirname(folder)
+    start = os.path.join(folder, name.encode(errors="replace").decode()[:50])  # messages take UTF-8 only
+    names = (f"{start}.gone-{number}" for number in itertools.count(1))
+    return next(path for path in names if path not in taken and not os.path.lexists(here(path)))
 
 
 def _size_of(path: str) -> int:
@@ -334,7 +467,7 @@ def touched_folders(images: Workspace) -> list[str]:
             if path := _socket_path(entry.usk):
                 found.add(os.path.dirname(path))
         elif entry.type == messages.fd_types.REG and entry.id in special:
-            found.add(os.path.dirname(entry.reg.name))
+            found.add(os.path.dirname(text_of(entry.reg.name)))
     return sorted(os.path.normpath(folder) for folder in found if os.path.isdir(folder))
 
 
@@ -353,4 +486,4 @@ def _socket_path(entry: Any) -> str:
     """Where a unix socket is bound; empty for one without a name, or with an abstract one."""
     if entry.name[:1] in (b"", b"\0"):
         return ""
-    return os.path.join(entry.name_dir or "/", os.fsdecode(entry.name.rstrip(b"\0")))
+    return os.path.join(text_of(entry.name_dir) or "/", os.fsdecode(entry.name.rstrip(b"\0")))

@@ -31,15 +31,23 @@ from crcli.criu.borrowed import Recalled
 from crcli.criu.compel import Text
 from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME
+from crcli.criu.puppet import MACHINES, Ending, Puppet
 from crcli.criu.rescue import SocketSettings, free_sockets, remember, remove_link_remaps, remove_tables
 from crcli.process.identity import ProcessId, identify, read_proc
 from crcli.process.tree import child_pids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
+    from crcli.kernel import Stop
+
 _LIMIT_S = 20.0
+_POKE_LIMIT_S = 5.0
+_POKES_AT_ONCE = 200
+_PTRACE_POKEUSER = 6
+_TO_BE_HEARD = signal.SIGWINCH
+"""CRIU gets it, and the standby, which sees CRIU's signals first, keeps it and looks at what it was told."""
 _MESSAGE_LIMIT = 1 << 20
 _SIGKILL_BIT = 1 << (signal.SIGKILL - 1)
 
@@ -65,6 +73,7 @@ class Standby:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._report: AfterDeath | None = None
         self._listener: threading.Thread | None = None
+        self._poked = threading.Event()
         self._pid = kernel.quiet_fork()
         if self._pid == 0:
             _stand_by(theirs, root, images_fd)
@@ -84,6 +93,17 @@ class Standby:
         """
         pairs = [(member.pid, member.start_time) for member in members]
         self._send({"outcome": outcome, "members": pairs, "keep_lock": keep_lock})
+
+    def poke(self, criu: int, threads: Sequence[tuple[int, Sequence[tuple[int, int]]]]) -> None:
+        """Change registers of frozen threads, which only CRIU can reach; return when it is done.
+
+        Each is a thread's id here, and pairs of an offset (PTRACE_POKEUSER) and a value.
+        """
+        self._poked.clear()
+        for start in range(0, len(threads), _POKES_AT_ONCE):
+            self._send({"poke": threads[start : start + _POKES_AT_ONCE]})
+        os.kill(criu, _TO_BE_HEARD)
+        self._poked.wait(_POKE_LIMIT_S)
 
     def wait(self) -> AfterDeath | None:
         """Wait until CRIU has ended and the tree is set right; say how, if CRIU was killed.
@@ -125,8 +145,12 @@ class Standby:
     def _listen(self, on_death: Callable[[], None]) -> None:
         while text := self._control.recv(_MESSAGE_LIMIT):
             told = json.loads(text)
+            if "poked" in told:
+                self._poked.set()
+                continue
             held, lost = (tuple(ProcessId(*pair) for pair in told[name]) for name in ("held", "lost"))
             self._report = AfterDeath(told["finished"], held, lost)
+            self._poked.set()
             on_death()
 
 
@@ -166,6 +190,7 @@ class _Watch:
         self.keep_lock = True
         self.is_alone = False
         self.recalled: Recalled | None = None
+        self.pokes: list[tuple[int, list[tuple[int, int]]]] = []
 
     def run(self, criu: int) -> None:
         """Trace CRIU to its end, and do what there is to do right before that."""
@@ -173,8 +198,14 @@ class _Watch:
             kernel.go_first(pid)
         kernel.trace_exit(criu)
         report = None
-        while (stop := kernel.wait_for_stop(criu)) is not None:
+        stop = kernel.wait_for_stop(criu)
+        while stop is not None:
             number = stop.signal
+            if number == _TO_BE_HEARD:
+                self._hear()
+                number = 0
+                if self.pokes and (end := self._poke(criu)) is not None:
+                    stop = end
             if stop.is_exit:
                 self._hear()
                 killed = os.WIFSIGNALED(kernel.exit_status(criu))
@@ -184,11 +215,38 @@ class _Watch:
                 else:
                     self._after_end()
             kernel.go_on(criu, number)
+            stop = kernel.wait_for_stop(criu)
         if self.recalled is not None and report is not None:
             self.recalled.give_back()
             report["lost"] = [pair for pair in report["held"] if pair[0] in self.recalled.lost]
         if report is not None:
             self.control.send(json.dumps(report).encode())
+
+    def _poke(self, criu: int) -> Stop | None:
+        """Have CRIU, which has stopped for us, change the registers; return a stop on its way out, if any."""
+        stop: Stop | None = None
+
+        def wait() -> int:
+            nonlocal stop
+            stop = kernel.wait_for_stop(criu)
+            if stop is None or stop.is_exit:
+                raise Ending
+            return stop.signal
+
+        machine = MACHINES[os.uname().machine]
+        pokes, self.pokes = self.pokes, []
+        try:
+            with Puppet(criu, machine, wait) as puppet:
+                for tid, changes in pokes:
+                    for offset, value in changes:
+                        puppet.call(machine.nr_ptrace, _PTRACE_POKEUSER, tid, offset, value)
+                puppet.stand_as_if_signalled()
+        except Ending:
+            return stop
+        except OSError:
+            pass  # those threads see their call interrupted
+        self.control.send(json.dumps({"poked": len(pokes)}).encode())
+        return None
 
     def _hear(self) -> None:
         """Take in what crcli has said since, and whether it is still there."""
@@ -196,6 +254,9 @@ class _Watch:
         try:
             while text := self.control.recv(_MESSAGE_LIMIT):
                 told = json.loads(text)
+                if "poke" in told:
+                    self.pokes += told["poke"]
+                    continue
                 self.outcome, self.keep_lock = told["outcome"], told["keep_lock"]
                 self.members = [ProcessId(*pair) for pair in told["members"]]
             self.is_alone = True

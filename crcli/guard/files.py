@@ -34,7 +34,7 @@ def opened(needs: Needs, here: Here) -> Iterator[Finding]:
         path = file.opened.path
         if path.startswith(_MADE_BY_THE_KERNEL):
             continue
-        status = _status(path)
+        status = _status(path, file.opened.mode or 0)
         if path in carried:
             if status is not None and not _is_replaced(needs, here, carried[path]):
                 yield from _mode(file, status)
@@ -45,9 +45,10 @@ def opened(needs: Needs, here: Here) -> Iterator[Finding]:
             yield _missing(file, next((point for point in mounts if _is_below(path, point)), ""))
 
 
-def _status(path: str) -> os.stat_result | None:
+def _status(path: str, mode: int = 0) -> os.stat_result | None:
+    """What stands there; where the tree has a symbolic link itself open (`mode`), what the link is."""
     try:
-        return os.stat(path)
+        return os.lstat(path) if stat.S_ISLNK(mode) else os.stat(path)
     except OSError:
         return None
 

@@ -111,6 +111,11 @@ def _why_not(one: InetSocket, *, port: bool = True) -> int:
     return 0
 
 
+def has_address(one: InetSocket) -> bool:
+    """Whether the address that a socket is bound to is one of this host's."""
+    return _why_not(one, port=False) not in _NOT_OURS
+
+
 def addresses(needs: Needs, here: Here) -> Iterator[Finding]:
     """Addresses that the tree's sockets are bound to, and that this host does not have."""
     if "net" in needs.own_namespaces:
@@ -120,13 +125,15 @@ def addresses(needs: Needs, here: Here) -> Iterator[Finding]:
         place = (one.host, one.device)
         if place in seen or (_is_kept_by_tcp(one) and not _lives_on(one, needs, here)):
             continue
+        if one.may_have_another_address(needs.sockets):
+            continue  # it gets one of ours
         seen.add(place)
-        if _why_not(one, port=False) in _NOT_OURS:
+        if not has_address(one):
             yield _address_missing(one)
 
 
 def _address_missing(one: InetSocket) -> Finding:
-    is_connection = one.state == "connected"
+    is_connection = _is_kept_by_tcp(one)
     where = f"the network interface {one.device}" if one.device else f"the address {one.host}"
     use = "from which a connection of the tree goes" if is_connection else _use(one)
     return blocker(

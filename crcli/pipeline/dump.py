@@ -63,6 +63,7 @@ from crcli.pipeline.hashing import Hashing, describe_mounts
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible, seconds_left
 from crcli.pipeline.knowing import Knowing
 from crcli.pipeline.logs import explain_failure
+from crcli.pipeline.pids import interrupted_threads
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.preflight import preflight_here
 from crcli.pipeline.rates import load_rates
@@ -78,6 +79,7 @@ from crcli.plugins.spec import DumpTarget, failure_of
 from crcli.process import notify
 from crcli.process.gather import gather
 from crcli.process.tree import refuse_bad_target, scan_tree
+from crcli.process.waits import waited_ms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -275,6 +277,8 @@ class _Dump:
         self.store: Store | None = None
         self.published = False
         self.is_holding = False
+        self.criu_pid = 0
+        self.waited_ms: dict[int, int] = {}
         self.frozen_at = 0.0
         self.skeleton: list[StoredFile] = []
         self.files: list[StoredFile] = []
@@ -628,7 +632,8 @@ class _Dump:
                 passed, _must_answer_limits(self.target.evidence), self.target.plan.enter
             ) as criu,
         ):
-            self.standby.watch(criu.host_pid(), self._on_criu_death)
+            self.criu_pid = criu.host_pid()
+            self.standby.watch(self.criu_pid, self._on_criu_death)
             receiver = Receiver(ours, self.intake)
             receiver.start()
             parent = self.rounds.parent
@@ -668,10 +673,17 @@ class _Dump:
             with self.watch.phase("turn"):
                 self.shared.take_turn()
             self._check_identity()
+            if self.options.outcome != Outcome.KILLED:
+                self.waited_ms = waited_ms(process.pid for process in self.tree)
             self.frozen_at = time.monotonic()
         elif script == "post-dump":
             self.is_holding = True
-            self._hold(receiver)
+            try:
+                self._hold(receiver)
+            except BaseException as error:
+                if not isinstance(error, _CriuKilled):
+                    self._resume_calls()  # the tree runs on
+                raise
             self.is_holding = False
         return True
 
@@ -699,6 +711,8 @@ class _Dump:
             with self.watch.phase("trial"):
                 plan, links = self.target.plan, self.target.links
                 try_skeleton(self.sandbox, self.trial, self.images, self.intake.kept, plan, links)
+        if self.options.outcome != Outcome.KILLED:
+            self._resume_calls()
         self.shared.end_turn()
         since = self.gpu.asleep_since if self.gpu is not None else self.frozen_at
         self.report.frozen_ms = round((time.monotonic() - since) * 1000, 2)
@@ -707,6 +721,11 @@ class _Dump:
             with self.watch.phase("hold"):
                 self._publish()
             self.standby.settle(self.options.outcome.value, self.tree.identities, self.keeps_lock)
+
+    def _resume_calls(self) -> None:
+        """Have threads of the frozen tree make the calls again that they would see interrupted."""
+        if threads := interrupted_threads(self.images, self.target.evidence.root.identity, self.waited_ms):
+            self.standby.poke(self.criu_pid, threads)
 
     def _capture(self) -> None:
         evidence = self.target.evidence

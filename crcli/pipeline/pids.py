@@ -6,12 +6,16 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
+from crcli.criu.interrupted import calls_to_make_again
 from crcli.pipeline.stages import PidNamespace
 from crcli.process.here import taken_pids
-from crcli.process.tree import child_pids, read_process
+from crcli.process.tree import child_pids, read_process, scan_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from crcli.criu.images import ImageFolder
+    from crcli.process.identity import ProcessId
 
 
 def namespace_for(asked: PidNamespace, root: int, numbers: set[int]) -> PidNamespace:
@@ -65,6 +69,33 @@ def kill_descendants(but: Collection[int] = ()) -> None:
                 os.waitpid(pid, 0)
             except (ProcessLookupError, ChildProcessError):
                 continue
+
+
+def interrupted_threads(
+    images: ImageFolder, root: ProcessId, waited_ms: Mapping[int, int]
+) -> list[tuple[int, Sequence[tuple[int, int]]]]:
+    """Threads of a frozen tree whose call CRIU has interrupted: the id here, and registers to change.
+
+    Those that do not stand where the image says are left out. `waited_ms` is for how long each had waited.
+    """
+    calls = calls_to_make_again(images)
+    depth = max(1, len(_nspid(root.pid)))
+    found: list[tuple[int, Sequence[tuple[int, int]]]] = []
+    for member in scan_tree(root).identities if calls else ():
+        for inner, tid in host_threads(member.pid, depth).items():
+            if inner in calls and _instruction_pointer(tid) == calls[inner].ip:
+                found.append((tid, calls[inner].after(waited_ms.get(tid, 0)).changes))
+    return found
+
+
+def _instruction_pointer(tid: int) -> int:
+    """Where a thread that stands still goes on; 0 when it runs or is gone."""
+    try:
+        with open(f"/proc/{tid}/syscall", "rb") as file:
+            last = file.read().split()[-1]
+    except OSError:
+        return 0
+    return int(last, 16) if last.startswith(b"0x") else 0
 
 
 def host_threads(pid: int, depth: int) -> dict[int, int]:

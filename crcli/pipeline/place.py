@@ -62,9 +62,7 @@ def _undo_folder(change: Change) -> None:
 
 def _undo_mounts(change: Change) -> None:
     """CRIU was killed with cgroup hierarchies mounted there; none of what they hold is to be touched."""
-    with open("/proc/self/mountinfo") as file:
-        points = [line.split()[4] for line in file]
-    for point in reversed(points):
+    for point in reversed(kernel.mount_points()):
         if point.startswith(change.path + "/"):
             kernel.unmount(point)
     for folder, folders, names in os.walk(change.path, topdown=False):

@@ -19,6 +19,7 @@ from crcli import kernel
 from crcli.criu import netlock
 from crcli.criu.binary import DOES_IT_START, criu_command
 from crcli.criu.images import memfd_names, read_tree, wiped_on_fork
+from crcli.criu.inspect import own_namespaces
 from crcli.criu.interrupted import resume_interrupted_calls
 from crcli.criu.locks import FileLock, lost_locks, take_again
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
@@ -27,13 +28,18 @@ from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.skeleton import (
     accept_growth,
     close_outside_connections,
+    forget_death_of_parent,
     forget_files,
     forget_foreign_sessions,
     forget_network_lock,
     forget_sizes,
+    free_lost_addresses,
     has_connections,
+    hung_up_terminals,
     lay_out_memory,
+    make_room_for_deleted,
     mend_connections,
+    move_terminals,
 )
 from crcli.criu.workspace import Workspace
 from crcli.errors import CrcliError, RestoreFailed, TreeState
@@ -41,6 +47,7 @@ from crcli.findings import Finding, Severity
 from crcli.guard.here import Here
 from crcli.guard.host import forced_paths, guard, guard_machine
 from crcli.guard.needs import Asked, cpu_promise, needs_of
+from crcli.guard.places import has_address
 from crcli.image.cached import load_near, open_cached
 from crcli.image.manifest import Manifest
 from crcli.image.names import parse_image
@@ -58,7 +65,7 @@ from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Sil
 from crcli.pipeline.stdio import Replacements, replace_links
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import RestoreTarget, failure_of
-from crcli.process.here import established_here
+from crcli.process.here import established_here, terminals_here
 from crcli.process.identity import ProcessId, identify
 from crcli.process.settings import give_back
 from crcli.process.tree import child_pids
@@ -345,6 +352,7 @@ class _Restore:
         place_files(self.manifest_here, self.reader, self._changed_files(), self.here, self._note)
         forget_sizes(self.images, {file.name for file in self.manifest.files})
         accept_growth(self.images, self._host_path)
+        make_room_for_deleted(self.images, self._host_path)
         if paths := forced_paths(self.findings):
             forget_files(self.images, paths, self._host_path)
         mend_connections(self.images)
@@ -353,10 +361,21 @@ class _Restore:
         if not netlock.tables_of(str(self.manifest.meta.get("run_id", ""))):
             forget_network_lock(self.images)
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
+        move_terminals(self.images, terminals_here())
         if self.options.tcp == TcpPolicy.AUTO and has_connections(self.images):
             close_outside_connections(self.images, established_here())
+        if self.stay is None and self.namespace != PidNamespace.NEW:
+            self._leave_parent()
+        if "net" not in own_namespaces(self.images.names()):
+            free_lost_addresses(self.images, has_address)
         self._fill_early(self.divided)
         self._begin_replay()
+
+    def _leave_parent(self) -> None:
+        """The root's parent would be us, and we end soon: let it not mind."""
+        root = self.members[0]
+        if number := forget_death_of_parent(self.images, root.pid):
+            self.findings.append(_parent_forgotten(root.comm, number))
 
     def _prepare_pager(self, pager: Pager) -> None:
         from crcli.pipeline.pager import Missing
@@ -557,6 +576,7 @@ class _Restore:
             else:
                 self._fill_late()
             self._give_back_settings()
+            self._hang_up()
             self._tell()
             self.hooks.call("restore_frozen", target=self.described)
         elif script == "pre-resume":
@@ -605,6 +625,22 @@ class _Restore:
             if host_pid is not None and (saved or whole):
                 for tid, host_tid in host_threads(host_pid, depth).items():
                     give_back(host_tid, saved.get(str(tid), whole))
+
+    def _hang_up(self) -> None:
+        """Let the tree see that terminals which it drives were left: else it would wait for more for ever."""
+        for pid, fd in hung_up_terminals(self.images):
+            try:
+                pidfd = os.pidfd_open(self.host[pid])
+                try:
+                    master = kernel.pidfd_getfd(pidfd, fd)
+                finally:
+                    os.close(pidfd)
+                try:
+                    kernel.hang_up(master)
+                finally:
+                    os.close(master)
+            except OSError:
+                continue
 
     def _tell(self) -> None:
         """Let processes that use crcli.notify know, so that they find it when they run."""
@@ -753,6 +789,17 @@ def asked_of(options: RestoreOptions) -> Asked:
         options.changed_files.value,
         options.forced,
         options.gpu_map,
+    )
+
+
+def _parent_forgotten(comm: str, number: int) -> Finding:
+    name = signal.Signals(number).name
+    return Finding(
+        "parent-death-signal",
+        Severity.NOTE,
+        f"{comm} had asked for {name} when its parent ends (PR_SET_PDEATHSIG), and has no such parent here",
+        {"signal": name},
+        action="forgets that it asked",
     )
 
 

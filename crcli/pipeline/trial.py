@@ -9,10 +9,12 @@ from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.sandbox import STAND_IN_FD, Order
 from crcli.criu.skeleton import (
+    forget_devices,
     forget_foreign_sessions,
     forget_network_lock,
     forget_sizes,
     lay_out_memory,
+    make_room_for_deleted,
     outside_sockets,
     touched_folders,
 )
@@ -54,6 +56,8 @@ def try_skeleton(
             trial.link_from(images, name)
     _lay_out_kept(trial, kept)
     forget_network_lock(trial)  # it lies around the original
+    forget_devices(trial)
+    make_room_for_deleted(trial)
     forget_sizes(trial)  # others may write to the same files meanwhile
     outside = [link for link in links if link.external]
     members = read_tree(trial)

@@ -71,6 +71,10 @@ REMOTE_FILE_SYSTEMS = frozenset(
 VIRTUAL_CONSOLES, LAST_VIRTUAL_CONSOLE = 4, 63  # a major number and its minors; above them ttyS*
 
 
+CONTROLLING_TTY = os.makedev(5, 0)
+"""/dev/tty, which is another terminal for each session."""
+
+
 class Terminal(Struct, frozen=True):
     """One terminal that the tree has open.
 

@@ -15,6 +15,7 @@ from crcli.process import notify
 from crcli.process.asking import joined_groups, multicast_groups, unread_bytes
 from crcli.process.epolls import epolls_astray
 from crcli.process.evidence import (
+    CONTROLLING_TTY,
     MEMORY_FILE_SYSTEMS,
     PSEUDO_FILE_SYSTEMS,
     Database,
@@ -61,7 +62,6 @@ _BOARD = f"/memfd:{notify.NAME}"
 PAGER_COMMS = ("crcli-pager", "crcli-keeper")
 """The name of the processes that fill memory in after a lazy restore (pipeline.pager.COMM)."""
 
-CONTROLLING_TTY = os.makedev(5, 0)
 
 T = TypeVar("T")
 K = TypeVar("K")

@@ -37,6 +37,14 @@ def sockets_here() -> list[Socket]:
     return list(sockets_of(os.getpid(), same_netns=True).values())
 
 
+def terminals_here() -> frozenset[int]:
+    """The numbers of the pseudo-terminals that are in use: N of /dev/pts/N."""
+    try:
+        return frozenset(int(name) for name in os.listdir("/dev/pts") if name.isdigit())
+    except FileNotFoundError:
+        return frozenset()
+
+
 def established_here() -> set[tuple[str, str]]:
     """The (local, remote) ends of all TCP connections of this network namespace, as "address:port"."""
     return {

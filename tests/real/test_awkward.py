@@ -145,6 +145,16 @@ REFUSED = {
         libc.mq_unlink(b"/crcli-test")
         """,
     ),
+    "a pager in a terminal of the tree's own": (
+        "terminal-reopened",
+        """
+        import pty
+        pid, master = pty.fork()
+        if pid == 0:
+            fd = os.open("/dev/tty", os.O_RDWR)
+            time.sleep(600)
+        """,
+    ),
     "a file about its parent": ("proc-outside", "f = open(f'/proc/{os.getppid()}/status')"),
     "a program started from memory": (
         "executable-in-memory",
@@ -437,6 +447,77 @@ WHOLE = {
         """,
         ("deleted-files",),
     ),
+    "sockets that are connected or bound to what a trial does not have": Whole(
+        """
+        far, device = (socket.socket(type=socket.SOCK_DGRAM) for _ in range(2))
+        far.bind(("127.77.0.1", 0))
+        far.connect(("127.77.0.2", 53))
+        device.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, os.listdir("/sys/class/net")[0].encode())
+        def state():
+            return far.getsockname(), far.getpeername(), device.getsockopt(socket.SOL_SOCKET, 25, 20)
+        """,
+    ),
+    "a working folder that was deleted, with another in its place": Whole(
+        """
+        os.chdir(os.environ["FOLDER"])
+        for path in ("full", "empty", "file", "twice"):
+            for _ in range(2 if path == "twice" else 1):
+                os.mkdir(path)
+                if os.fork() == 0:
+                    os.chdir(path)
+                    time.sleep(600)
+                time.sleep(0.2)
+                os.rmdir(path)
+        os.makedirs("full/new"), os.mkdir("empty"), open("file", "w").close()
+        def state():
+            return [path for path in ("full/new", "empty", "file", "twice") if os.path.exists(path)]
+        """,
+    ),
+    "what lay in folders that are gone": Whole(
+        """
+        import shutil
+        os.makedirs(os.environ["FOLDER"] + "/gone/too"), os.makedirs(os.environ["FOLDER"] + "/replaced/too")
+        os.chdir(os.environ["FOLDER"] + "/gone/too")
+        files = [open(path + "/too/deleted", "w+b", 0) for path in ("..", "../../replaced")]
+        for file in files:
+            file.write(b"deleted")
+        shutil.rmtree(os.environ["FOLDER"] + "/gone")
+        shutil.rmtree(os.environ["FOLDER"] + "/replaced")
+        open(os.environ["FOLDER"] + "/replaced", "w").close()
+        def state():
+            there = [os.path.exists(os.environ["FOLDER"] + path) for path in ("/gone", "/replaced")]
+            return os.listdir("."), there, [os.pread(file.fileno(), 99, 0) for file in files]
+        """,
+    ),
+    "a terminal whose program has ended": Whole(
+        """
+        import pty
+        pid, master = pty.fork()
+        if pid == 0:
+            os._exit(3)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        def state():
+            try:
+                return os.read(master, 1)
+            except OSError as error:
+                return os.strerror(error.errno)
+        """,
+    ),
+    "a symbolic link that is open itself": Whole(
+        """
+        os.symlink("/nowhere", os.environ["FOLDER"] + "/link")
+        fd = os.open(os.environ["FOLDER"] + "/link", os.O_PATH | os.O_NOFOLLOW)
+        def state():
+            return os.readlink("", dir_fd=fd)
+        """,
+    ),
+    "a root that is to die with its parent": Whole(
+        """
+        libc.prctl(1, signal.SIGKILL)
+        def state():
+            return os.getsid(0) == os.getpid()
+        """,
+    ),
     "strict seccomp in a child": Whole(
         """
         reader, writer = os.pipe()
@@ -482,6 +563,43 @@ def _ask_again(program: Program, pid: int) -> None:
 
 
 # --- comes back changed, as it was said --------------------------------------------------------------------
+
+
+def test_a_terminal_whose_number_is_taken_gets_another(command: Crcli) -> None:
+    """Terminals that the tree drives go on, whatever terminals others have opened meanwhile."""
+    code = """
+        import pty
+        shells = []
+        for _ in range(2):
+            pid, master = pty.fork()
+            if pid == 0:
+                os.execlp("bash", "bash", "--norc", "-i")
+            shells.append((pid, master))
+        def says(master):
+            os.write(master, b"echo $((6 * 7)) >/dev/tty\\n")
+            text = b""
+            while b"42" not in text:
+                text += os.read(master, 1000)
+            return True
+        def state():
+            return [(says(master), os.tcgetpgrp(master) == pid) for pid, master in shells]
+        """
+    with running(code, THEN_COMPARE) as program:
+        terminals = [os.readlink(f"/proc/{pid}/fd/0") for pid in map(int, _children(program.pid))]
+        image = command.dump(program.pid)["image"]
+        opened = [os.openpty() for _ in range(8)]
+        assert all(map(os.path.exists, terminals))
+        try:
+            restored = command.restore(image)
+            _ask_again(program, restored["host_pid"])
+        finally:
+            for fd in (fd for pair in opened for fd in pair):
+                os.close(fd)
+        assert program.value_of("after") == program.value_of("before") == "[(True, True), (True, True)]"
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 @dataclass(frozen=True)

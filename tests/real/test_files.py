@@ -103,6 +103,30 @@ def state():
         assert not path.exists()
 
 
+def test_names_that_are_not_utf_8_are_names_too(crcli: Crcli, tmp_path: Path) -> None:
+    """Files, folders and processes may be called anything: bytes that are no text, line ends, "(deleted)"."""
+    setup = f"""
+import ctypes, os
+ctypes.CDLL(None).prctl(15, b"a\\n) \\xff(c", 0, 0, 0)
+os.mkdir({os.fsencode(tmp_path)!r} + b"/\\xff\\n (deleted)")
+os.chdir({os.fsencode(tmp_path)!r} + b"/\\xff\\n (deleted)")
+kept, gone = (os.open(name, os.O_RDWR | os.O_CREAT) for name in (b"\\xfe", b"\\xfd"))
+os.write(kept, b"kept"), os.write(gone, b"gone")
+os.unlink(b"\\xfd")
+def state():
+    comm = open("/proc/self/comm", "rb").read()
+    return os.getcwdb()[-12:], comm, os.pread(kept, 9, 0), os.pread(gone, 9, 0), os.listdir(b".")
+"""
+    with spawn_python(asked(setup)) as program:
+        before = state(program, program.pid)
+        image = crcli.dump(program.pid, "--name", "bytes")["image"]
+        next(tmp_path.glob("*(deleted)/*")).unlink()
+        report = crcli.restore(image)
+        assert state(program, report["host_pid"]) == before
+        assert "\\udcfe" in crcli.run("show", "bytes", "--store", crcli.store, "--json").out
+        crcli.run("ls", "--store", crcli.store), crcli.run("show", "bytes", "--store", crcli.store)
+
+
 def test_a_file_in_dev_shm_travels(crcli: Crcli) -> None:
     """A mapped file in /dev/shm is in the image, and is put back when it is not there any more."""
     path = Path(f"/dev/shm/crcli-test-{os.getpid()}")

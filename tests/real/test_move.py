@@ -165,6 +165,31 @@ def test_a_server_is_reached_at_the_address_that_moved_with_it(site: Site) -> No
         assert asked(again, b"c") == b"c 2\n"
 
 
+def test_a_client_of_udp_sends_from_where_it_is(site: Site) -> None:
+    """A socket that the kernel had chosen an address for (a resolver's) is no reason not to move."""
+    code = f"""
+import itertools, socket, time
+client = socket.socket(type=socket.SOCK_DGRAM)
+client.connect(("{OUTSIDE}", {{port}}))
+print("ready")
+for number in itertools.count():
+    client.send(b"%d" % number)
+    time.sleep(0.05)
+"""
+    with socket.socket(type=socket.SOCK_DGRAM) as server:
+        server.settimeout(10)
+        server.bind((OUTSIDE, 0))
+        one, other = site.node("one"), site.node("other")
+        job = one.launch("client", code.replace("{port}", str(server.getsockname()[1])))
+        first, there = server.recvfrom(100)
+        dumped(job, site.store)
+        one.kill()
+        restored(job, other, site.store)
+        while (last := server.recvfrom(100))[1][0] == there[0]:
+            pass
+        assert int(last[0]) > int(first)
+
+
 def asked(client: socket.socket, word: bytes) -> bytes:
     """Send the server a line, and return its answer; raise OSError when there is none."""
     client.sendall(word + b"\n")

@@ -113,6 +113,13 @@ PAGES = """
     """
 
 
+UNABLE_TO_RESTORE = """
+    import socket
+    everybody = socket.socket(type=socket.SOCK_DGRAM)
+    everybody.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    everybody.connect(("255.255.255.255", 9))  # CRIU connects before it allows that
+    """
+
 WAITS = """
     import ctypes, os, threading, time
     libc = ctypes.CDLL(None, use_errno=True)
@@ -140,18 +147,49 @@ WAITS = """
     """
 
 
-@pytest.mark.skipif(
+needs_arguments = pytest.mark.skipif(
     os.uname().machine != "x86_64", reason="elsewhere CRIU does not store the call's arguments"
 )
-def test_no_wait_is_interrupted_by_a_restore(crcli: Crcli, tmp_path: Path) -> None:
+
+
+@needs_arguments
+@pytest.mark.parametrize("way", ["restored", "left running", "refused by the trial"])
+def test_no_wait_is_interrupted(crcli: Crcli, tmp_path: Path, way: str) -> None:
     """poll, nanosleep and futex end as they would have, not with EINTR, of which `tail -f` dies."""
-    with spawn_python(WAITS.format(path=str(tmp_path / "go"))) as program:
-        crcli.move(program.pid)
+    code = WAITS.format(path=str(tmp_path / "go"))
+    if way == "refused by the trial":
+        code = UNABLE_TO_RESTORE + code
+    with spawn_python(code) as program:
+        if way == "restored":
+            crcli.move(program.pid)
+        elif way == "left running":
+            crcli.dump(program.pid, "--leave-running")
+        else:
+            crcli.dump(program.pid, code=11)
         (tmp_path / "go").touch()
         wait_until(lambda: program.output.count("=") == 4, "they do not end:\n" + program.output)
         assert program.value_of("poll").split() == ["1"]
         assert program.value_of("nanosleep").split() == program.value_of("clock_nanosleep").split() == ["0"]
         assert program.value_of("futex") == f"-1 {os.strerror(errno.ETIMEDOUT)}"
+
+
+@needs_arguments
+def test_a_time_limit_ends_however_often_a_tree_is_dumped(crcli: Crcli) -> None:
+    """A wait of some seconds is over some time though images are taken more often than that."""
+    code = """
+        import ctypes, os, time
+        libc = ctypes.CDLL(None, use_errno=True)
+        waiting = (ctypes.c_int * 2)(os.pipe()[0], 1)
+        print("ready")
+        print(f"poll={libc.poll(waiting, 1, 9000)}")
+        time.sleep(600)
+        """
+    with spawn_python(code) as program:
+        for _ in range(20):
+            crcli.dump(program.pid, "--leave-running")
+            if "poll=" in program.output:
+                break
+        assert program.value_of("poll") == "0"
 
 
 MEMORY_OF_MANY_KINDS = """
