@@ -42,7 +42,7 @@ _SIOCSIFFLAGS, _SIOCGIFFLAGS, _IFF_UP = 0x8914, 0x8913, 1
 _RTM_NEWROUTE, _NLM_F_REQUEST_CREATE_ACK, _RTA_OIF = 24, 0x405, 4
 _RT_TABLE_LOCAL, _RT_SCOPE_HOST, _RTN_LOCAL = 255, 254, 2
 
-_PTRACE_CONT, _PTRACE_DETACH = 7, 17
+_PTRACE_CONT, _PTRACE_DETACH, _PTRACE_SYSCALL = 7, 17, 24
 _PTRACE_GETEVENTMSG, _PTRACE_GETREGSET, _PTRACE_SETREGSET = 0x4201, 0x4204, 0x4205
 _PTRACE_SEIZE, _PTRACE_INTERRUPT, _PTRACE_LISTEN = 0x4206, 0x4207, 0x4208
 _PTRACE_GETSIGMASK, _PTRACE_SETSIGMASK = 0x420A, 0x420B
@@ -306,27 +306,35 @@ def go_on(pid: int, signal: int) -> None:
 
 
 GENERAL, XSTATE = 1, 0x202
-"""Sets of registers of a thread, as ptrace(2) numbers them (the second on x86 only)."""
+"""Sets of registers of a thread, as ptrace(2) numbers them: NT_PRSTATUS, NT_X86_XSTATE."""
 _REGISTERS_LIMIT = 16 << 10
 
 
-def hold(tid: int) -> int:
-    """Become the tracer of a thread and stop it: see `stop`. PermissionError while it has another tracer."""
-    _checked(_libc.ptrace(_PTRACE_SEIZE, tid, None, None), "ptrace SEIZE")
-    return stop(tid)
+def seize(tid: int) -> None:
+    """Become the tracer of a thread. PermissionError while it has another one."""
+    _checked(_libc.ptrace(_PTRACE_SEIZE, tid, None, _PTRACE_O_TRACESYSGOOD), "ptrace SEIZE")
 
 
-def stop(tid: int) -> int:
-    """Stop a thread that we trace; return the signal that it was about to get, and now does not (0: none).
-
-    A SIGTRAP is not a signal for it: only we wait for one.
-    """
+def interrupt(tid: int) -> None:
+    """Have a thread that we trace stop soon, or once more."""
     _checked(_libc.ptrace(_PTRACE_INTERRUPT, tid, None, None), "ptrace INTERRUPT")
+
+
+def wait_for_thread(tid: int) -> tuple[int, bool]:
+    """Wait until a thread that we trace stops; return the stop's signal, and whether the thread is to get it.
+
+    SIGTRAP with 128 added is a system call. Raises ProcessLookupError when the thread ends.
+    """
     _, status = os.waitpid(tid, _WALL)
     if not os.WIFSTOPPED(status):
-        raise ProcessLookupError(errno.ESRCH, "it has ended")
+        raise ProcessLookupError(errno.ESRCH, f"thread {tid} ended")
     number = os.WSTOPSIG(status)
-    return 0 if status >> 16 or number == signals.SIGTRAP else number
+    return number, not status >> 16 and number < 128
+
+
+def go_on_to_system_call(tid: int) -> None:
+    """Let a thread that has stopped for us go on until it enters, or leaves, a system call."""
+    _checked(_libc.ptrace(_PTRACE_SYSCALL, tid, None, None), "ptrace SYSCALL")
 
 
 def let_go(tid: int) -> None:

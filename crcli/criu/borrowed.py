@@ -15,20 +15,23 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from crcli import kernel
 from crcli.criu import compel
+from crcli.criu.puppet import MACHINES, Seized
 from crcli.process.identity import read_proc
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from crcli.criu.compel import Context, Text
+    from crcli.criu.puppet import Puppet
 
-_SYS_CLOSE, _NO_CALL = 3, (1 << 64) - 1
+_SYS_CLOSE = 3
 _LIMIT_S = 5.0
 
 
@@ -76,15 +79,12 @@ class Recalled:
 
     def _given_back(self, thread: Borrowed) -> bool:
         try:
-            waiting = _held(thread.tid)
-        except OSError:
-            return False
-        try:
-            is_whole = _restored(thread, self._contexts)
+            with _seized(thread.tid) as puppet:
+                is_whole = _restored(thread, puppet, self._contexts)
         except OSError:
             is_whole = False
-        # A thread that nobody can help would run in circles for ever.
-        _let_go(thread.tid, waiting if is_whole else signal.SIGKILL)
+        if not is_whole:
+            _end(thread.text.pid)  # else it would run in circles
         return is_whole
 
 
@@ -138,48 +138,48 @@ def _has_trapped(pid: int, tid: int) -> bool:
     return words[0] == b"t" and int(words[-1]) == signal.SIGTRAP
 
 
-def _restored(thread: Borrowed, contexts: Iterable[Context]) -> bool:
+def _restored(thread: Borrowed, puppet: Puppet, contexts: Iterable[Context]) -> bool:
     """Set all that CRIU would have set of a thread that we hold; say whether it can go on now."""
-    now = kernel.registers(thread.tid, kernel.GENERAL)
-    context = next((one for one in contexts if one.is_of(thread.tid, now)), None)
+    context = next((one for one in contexts if one.is_of(thread.tid, puppet.registers)), None)
     floating = b""
     if context is not None and not thread.is_first:  # the routine uses them, a system call does not
         floating = context.xstate(kernel.registers(thread.tid, kernel.XSTATE))
     if context is None or not (floating or thread.is_first):
-        return not _is_criu_code(thread.text, now)  # it was not borrowed: all that it blocks is its own will
-    kernel.set_registers(thread.tid, kernel.GENERAL, context.registers)
+        at = puppet.registers[puppet.machine.instruction_pointer]
+        return not _is_criu_code(thread.text, at)  # it was not borrowed: all that it blocks is its own will
+    puppet.registers, puppet.mask = context.registers, context.blocked
     if floating:
         kernel.set_registers(thread.tid, kernel.XSTATE, floating)
-    kernel.block_signals(thread.tid, context.blocked)
     if thread.is_first:
         thread.text.mend()
     return True
 
 
-def _is_criu_code(text: Text, registers: bytes) -> bool:
-    at = compel.REGISTERS.unpack(registers)[compel.RIP]
+def _is_criu_code(text: Text, at: int) -> bool:
     return at in text or any(start <= at < end for start, end, is_criu in compel.code(text.pid) if is_criu)
 
 
-def _held(tid: int) -> int:
-    """Stop a thread, as soon as CRIU's hold on it has ended; return a signal to be sent to it afterwards."""
+@contextmanager
+def _seized(tid: int) -> Iterator[Puppet]:
+    """Hold a thread, as soon as CRIU's hold on it has ended."""
     end = time.monotonic() + _LIMIT_S
-    while True:
-        try:
-            return kernel.hold(tid)
-        except PermissionError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.0002)
+    with ExitStack() as held:
+        while True:
+            try:
+                puppet = held.enter_context(Seized(tid, MACHINES["x86_64"]))
+                break
+            except PermissionError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.0002)
+        yield puppet
 
 
-def _let_go(tid: int, waiting: int) -> None:
-    kernel.let_go(tid)
-    if waiting:
-        try:
-            os.kill(tid, waiting)
-        except ProcessLookupError:
-            return
+def _end(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
 
 
 def _close_what_is_left(text: Text) -> None:
@@ -192,38 +192,8 @@ def _close_what_is_left(text: Text) -> None:
             if os.readlink(f"{folder}/{name}").startswith(compel.MEMORY_FILE)
         ]
         if left:
-            _close(text, left)
+            with _seized(text.pid) as puppet:
+                for number in left:
+                    puppet.call(_SYS_CLOSE, number)
     except OSError:
         return
-
-
-def _close(text: Text, descriptors: Iterable[int]) -> None:
-    """Do it as CRIU would have: by system calls over the beginning of the program's text."""
-    waiting = _held(text.pid)
-    try:
-        own, blocked = kernel.registers(text.pid, kernel.GENERAL), kernel.blocked_signals(text.pid)
-        try:
-            kernel.block_signals(text.pid, compel.ALL_BUT_TRAP)
-            compel.write_memory(text.pid, text.address, compel.PARKED_CALL)
-            for number in descriptors:
-                waiting = _run_close(text, own, number) or waiting
-        finally:
-            text.mend()
-            kernel.set_registers(text.pid, kernel.GENERAL, own)
-            kernel.block_signals(text.pid, blocked)
-    finally:
-        _let_go(text.pid, waiting)
-
-
-def _run_close(text: Text, own: bytes, descriptor: int) -> int:
-    """Have a first thread that we hold close one; return a signal to be sent to it afterwards."""
-    values = list(compel.REGISTERS.unpack(own))
-    values[compel.RAX], values[compel.RDI] = _SYS_CLOSE, descriptor
-    values[compel.RIP], values[compel.ORIG_RAX] = text.address, _NO_CALL
-    kernel.set_registers(text.pid, kernel.GENERAL, compel.REGISTERS.pack(*values))
-    waiting, end = 0, time.monotonic() + _LIMIT_S
-    while values[compel.RIP] == text.address and time.monotonic() < end:
-        kernel.go_on(text.pid, 0)
-        waiting = kernel.stop(text.pid) or waiting
-        values = list(compel.REGISTERS.unpack(kernel.registers(text.pid, kernel.GENERAL)))
-    return waiting

@@ -22,7 +22,7 @@ from msgspec import Struct
 from crcli.process.identity import read_proc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 MEMORY_FILE = "/memfd:CRIUMFD"
 """What the file that CRIU's mapping in a process is of is called."""
@@ -43,9 +43,8 @@ ALL_BUT_TRAP = (1 << 64) - 1
 for _number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTRAP):
     ALL_BUT_TRAP &= ~(1 << (_number - 1))
 
-REGISTERS = struct.Struct("27Q")
+_REGISTERS = struct.Struct("27Q")
 """struct user_regs_struct."""
-RAX, RDI, ORIG_RAX, RIP = 10, 14, 15, 16
 _UNTOUCHED = (0, 1, 2, 3, 4, 5, 21, 22)
 """r15 to r12, rbp, rbx, fs_base, gs_base: after CRIU's code they are what they were."""
 
@@ -100,15 +99,16 @@ class Text(Struct, frozen=True):
 class Context(Struct, frozen=True):
     """What CRIU has noted of a thread: registers, blocked signals, and what lies around them in memory."""
 
-    registers: bytes
+    registers: tuple[int, ...]
     blocked: int
     before: bytes
     behind: bytes
 
-    def is_of(self, tid: int, now: bytes) -> bool:
+    def is_of(self, tid: int, now: Sequence[int]) -> bool:
         """Whether these can be the registers of a borrowed thread that has those `now`."""
         owners = (self.before[at : at + 4] for at in range(0, len(self.before), 8))
-        return _untouched(self.registers) == _untouched(now) and tid.to_bytes(4, "little") in owners
+        is_alike = all(self.registers[number] == now[number] for number in _UNTOUCHED)
+        return is_alike and tid.to_bytes(4, "little") in owners
 
     def xstate(self, now: bytes) -> bytes:
         """The floating-point registers, told by what cannot differ from those of `now`; empty if none."""
@@ -141,12 +141,12 @@ def contexts(criu: int) -> list[Context]:
         memory = read_memory(criu, start, end - start) if left >= 0 else b""
         for match in _SEGMENTS.finditer(memory):
             at = match.start() - _SEGMENTS_AT
-            behind = at + REGISTERS.size
+            behind = at + _REGISTERS.size
             if at % 8 == 0 and at >= 8 and memory[behind : behind + len(_NATIVE)] == _NATIVE:
                 blocked = int.from_bytes(memory[at - 8 : at], "little")
                 before = memory[max(0, at - _OWNER_WITHIN) : at]
                 rest = memory[behind : behind + _XSTATE_WITHIN + _XSTATE_LIMIT]
-                found.append(Context(memory[at:behind], blocked, before, rest))
+                found.append(Context(_REGISTERS.unpack_from(memory, at), blocked, before, rest))
     return found
 
 
@@ -179,11 +179,6 @@ def write_memory(pid: int, address: int, content: bytes) -> None:
 
 def _is_criu_text(content: bytes) -> bool:
     return content.startswith((_CALL, PARKED_CALL)) or content.endswith(_NAME)
-
-
-def _untouched(registers: bytes) -> list[int]:
-    values = REGISTERS.unpack(registers)
-    return [values[number] for number in _UNTOUCHED]
 
 
 def _heap(pid: int) -> Iterator[tuple[int, int]]:

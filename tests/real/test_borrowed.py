@@ -17,6 +17,7 @@ import pytest
 
 from crcli import kernel
 from crcli.criu import compel
+from crcli.criu.puppet import MACHINES
 from crcli.criu.standby import AfterDeath, Standby
 from tests.support.crcli import wait_until
 from tests.support.programs import Program, spawn_python
@@ -51,7 +52,7 @@ PROGRAM = """
 ROUTINE = "0f57c0" + "660f76c0" + "31c0" + "7e0c" + "4889c4" + "48c7c00f000000" + "0f05" + "cc"
 """Clears and sets xmm0, returns 0: the breakpoint."""
 CALL = bytes.fromhex("0f05cccccccccccc")
-GETPID, MEMFD_CREATE, RSI = 39, 319, 13
+GETPID, MEMFD_CREATE = 39, 319
 
 
 class Borrower:
@@ -64,7 +65,9 @@ class Borrower:
         self.text = next(start for start, _, is_criu in code if not is_criu)
         self.routine = next(start for start, _, is_criu in code if is_criu)
         for name in os.listdir(f"/proc/{pid}/task"):
-            kernel.hold(int(name))
+            kernel.seize(int(name))
+            kernel.interrupt(int(name))
+            kernel.wait_for_thread(int(name))
         self.own = kernel.registers(tid, kernel.GENERAL)
         self.blocked = kernel.blocked_signals(tid)
         # struct parasite_thread_ctl
@@ -79,12 +82,12 @@ class Borrower:
 
     def point(self, call: int = GETPID, argument: int = 0) -> None:
         """Set the registers to the code that is to run."""
-        values = list(compel.REGISTERS.unpack(self.own))
-        values[compel.RIP] = self.text if self.tid == self.pid else self.routine
-        values[compel.RAX], values[compel.RDI] = call, argument
-        values[compel.ORIG_RAX] = (1 << 64) - 1
-        values[RSI] = 0
-        kernel.set_registers(self.tid, kernel.GENERAL, compel.REGISTERS.pack(*values))
+        machine = MACHINES["x86_64"]
+        values = list(struct.unpack("27Q", self.own))
+        values[machine.instruction_pointer] = self.text if self.tid == self.pid else self.routine
+        values[machine.number], values[machine.original_number or 0] = call, (1 << 64) - 1
+        values[machine.arguments[0]], values[machine.arguments[1]] = argument, 0
+        kernel.set_registers(self.tid, kernel.GENERAL, struct.pack("27Q", *values))
 
     def open_memory(self) -> None:
         """Have a file like CRIU's made."""
@@ -95,8 +98,7 @@ class Borrower:
     def run(self) -> None:
         """Let it run, and see it stop at the breakpoint."""
         kernel.go_on(self.tid, 0)
-        _, status = os.waitpid(self.tid, 0x4000_0000)
-        assert os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGTRAP
+        assert kernel.wait_for_thread(self.tid) == (signal.SIGTRAP, True)
 
     def run_unseen(self) -> None:
         """Let it run, and do not look."""
