@@ -150,7 +150,6 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
     restore raises (nothing was started; also HostLacks where there is no CRIU), StoreError.
     """
     check_name(options.name)
-    criu_command()  # a job that could never be saved is not begun
     identity = identify_job(
         options.command,
         os.environ,
@@ -162,6 +161,7 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
     notices = Notices(
         options.notices, options.grace_s, found=lambda finding: report.findings.append(finding.as_json())
     )
+    criu_command()  # a job that could never be saved is not begun
     kernel.become_subreaper()
     with ExitStack() as held:
         store = open_store(options.store, endpoint_url=options.endpoint_url)

@@ -49,9 +49,9 @@ def watch_tree(
     with ExitStack() as held:
         root, ended, comm = _find(keeping.dump.pid)
         held.callback(os.close, ended)
-        criu_command()
         name = check_name(keeping.dump.name or suggested_name(comm))
         heard = Notices(notices, grace_s, found=found)
+        criu_command()
         store = open_store(keeping.dump.store, endpoint_url=keeping.dump.endpoint_url)
         held.callback(store.close)
         lease = Lease.claim(store, name, "crcli watch")

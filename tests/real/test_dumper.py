@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from crcli.errors import DumpFailed, NotFound, PreflightRefused, TreeState, UsageError
+from crcli.errors import DumpFailed, NotFound, PreflightRefused, StoreError, TreeState, UsageError
 from crcli.findings import Finding
 from crcli.image.manifest import load
 from crcli.image.names import ImageRef
@@ -128,9 +128,9 @@ def test_errors_are_raised_as_if_here(crcli: Crcli, dumper: Dumper) -> None:
         with pytest.raises(UsageError):
             dumper.dump(DumpOptions(pid=program.pid, store=crcli.store, name="no/name"))
     with spawn_python(counter()) as program, Dumper("file:///proc/nowhere") as lost:
-        with pytest.raises(NotFound) as failed:
+        with pytest.raises(StoreError) as failed:
             lost.dump(DumpOptions(pid=program.pid, store=lost.store, name="job"))
-        assert failed.value.exit_code == 31
+        assert failed.value.exit_code == 30
         assert_goes_on(program)
 
 

@@ -285,7 +285,7 @@ def refused(watch: Watch, seconds: float, code: int = 11) -> dict[str, Any]:
     told = watch.wait_for("notice")
     error: dict[str, Any] = watch.ends(code)["error"]
     timing = next(one for one in error["findings"] if one["name"] == "left-behind")["evidence"]
-    assert told["event"] == "notice" and timing["fact"] < timing["deadline"] <= seconds
+    assert told["event"] == "notice" and timing["fact"] < timing["deadline"] <= round(seconds, 3)
     return error
 
 
