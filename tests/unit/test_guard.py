@@ -191,6 +191,20 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_link_that_is_open_itself(here: Here, tmp_path: Path) -> None:
+    """It need not lead anywhere, and is not what it leads to."""
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    then = NeededFile(OpenedFile(str(link), 7, link.lstat().st_mode, ""), "")
+    assert examine(needs(files=(then,)), here) == []
+    (tmp_path / "nowhere").write_text("content")
+    assert examine(needs(files=(then,)), here) == []
+    link.unlink()
+    assert blocked_by(needs(files=(then,)), here) == {"file-missing"}
+    link.write_text("content")
+    assert blocked_by(needs(files=(then,)), here) == {"file-mode"}
+
+
 def test_a_file_that_is_as_it_was(here: Here, file: Path) -> None:
     """The same content meets no finding, whatever its times and owner; twice, as the second look is noted."""
     file_needs = needs(files=(opened(file),))
