@@ -262,6 +262,29 @@ def forget_foreign_sessions(images: Workspace, members: Collection[int]) -> None
     images.write("tty-info.img", info.encode())
 
 
+def keep_orphans(images: Workspace) -> None:
+    """Have processes whose session has no leader any more, such as daemons, be of their parent's session.
+
+    CRIU makes a leader for them, which ends at once: that gives them another parent, outside of the tree
+    unless its root is the first process of a pid namespace.
+    """
+    tree = ImageFile.parse(images.read("pstree.img"), messages.pstree_entry)
+    root, *others = tree.entries
+    if root.pid == 1:
+        return
+    pids = {entry.pid for entry in tree.entries}
+    sessions = {root.pid: root.sid}
+    moved = False
+    for entry in others:  # parents come before their children
+        parents = sessions.get(entry.ppid, root.sid)
+        if entry.sid not in pids and entry.sid != parents:
+            entry.sid = parents
+            moved = True
+        sessions[entry.pid] = entry.sid
+    if moved:
+        images.write("pstree.img", tree.encode())
+
+
 def move_terminals(images: Workspace, taken: Collection[int]) -> None:
     """Give pseudo-terminals whose numbers are `taken` here (N of /dev/pts/N) the next that are free."""
     if "tty-info.img" not in images.names():

@@ -99,10 +99,15 @@ class Standby:
 
         Each is a thread's id here, and pairs of an offset (PTRACE_POKEUSER) and a value.
         """
+        if self._listener is None or not self._listener.is_alive():
+            return  # it was killed
         self._poked.clear()
         for start in range(0, len(threads), _POKES_AT_ONCE):
             self._send({"poke": threads[start : start + _POKES_AT_ONCE]})
-        os.kill(criu, _TO_BE_HEARD)
+        try:
+            os.kill(criu, _TO_BE_HEARD)
+        except ProcessLookupError:
+            return
         self._poked.wait(_POKE_LIMIT_S)
 
     def wait(self) -> AfterDeath | None:
@@ -152,6 +157,7 @@ class Standby:
             self._report = AfterDeath(told["finished"], held, lost)
             self._poked.set()
             on_death()
+        self._poked.set()
 
 
 def _stand_by(control: socket.socket, root: int, images_fd: int) -> None:

@@ -724,7 +724,10 @@ class _Dump:
 
     def _resume_calls(self) -> None:
         """Have threads of the frozen tree make the calls again that they would see interrupted."""
-        if threads := interrupted_threads(self.images, self.target.evidence.root.identity, self.waited_ms):
+        evidence = self.target.evidence
+        if threads := interrupted_threads(
+            self.images, evidence.root.identity, self.waited_ms, as_inside=evidence.entered
+        ):
             self.standby.poke(self.criu_pid, threads)
 
     def _capture(self) -> None:

@@ -72,11 +72,12 @@ def kill_descendants(but: Collection[int] = ()) -> None:
 
 
 def interrupted_threads(
-    images: ImageFolder, root: ProcessId, waited_ms: Mapping[int, int]
+    images: ImageFolder, root: ProcessId, waited_ms: Mapping[int, int], *, as_inside: bool
 ) -> list[tuple[int, Sequence[tuple[int, int]]]]:
-    """Threads of a frozen tree whose call CRIU has interrupted: the id here, and registers to change.
+    """Threads of a frozen tree whose call CRIU has interrupted: the id, and registers to change.
 
-    Those that do not stand where the image says are left out. `waited_ms` is for how long each had waited.
+    The ids are those that CRIU knows: the tree's own where CRIU works in its pid namespace (`as_inside`).
+    Threads that do not stand where the image says are left out. `waited_ms` is how long each had waited.
     """
     calls = calls_to_make_again(images)
     depth = max(1, len(_nspid(root.pid)))
@@ -84,7 +85,7 @@ def interrupted_threads(
     for member in scan_tree(root).identities if calls else ():
         for inner, tid in host_threads(member.pid, depth).items():
             if inner in calls and _instruction_pointer(tid) == calls[inner].ip:
-                found.append((tid, calls[inner].after(waited_ms.get(tid, 0)).changes))
+                found.append((inner if as_inside else tid, calls[inner].after(waited_ms.get(tid, 0)).changes))
     return found
 
 

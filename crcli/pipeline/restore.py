@@ -36,6 +36,7 @@ from crcli.criu.skeleton import (
     free_lost_addresses,
     has_connections,
     hung_up_terminals,
+    keep_orphans,
     lay_out_memory,
     make_room_for_deleted,
     mend_connections,
@@ -362,6 +363,7 @@ class _Restore:
             forget_network_lock(self.images)
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
         move_terminals(self.images, terminals_here())
+        keep_orphans(self.images)
         if self.options.tcp == TcpPolicy.AUTO and has_connections(self.images):
             close_outside_connections(self.images, established_here())
         if self.stay is None and self.namespace != PidNamespace.NEW:

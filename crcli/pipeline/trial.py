@@ -13,6 +13,7 @@ from crcli.criu.skeleton import (
     forget_foreign_sessions,
     forget_network_lock,
     forget_sizes,
+    keep_orphans,
     lay_out_memory,
     make_room_for_deleted,
     outside_sockets,
@@ -57,6 +58,7 @@ def try_skeleton(
     _lay_out_kept(trial, kept)
     forget_network_lock(trial)  # it lies around the original
     forget_devices(trial)
+    keep_orphans(trial)
     make_room_for_deleted(trial)
     forget_sizes(trial)  # others may write to the same files meanwhile
     outside = [link for link in links if link.external]

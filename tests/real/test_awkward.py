@@ -489,6 +489,29 @@ WHOLE = {
             return os.listdir("."), there, [os.pread(file.fileno(), 99, 0) for file in files]
         """,
     ),
+    "daemons below a root that takes them in": Whole(
+        """
+        libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+        reader, writer = os.pipe()
+        for _ in range(2):
+            if os.fork() == 0:
+                os.setsid()
+                for _ in range(2):
+                    if os.fork() == 0:
+                        os.fork()
+                        os.write(writer, b"x")
+                        time.sleep(600)
+                os._exit(0)
+            os.wait()
+        ready = b""
+        while len(ready) < 8:
+            ready += os.read(reader, 8)
+        def state():
+            daemons = sorted(open("/proc/thread-self/children").read().split())
+            below = [open(f"/proc/{pid}/task/{pid}/children").read().split() for pid in daemons]
+            return daemons, below
+        """,
+    ),
     "a terminal whose program has ended": Whole(
         """
         import pty

@@ -153,7 +153,7 @@ needs_arguments = pytest.mark.skipif(
 
 
 @needs_arguments
-@pytest.mark.parametrize("way", ["restored", "left running", "refused by the trial"])
+@pytest.mark.parametrize("way", ["restored", "left running", "left running again", "refused by the trial"])
 def test_no_wait_is_interrupted(crcli: Crcli, tmp_path: Path, way: str) -> None:
     """poll, nanosleep and futex end as they would have, not with EINTR, of which `tail -f` dies."""
     code = WAITS.format(path=str(tmp_path / "go"))
@@ -164,6 +164,8 @@ def test_no_wait_is_interrupted(crcli: Crcli, tmp_path: Path, way: str) -> None:
             crcli.move(program.pid)
         elif way == "left running":
             crcli.dump(program.pid, "--leave-running")
+        elif way == "left running again":  # CRIU works inside its namespace
+            crcli.dump(crcli.move(program.pid, "--pid-namespace", "new")["host_pid"], "--leave-running")
         else:
             crcli.dump(program.pid, code=11)
         (tmp_path / "go").touch()
