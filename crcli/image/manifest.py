@@ -172,9 +172,12 @@ class Manifest(Struct, frozen=True):
         return manifest
 
 
-def publish(store: Store, manifest: Manifest) -> int:
-    """Make the image exist: write its manifest, which must not be there yet. Return its size in bytes."""
-    data = manifest.encode()
+def publish(store: Store, manifest: Manifest, encoded: bytes = b"") -> int:
+    """Make the image exist: write its manifest, which must not be there yet. Return its size in bytes.
+
+    `encoded` is what `manifest.encode()` returned, where that was called before.
+    """
+    data = encoded or manifest.encode()
     store.put(manifest_key(manifest.name, manifest.id), data, if_absent=True)
     return len(data)
 

@@ -217,32 +217,42 @@ class PackWriter:
         for after the last of ours was written: somebody may have removed the store meanwhile, and what is
         written afterwards makes a new one. Raises NotFound then.
         """
+        self.end()
+        index = self._index()  # while the packs are on their way
+        for commit in self._commits:
+            commit.result()
+        self._commits.clear()
+        seen = self._committer.submit(self._see_packs)
+        if index:
+            # A thread's: ours may be interrupted, which a store's client need not notice.
+            self._committer.submit(self._store.put, index_key(self._image_id), index).result()
+            self.stored_bytes += len(index)
+        seen.result()
+
+    def end(self) -> None:
+        """Nothing more is added: have all that was be made durable. Does not wait; safe to call again."""
         with self._lock:
             self._end_pack()
             pages, self._pages = self._pages, None
         if pages is not None:
             self._commits.append(self._committer.submit(pages.commit))
-        for commit in self._commits:
-            commit.result()
-        self._commits.clear()
-        seen = self._committer.submit(self._see_packs)
-        if self._new:
-            mixed, parts = write_mixed(self._mixed_groups())
-            index = pack_container(
-                ContainerKind.INDEX,
-                {
-                    "PACK": write_packs(self._packs),
-                    "CHNK": write_chunks(self._chunks[number] for number in self._new),
-                    "PGHS": self._pages_hash.digest(),
-                    "GRPS": write_groups(self._groups),
-                    "MGRP": mixed,
-                    "MPRT": parts,
-                },
-            )
-            # A thread's: ours may be interrupted, which a store's client need not notice.
-            self._committer.submit(self._store.put, index_key(self._image_id), index).result()
-            self.stored_bytes += len(index)
-        seen.result()
+
+    def _index(self) -> bytes:
+        """The index of what is new; empty where nothing is."""
+        if not self._new:
+            return b""
+        mixed, parts = write_mixed(self._mixed_groups())
+        return pack_container(
+            ContainerKind.INDEX,
+            {
+                "PACK": write_packs(self._packs),
+                "CHNK": write_chunks(self._chunks[number] for number in self._new),
+                "PGHS": self._pages_hash.digest(),
+                "GRPS": write_groups(self._groups),
+                "MGRP": mixed,
+                "MPRT": parts,
+            },
+        )
 
     def _mixed_groups(self) -> Iterator[MixedGroup]:
         """The mixed groups as others can read them: chunks are named by where they are."""

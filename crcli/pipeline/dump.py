@@ -747,7 +747,7 @@ class _Dump:
         spaces, counts, references = self.rounds.whole(*taken, self.writer)
         self.report.wasted_bytes = self.rounds.wasted_bytes
         self.skeleton = store_skeleton(self.images, self.writer)
-        self.writer.seal()
+        self.writer.end()  # it is on its way while the manifest is made
         self._count(counts)
         described = self.weights.described()
         self.report.weights = weights_report(described, references)
@@ -764,10 +764,12 @@ class _Dump:
             weights=weights,
             references=references,
         )
+        encoded = manifest.encode()
+        self.writer.seal()
         self._see_that_the_name_is_ours(self.store)
         self._see_time_left(len(manifest.chunks) + sum(map(len, spaces.values())))
         self.interrupts.past_return()
-        self.report.stored_bytes = self.writer.stored_bytes + publish(self.store, manifest)
+        self.report.stored_bytes = self.writer.stored_bytes + publish(self.store, manifest, encoded)
         self._withdraw_if_lapsed(self.store)
         self.published = True
 
