@@ -96,8 +96,9 @@ def test_a_machine_that_dies_half_way_through_the_upload(site: Site) -> None:
     """Its image does not exist; the one before brings the tree back elsewhere; gc frees what was sent."""
     one = site.node("one")
     job = one.launch("counter", counter(kilobytes=LARGE_KIB))
-    dumped(job, site.store, "--leave-running")
+    job.assert_goes_on()
     before = job.counted()[-1]
+    dumped(job, site.store, "--leave-running")
     job.assert_goes_on()
     second = one.launch("second", counter(seed=2, kilobytes=LARGE_KIB))
     site.proxy.inject(then(one.kill), method="PUT", containing="partNumber=2")
