@@ -9,6 +9,7 @@ holds the finished tree still.
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import threading
@@ -298,8 +299,10 @@ def _fill_in(gap: Userfault, memory: int, piece: memoryview, start: int) -> None
 
 
 def write_all(fd: int, piece: memoryview, at: int) -> None:
-    """pwrite(2) until all of `piece` is written."""
+    """pwrite(2) until all of `piece` is written. ProcessLookupError when it is memory of a process that ended."""
     while piece:
         done = os.pwrite(fd, piece, at)
+        if not done:  # the kernel says no more of it
+            raise ProcessLookupError(errno.ESRCH, "the process ended whose memory was to be written")
         piece = piece[done:]
         at += done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -209,3 +210,16 @@ def test_given_up_nothing_more_is_written() -> None:
         work = Replay(targets(spaces), [[FIRST]], lambda group: ((n, CHUNKS[n]) for n in group), 2)
         work.abandon()
         assert work.written_bytes == 0
+
+
+def test_memory_of_a_process_that_ended_is_not_waited_for() -> None:
+    """Writing into memory that is gone raises: the kernel just writes nothing, again and again."""
+    child = subprocess.Popen(["sleep", "60"])
+    memory = os.open(f"/proc/{child.pid}/mem", os.O_WRONLY)
+    try:
+        child.kill()
+        child.wait()
+        with pytest.raises(ProcessLookupError):
+            replay.write_all(memory, memoryview(bytes(PAGE)), 0x10000)
+    finally:
+        os.close(memory)
