@@ -299,7 +299,7 @@ def _fill_in(gap: Userfault, memory: int, piece: memoryview, start: int) -> None
 
 
 def write_all(fd: int, piece: memoryview, at: int) -> None:
-    """pwrite(2) until all of `piece` is written. ProcessLookupError when it is memory of a process that ended."""
+    """pwrite(2) until all of `piece` is written; ProcessLookupError when it is a process's that has ended."""
     while piece:
         done = os.pwrite(fd, piece, at)
         if not done:  # the kernel says no more of it
