@@ -371,7 +371,6 @@ class _Restore:
         if "net" not in own_namespaces(self.images.names()):
             free_lost_addresses(self.images, has_address)
         self._fill_early(self.divided)
-        self._begin_replay()
 
     def _leave_parent(self) -> None:
         """The root's parent would be us, and we end soon: let it not mind."""
@@ -463,7 +462,10 @@ class _Restore:
         lay_out_memory(self.images, divided.early, fill)
 
     def _begin_replay(self) -> None:
-        """Begin to fetch what CRIU need not find, if that is to be here before the tree runs; once."""
+        """Begin to fetch what CRIU need not find, if that is to be here before the tree runs; once.
+
+        What is near is fetched while CRIU works: before, it would only hold CRIU up.
+        """
         if self.pager is not None or self.replay is not None:
             return
         late = self.divided.late
@@ -508,7 +510,9 @@ class _Restore:
         options = restore_options(plan, f"/proc/self/fd/{self.images.fd}")
         assert self.residence is not None
         with self.residence.criu as criu:
-            answer = criu.request(rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S)
+            answer = criu.request(
+                rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S, meanwhile=self._begin_replay
+            )
         if not answer.success:
             raise RestoreFailed("CRIU could not restore the tree")
         self._take_locks_again()
