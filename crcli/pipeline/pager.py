@@ -68,8 +68,8 @@ _FEW = 64
 _LOOK_EVERY_S = 0.5
 
 _MANY_PAGES, _MANY_BYTES = (256 << 20) // PAGE, 6 << 20
-"""From so much on it counts more how soon all of it is here, and requests are for so many bytes. With 8 MiB all
-of 1 GiB is here 5 % sooner, but the first page that somebody waits for 0.1 s later."""
+"""From so much on it counts more how soon all of it is here, and requests are for so many bytes. With 8 MiB
+all of 1 GiB is here 5 % sooner, but the first page that somebody waits for 0.1 s later."""
 
 _PATHS = (
     "AWS_CA_BUNDLE",
