@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from crcli.criu.compel import Context, Text
     from crcli.criu.puppet import Puppet
 
-_SYS_CLOSE = 3
 _LIMIT_S = 5.0
 
 
@@ -64,7 +61,7 @@ class Recalled:
         if self._threads:
             try:
                 self._contexts = compel.contexts(criu)
-            except OSError:
+            except (OSError, MemoryError):
                 pass
         self.lost = {thread.text.pid for thread in self._threads if thread.is_lost}
 
@@ -81,10 +78,10 @@ class Recalled:
         try:
             with _seized(thread.tid) as puppet:
                 is_whole = _restored(thread, puppet, self._contexts)
+            if not is_whole:
+                os.kill(thread.text.pid, signal.SIGKILL)  # else it would run in circles
         except OSError:
-            is_whole = False
-        if not is_whole:
-            _end(thread.text.pid)  # else it would run in circles
+            return False
         return is_whole
 
 
@@ -159,27 +156,9 @@ def _is_criu_code(text: Text, at: int) -> bool:
     return at in text or any(start <= at < end for start, end, is_criu in compel.code(text.pid) if is_criu)
 
 
-@contextmanager
-def _seized(tid: int) -> Iterator[Puppet]:
-    """Hold a thread, as soon as CRIU's hold on it has ended."""
-    end = time.monotonic() + _LIMIT_S
-    with ExitStack() as held:
-        while True:
-            try:
-                puppet = held.enter_context(Seized(tid, MACHINES["x86_64"]))
-                break
-            except PermissionError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.0002)
-        yield puppet
-
-
-def _end(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def _seized(tid: int) -> Seized:
+    """A thread to be held as soon as CRIU's hold on it has ended."""
+    return Seized(tid, MACHINES["x86_64"], _LIMIT_S)
 
 
 def _close_what_is_left(text: Text) -> None:
@@ -194,6 +173,6 @@ def _close_what_is_left(text: Text) -> None:
         if left:
             with _seized(text.pid) as puppet:
                 for number in left:
-                    puppet.call(_SYS_CLOSE, number)
+                    puppet.call(puppet.machine.nr_close, number)
     except OSError:
         return

@@ -83,7 +83,7 @@ def calls_to_make_again(images: ImageFolder) -> dict[int, CallAgain]:
 def _to_call_again(core: Any) -> dict[str, int]:
     """Registers with which a thread makes its call once more, by name.
 
-    None when it is in no such call, or had better see it interrupted.
+    Empty when it is in no such call, or had better see it interrupted.
     """
     registers = core.thread_info.gpregs
     if registers.ax != _INTERRUPTED or registers.mode != _NATIVE or _has_pending_signals(core):

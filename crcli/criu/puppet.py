@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import struct
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from crcli import kernel
@@ -25,14 +26,15 @@ class Machine(NamedTuple):
     instruction_pointer: int
     stack_pointer: int
     original_number: int | None
+    nr_close: int
     nr_fcntl: int
     nr_ptrace: int
     instruction: bytes
 
 
 MACHINES = {
-    "x86_64": Machine(27, 10, (14, 13, 12, 7), 10, 16, 19, 15, 72, 101, b"\x0f\x05"),
-    "aarch64": Machine(34, 8, (0, 1, 2, 3), 0, 32, 31, None, 25, 117, b"\x01\x00\x00\xd4"),
+    "x86_64": Machine(27, 10, (14, 13, 12, 7), 10, 16, 19, 15, 3, 72, 101, b"\x0f\x05"),
+    "aarch64": Machine(34, 8, (0, 1, 2, 3), 0, 32, 31, None, 57, 25, 117, b"\x01\x00\x00\xd4"),
 }
 
 _AT_SYSTEM_CALL = signal.SIGTRAP | 0x80
@@ -140,15 +142,16 @@ class Puppet:
 class Seized(Puppet):
     """The same, for a thread that nobody traces yet: on leaving nobody does any more.
 
-    Entering raises PermissionError when somebody else traces it.
+    Entering raises PermissionError when somebody else traces it, and still does after `patience_s`.
     """
 
-    def __init__(self, tid: int, machine: Machine) -> None:
+    def __init__(self, tid: int, machine: Machine, patience_s: float = 0.0) -> None:
         super().__init__(tid, machine, self._wait_for_it)
+        self._patience_s = patience_s
         self._missed: set[int] = set()
 
     def __enter__(self) -> Puppet:
-        kernel.seize(self.tid)
+        self._seize()
         try:
             kernel.interrupt(self.tid)
             self._wait()
@@ -164,6 +167,16 @@ class Seized(Puppet):
             super().__exit__(kind, error, trace)
         finally:
             self._let_go()
+
+    def _seize(self) -> None:
+        end = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return kernel.seize(self.tid)
+            except PermissionError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.0002)
 
     def _wait_for_it(self) -> int:
         number, is_signal = kernel.wait_for_thread(self.tid)

@@ -277,14 +277,20 @@ class _Watch:
             self._signal_all(signal.SIGKILL)
             self._unlock_if_alone()
             return {"finished": True, "held": [], "lost": []}
-        texts = (self.before.texts.get(pid) or Text.of(pid) for pid in _tree_of(self.root))
-        self.recalled = Recalled(criu, (text for text in texts if text is not None))
+        self._recall(criu)
         held = [identify(pid) for pid in _tree_of(self.root) if os.path.exists(f"/proc/{pid}")]
         if self.outcome == "stopped":
             self._signal_all(signal.SIGSTOP)
         self._free()
         pairs = [(one.pid, one.start_time) for one in held]
         return {"finished": self.outcome == "stopped", "held": pairs, "lost": []}
+
+    def _recall(self, criu: int) -> None:
+        texts = (self.before.texts.get(pid) or Text.of(pid) for pid in _tree_of(self.root))
+        try:
+            self.recalled = Recalled(criu, (text for text in texts if text is not None))
+        except Exception:  # whatever is wrong with that, the tree's connections are to be set right
+            return
 
     def _after_end(self) -> None:
         """CRIU ended by itself: it has undone what it did, unless the tree was to be killed or stopped."""

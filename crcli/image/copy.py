@@ -29,7 +29,8 @@ from crcli.image.names import (
 )
 from crcli.image.packs import check_chunk
 from crcli.image.session import STALE_AFTER_S, Session, announced
-from crcli.image.weights import PushedFile, is_there
+from crcli.image.weights import PushedFile
+from crcli.store.base import is_there
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -25,6 +25,7 @@ from crcli.memory.extents import Origin, Source
 from crcli.memory.weights.files import WeightsFile, files_below
 from crcli.memory.weights.references import found_bytes
 from crcli.memory.weights.views import View, apply, source_bytes
+from crcli.store.base import is_there
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -129,15 +130,6 @@ def remove_pushed(store: Store, digest: str) -> dict[str, Any]:
         )
     store.delete(weights_key(found[0]["blake3"]))
     return found[0]
-
-
-def is_there(store: Store, key: str) -> bool:
-    """Whether a store has an object."""
-    try:
-        store.stat(key)
-    except NotFound:
-        return False
-    return True
 
 
 def _digest(file: WeightsFile, on_bytes: Callable[[int, int], None]) -> str:

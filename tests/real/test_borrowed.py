@@ -11,6 +11,7 @@ import os
 import signal
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from crcli.criu import compel
 from crcli.criu.puppet import MACHINES
 from crcli.criu.standby import AfterDeath, Standby
 from tests.support.crcli import wait_until
+from tests.support.faults import Attempt, network_of_our_own
+from tests.support.faults import victim as victim_tree
 from tests.support.programs import Program, spawn_python
 
 pytestmark = [
@@ -45,6 +48,7 @@ PROGRAM = """
     os.close(memory)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     threading.Thread(target=count, args=(8,), daemon=True).start()
+    threading.Thread(target=signal.pause, daemon=True).start()
     print("ready")
     count(0)
     """
@@ -186,14 +190,76 @@ def killed_after(
 
 
 @pytest.mark.parametrize("number", range(len(STEPS) + 1), ids=["seized", "written", "blocked", "set", "run"])
-@pytest.mark.parametrize("which", [0, 1], ids=["first thread", "second thread"])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["first thread", "counting thread", "waiting thread"])
 def test_a_borrowed_thread_is_given_back(which: int, number: int, victim: Victim, tmp_path: Path) -> None:
     """After each step of borrowing: the thread goes on with all that is its own, and the process is whole."""
-    before = victim.looks()
+    before, waiting = victim.looks(), registers_of(victim.threads[2])
     report = killed_after(STEPS[:number], victim, victim.threads[which], lambda: True, tmp_path)
     assert not report.lost and [one.pid for one in report.held] == [victim.pid]
     victim.assert_goes_on()
     assert victim.looks() == before
+    assert registers_of(victim.threads[2]) == waiting
+
+
+def test_what_the_real_criu_has_borrowed_is_known(tmp_path: Path) -> None:
+    """CRIU, stopped while its code is in a process: its notes of each thread, and its routine, are found."""
+    with network_of_our_own(), victim_tree(tmp_path / "victim") as tree:
+        for number in range(10):
+            name = f"{tree.folder.name}-{number}"
+            arguments = ("dump", str(tree.pid), "--store", f"file://{tmp_path}/store", "--name", name)
+            attempt = Attempt(tmp_path, (*arguments, "--leave-running"))
+            attempt.wait_for(lambda: _has_criu_code(tree.pid))
+            criu = attempt.criu()
+            os.kill(criu, signal.SIGSTOP)
+            wait_until(partial(_is_stopped, criu), "CRIU does not stop")
+            try:
+                found = _has_criu_code(tree.pid)
+                if found:  # else CRIU had left it meanwhile
+                    assert_is_known(criu, tree.pid)
+            finally:
+                os.kill(criu, signal.SIGCONT)
+                attempt.end()
+            if found:
+                return
+        pytest.fail("CRIU's code was never seen")
+
+
+def assert_is_known(criu: int, pid: int) -> None:
+    """Assert that CRIU's notes of all threads of this process are found, and the end of its routine in it."""
+    contexts = compel.contexts(criu)
+    machine = MACHINES["x86_64"]
+    for tid in map(int, os.listdir(f"/proc/{pid}/task")):
+        mine = [one for one in contexts if one.is_of(tid, one.registers)]
+        assert mine, f"CRIU's notes of thread {tid} are not found"
+        words = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
+        blocked = int(_line(f"/proc/{pid}/task/{tid}/status", "SigBlk"), 16)
+        if blocked != compel.ALL_BUT_TRAP:  # it stands where it was
+            stack, place = (int(word, 16) for word in words[-2:])
+            registers = [one.registers for one in mine]
+            assert any(one[machine.stack_pointer] == stack for one in registers)
+            assert any(abs(one[machine.instruction_pointer] - place) <= 2 for one in registers)
+    start, end = next((start, end) for start, end, is_criu in compel.code(pid) if is_criu)
+    code = Path(f"/proc/{pid}/map_files/{start:x}-{end:x}").read_bytes()
+    assert code.find(compel._TAIL) in range(compel._HEAD_BYTES), "the end of CRIU's routine is another"
+
+
+def _is_stopped(pid: int) -> bool:
+    return _line(f"/proc/{pid}/status", "State") in "Tt"
+
+
+def _has_criu_code(pid: int) -> bool:
+    return any(is_criu for _, _, is_criu in compel.code(pid))
+
+
+def registers_of(tid: int) -> tuple[bytes, bytes]:
+    """All registers of a thread."""
+    kernel.seize(tid)
+    try:
+        kernel.interrupt(tid)
+        kernel.wait_for_thread(tid)
+        return kernel.registers(tid, kernel.GENERAL), kernel.registers(tid, kernel.XSTATE)
+    finally:
+        kernel.let_go(tid)
 
 
 def test_what_criu_had_a_process_open_is_closed(victim: Victim, tmp_path: Path) -> None:
