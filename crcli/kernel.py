@@ -153,6 +153,14 @@ _HURRY = 10
 """By how much `hurry` lowers the nice value: nine times the share of a busy core."""
 
 
+def signal_name(number: int) -> str:
+    """What a signal is called; those for real-time use have no names of their own."""
+    try:
+        return signals.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signals.SIGRTMIN}"
+
+
 def hurry() -> int:
     """Have this thread, and what it starts, go before others on a busy machine; return its nice value so far.
 

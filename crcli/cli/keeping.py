@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crcli.cli.options import LONGEST_S, check_seconds
+from crcli.cli.options import check_seconds
 from crcli.errors import UsageError
+from crcli.pipeline.interrupts import LONGEST_S
 
 if TYPE_CHECKING:
     from crcli.pipeline.stages import DumpOptions

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from crcli.errors import UsageError
+from crcli.pipeline.interrupts import LONGEST_S
 
 StoreOption = Annotated[
     str | None,
@@ -36,10 +37,6 @@ ImageArgument = Annotated[
         show_default=False,
     ),
 ]
-
-
-LONGEST_S = 1e9
-"""Longer times count as this (seconds, 31 years): the kernel's timers take no more of them."""
 
 
 def check_seconds(param: typer.CallbackParam, value: float | None) -> float | None:

@@ -57,8 +57,8 @@ class Interrupts:
 _FOR_PEOPLE = (signal.SIGINT, signal.SIGHUP)
 _JOB_CONTROL = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
-_LONGEST_S = 1e9
-"""Later deadlines are none (seconds): timers take no more."""
+LONGEST_S = 1e9
+"""Longer times count as this (seconds, 31 years): the kernel's timers take no more of them."""
 
 _answers_first = False
 
@@ -109,7 +109,7 @@ def interruptible(
 
 def ring_in(seconds: float) -> None:
     """Set the deadline of the block: SIGALRM comes then, in a moment where that is past."""
-    signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 0.001), _LONGEST_S))
+    signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 0.001), LONGEST_S))
 
 
 def seconds_left() -> float | None:

@@ -783,7 +783,7 @@ def _how_it_ended(code: int | None) -> str:
     if code is None:
         return "ended"
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        return f"was killed by {kernel.signal_name(-code)}"
     return f"ended with exit code {code}" if code else ""
 
 
@@ -799,7 +799,7 @@ def asked_of(options: RestoreOptions) -> Asked:
 
 
 def _parent_forgotten(comm: str, number: int) -> Finding:
-    name = signal.Signals(number).name
+    name = kernel.signal_name(number)
     return Finding(
         "parent-death-signal",
         Severity.NOTE,

@@ -444,7 +444,7 @@ class _Run:
         if self.report.begun != "restored" or self.lived_s > SECOND_LOOK_S or number not in _BAD_ENDS:
             return None
         return RestoreFailed(
-            f"{self.report.image} was restored, but died of {signal.Signals(number).name} within a second",
+            f"{self.report.image} was restored, but died of {kernel.signal_name(number)} within a second",
             hint="see the job's own log; a lost pipe or CPU feature can be the cause",
             state=TreeState.DEAD,
         )

@@ -536,7 +536,7 @@ WHOLE = {
     ),
     "a root that is to die with its parent": Whole(
         """
-        libc.prctl(1, signal.SIGKILL)
+        libc.prctl(1, signal.SIGRTMIN + 3)
         def state():
             return os.getsid(0) == os.getpid()
         """,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from crcli import errors
+from crcli import errors, kernel
 from crcli.cause import Cause
 from crcli.cli.options import JsonOption
 from crcli.config import DEFAULT_STORE, choose_cache, choose_store
@@ -618,3 +619,9 @@ def test_nonsense_for_a_restore_is_wrong_usage(options: tuple[str, ...], capsys:
     """Options that no restore could follow are named, before any store is looked at."""
     assert main(["restore", "nobody", "--store", "file:///nowhere", *options]) == 2
     assert options[-2] in capsys.readouterr().err
+
+
+def test_real_time_signals_have_names_too() -> None:
+    """What a tree died of, or asked for, is said whichever signal it is."""
+    assert kernel.signal_name(signal.SIGTERM) == "SIGTERM"
+    assert kernel.signal_name(signal.SIGRTMIN + 3) == "SIGRTMIN+3"
