@@ -20,7 +20,21 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-_ACTS = ("dump", "restore", "run", "watch", "demo", "rm", "pin", "unpin", "cp", "gc")
+_ACTS = {
+    *(
+        ("dump",),
+        ("restore",),
+        ("run",),
+        ("watch",),
+        ("demo",),
+        ("rm",),
+        ("pin",),
+        ("unpin",),
+        ("cp",),
+        ("gc",),
+    ),
+    *(("lease", "break"), ("weights", "index"), ("weights", "push"), ("weights", "rm"), ("cache", "clear")),
+}
 """Commands whose exit code says what they did. What others do is to print."""
 
 
@@ -82,7 +96,7 @@ class Output(io.RawIOBase):
         has_gone = self._error.errno == errno.EPIPE
         if not has_gone:  # `crcli ls | head` is nothing to speak of
             _tell(f"crcli: the output could not be written: {self._error.strerror}\n")
-        if code or next(iter(arguments), "") in _ACTS:
+        if code or not _ACTS.isdisjoint((tuple(arguments[:1]), tuple(arguments[:2]))):
             return code
         return 128 + signal.SIGPIPE if has_gone else 1
 

@@ -406,17 +406,20 @@ def test_a_reader_that_goes_away() -> None:
         ("plugins --json >/dev/full", 1, "could not be written"),
         ("show nobody --store /nowhere --json | true", 31, ""),
         ("show nobody --store /nowhere --json >/dev/full", 31, "could not be written"),
+        ("cache ls >/dev/full", 1, "could not be written"),
+        ("cache clear >/dev/full", 0, "could not be written"),
         ("plugins >&-", 0, ""),
         ("plugins --json <&- >&- 2>&-", 0, ""),
         ("show nobody --store /nowhere 2>/dev/full", 31, ""),
     ],
 )
-def test_output_that_is_lost(line: str, code: int, said: str) -> None:
+def test_output_that_is_lost(line: str, code: int, said: str, tmp_path: Path) -> None:
     """A stream that is full or closed is no bug: the exit code stays, or says that something is missing."""
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {sys.executable} -m crcli {line}"],
         capture_output=True,
         text=True,
+        env=os.environ | {"CRCLI_CACHE_DIR": str(tmp_path)},
         cwd=ROOT,
     )
     assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (code, True, bool(said)), done
