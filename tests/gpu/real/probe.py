@@ -26,6 +26,7 @@ from typing import Any
 from crcli import kernel
 from crcli.criu.binary import criu_command
 from crcli.errors import CrcliError
+from crcli.gpu import managed as uvm
 from tests.gpu.real import growth
 from tests.gpu.real.commands import Failed, end_descendants, run
 from tests.gpu.real.cuda_calls import Calls
@@ -226,6 +227,48 @@ def cycle(setting: Setting) -> dict[str, Any]:
     return told
 
 
+def managed(setting: Setting) -> dict[str, Any]:
+    """What the driver maps of its UVM device for programs with and without managed memory, whether
+    crcli's rule tells them apart, and what a checkpoint makes of managed memory."""
+    told: dict[str, Any] = {}
+    for title, program, *arguments in (
+        ("torch", "counter", "--mebibytes", "64"),
+        ("cupy", "counter", "--mebibytes", "64"),
+        ("managed-2", "managed", "--mebibytes", "2"),
+        ("managed-64", "managed", "--mebibytes", "64", "8"),
+    ):
+        library = title if program == "counter" else "driver"
+        folder, found = setting.folder / title, told.setdefault(title, {})
+        with _told_failure(found), Subject(setting, folder, program, *arguments, library=library) as subject:
+            subject.wait_ready(60)
+            subject.wait_steps(3, 20)
+            maps, smaps = (_text(f"/proc/{subject.pid}/{name}").encode() for name in ("maps", "smaps"))
+            wiped = set(uvm.wiped_on_fork(smaps))
+            found["pieces"] = [
+                f"{one.start:#x} {(one.end - one.start) >> 20} MiB{' wiped on fork' * (one in wiped)}"
+                for one in uvm.pieces(maps)
+            ]
+            found["managed_bytes"] = uvm.managed_bytes(subject.pid)
+            if program == "managed":
+                _checkpointed(subject, found)
+    return told
+
+
+def _checkpointed(subject: Subject, found: dict[str, Any]) -> None:
+    """Lock and checkpoint it, whatever comes of it, and see whether it goes on."""
+    calls = Calls()
+    found["calls"] = calls.noted
+    calls.init()
+    calls.lock(subject.pid)
+    calls.tried("cuCheckpointProcessCheckpoint", None, pid=subject.pid)
+    found["state"] = calls.state(subject.pid)
+    if found["state"] == "CHECKPOINTED":
+        calls.restore(subject.pid)
+    calls.unlock(subject.pid)
+    subject.wait_more(3, 10)
+    found["goes_on"] = True
+
+
 def torch(setting: Setting) -> dict[str, Any]:
     """What the programs' PyTorch sees. From here on its files are in the page cache."""
     done = run([setting.python, "-c", _LOOK_OF_TORCH], 120, setting.programs_environment("torch"))
@@ -278,6 +321,7 @@ STEPS: Mapping[str, tuple[Callable[[Setting], dict[str, Any]], float]] = {
     "cuda": (cuda, 60),
     "torch": (torch, 130),
     "cycle": (cycle, 90),
+    "managed": (managed, 100),
     "criu": (criu, 60),
     "doctor": (doctor, 90),
     "storage": (storage, 60),
@@ -285,7 +329,7 @@ STEPS: Mapping[str, tuple[Callable[[Setting], dict[str, Any]], float]] = {
 }
 """Each step, and for how long it may run (seconds)."""
 
-NEED_CUDA = ("nvidia", "cuda", "torch", "cycle")
+NEED_CUDA = ("nvidia", "cuda", "torch", "cycle", "managed")
 NEED_KERNEL = ("criu", "doctor")
 """What makes no sense on gVisor, which is no Linux."""
 
