@@ -1,4 +1,4 @@
-"""Holds managed memory (UVM) of CUDA's driver API, in blocks of these sizes, and counts in the first of them."""
+"""Holds managed memory (UVM) by CUDA's driver API, in blocks of these sizes; counts in the first of them."""
 
 from __future__ import annotations
 
