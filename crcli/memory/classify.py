@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from crcli.memory.weights.match import Matcher
+    from crcli.memory.weights.references import Piece
     from crcli.store.base import Buffer
+
+BLOCK_PAGES = 1024
+"""Pages in one block at most (4 MiB): what is classified at once."""
 
 GROUP_PAGES = 16
 """Pages that are looked for together."""
@@ -155,13 +159,30 @@ class Run(NamedTuple):
     at: int
 
 
-class Ahead(NamedTuple):
-    """A block that was looked at before, and lies elsewhere.
+class Found(NamedTuple):
+    """Whole pages of a block, `pages` from page `at` on, that pieces of files cover; their BLAKE3."""
 
-    `digests` are those of all its whole groups, by first page; `fetch` brings ranges of pages into memory.
+    at: int
+    pages: int
+    pieces: tuple[Piece, ...]
+    digest: bytes
+
+
+class Seen(NamedTuple):
+    """What is known of a block that was looked at before.
+
+    `found` is what stands in files of weights; `digests` are those of its whole groups, by first page, but
+    for groups of which pages were found.
     """
 
     digests: Mapping[int, bytes]
+    found: Sequence[Found]
+
+
+class Ahead(NamedTuple):
+    """A block that was looked at before, and lies elsewhere; `fetch` brings ranges of pages into memory."""
+
+    seen: Seen
     fetch: Callable[[Sequence[tuple[int, int]]], None]
 
 
@@ -195,14 +216,18 @@ class Classifier:
     ) -> Classified:
         """Store what is new of the pages that `runs` describe in `memory`; return all their extents.
 
-        Without `weights` nothing is looked for in files. With `ahead` the pages need not be in `memory` yet,
-        where nothing is to be looked for in files.
+        Without `weights` nothing is looked for in files. With `ahead` the pages need not be in `memory` yet.
         """
         view = memoryview(memory)
         places = [NOWHERE] * max((run.at + run.pages for run in runs), default=0)
-        files = self._place_weights(memory, runs, places) if weights and self._matcher is not None else set()
+        if ahead is not None:
+            files = self._place_weights(ahead.seen.found, places)
+        elif weights and self._matcher is not None:
+            files = self._place_weights(find_weights(self._matcher, memory, runs), places)
+        else:
+            files = set()
         heads, pages = _divide(runs, places if files else None)
-        groups = self._place_groups(memory, heads, places, ahead.digests if ahead is not None else {})
+        groups = self._place_groups(memory, heads, places, ahead.seen.digests if ahead is not None else {})
         pages += [page for head in groups for page in range(head, head + GROUP_PAGES)]
         if ahead is not None:
             ahead.fetch(_ranges(sorted(pages)))
@@ -222,17 +247,14 @@ class Classifier:
         counts = _count(places, sum(len(chunk.pages) for chunk in chunks), bool(files))
         return Classified(extents, counts, frozenset(files))
 
-    def _place_weights(self, memory: bytearray, runs: Sequence[Run], places: list[int]) -> set[int]:
+    def _place_weights(self, found: Iterable[Found], places: list[int]) -> set[int]:
         """Place the pages that are found in files of weights; return the numbers of those files."""
-        assert self._matcher is not None
-        view = memoryview(memory)
         files: set[int] = set()
-        for stretch in self._matcher.stretches(memory, runs):
-            raw = view[stretch.at * PAGE : (stretch.at + stretch.pages) * PAGE]
-            number = self._sink.refer(Reference(stretch.pieces, len(raw), blake3(raw).digest()))
+        for one in found:
+            number = self._sink.refer(Reference(one.pieces, one.pages * PAGE, one.digest))
             first = _WEIGHTS | number << _CHUNK_SHIFT
-            places[stretch.at : stretch.at + stretch.pages] = range(first, first + stretch.pages)
-            files.update(piece.file for piece in stretch.pieces)
+            places[one.at : one.at + one.pages] = range(first, first + one.pages)
+            files.update(piece.file for piece in one.pieces)
         return files
 
     def _place_groups(
@@ -345,6 +367,13 @@ def _ranges(pages: Sequence[int]) -> list[tuple[int, int]]:
         for begin, end in zip([0, *ends], [*ends, len(pages)], strict=True)
         if end
     ]
+
+
+def find_weights(matcher: Matcher, memory: bytearray, runs: Sequence[Run]) -> Iterator[Found]:
+    """Return what of a block, which `runs` describe, stands in files of weights."""
+    view = memoryview(memory)
+    for at, pages, pieces in matcher.stretches(memory, runs):
+        yield Found(at, pages, pieces, blake3(view[at * PAGE : (at + pages) * PAGE]).digest())
 
 
 def heads_of(runs: Sequence[Run]) -> list[int]:

@@ -24,7 +24,15 @@ from msgspec import Struct, field
 
 from crcli.errors import DumpFailed, TreeState
 from crcli.kernel import punch_hole
-from crcli.memory.classify import GROUP_PAGES, Ahead, Classified, Classifier, MemoryCounts, Run, heads_of
+from crcli.memory.classify import (
+    BLOCK_PAGES,
+    GROUP_PAGES,
+    Ahead,
+    Classified,
+    Classifier,
+    MemoryCounts,
+    Run,
+)
 from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, coalesce
 from crcli.memory.pagemap import PageRun
 from crcli.memory.replay import AMOUNT_EVERY_S
@@ -32,11 +40,10 @@ from crcli.memory.replay import AMOUNT_EVERY_S
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
 
-    from crcli.memory.classify import ChunkSink, KnownPages
-    from crcli.memory.digester import Digester
+    from crcli.memory.classify import ChunkSink, KnownPages, Seen
+    from crcli.memory.lookahead import Lookahead
     from crcli.memory.weights.match import Matcher
 
-BLOCK_PAGES = 1024
 BLOCK_COUNT = 16
 """Blocks of crcli's own memory: with 4 MiB each, what it holds of a tree's pages beyond the overflow."""
 
@@ -44,9 +51,6 @@ _PIECE_BYTES = 256 << 10
 """How much goes into the overflow at once. A tmpfs takes one folio for a write, as large as that: small ones
 are cut from what is left of memory that was in use lately, while those of 1 MiB and more are mostly such that
 a virtual machine's host has taken back, and must find again (2 s for each GiB instead of 0.1)."""
-
-_FEW_RUNS = 16
-"""Blocks of more runs have few whole groups, and those are not worth a look while a tree stands frozen."""
 
 _KEEP_RUN, _KEEP_PAGES = 64, 16 << 10
 """Early pages that are kept for the trial: runs up to this long, and so many pages in all (64 MiB)."""
@@ -88,7 +92,7 @@ class _Spilled(_Pages):
 
     offset: int = 0
     is_asked: bool = False
-    """Whether the digester knows it."""
+    """Whether it is looked at ahead."""
 
 
 class Overflow(Protocol):
@@ -116,14 +120,14 @@ class Intake:
         overflow: Overflow | None = None,
         matcher: Matcher | None = None,
         workers: int = 2,
-        digester: Digester | None = None,
+        lookahead: Lookahead | None = None,
     ) -> None:
         self._classifier = Classifier(known, sink, matcher)
         self._matcher = matcher
         self._doubtful: list[tuple[_Spilled, Classified]] = []
         self._believed: set[int] = set()
         self._overflow = overflow
-        self._digester = digester
+        self._lookahead = lookahead
         self._asked: dict[int, _Spilled] = {}
         self._gate = threading.Event()
         self._blocks = threading.Semaphore(BLOCK_COUNT)
@@ -250,25 +254,21 @@ class Intake:
 
     def open_gate(self) -> None:
         """Let the workers begin: the tree's state is here, or there is no more room for it."""
-        if self._digester is not None:
-            self._digester.begin()
+        if self._lookahead is not None:
+            self._lookahead.begin()
         self._gate.set()
 
     def flush(self) -> None:
         """Hand on what has been received so far."""
         if self._open is not None:
-            if isinstance(self._open, _Spilled) and self._digester is not None:
-                self._have_hashed(self._open, self._digester)
+            if isinstance(self._open, _Spilled) and self._lookahead is not None:
+                with self._lock:
+                    number = self._lookahead.ask(self._open.offset, self._open.runs)
+                    if number is not None:
+                        self._asked[number] = self._open
+                        self._open.is_asked = True
             self._full.put(self._open)
             self._open = None
-
-    def _have_hashed(self, spilled: _Spilled, digester: Digester) -> None:
-        """Have the groups of spilled pages hashed while we receive, where that is little to ask for."""
-        if len(spilled.runs) <= _FEW_RUNS:
-            number = digester.ask(spilled.offset, heads_of(spilled.runs))
-            if number is not None:
-                self._asked[number] = spilled
-                spilled.is_asked = True
 
     def finish(
         self, amount: Callable[[int, int], None] = lambda done, total: None
@@ -279,8 +279,8 @@ class Intake:
         """
         self.flush()
         self._end_workers()
-        if self._digester is not None:
-            self._digester.hurry()
+        if self._lookahead is not None:
+            self._lookahead.hurry()
         for worker in self._workers:
             while worker.is_alive():
                 worker.join(AMOUNT_EVERY_S)
@@ -438,10 +438,11 @@ class Intake:
     def _take_spilled(self, item: _Spilled, own: _Block) -> None:
         """The pages stay in the overflow for as long as a file that they were found in may change."""
         ahead = None
-        if item.is_asked and self._digester is not None:  # then the digester says which of those it knows
-            number, digests = self._digester.next()
-            item = self._asked.pop(number)
-            ahead = self._ahead(item, own, digests) if digests else None
+        if item.is_asked and self._lookahead is not None:  # then it is told which of those was looked at
+            number, seen = self._lookahead.next()
+            with self._lock:
+                item = self._asked.pop(number)
+            ahead = self._ahead(item, own, seen) if seen is not None else None
         found = self._classify(own if ahead is not None else self._fetch(item, own), ahead)
         if found.files:
             with self._lock:
@@ -450,17 +451,15 @@ class Intake:
             self._accept(found)
             self._give_back(item)
 
-    def _ahead(self, spilled: _Spilled, block: _Block, digests: Sequence[bytes]) -> Ahead:
-        """Spilled pages, their groups hashed; those that are needed nevertheless are read into `block`."""
-        if self._matcher is not None:
-            self._fetch(spilled, block)
+    def _ahead(self, spilled: _Spilled, block: _Block, seen: Seen) -> Ahead:
+        """Spilled pages that were looked at; those that are needed nevertheless are read into `block`."""
         block.runs, block.used = spilled.runs, spilled.used
 
         def fetch(ranges: Sequence[tuple[int, int]]) -> None:
-            for begin, end in ranges if self._matcher is None else ():
+            for begin, end in ranges:
                 self._read(spilled, block, begin, end)
 
-        return Ahead(dict(zip(heads_of(spilled.runs), digests, strict=True)), fetch)
+        return Ahead(seen, fetch)
 
     def _fetch(self, spilled: _Spilled, block: _Block) -> _Block:
         """Read spilled pages into a worker's own block."""

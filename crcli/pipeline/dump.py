@@ -43,8 +43,8 @@ from crcli.image.remove import remove
 from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
-from crcli.memory.digester import Digester
 from crcli.memory.intake import Intake
+from crcli.memory.lookahead import Lookahead
 from crcli.memory.overflow import Overflow
 from crcli.memory.sample import Makeup
 from crcli.pipeline.capture import capture_files, store_skeleton
@@ -78,6 +78,8 @@ from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import DumpTarget, failure_of
 from crcli.process import notify
 from crcli.process.gather import gather
+from crcli.process.memory_room import spare_memory
+from crcli.process.processors import usable_processors
 from crcli.process.tree import refuse_bad_target, scan_tree
 from crcli.process.waits import waited_ms
 
@@ -106,6 +108,12 @@ left out."""
 
 _LARGE_BYTES = 128 << 20
 """So much memory takes 30 ms to hash, ten times as long as to start a process for it."""
+
+_BUSY_PROCESSORS = 2
+"""What a tree keeps busy that is being copied: CRIU, and our thread that receives."""
+
+_MOST_LOOKAHEADS, _MOST_WORKERS = 8, 8
+"""Processes that look at pages ahead, and threads that work on them, at most: more wait for each other."""
 
 _CRIU_START_S = 0.025
 """How long CRIU takes before it asks whether it may freeze the tree (seconds): memory is got until then."""
@@ -367,10 +375,24 @@ class _Dump:
         if not self.options.pre_copy:
             self.overflow.reserve(self.target.evidence.expected_bytes, may_fork=may_fork)
 
-    def _is_large(self) -> bool:
-        """Whether a process that hashes beside us is worth its start: for one tree, all sent at once."""
-        is_alone = self.shared.at_once == 1 and not self.options.pre_copy
-        return is_alone and self.target.evidence.expected_bytes >= _LARGE_BYTES
+    def reserve_for_gpus(self) -> None:
+        """Begin to get memory for the pages of a tree that leaves its GPUs, beside what comes from there."""
+        if self.gpu is not None:
+            coming = self.gpu.memory_bytes
+            room = max(0, spare_memory() - coming) // 2
+            self.overflow.reserve(min(self.target.evidence.expected_bytes + coming, room))
+
+    def _start_lookahead(self, held: ExitStack) -> Lookahead | None:
+        """Start processes that look at pages beside us, where they are worth it: for one tree, all sent at
+        once. Of few processors none is taken from who copies pages out of a frozen tree."""
+        evidence = self.target.evidence
+        is_large = evidence.expected_bytes >= _LARGE_BYTES or evidence.may_use_gpus
+        if not is_large or self.shared.at_once > 1 or self.options.pre_copy:
+            return None
+        spare = usable_processors() - _BUSY_PROCESSORS
+        overflow, matcher = self.overflow, self.weights.matcher
+        count = min(max(1, spare), _MOST_LOOKAHEADS)
+        return held.enter_context(Lookahead(overflow.fd, overflow.limit, count, matcher, at_once=spare > 0))
 
     def _prepare(self, held: ExitStack) -> None:
         with self.watch.phase("prepare"):
@@ -384,14 +406,14 @@ class _Dump:
             self.trial = held.enter_context(self.workspace.folder("trial"))
             self.sandbox = held.enter_context(Sandbox(self.trial.fd)) if self._wants_trial() else None
             self.standby = held.enter_context(Standby(self.target.evidence.root.pid, self.images.fd))
-            digester = held.enter_context(Digester(overflow.fd, overflow.limit)) if self._is_large() else None
+            self.weights = held.enter_context(WeightsInUse(self.target.weights))
+            self.weights.index(self.progress.amount, limit_s)
+            lookahead = self._start_lookahead(held)
             self.hashing = Hashing(self.target.evidence, limit_s)
             self.hashing.start()  # a thread: no more forks from here on
             self.network = other_network(self.target.evidence.root.pid)
             if self.network is not None:
                 held.callback(os.close, self.network)
-            self.weights = held.enter_context(WeightsInUse(self.target.weights))
-            self.weights.index(self.progress.amount, limit_s)
             self._find(self.weights.findings())
             store = self.shared.open_store(self.options)
             held.callback(store.close)
@@ -401,7 +423,8 @@ class _Dump:
             self.session = held.enter_context(Session(store, self.target.image_id))
             self.writer = PackWriter(store, self.target.image_id)
             held.callback(self.writer.close)
-            self.intake = Intake(None, self.writer, overflow, self.weights.matcher, digester=digester)
+            workers = min(max(2, usable_processors() // 2 // self.shared.at_once), _MOST_WORKERS)
+            self.intake = Intake(None, self.writer, overflow, self.weights.matcher, workers, lookahead)
             held.callback(self.intake.abandon)
             self.rounds = Rounds(
                 self.workspace,
@@ -668,7 +691,10 @@ class _Dump:
     def _on_notify(self, script: str, receiver: Receiver) -> bool:
         if script == "pre-dump":
             with self.watch.phase("reserve"):
-                self.overflow.settle(wait=self.options.deadline_s is None)
+                may_wait = (
+                    self.options.deadline_s is None and self.gpu is None
+                )  # off its GPUs it stands still
+                self.overflow.settle(wait=may_wait)
             self.overflow.measure_again()  # others take memory too; that of GPUs lies in the host's by now
             with self.watch.phase("turn"):
                 self.shared.take_turn()

@@ -212,6 +212,7 @@ class DumpSide:
                 self._locked += [pid for pid, state in states.items() if state is not CudaState.GONE]
                 waiting = self._newcomers(self._locked)
         self.see_time_left()
+        dump.reserve_for_gpus()
         before = {pid: _anonymous_bytes(pid) for pid in self._locked}
         with dump.watch.phase("gpu checkpoint"):
             self._hand.checkpoint(self._locked)
@@ -356,6 +357,10 @@ class Sleeper(Protocol):
 
     def failure(self, error: BaseException) -> BaseException:
         """The error of a dump that this one means."""
+        ...
+
+    def reserve_for_gpus(self) -> None:
+        """Begin to get memory for the tree's pages: that of its GPUs is about to come to the host."""
         ...
 
 

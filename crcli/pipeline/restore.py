@@ -68,6 +68,7 @@ from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import RestoreTarget, failure_of
 from crcli.process.here import established_here, terminals_here
 from crcli.process.identity import ProcessId, identify
+from crcli.process.processors import usable_processors
 from crcli.process.settings import give_back
 from crcli.process.tree import child_pids
 
@@ -100,6 +101,9 @@ _LAST_WORDS_S = 5.0
 
 _BOARD = "crcli-notify"
 """The name of the memory through which crcli.notify is told (importing it costs a restore that needs it)."""
+
+_MOST_THREADS = 8
+"""Threads that fetch memory and write it, at most (as many as a store far away is asked by at once)."""
 
 _WARDEN_LIMIT_S = 1.0
 """How long the word of a root's end may take that has ended (seconds)."""
@@ -476,7 +480,9 @@ class _Restore:
 
     def _threads(self, wanted: Iterable[Origin]) -> int:
         """How many fetch memory at once: a store far away answers many in the time of one."""
-        return 2 if self._is_near(wanted) else 8
+        return (
+            min(max(2, usable_processors() // 2), _MOST_THREADS) if self._is_near(wanted) else _MOST_THREADS
+        )
 
     def _is_near(self, wanted: Iterable[Origin]) -> bool:
         """Whether this host has all of this memory, in a directory store or its cache."""

@@ -23,9 +23,9 @@ from crcli.criu.page_server import PageProtocolError, socket_pair
 from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.errors import DumpFailed, HostLacks, TreeState
 from crcli.findings import Finding, Severity
+from crcli.memory.classify import BLOCK_PAGES
 from crcli.memory.extents import PAGE
 from crcli.memory.frames import Frames, changed
-from crcli.memory.intake import BLOCK_PAGES
 from crcli.memory.layers import Layers, count, only_referred, without
 from crcli.memory.pagemap import AddressSpace, PageRun, tracks_writes, zero_frame
 from crcli.memory.sample import Makeup

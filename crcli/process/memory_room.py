@@ -33,7 +33,7 @@ def too_tight(wanted: Mapping[str, int]) -> tuple[Room, int] | None:
     asked: dict[str, int] = defaultdict(int)
     asked[""] = sum(wanted.values())
     for cgroups, amount in wanted.items():
-        for folder in _folders(cgroups):
+        for folder in cgroup_folders(cgroups, "memory"):
             asked[folder] += amount
     for place, amount in asked.items():
         free = _free_in(place) if place else available()
@@ -44,12 +44,7 @@ def too_tight(wanted: Mapping[str, int]) -> tuple[Room, int] | None:
 
 def spare_memory() -> int:
     """Bytes that can be used here without pushing anything out, by the host's and our cgroups' account."""
-    try:
-        with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-            folders = list(_folders(file.read()))
-    except OSError:
-        folders = []
-    left = [free for folder in folders if (free := _free_in(folder)) is not None]
+    left = [free for folder in own_cgroup_folders("memory") if (free := _free_in(folder)) is not None]
     return min([available(), *left])
 
 
@@ -58,12 +53,24 @@ def available() -> int:
     return _numbers("/proc/meminfo").get("MemAvailable:", 0) * 1024
 
 
-def _folders(cgroups: str) -> Iterator[str]:
-    """The cgroup that counts the memory of a process, and those above it."""
+def own_cgroup_folders(controller: str) -> list[str]:
+    """The folders of our own cgroup and those above it, as `cgroup_folders` gives them."""
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            return list(cgroup_folders(file.read(), controller))
+    except OSError:
+        return []
+
+
+def cgroup_folders(cgroups: str, controller: str) -> Iterator[str]:
+    """The cgroup by which a controller ("memory", "cpu") counts a process, and those above it.
+
+    `cgroups` is what stands in /proc/PID/cgroup.
+    """
     for line in cgroups.splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory") or "memory" in controllers.split(","):
-            top = f"{CGROUPS}/memory" if controllers else CGROUPS
+        if controllers in ("", controller) or controller in controllers.split(","):
+            top = f"{CGROUPS}/{controller}" if controllers else CGROUPS
             folder = f"{top}{path}".rstrip("/")
             while folder.startswith(top):
                 yield folder

@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, Part, place_in
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
+from crcli.memory.weights.references import Reference
 from crcli.store.base import Buffer
 
 
@@ -42,6 +43,7 @@ class KeepingSink:
     page_digests: dict[int, list[bytes]] = field(default_factory=dict)
     group_digests: dict[int, list[bytes]] = field(default_factory=dict)
     mixed: dict[bytes, Sequence[Part]] = field(default_factory=dict)
+    references: list[Reference] = field(default_factory=list)
     reserved: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -75,6 +77,12 @@ class KeepingSink:
         assert sum(part.pages for part in parts) == GROUP_PAGES
         with self._lock:
             self.mixed[digest] = parts
+
+    def refer(self, reference: Reference) -> int:
+        """See ChunkSink."""
+        with self._lock:
+            self.references.append(reference)
+            return len(self.references) - 1
 
 
 @dataclass

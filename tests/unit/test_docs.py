@@ -18,6 +18,7 @@ from crcli.image import catalog, claims, container, gc, lease, names, packs, ses
 from crcli.image.manifest import StoredFile
 from crcli.main import COMMANDS, build_app
 from crcli.memory import classify, intake, replay
+from crcli.memory.classify import BLOCK_PAGES
 from crcli.memory.extents import PAGE
 from crcli.pipeline import stages
 from crcli.pipeline.check import CheckReport
@@ -171,7 +172,7 @@ def test_readme_names_the_fields_of_reports() -> None:
 @pytest.mark.parametrize(
     ("phrase", "size"),
     [
-        ("(16 blocks of 4 MiB) | 64 MiB", intake.BLOCK_COUNT * intake.BLOCK_PAGES * PAGE),
+        ("(16 blocks of 4 MiB) | 64 MiB", intake.BLOCK_COUNT * BLOCK_PAGES * PAGE),
         ("| pages that the trial needs | 64 MiB", intake._KEEP_PAGES * PAGE),
         (
             "(8 of 8 MiB), and one for each object that is open | 64 MiB",

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crcli.memory import intake
-from crcli.memory.classify import CHUNK_PAGES, GROUP_PAGES, KnownPages, MemoryCounts
+from crcli.memory.classify import BLOCK_PAGES, CHUNK_PAGES, GROUP_PAGES, KnownPages, MemoryCounts
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
 from crcli.memory.intake import Intake
 from tests.support.memory import (
@@ -34,7 +34,7 @@ SHARED = SpaceKey(SpaceKind.SHARED, 7)
 TINY_BLOCKS = {"BLOCK_PAGES": GROUP_PAGES, "BLOCK_COUNT": 2}
 """Limits that force back-pressure: two blocks of one group."""
 
-USUAL_BLOCKS = {"BLOCK_PAGES": intake.BLOCK_PAGES, "BLOCK_COUNT": intake.BLOCK_COUNT}
+USUAL_BLOCKS = {"BLOCK_PAGES": BLOCK_PAGES, "BLOCK_COUNT": intake.BLOCK_COUNT}
 
 slowly = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 

@@ -78,8 +78,8 @@ class Matcher:
         data = np.frombuffer(memory, dtype=np.uint8)
         found: list[Stretch] = []
         for run in runs:
-            cover = _Cover(self, data, run)
-            found += cover.stretches()
+            if data[run.at * PAGE : (run.at + run.pages) * PAGE].view("<u8").any():
+                found += _Cover(self, data, run).stretches()
         return found
 
     def changed(self) -> set[int]:

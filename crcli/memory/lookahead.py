@@ -1,0 +1,291 @@
+"""Processes that look at blocks of pages before the workers do: they hash groups, and find weights.
+
+That is most of the work on a tree that was dumped before, or whose memory stands in files. Threads that do it
+wait for Python's lock in between, and make the one that receives wait: processes do not. Where there are
+processors to spare they begin with the first block, else when the workers begin. The workers take what is
+done; when there is none of that, they do themselves what came last, until they meet.
+
+Nothing depends on it: what it does not do, the workers do.
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import signal
+import struct
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from crcli import kernel
+from crcli.memory.classify import (
+    BLOCK_PAGES,
+    DIGEST,
+    GROUP_PAGES,
+    ZERO_GROUP,
+    ZERO_GROUP_DIGEST,
+    Found,
+    Run,
+    Seen,
+    find_weights,
+    heads_of,
+)
+from crcli.memory.extents import PAGE, SpaceKey, SpaceKind
+from crcli.memory.weights.references import Piece
+from crcli.memory.weights.views import View
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Sequence
+    from types import TracebackType
+
+    from crcli.memory.weights.match import Matcher
+
+MOST_RUNS = 16
+"""So many runs a block has at most that is looked at here: blocks of more have few whole groups."""
+
+_MOST_GROUPS = BLOCK_PAGES // GROUP_PAGES
+_GROUP_BYTES = GROUP_PAGES * PAGE
+_LEAST_BLOCK_BYTES = (_MOST_GROUPS - 1) * _GROUP_BYTES
+"""Blocks are hardly ever smaller; those for which there is no record are left to the workers."""
+
+_ASKED = struct.Struct("<QBB")
+"""What is asked for: where the block begins (bytes), whether a worker has taken it, how many runs it has.
+These follow."""
+
+_TAKEN_AT = 8
+_RUN = struct.Struct("<BQQHHB")
+_COUNT = struct.Struct("<H")
+_STRETCH = struct.Struct(f"<HHH{DIGEST}s")
+_PIECE = struct.Struct("<IBQI")
+_DIGESTS_AT = _ASKED.size + MOST_RUNS * _RUN.size
+_FOUND_AT = _DIGESTS_AT + _MOST_GROUPS * DIGEST
+_FOUND_ROOM = 8 << 10
+"""For what is found of weights (bytes): 400 pieces. A block of which there is more is left to the workers."""
+
+_RECORD = _FOUND_AT + _FOUND_ROOM
+_NUMBER = struct.Struct("<I")
+_MOST_WRITTEN = 1024
+"""Numbers written to a pipe at once: so many the kernel never parts."""
+
+_COVERED = bytes(DIGEST)
+"""In place of the digest of a group of which pages were found in files."""
+
+
+class Lookahead:
+    """See the module. A context manager: leaving it ends the processes."""
+
+    def __init__(
+        self, fd: int, limit: int, count: int = 1, matcher: Matcher | None = None, *, at_once: bool = False
+    ) -> None:
+        """Fork `count` processes, before any thread is started. Pages lie in the file `fd`, of `limit` bytes
+        at most; weights are found by `matcher`. `at_once`: they need not wait until the workers begin."""
+        self._room = limit // _LEAST_BLOCK_BYTES + 1
+        self._shared = mmap.mmap(-1, self._room * _RECORD)
+        self._runs: list[Sequence[Run]] = []
+        self._handed = 0
+        self._has_begun = at_once
+        self._waiting: list[int] = []
+        """Those that workers may take; `_given` may be among them."""
+        self._done: deque[int] = deque()
+        self._given: set[int] = set()
+        self._lock = threading.Lock()
+        tasks, self._tasks = os.pipe()
+        self._answers, answers = os.pipe()
+        self.pids: list[int] = []
+        for _ in range(count):
+            pid = kernel.quiet_fork()
+            if pid == 0:
+                _run(fd, self._shared, matcher, tasks, answers)
+            self.pids.append(pid)
+        os.close(tasks)
+        os.close(answers)
+        for end in (self._answers, self._tasks):
+            os.set_blocking(end, False)
+
+    def ask(self, offset: int, runs: Sequence[Run]) -> int | None:
+        """Have a block looked at that begins at `offset` (bytes), and stays as it is until `next` gives it
+        out. Return its number; None where that will not be done."""
+        if len(self._runs) == self._room or not 0 < len(runs) <= MOST_RUNS or not heads_of(runs):
+            return None
+        number = len(self._runs)
+        at = number * _RECORD
+        _ASKED.pack_into(self._shared, at, offset, 0, len(runs))
+        for place, run in enumerate(runs):
+            where = at + _ASKED.size + place * _RUN.size
+            _RUN.pack_into(self._shared, where, *run.space, run.start, run.pages, run.at, run.lazy)
+        with self._lock:
+            self._runs.append(runs)
+            self._waiting.append(number)
+            if self._has_begun:
+                self._hand_out()
+        return number
+
+    def begin(self) -> None:
+        """Have them begin, in the background."""
+        with self._lock:
+            self._has_begun = True
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Tell them what is asked for, as far as there is room for it."""
+        try:
+            while self._handed < len(self._runs):
+                numbers = range(self._handed, min(len(self._runs), self._handed + _MOST_WRITTEN))
+                os.write(self._tasks, b"".join(map(_NUMBER.pack, numbers)))
+                self._handed = numbers.stop
+        except OSError:
+            pass  # the pipe is full for now, or they were killed: the workers do all by themselves
+
+    def hurry(self) -> None:
+        """Let them work as we do: the tree has been let go of, or waits for us."""
+        for pid in self.pids:
+            try:
+                os.sched_setscheduler(pid, os.sched_getscheduler(0), os.sched_getparam(0))
+            except OSError:
+                pass  # it was killed, or stays in the background
+
+    def next(self) -> tuple[int, Seen | None]:
+        """A block that was asked for and not given out yet, and what was seen there: one that is done, or
+        else the last one, with None: nobody else looks at that one then."""
+        with self._lock:
+            self._hear()
+            is_done = bool(self._done)
+            number = self._done.popleft() if is_done else self._last_waiting()
+            self._given.add(number)
+        if is_done:
+            return number, self._seen(number)
+        self._shared[number * _RECORD + _TAKEN_AT] = 1
+        return number, None
+
+    def _hear(self) -> None:
+        try:
+            said = os.read(self._answers, self._room * _NUMBER.size)
+        except OSError:
+            return
+        self._done.extend(number for (number,) in _NUMBER.iter_unpack(said) if number not in self._given)
+
+    def _last_waiting(self) -> int:
+        while (number := self._waiting.pop()) in self._given:
+            pass
+        return number
+
+    def _seen(self, number: int) -> Seen:
+        at = number * _RECORD
+        heads = heads_of(self._runs[number])
+        places = range(at + _DIGESTS_AT, at + _FOUND_AT, DIGEST)
+        digests = [self._shared[place : place + DIGEST] for place, _ in zip(places, heads, strict=False)]
+        return Seen(
+            {head: digest for head, digest in zip(heads, digests, strict=True) if digest != _COVERED},
+            _unpack_found(self._shared, at + _FOUND_AT),
+        )
+
+    def close(self) -> None:
+        """End them; safe to call again."""
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        if self._tasks >= 0:
+            os.close(self._tasks)
+            os.close(self._answers)
+            self._shared.close()
+        self._tasks, self.pids = -1, []
+
+    def __enter__(self) -> Lookahead:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _run(fd: int, shared: mmap.mmap, matcher: Matcher | None, tasks: int, answers: int) -> None:
+    """What a process does. Never returns."""
+    try:
+        kernel.die_with_parent(signal.SIGKILL)
+        files = [file.fd for file in matcher.files] if matcher is not None else []
+        kernel.close_all_but(fd, tasks, answers, *files)
+        gc.disable()  # it would touch, and so copy, all of the memory that is our parent's too
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        looking = _Looking(fd, shared, matcher)
+        while task := os.read(tasks, _NUMBER.size):
+            if looking.look(*_NUMBER.unpack(task)):
+                os.write(answers, task)
+    finally:
+        os._exit(0)
+
+
+class _Looking:
+    """One process at work."""
+
+    def __init__(self, fd: int, shared: mmap.mmap, matcher: Matcher | None) -> None:
+        self._fd = fd
+        self._shared = shared
+        self._matcher = matcher
+        self._block = bytearray(BLOCK_PAGES * PAGE)
+
+    def look(self, number: int) -> bool:
+        """Look at a block; return whether all of it was seen, and is in its record."""
+        at = number * _RECORD
+        offset, is_taken, count = _ASKED.unpack_from(self._shared, at)
+        if is_taken:
+            return False
+        places = range(at + _ASKED.size, at + _ASKED.size + count * _RUN.size, _RUN.size)
+        runs = [_unpack_run(self._shared, place) for place in places]
+        size = (runs[-1].at + runs[-1].pages) * PAGE
+        if os.preadv(self._fd, [memoryview(self._block)[:size]], offset) != size:
+            return False
+        found = list(find_weights(self._matcher, self._block, runs)) if self._matcher is not None else []
+        covered = {page for one in found for page in range(one.at, one.at + one.pages)}
+        return _pack_found(self._shared, at + _FOUND_AT, found) and self._hash_groups(at, runs, covered)
+
+    def _hash_groups(self, at: int, runs: Sequence[Run], covered: Container[int]) -> bool:
+        view, is_zero = memoryview(self._block), self._block.startswith
+        for place, head in enumerate(heads_of(runs)):
+            if self._shared[at + _TAKEN_AT]:
+                return False
+            if any(page in covered for page in range(head, head + GROUP_PAGES)):
+                digest = _COVERED
+            elif is_zero(ZERO_GROUP, head * PAGE):
+                digest = ZERO_GROUP_DIGEST
+            else:
+                digest = blake3(view[head * PAGE : (head + GROUP_PAGES) * PAGE]).digest()
+            where = at + _DIGESTS_AT + place * DIGEST
+            self._shared[where : where + DIGEST] = digest
+        return True
+
+
+def _unpack_run(shared: mmap.mmap, at: int) -> Run:
+    kind, number, start, pages, place, is_lazy = _RUN.unpack_from(shared, at)
+    return Run(SpaceKey(SpaceKind(kind), number), start, pages, bool(is_lazy), place)
+
+
+def _pack_found(shared: mmap.mmap, at: int, found: Sequence[Found]) -> bool:
+    """Note what was found from `at` on; return whether there is room for it."""
+    words = [_COUNT.pack(len(found))]
+    for one in found:
+        words.append(_STRETCH.pack(one.at, one.pages, len(one.pieces), one.digest))
+        words += (_PIECE.pack(*piece) for piece in one.pieces)
+    packed = b"".join(words)
+    if len(packed) <= _FOUND_ROOM:
+        shared[at : at + len(packed)] = packed
+    return len(packed) <= _FOUND_ROOM
+
+
+def _unpack_found(shared: mmap.mmap, at: int) -> list[Found]:
+    (count,) = _COUNT.unpack_from(shared, at)
+    at += _COUNT.size
+    found = []
+    for _ in range(count):
+        first, pages, parts, digest = _STRETCH.unpack_from(shared, at)
+        at += _STRETCH.size
+        pieces = [_PIECE.unpack_from(shared, at + number * _PIECE.size) for number in range(parts)]
+        at += parts * _PIECE.size
+        found.append(
+            Found(first, pages, tuple(Piece(file, View(view), *rest) for file, view, *rest in pieces), digest)
+        )
+    return found
