@@ -118,7 +118,8 @@ def test_weights_that_lie_in_gpu_memory_are_left_out(
     options = ("-c", WEIGHTS, str(weights))
     with sim.start_program(*options, program=sys.executable) as program:
         report = crcli.dump(program.pid, "--weights", str(weights))
-        assert report["weights_bytes"] >= 8 * MIB
+        edges = 64 << 10  # of a few pages that reach into a block of their own nobody may know whose they are
+        assert report["weights_bytes"] >= 8 * MIB - edges
         restored = crcli.restore(report["image"])
         assert sim.state(restored["host_pid"]) == "running"
         assert sim.in_use(0) >= 8 * MIB
@@ -199,6 +200,7 @@ def test_a_process_may_end_while_its_image_is_on_its_way(
             watch=Stopwatch(Mock()),
             report=SimpleNamespace(frozen_ms=0.0, image="x@1"),
             interrupts=SimpleNamespace(past_return=lambda: None),
+            reserve_for_gpus=lambda: None,
             published=False,
         )
         options = DumpOptions(pid=root.pid, store="none", outcome=Outcome.RUNNING)
