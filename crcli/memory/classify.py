@@ -218,6 +218,8 @@ class Classifier:
 
         Without `weights` nothing is looked for in files. With `ahead` the pages need not be in `memory` yet.
         """
+        if ahead is not None and (whole := self._classify_whole(runs, ahead.seen)) is not None:
+            return whole
         view = memoryview(memory)
         places = [NOWHERE] * max((run.at + run.pages for run in runs), default=0)
         if ahead is not None:
@@ -247,12 +249,32 @@ class Classifier:
         counts = _count(places, sum(len(chunk.pages) for chunk in chunks), bool(files))
         return Classified(extents, counts, frozenset(files))
 
+    def _classify_whole(self, runs: Sequence[Run], seen: Seen) -> Classified | None:
+        """Classify a block that is one find in files from end to end, or all zeros; None for any other.
+
+        Much of a large model's memory is such blocks, and the other way takes ten times as long for them.
+        """
+        pages = sum(run.pages for run in runs)
+        if len(seen.found) == 1 and seen.found[0].pages == pages:
+            (found,) = seen.found
+            place = _WEIGHTS | self._refer(found) << _CHUNK_SHIFT
+            extents = [(run.space, _extent(run, run.at, run.at + run.pages, place + run.at)) for run in runs]
+            counts = MemoryCounts(total=pages * PAGE, weights=pages * PAGE)
+            return Classified(extents, counts, frozenset(piece.file for piece in found.pieces))
+        zeros = [digest == ZERO_GROUP_DIGEST for digest in seen.digests.values()]
+        if len(zeros) * GROUP_PAGES == pages and all(zeros):
+            extents = [(run.space, _extent(run, run.at, run.at + run.pages, ZERO)) for run in runs]
+            return Classified(extents, MemoryCounts(total=pages * PAGE, zero=pages * PAGE), frozenset())
+        return None
+
+    def _refer(self, found: Found) -> int:
+        return self._sink.refer(Reference(found.pieces, found.pages * PAGE, found.digest))
+
     def _place_weights(self, found: Iterable[Found], places: list[int]) -> set[int]:
         """Place the pages that are found in files of weights; return the numbers of those files."""
         files: set[int] = set()
         for one in found:
-            number = self._sink.refer(Reference(one.pieces, one.pages * PAGE, one.digest))
-            first = _WEIGHTS | number << _CHUNK_SHIFT
+            first = _WEIGHTS | self._refer(one) << _CHUNK_SHIFT
             places[one.at : one.at + one.pages] = range(first, first + one.pages)
             files.update(piece.file for piece in one.pieces)
         return files

@@ -102,8 +102,11 @@ _LAST_WORDS_S = 5.0
 _BOARD = "crcli-notify"
 """The name of the memory through which crcli.notify is told (importing it costs a restore that needs it)."""
 
-_MOST_THREADS = 8
-"""Threads that fetch memory and write it, at most (as many as a store far away is asked by at once)."""
+_MOST_THREADS = 16
+"""Threads that fetch memory from nearby and write it, at most."""
+
+_FAR_THREADS = 8
+"""So many fetch it from a store far away, which answers many in the time of one."""
 
 _WARDEN_LIMIT_S = 1.0
 """How long the word of a root's end may take that has ended (seconds)."""

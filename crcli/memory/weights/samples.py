@@ -15,7 +15,6 @@ from blake3 import blake3
 
 from crcli.memory.weights.layout import WORD, regions
 from crcli.memory.weights.views import CASTS_OF, View, apply, element_bytes, source_element
-from crcli.process.processors import usable_processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -117,9 +116,8 @@ def index_of(
         for begin in range(region.start, region.end, _BLOCK)
     )
     digest = blake3()
-    count = min(max(2, usable_processors() - 1), _MOST_THREADS)
-    threads = ThreadPoolExecutor(count, "samples")
-    workers = [threads.submit(_take_samples, blocks) for _ in range(count)]
+    threads = ThreadPoolExecutor(_THREADS, "samples")
+    workers = [threads.submit(_take_samples, blocks) for _ in range(_THREADS)]
     try:
         for at in range(0, file.size, _BLOCK):
             digest.update(file.read(at, min(_BLOCK, file.size - at)))
@@ -134,7 +132,7 @@ def index_of(
     return found.index(), digest.digest()
 
 
-_MOST_THREADS = 8
+_THREADS = 2
 _LOOK_S = 0.1
 _OVERLAP = 4 * WORD
 """Bytes of the next block that a block is read with: no sample or neighbour is lost at the border."""
