@@ -91,6 +91,8 @@ def test_a_host_with_gpus_is_described(sim: SimulatedHost, crcli: GpuCrcli) -> N
     assert [one["uuid"] for one in checks["gpu"]["evidence"]["gpus"]] == [gpu(1).uuid, gpu(2).uuid]
     assert checks["gpu-custom-storage"]["evidence"] == {"available": False}
     assert checks["gpu-asleep"]["evidence"]["left"] == []
+    huge = checks["gpu-huge-pages"]
+    assert ("[always]" in huge["evidence"]["transparent_hugepage"]) == (huge["status"] == "ok")
 
 
 def test_the_names_of_the_host_stay(sim: SimulatedHost, crcli: GpuCrcli) -> None:

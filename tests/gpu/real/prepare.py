@@ -27,6 +27,9 @@ CRIU, WHEELS, MANIFEST = "criu.tar.gz", "wheels", "MANIFEST.json"
 DEFAULT_PYTHON = "3.12"
 MOST_MIB = 60
 
+COMMIT = "CRCLI_GPU_COMMIT"
+"""The variable that says which commit was carried: what carries a checkout may leave git's folder behind."""
+
 ASSUMED = ("numpy", "torch", "cupy", "safetensors")
 """What that machine has by itself. numpy is crcli's, the others the programs' that are dumped."""
 
@@ -134,7 +137,9 @@ def _name_of(wheel: Path) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout; empty where git, or its folder, is not there."""
+    """The commit of this checkout, or that of the one which it is a copy of; empty where nobody knows."""
+    if told := os.environ.get(COMMIT):
+        return told
     command = ["git", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

@@ -14,8 +14,9 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from tests.gpu.real.prepare import CRIU, MANIFEST, ROOT, WHEELS
+from tests.gpu.real.prepare import COMMIT, CRIU, MANIFEST, ROOT, WHEELS
 
 PATH_BEFORE = "CRCLI_GPU_PYTHONPATH_BEFORE"
 
@@ -26,7 +27,7 @@ class Unusable(Exception):
 
 def unpack(folder: Path, work: Path) -> dict[str, str]:
     """Everything is laid out below `work`; return what the environment of crcli's commands must hold."""
-    _check(folder)
+    manifest = _checked(folder)
     site = work / "site"
     with tarfile.open(folder / CRIU) as archive:
         archive.extractall(work, filter="tar")
@@ -36,10 +37,15 @@ def unpack(folder: Path, work: Path) -> dict[str, str]:
     (site / "pycriu").symlink_to(pycriu)
     places = map(str, (site, pycriu, ROOT / "crcli", ROOT / "tests"))
     subprocess.run([sys.executable, "-m", "compileall", "-qq", "-j0", *places], check=False)
-    return {"PYTHONPATH": f"{site}:{ROOT}", "CRCLI_CRIU_PREFIX": str(work / "criu")}
+    return {
+        "PYTHONPATH": f"{site}:{ROOT}",
+        "CRCLI_CRIU_PREFIX": str(work / "criu"),
+        COMMIT: manifest.get("crcli", ""),
+    }
 
 
-def _check(folder: Path) -> None:
+def _checked(folder: Path) -> dict[str, Any]:
+    """The manifest; all that it lists is there."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -53,6 +59,7 @@ def _check(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise Unusable(f"{path} is missing or damaged")
+    return dict(manifest)
 
 
 def _lay_out(wheel: Path, site: Path) -> None:
