@@ -4,11 +4,11 @@ Every process that uses CUDA has /dev/nvidia-uvm open, and most have it mapped: 
 NVIDIA's kernel driver (kernel-open/nvidia-uvm/uvm.c) lets the device be mapped for two things only, both
 shared and at an offset that is the address itself: managed memory, and CUDA's own pools of semaphores. The
 pools that were seen (driver 580.159.04, with PyTorch, CuPy and the driver API alone) are of 2 MiB each, in
-the window that CUDA reserves for itself from 0x200000000 on, while managed memory lies where ordinary mappings
-do. Some drivers are said to mark the pools to be wiped on fork (`wf` in smaps). What has neither sign is taken
-for managed memory; a few pieces as large as a pool are not, in case a driver puts those elsewhere: to refuse
-every program would be worse than to miss a small one. Of that the driver named says at the checkpoint that it
-is not supported; the process then runs on.
+the window that CUDA reserves for itself from 0x200000000 on, while managed memory lies where ordinary
+mappings do. Some drivers are said to mark the pools to be wiped on fork (`wf` in smaps). What has neither
+sign is taken for managed memory; a few pieces as large as a pool are not, in case a driver puts those
+elsewhere: to refuse every program would be worse than to miss a small one. Of that the driver named says at
+the checkpoint that it is not supported; the process then runs on.
 """
 
 from __future__ import annotations

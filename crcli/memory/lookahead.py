@@ -39,7 +39,7 @@ from crcli.memory.weights.references import Piece
 from crcli.memory.weights.views import View
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Sequence
     from types import TracebackType
 
     from crcli.memory.weights.match import Matcher
@@ -226,7 +226,8 @@ class _Looking:
         self._fd = fd
         self._shared = shared
         self._matcher = matcher
-        self._block = bytearray(BLOCK_PAGES * PAGE)
+        self._block = bytearray(BLOCK_PAGES * PAGE if matcher is not None else 0)
+        self._group = bytearray(_GROUP_BYTES)
 
     def look(self, number: int) -> bool:
         """Look at a block; return whether all of it was seen, and is in its record."""
@@ -236,24 +237,26 @@ class _Looking:
             return False
         places = range(at + _ASKED.size, at + _ASKED.size + count * _RUN.size, _RUN.size)
         runs = [_unpack_run(self._shared, place) for place in places]
-        size = (runs[-1].at + runs[-1].pages) * PAGE
-        if os.preadv(self._fd, [memoryview(self._block)[:size]], offset) != size:
-            return False
-        found = list(find_weights(self._matcher, self._block, runs)) if self._matcher is not None else []
-        covered = {page for one in found for page in range(one.at, one.at + one.pages)}
-        return _pack_found(self._shared, at + _FOUND_AT, found) and self._hash_groups(at, runs, covered)
+        found: list[Found] = []
+        if self._matcher is not None:
+            block, size = self._block, (runs[-1].at + runs[-1].pages) * PAGE
+            if os.preadv(self._fd, [memoryview(block)[:size]], offset) != size:
+                return False
+            found += find_weights(self._matcher, block, runs)
+        return _pack_found(self._shared, at + _FOUND_AT, found) and self._hash_groups(at, offset, runs, found)
 
-    def _hash_groups(self, at: int, runs: Sequence[Run], covered: Container[int]) -> bool:
-        view, is_zero = memoryview(self._block), self._block.startswith
+    def _hash_groups(self, at: int, offset: int, runs: Sequence[Run], found: Sequence[Found]) -> bool:
+        """Each is read by itself: so much stays in the processor's cache until it is hashed."""
+        covered = {page for one in found for page in range(one.at, one.at + one.pages)}
+        group = self._group
         for place, head in enumerate(heads_of(runs)):
             if self._shared[at + _TAKEN_AT]:
                 return False
-            if any(page in covered for page in range(head, head + GROUP_PAGES)):
-                digest = _COVERED
-            elif is_zero(ZERO_GROUP, head * PAGE):
-                digest = ZERO_GROUP_DIGEST
-            else:
-                digest = blake3(view[head * PAGE : (head + GROUP_PAGES) * PAGE]).digest()
+            digest = _COVERED
+            if covered.isdisjoint(range(head, head + GROUP_PAGES)):
+                if os.preadv(self._fd, [group], offset + head * PAGE) != _GROUP_BYTES:
+                    return False
+                digest = ZERO_GROUP_DIGEST if group.startswith(ZERO_GROUP) else blake3(group).digest()
             where = at + _DIGESTS_AT + place * DIGEST
             self._shared[where : where + DIGEST] = digest
         return True
