@@ -731,12 +731,14 @@ class _Dump:
             self.rounds.prove(scan_tree(self.target.evidence.root.identity))
         self.watch.add("take", time.monotonic() - self.frozen_at)
         self.on_frozen()
-        with self.watch.phase("files"):
-            self._capture()
         if self.sandbox is not None:
-            with self.watch.phase("trial"):
-                plan, links = self.target.plan, self.target.links
-                try_skeleton(self.sandbox, self.trial, self.images, self.intake.kept, plan, links)
+            plan, links, kept = self.target.plan, self.target.links, self.intake.kept
+            began = time.monotonic()
+            self.progress.phase("trial")
+            try_skeleton(self.sandbox, self.trial, self.images, kept, plan, links, self._capture)
+            self.watch.add("trial", time.monotonic() - began - self.watch.phases["files"] / 1000)
+        else:
+            self._capture()
         if self.options.outcome != Outcome.KILLED:
             self._resume_calls()
         self.shared.end_turn()
@@ -757,13 +759,14 @@ class _Dump:
             self.standby.poke(self.criu_pid, threads)
 
     def _capture(self) -> None:
-        evidence = self.target.evidence
-        self.tree = scan_tree(evidence.root.identity)
-        self.run_id = run_id(self.images)
-        self.keeps_lock = has_connections(self.images)
-        self.files, findings = capture_files(
-            self.images, evidence.root.pid, evidence.mounts, self.options.include, self.writer
-        )
+        with self.watch.phase("files"):
+            evidence = self.target.evidence
+            self.tree = scan_tree(evidence.root.identity)
+            self.run_id = run_id(self.images)
+            self.keeps_lock = has_connections(self.images)
+            self.files, findings = capture_files(
+                self.images, evidence.root.pid, evidence.mounts, self.options.include, self.writer
+            )
         self._find(findings)
 
     def _publish(self) -> None:
