@@ -81,8 +81,9 @@ class Lookahead:
     def __init__(
         self, fd: int, limit: int, count: int = 1, matcher: Matcher | None = None, *, at_once: bool = False
     ) -> None:
-        """Fork `count` processes, before any thread is started. Pages lie in the file `fd`, of `limit` bytes
-        at most; weights are found by `matcher`. `at_once`: they need not wait until the workers begin."""
+        """Fork `count` processes, or as many as we may, before any thread is started. Pages lie in the file
+        `fd`, of `limit` bytes at most; weights are found by `matcher`. `at_once`: they need not wait until
+        the workers begin."""
         self._room = limit // _LEAST_BLOCK_BYTES + 1
         self._shared = mmap.mmap(-1, self._room * _RECORD)
         self._runs: list[Sequence[Run]] = []
@@ -97,7 +98,10 @@ class Lookahead:
         self._answers, answers = os.pipe()
         self.pids: list[int] = []
         for _ in range(count):
-            pid = kernel.quiet_fork()
+            try:
+                pid = kernel.quiet_fork()
+            except OSError:
+                break
             if pid == 0:
                 _run(fd, self._shared, matcher, tasks, answers)
             self.pids.append(pid)

@@ -385,13 +385,12 @@ class _Dump:
     def _start_lookahead(self, held: ExitStack) -> Lookahead | None:
         """Start processes that look at pages beside us, where they are worth it: for one tree, all sent at
         once. Of few processors none is taken from who copies pages out of a frozen tree."""
-        evidence = self.target.evidence
-        is_large = evidence.expected_bytes >= _LARGE_BYTES or evidence.may_use_gpus
-        if not is_large or self.shared.at_once > 1 or self.options.pre_copy:
+        evidence, spare = self.target.evidence, usable_processors() - _BUSY_PROCESSORS
+        worth = _MOST_LOOKAHEADS if evidence.may_use_gpus else evidence.expected_bytes // _LARGE_BYTES
+        if not worth or self.shared.at_once > 1 or self.options.pre_copy:
             return None
-        spare = usable_processors() - _BUSY_PROCESSORS
         overflow, matcher = self.overflow, self.weights.matcher
-        count = min(max(1, spare), _MOST_LOOKAHEADS)
+        count = min(worth, max(1, spare), _MOST_LOOKAHEADS)
         return held.enter_context(Lookahead(overflow.fd, overflow.limit, count, matcher, at_once=spare > 0))
 
     def _prepare(self, held: ExitStack) -> None:

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 from blake3 import blake3
 
+from crcli import kernel
 from crcli.memory import lookahead as lookahead_module
 from crcli.memory.classify import BLOCK_PAGES, GROUP_PAGES, ZERO_GROUP_DIGEST, Run, Seen, find_weights
 from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
@@ -144,6 +145,21 @@ def test_they_end_with_the_block(overflow: MemoryFile) -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_where_no_process_may_be_started_the_workers_do_all(
+    overflow: MemoryFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on processes is no reason for a dump to fail."""
+
+    def refused() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(kernel, "quiet_fork", refused)
+    sent, sink = pages_for(blocks=3), KeepingSink()
+    with Lookahead(overflow.fd, LIMIT, 4, at_once=True) as lookahead:
+        spaces, _ = received(overflow, sent, sink, lookahead).finish()
+    assert rebuilt(spaces, sink.chunks) == expected([sent])
 
 
 def test_weights_are_found_as_the_workers_find_them(overflow: MemoryFile, tmp_path: Path) -> None:
