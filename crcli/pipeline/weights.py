@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crcli.errors import UsageError
 from crcli.findings import Finding, Severity
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
     from crcli.image.names import ImageRef
     from crcli.image.weights import Pushed
-    from crcli.memory.weights.cache import Indexed
     from crcli.memory.weights.match import Matcher
     from crcli.process.evidence import Evidence
     from crcli.store.base import Store
@@ -46,7 +44,9 @@ _ON_GPUS = 16 << 30
 MOST_FILES = 256
 """Files that one dump compares with, the largest: each is open all the time."""
 
-_THREADS = 2
+MOST_SAMPLES = 8 << 20
+"""Samples of all files together, at most (160 MB): of 16 GiB all that there are, of more a part."""
+
 _MOST_ENTRIES = 10_000
 _NAMED = 20
 
@@ -153,6 +153,13 @@ def _model_folders(pid: int) -> Iterator[str]:
             yield f"{cache}/{name}"
 
 
+class _Facts(NamedTuple):
+    """What is remembered of a file's index: the BLAKE3 of the file (hexadecimal), and how many samples."""
+
+    digest: str
+    samples: int
+
+
 class _OutOfTime(Exception):
     """An index is not to be finished."""
 
@@ -167,7 +174,7 @@ class WeightsInUse:
         """Open the files, the largest first, and no more than there may be."""
         self._left_out: list[str] = []
         self._late: list[str] = []
-        self._indexed: list[Indexed] = []
+        self._indexed: list[_Facts] = []
         self.matcher: Matcher | None = None
         self.files: list[WeightsFile] = []
         for path in sorted(paths, key=_size_of, reverse=True):
@@ -187,52 +194,46 @@ class WeightsInUse:
     ) -> None:
         """Index the files; those without an index after `limit_s` seconds (or now: `only_kept`) are left out.
 
-        `amount` is told how many bytes are done, of how many. Files are read in threads; an exception in the
-        calling one ends them.
+        `amount` is told how many bytes are done, of how many. Of many large files fewer samples are kept of
+        each, so that all have room.
         """
         if not self.files:
             return  # most trees have none, and need nothing of what follows
-        from concurrent.futures import ThreadPoolExecutor
-
         from crcli.memory.weights.cache import indexed, kept
+        from crcli.memory.weights.match import Matcher
+        from crcli.memory.weights.samples import Index
 
         end = None if limit_s is None else time.monotonic() + limit_s
-        done, over = [0] * len(self.files), threading.Event()
-        total = sum(file.size for file in self.files)
+        before, total = 0, sum(file.size for file in self.files)
 
-        def take(number: int) -> Indexed | None:
-            def note(count: int) -> None:
-                if over.is_set() or (end is not None and time.monotonic() > end):
-                    raise _OutOfTime
-                done[number] = count
-                amount(sum(done), total)
+        def note(count: int) -> None:
+            if end is not None and time.monotonic() > end:
+                raise _OutOfTime
+            amount(before + count, total)
 
+        indexes, bits = list[Index](), 0
+        for file in list(self.files):
             try:
-                return kept(self.files[number]) if only_kept else indexed(self.files[number], note)
+                found = kept(file) if only_kept else indexed(file, note)
             except _OutOfTime:
-                return None
-
-        threads = ThreadPoolExecutor(_THREADS, "weights")
-        try:
-            found = list(threads.map(take, range(len(self.files))))
-        finally:
-            over.set()
-            threads.shutdown(wait=True, cancel_futures=True)
-        self._keep(found)
-
-    def _keep(self, found: list[Indexed | None]) -> None:
-        """Go on with the files that have an index."""
-        pairs = list(zip(self.files, found, strict=True))
-        for file in (file for file, one in pairs if one is None):
-            self._late.append(file.path)
-            file.close()
-        self.files = [file for file, one in pairs if one is not None]
-        self._indexed = [one for one in found if one is not None]
+                found = None
+            before += file.size
+            if found is None:
+                self._leave_out(file)
+                continue
+            self._indexed.append(_Facts(found.digest, len(found.samples.keys)))
+            indexes.append(found.samples.thinned(bits))
+            while sum(len(one.keys) for one in indexes) > MOST_SAMPLES:
+                bits += 1
+                indexes = [one.thinned(bits) for one in indexes]
         if self.files:
-            from crcli.memory.weights.match import Matcher
-            from crcli.memory.weights.samples import Index
+            self.matcher = Matcher(self.files, Index.joined(indexes))
 
-            self.matcher = Matcher(self.files, Index.joined([one.samples for one in self._indexed]))
+    def _leave_out(self, file: WeightsFile) -> None:
+        """Go on without a file that has no index."""
+        self._late.append(file.path)
+        self.files.remove(file)
+        file.close()
 
     def findings(self) -> Iterator[Finding]:
         """What was left out, and why."""
@@ -261,7 +262,7 @@ class WeightsInUse:
     def facts(self) -> list[dict[str, Any]]:
         """Each file's path, size (bytes), BLAKE3, and how many samples its index has."""
         return [
-            {"path": file.path, "bytes": file.size, "blake3": one.digest, "samples": len(one.samples.keys)}
+            {"path": file.path, "bytes": file.size, "blake3": one.digest, "samples": one.samples}
             for file, one in zip(self.files, self._indexed, strict=True)
         ]
 

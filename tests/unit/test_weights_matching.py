@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
@@ -16,14 +17,16 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from crcli import kernel
 from crcli.memory.classify import Run
 from crcli.memory.extents import PAGE, SpaceKey, SpaceKind
-from crcli.memory.weights import cache, layout
+from crcli.memory.weights import cache, layout, samples
 from crcli.memory.weights.files import WeightsFile
 from crcli.memory.weights.match import Matcher
 from crcli.memory.weights.references import Piece, Reference, found_bytes
 from crcli.memory.weights.samples import Index, index_of
 from crcli.memory.weights.views import View, apply
+from crcli.pipeline import weights
 
 SPACE = SpaceKey(SpaceKind.PROCESS, 4711)
 BLOCK_PAGES = 256
@@ -293,6 +296,59 @@ def test_a_damaged_head_is_no_head(length: int, float32: Path, tmp_path: Path) -
     )
     assert layout.regions(WeightsFile(str(liar)))[0] == (0, liar.stat().st_size, "", tuple(range(8)))
     assert share(ALL, liar) > 0.97
+
+
+@pytest.mark.parametrize("lost", ["", "one", "all"])
+def test_processes_take_the_samples_of_large_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """What they send is what this process would have found, also where some are killed or do not start."""
+    path = tmp_path / "large"
+    path.write_bytes(np.random.default_rng(3).bytes(40 << 20))
+    file = WeightsFile(str(path))
+    expected = index_of(file)
+    monkeypatch.setattr(samples, "_WORTH_BYTES", 1 << 20)
+    monkeypatch.setattr(samples, "usable_processors", lambda: 3)
+    forks, fork = [], kernel.quiet_fork
+
+    def forking() -> int:
+        if lost == "all":
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        forks.append(fork())
+        if forks[-1] and lost == "one" and len(forks) == 2:
+            os.kill(forks[-1], signal.SIGKILL)
+        return forks[-1]
+
+    monkeypatch.setattr(kernel, "quiet_fork", forking)
+    index, digest = index_of(file)
+    assert len(forks) == (0 if lost == "all" else 3)
+    assert digest == expected[1] == blake3(path.read_bytes()).digest()
+    assert index.streams == expected[0].streams
+    for name in ("keys", "owners", "places"):
+        assert np.array_equal(getattr(index, name), getattr(expected[0], name))
+    for pid in forks:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def test_of_many_files_fewer_samples_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no more in all than there may be, and large tensors of each file are found by them."""
+    monkeypatch.setattr(weights, "MOST_SAMPLES", 4000)
+    monkeypatch.setenv("CRCLI_CACHE_DIR", str(tmp_path / "cache"))
+    contents = [np.random.default_rng(seed).bytes(8 << 20) for seed in range(3)]
+    paths = []
+    for number, raw in enumerate(contents):
+        paths.append(tmp_path / f"{number}.bin")
+        paths[-1].write_bytes(raw)
+    with weights.WeightsInUse([str(path) for path in paths]) as in_use:
+        in_use.index()
+        assert in_use.matcher is not None
+        assert 1000 < len(in_use.matcher._index.keys) <= 4000
+        assert sum(one["samples"] for one in in_use.facts()) > 8000
+        for raw in contents:
+            block = bytearray(raw[: BLOCK_PAGES * PAGE])
+            found = in_use.matcher.stretches(block, [Run(SPACE, 0, BLOCK_PAGES, True, 0)])
+            assert sum(one.pages for one in found) == BLOCK_PAGES
 
 
 def test_a_file_that_shrinks_is_no_danger(float32: Path) -> None:

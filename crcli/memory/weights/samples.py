@@ -7,17 +7,22 @@ the word and its neighbour. An index holds the keys of a file, sorted, with the 
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, NamedTuple
+import gc
+import os
+import select
+import signal
+import struct
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 from blake3 import blake3
 
+from crcli import kernel
 from crcli.memory.weights.layout import WORD, regions
 from crcli.memory.weights.views import CASTS_OF, View, apply, element_bytes, source_element
+from crcli.process.processors import usable_processors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from crcli.memory.weights.files import WeightsFile
     from crcli.memory.weights.layout import Region
@@ -31,6 +36,7 @@ _LARGE_BYTES = 8 << 30
 _BLOCK = 1 << 20
 _MOST_PER_BLOCK = 4 * (_BLOCK // WORD >> RARITY_BITS)
 _MOST_PER_KEY = 4
+_ROWS = struct.Struct("<Q")
 _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 
 
@@ -78,6 +84,13 @@ class Index:
         self.owners = owners
         self.places = places
 
+    def thinned(self, bits: int) -> Index:
+        """Only one sample in 2**bits, which are the same ones in every index."""
+        import numpy as np
+
+        end = int(np.searchsorted(self.keys, np.uint64(1 << (64 - bits)))) if bits else len(self.keys)
+        return Index(self.streams, self.keys[:end].copy(), self.owners[:end].copy(), self.places[:end].copy())
+
     @classmethod
     def joined(cls, parts: Sequence[Index]) -> Index:
         """One index of all files, which are numbered in the order of `parts`."""
@@ -106,77 +119,165 @@ def index_of(
 ) -> tuple[Index, bytes]:
     """Read a file; return its samples, and the BLAKE3 of all of its bytes.
 
-    A few threads take samples while this one hashes. `amount` is told now and then how many bytes are done;
-    what it raises ends the work.
+    Of a large one other processes take the samples while this one hashes. `amount` is told now and then how
+    many bytes are done; what it raises ends the work.
     """
-    found = _Sampling(file.size)
-    blocks = _Shared(
-        (found, file, begin, region.end, streams)
-        for region, streams in [(region, found.streams_of(region, casts)) for region in regions(file)]
-        for begin in range(region.start, region.end, _BLOCK)
-    )
+    found = _Sampling(file, casts)
+    count = min(usable_processors(), _MOST_PROCESSES) if file.size >= _WORTH_BYTES else 0
     digest = blake3()
-    threads = ThreadPoolExecutor(_THREADS, "samples")
-    workers = [threads.submit(_take_samples, blocks) for _ in range(_THREADS)]
-    try:
+    with _Samplers(found, count) as samplers:
         for at in range(0, file.size, _BLOCK):
             digest.update(file.read(at, min(_BLOCK, file.size - at)))
             amount(at)
-        while not wait(workers, _LOOK_S).done:
+        while not samplers.hear(_LOOK_S):
             amount(file.size)
-        for worker in workers:
-            worker.result()
-    finally:
-        blocks.end()
-        threads.shutdown(wait=True)
+    for share in samplers.undone:
+        found.take(share, lambda: amount(file.size))
     return found.index(), digest.digest()
 
 
-_THREADS = 2
+_WORTH_BYTES = 128 << 20
+"""Files of this size and larger are worth processes: each takes a few ms to start."""
+
+_MOST_PROCESSES = 8
 _LOOK_S = 0.1
 _OVERLAP = 4 * WORD
 """Bytes of the next block that a block is read with: no sample or neighbour is lost at the border."""
 
-_Task = tuple["_Sampling", "WeightsFile", int, int, "list[int]"]
+_STRIPE = 16
+"""So many blocks in a row are of one share: a disk is read in long pieces."""
+
+_PIPE_READ = 1 << 20
 
 
-class _Shared:
-    """Tasks that several threads take from one iterator."""
+class Share(NamedTuple):
+    """Every `of`-th stripe of a file, from number `first` on."""
 
-    def __init__(self, tasks: Iterator[_Task]) -> None:
-        self._tasks = tasks
-        self._lock = threading.Lock()
-
-    def next(self) -> _Task | None:
-        """The next one; None when there are no more."""
-        with self._lock:
-            return next(self._tasks, None)
-
-    def end(self) -> None:
-        """Let there be no more."""
-        with self._lock:
-            self._tasks = iter(())
+    first: int
+    of: int
 
 
-def _take_samples(blocks: _Shared) -> None:
-    while (task := blocks.next()) is not None:
-        found, file, begin, end, streams = task
-        if raw := file.read(begin, min(_BLOCK + _OVERLAP, end - begin)):  # else it was cut short meanwhile
-            for stream in streams:
-                found.add(stream, begin, raw)
+class _Samplers:
+    """Processes that take samples, a share of the file each. A context manager that ends them.
+
+    Nothing depends on them: `undone` are the shares of which nothing came.
+    """
+
+    def __init__(self, found: _Sampling, count: int) -> None:
+        self._found = found
+        self._shares = [Share(number, count) for number in range(count)]
+        self._at_work: dict[int, tuple[int, Share, bytearray]] = {}
+        """By the descriptor through which they send: pid, share, and what has come."""
+        self.undone = [] if count else [Share(0, 1)]
+
+    def __enter__(self) -> _Samplers:
+        for share in self._shares:
+            reader, writer = os.pipe()
+            try:
+                pid = kernel.quiet_fork()
+            except OSError:  # we may start no more
+                os.close(reader)
+                self.undone.append(share)
+            else:
+                if pid == 0:
+                    _sample_and_exit(self._found, share, writer)
+                self._at_work[reader] = pid, share, bytearray()
+            os.close(writer)
+        return self
+
+    def hear(self, limit_s: float) -> bool:
+        """Take in what they have sent, waiting for so long (seconds); return whether all have ended."""
+        for reader in select.select(list(self._at_work), [], [], limit_s)[0]:
+            _, share, sent = self._at_work[reader]
+            if data := os.read(reader, _PIPE_READ):
+                sent += data
+                continue
+            if not self._found.unpack(sent):
+                self.undone.append(share)
+            self._end(reader)
+        return not self._at_work
+
+    def _end(self, reader: int) -> None:
+        pid, _, _ = self._at_work.pop(reader)
+        os.close(reader)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    def __exit__(self, *_: object) -> None:
+        for reader in list(self._at_work):
+            self._end(reader)
+
+
+def _sample_and_exit(found: _Sampling, share: Share, writer: int) -> NoReturn:
+    """What such a process does."""
+    try:
+        kernel.die_with_parent(signal.SIGKILL)
+        kernel.close_all_but(found.file.fd, writer)
+        gc.disable()  # it would touch, and so copy, all of the memory that is our parent's too
+        found.take(share)
+        with open(writer, "wb") as pipe:
+            found.pack(pipe)
+    finally:
+        os._exit(0)
 
 
 class _Sampling:
     """The samples of a file as they are gathered."""
 
-    def __init__(self, size: int) -> None:
-        self.rarity_bits = RARITY_BITS + max(0, (size - 1) // _LARGE_BYTES).bit_length()
+    def __init__(self, file: WeightsFile, casts: bool) -> None:
+        self.file = file
+        self.rarity_bits = RARITY_BITS + max(0, (file.size - 1) // _LARGE_BYTES).bit_length()
         self.rarities: list[int] = []
         self.streams: list[Stream] = []
         self.parts: list[tuple[Any, Any, Any]] = []
         """Keys, owners and places, block by block, in any order."""
+        self.regions = [(region, self._streams_of(region, casts)) for region in regions(file)]
 
-    def streams_of(self, region: Region, casts: bool) -> list[int]:
+    def take(self, share: Share, note: Callable[[], None] = lambda: None) -> None:
+        """Take the samples of this share; `note` is called now and then."""
+        blocks = (
+            (begin, region.end, streams)
+            for region, streams in self.regions
+            for begin in range(region.start, region.end, _BLOCK)
+        )
+        for number, (begin, end, streams) in enumerate(blocks):
+            if number // _STRIPE % share.of == share.first:
+                raw = self.file.read(begin, min(_BLOCK + _OVERLAP, end - begin))
+                if raw:  # else it was cut short meanwhile
+                    for stream in streams:
+                        self._add(stream, begin, raw)
+                note()
+
+    def pack(self, pipe: BinaryIO) -> None:
+        """Write down what was gathered."""
+        keys, owners, places = self._joined()
+        pipe.write(_ROWS.pack(len(keys)))
+        for column in (keys, places, owners):
+            pipe.write(memoryview(column).cast("B") if len(column) else b"")
+
+    def unpack(self, packed: bytearray) -> bool:
+        """Add what was written down elsewhere; return whether it is whole."""
+        import numpy as np
+
+        if len(packed) < _ROWS.size or len(packed) != _ROWS.size + 20 * (
+            rows := _ROWS.unpack_from(packed)[0]
+        ):
+            return False
+        keys = np.frombuffer(packed, np.uint64, rows, _ROWS.size)
+        places = np.frombuffer(packed, np.uint64, rows, _ROWS.size + 8 * rows)
+        self.parts.append((keys, np.frombuffer(packed, np.uint32, rows, _ROWS.size + 16 * rows), places))
+        return True
+
+    def _joined(self) -> tuple[Any, Any, Any]:
+        import numpy as np
+
+        if not self.parts:
+            empty = np.empty(0, np.uint64)
+            return empty, np.empty(0, np.uint32), empty
+        keys, owners, places = (np.concatenate(column) for column in zip(*self.parts, strict=True))
+        return keys, owners, places
+
+    def _streams_of(self, region: Region, casts: bool) -> list[int]:
         """Begin the streams of a region; return their numbers."""
         rarer = (len(region.phases) - 1).bit_length()
         plain = [self._stream(View.BYTES, region.start + at, region.end, rarer) for at in region.phases]
@@ -194,7 +295,7 @@ class _Sampling:
         self.streams.append(Stream(0, view, start, count * element_bytes(view)))
         return len(self.streams) - 1
 
-    def add(self, number: int, begin: int, raw: bytes) -> None:
+    def _add(self, number: int, begin: int, raw: bytes) -> None:
         """Take the samples of a block that begins at `begin`; those of the overlap are the next one's."""
         import numpy as np
 
@@ -222,10 +323,7 @@ class _Sampling:
         """All of it, sorted by key; of samples that are many times the same only the first few."""
         import numpy as np
 
-        if not self.parts:
-            empty = np.empty(0, np.uint64)
-            return Index(self.streams, empty, np.empty(0, np.uint32), empty)
-        keys, owners, places = (np.concatenate(column) for column in zip(*self.parts, strict=True))
+        keys, owners, places = self._joined()
         order = np.lexsort((places, owners, keys))
         keys = keys[order]
         rank = np.arange(len(keys)) - np.searchsorted(keys, keys)
