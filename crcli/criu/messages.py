@@ -59,6 +59,7 @@ _MODULES = {
     "pagemap_entry": "pagemap",
     "pagemap_head": "pagemap",
     "pstree_entry": "pstree",
+    "reg_file_entry": "regfile",
     "remap_file_path_entry": "remap_file_path",
     "stats_entry": "stats",
     "task_kobj_ids_entry": "core",

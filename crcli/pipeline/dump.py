@@ -71,6 +71,7 @@ from crcli.pipeline.receiver import Receiver
 from crcli.pipeline.rounds import Rounds, rounds_here
 from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
+from crcli.pipeline.terminals import settle_terminals
 from crcli.pipeline.trial import try_skeleton
 from crcli.pipeline.watch import crashed, kill_all, tree_state, wait_until_dead
 from crcli.pipeline.weights import WeightsInUse, chosen_files
@@ -730,6 +731,9 @@ class _Dump:
             self.rounds.prove(scan_tree(self.target.evidence.root.identity))
         self.watch.add("take", time.monotonic() - self.frozen_at)
         self.on_frozen()
+        evidence = self.target.evidence
+        if evidence.reopened_terminals or evidence.outside_terminals:
+            settle_terminals(self.images, evidence.root.identity, self.target.links)
         if self.sandbox is not None:
             plan, links, kept = self.target.plan, self.target.links, self.intake.kept
             began = time.monotonic()

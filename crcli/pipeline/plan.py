@@ -108,7 +108,14 @@ def make_plan(evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outco
         shell_job=bool(evidence.foreign_sessions),
         manage_cgroups=any(process.cgroups != ours for process in evidence.tree.living),
         network_lock=network_lock(),
-        external=tuple(link.key for link in links if link.external),
+        external=tuple(
+            dict.fromkeys(
+                [
+                    *(link.key for link in links if link.external),
+                    *(terminal.criu_key for terminal in evidence.reopened_terminals),
+                ]
+            )
+        ),
         ghost_bytes=evidence.ghost_bytes + (64 << 20),
         watched=tuple(watch.path for watch in evidence.watches if watch.fate is Fate.SEARCHED),
         leave_running=outcome == Outcome.RUNNING,

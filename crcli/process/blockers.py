@@ -17,7 +17,7 @@ from crcli.process.capabilities import (
     all_capabilities,
     capability_names,
 )
-from crcli.process.evidence import CONTROLLING_TTY, Evidence
+from crcli.process.evidence import Evidence
 from crcli.process.files import Kind, OpenFile
 from crcli.process.tree import Process, tracer_label
 from crcli.process.watches import Fate
@@ -431,19 +431,6 @@ def devices(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def terminals_reopened(evidence: Evidence) -> Iterator[Finding]:
-    """/dev/tty in a terminal that the tree itself drives: CRIU wants one holder for both."""
-    inside = (terminal for terminal in evidence.terminals if terminal.master_inside)
-    held = [file for terminal in inside for file in terminal.holders if file.rdev == CONTROLLING_TTY]
-    if held:
-        yield blocker(
-            "terminal-reopened",
-            f"{who(evidence, held)} has /dev/tty open, which is a terminal that the tree itself drives",
-            places(evidence, held),
-            "end that program first (pagers and editors), or start another (bash instead of dash)",
-        )
-
-
 def _is_unsupported_device(file: OpenFile) -> bool:
     if file.rdev in (TUN_DEVICE, AUTOFS_DEVICE) or _has_plugin(file.path):
         return False
@@ -650,7 +637,6 @@ BLOCKERS: tuple[Check, ...] = (
     watches_lost,
     unreachable_files,
     devices,
-    terminals_reopened,
     tun,
     pidfds,
     packet_pipes,

@@ -372,6 +372,11 @@ class Evidence(Struct, frozen=True):
         return tuple(one for one in self.terminals if one.leads_outside)
 
     @property
+    def reopened_terminals(self) -> tuple[Terminal, ...]:
+        """What is open as /dev/tty, and is a terminal that the tree itself drives."""
+        return tuple(one for one in self.terminals if one.master_inside and one.rdev == CONTROLLING_TTY)
+
+    @property
     def outside_pipes(self) -> tuple[Pipe, ...]:
         """The pipes and FIFOs whose other end a process outside the tree holds."""
         return tuple(pipe for pipe in self.pipes if pipe.outsiders)

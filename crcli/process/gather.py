@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from crcli.errors import PreflightRefused
 from crcli.process import notify
-from crcli.process.asking import joined_groups, multicast_groups, unread_bytes
+from crcli.process.asking import device_of_tty_nr, joined_groups, multicast_groups, terminal_device, unread_bytes
 from crcli.process.epolls import epolls_astray
 from crcli.process.evidence import (
     CONTROLLING_TTY,
@@ -171,7 +171,7 @@ def _status_line(status: bytes, key: bytes) -> str:
 def _terminals(tree: Tree, files: tuple[OpenFile, ...], outside: Outside) -> tuple[Terminal, ...]:
     masters = {int(index) for file in files if (index := file.info_field("tty-index")) is not None}
     slaves = (file for file in files if file.kind is Kind.TTY and file.info_field("tty-index") is None)
-    by_device = _grouped(slaves, lambda file: (file.rdev, file.dev, _terminal_device(tree, file)))
+    by_device = _grouped(slaves, lambda file: (file.rdev, file.dev, _terminal_device(file)))
     return tuple(
         _terminal(tree, holders, device, masters, outside) for (*_, device), holders in by_device.items()
     )
@@ -191,26 +191,19 @@ def _terminal(
         holders=tuple(holders),
         master_inside=inside,
         master=None if inside or index is None else outside.master_of(index),
-        controls=tuple(process.pid for process in tree if _from_tty_nr(process.tty_nr) == device),
+        controls=tuple(process.pid for process in tree if device_of_tty_nr(process.tty_nr) == device),
     )
 
 
-def _terminal_device(tree: Tree, file: OpenFile) -> int:
-    """Return which terminal it really is: /dev/tty stands for the one that controls the process."""
-    if file.rdev == CONTROLLING_TTY:
-        return _from_tty_nr(tree.process(file.pid).tty_nr)
-    return file.rdev
+def _terminal_device(file: OpenFile) -> int:
+    """Return which terminal it really is: /dev/tty stands for the one that controlled whoever opened it."""
+    return terminal_device(file.pid, file.fd) if file.rdev == CONTROLLING_TTY else file.rdev
 
 
 def _pts_index(rdev: int) -> int | None:
     """Return N of /dev/pts/N: majors 136 to 143 with 256 minors each at first, one major with 2^20 now."""
     major, minor = os.major(rdev), os.minor(rdev)
     return (major - 136) * 256 + minor if 136 <= major <= 143 else None
-
-
-def _from_tty_nr(number: int) -> int:
-    """Return the device that /proc/PID/stat means: minor in bits 31-20 and 7-0, major in 19-8."""
-    return os.makedev(number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00)
 
 
 def _pipes(files: tuple[OpenFile, ...], outside: Outside) -> tuple[Pipe, ...]:
