@@ -30,7 +30,7 @@ _O_PATH = 0o10000000
 _SYS_IOPRIO_GET, _SYS_IOPRIO_SET = (31, 30) if os.uname().machine == "aarch64" else (252, 251)
 _IOPRIO_WHO_PROCESS = 1
 _SYS_KCMP = 272 if os.uname().machine == "aarch64" else 312
-_KCMP_EPOLL_TFD = 7
+_KCMP_FILE, _KCMP_EPOLL_TFD = 0, 7
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _CLOEXEC_MOUNT = 1
 
@@ -407,6 +407,11 @@ def open_by_handle(mount_fd: int, kind: int, handle: bytes) -> int:
     """Return a descriptor (O_PATH) of the file with this handle on the file system behind `mount_fd`."""
     raw = ctypes.create_string_buffer(struct.pack("=Ii", len(handle), kind) + handle)
     return _checked(_libc.open_by_handle_at(mount_fd, raw, _O_PATH | os.O_CLOEXEC), "open_by_handle_at")
+
+
+def is_same_open_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool:
+    """Say whether two descriptors are one open file: opened once, then inherited or duplicated."""
+    return _checked(_libc.syscall(_SYS_KCMP, pid, other_pid, _KCMP_FILE, fd, other_fd), "kcmp") == 0
 
 
 def is_epoll_target(pid: int, fd: int, epoll: int, target: int, index: int) -> bool:

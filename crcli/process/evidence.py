@@ -80,7 +80,9 @@ class Terminal(Struct, frozen=True):
 
     `index` is N of /dev/pts/N, also behind /dev/tty; None for a console or a serial line. `rdev` and `dev`
     name it to CRIU (`criu_key`). `master_inside`: a process of the tree drives it; else `master` is who does,
-    if found. `controls` are the processes of the tree whose controlling terminal it is.
+    if found. `controls` are the processes of the tree whose controlling terminal it is; `inner_shells` have
+    opened it to control jobs (as /dev/tty, under a number that shells keep for themselves) without leading
+    its session.
     """
 
     path: str
@@ -91,6 +93,7 @@ class Terminal(Struct, frozen=True):
     master_inside: bool
     master: Outsider | None
     controls: tuple[int, ...]
+    inner_shells: tuple[OpenFile, ...] = ()
 
     @property
     def leads_outside(self) -> bool:
@@ -375,6 +378,11 @@ class Evidence(Struct, frozen=True):
     def reopened_terminals(self) -> tuple[Terminal, ...]:
         """What is open as /dev/tty, and is a terminal that the tree itself drives."""
         return tuple(one for one in self.terminals if one.master_inside and one.rdev == CONTROLLING_TTY)
+
+    @property
+    def jobs_in_terminals(self) -> tuple[Process, ...]:
+        """The processes that a terminal controls whose session another process of the tree leads."""
+        return tuple(p for p in self.tree.living if p.tty_nr and p.sid != p.pid and p.sid in self.tree)
 
     @property
     def outside_pipes(self) -> tuple[Pipe, ...]:

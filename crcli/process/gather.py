@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TypeVar
 
+from crcli import kernel
 from crcli.errors import PreflightRefused
 from crcli.process import notify
 from crcli.process.asking import device_of_tty_nr, joined_groups, multicast_groups, terminal_device, unread_bytes
@@ -58,6 +59,9 @@ SQLITE_SMALLEST_PAGE = 512
 SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
 STUCK_AFTER_SECONDS = 0.5
 CORKED_AFTER_SECONDS = 0.05
+_FIRST_OF_SHELLS = 10
+"""Descriptors from here on are for shells themselves; scripts name those below (POSIX)."""
+
 _BOARD = f"/memfd:{notify.NAME}"
 PAGER_COMMS = ("crcli-pager", "crcli-keeper")
 """The name of the processes that fill memory in after a lazy restore (pipeline.pager.COMM)."""
@@ -192,7 +196,26 @@ def _terminal(
         master_inside=inside,
         master=None if inside or index is None else outside.master_of(index),
         controls=tuple(process.pid for process in tree if device_of_tty_nr(process.tty_nr) == device),
+        inner_shells=tuple(file for file in holders if _is_inner_shell(tree, file, holders)),
     )
+
+
+def _is_inner_shell(tree: Tree, file: OpenFile, holders: list[OpenFile]) -> bool:
+    """Whether it is the descriptor through which a shell below another shell controls its jobs.
+
+    A shell that it forks for a part of a command has the same open file, and controls none.
+    """
+    leader = tree.process(file.pid).sid
+    if file.rdev != CONTROLLING_TTY or file.fd < _FIRST_OF_SHELLS or leader == file.pid:
+        return False
+    return not any(one.pid == leader and _is_same(file, one) for one in holders)
+
+
+def _is_same(one: OpenFile, other: OpenFile) -> bool:
+    try:
+        return kernel.is_same_open_file(one.pid, one.fd, other.pid, other.fd)
+    except OSError:
+        return False  # not to be known here, or closed meanwhile
 
 
 def _terminal_device(file: OpenFile) -> int:
