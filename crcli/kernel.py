@@ -34,7 +34,7 @@ _KCMP_FILE, _KCMP_EPOLL_TFD = 0, 7
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _CLOEXEC_MOUNT = 1
 
-_TIOCGPTPEER = 0x5441
+_TIOCGPTPEER, _TIOCGPTN, _TIOCGDEV = 0x5441, 0x80045430, 0x80045432
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -136,6 +136,21 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """Duplicate descriptor `fd` of the process behind `pidfd` into this one."""
     return _checked(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0), "pidfd_getfd")
+
+
+def terminal_number(master: int) -> int:
+    """Return N of /dev/pts/N, which this descriptor drives."""
+    return _number_from(master, _TIOCGPTN)
+
+
+def terminal_device(fd: int) -> int:
+    """Return the kernel's number of the terminal itself, also behind /dev/tty; as /proc/PID/stat has it."""
+    return _number_from(fd, _TIOCGDEV)
+
+
+def _number_from(fd: int, request: int) -> int:
+    (number,) = struct.unpack("=I", ioctl(fd, request, b"\0\0\0\0"))
+    return int(number)
 
 
 def hang_up(master: int) -> None:

@@ -2,12 +2,9 @@
 
 CRIU takes /dev/tty only where its holder was also the first of the tree to hold the terminal, and leads its
 foreground ("ctty inheritance detected"): never where the other side is in the tree as well. So it is told
-that /dev/tty is external, and writes down next to nothing of it. Here, in its images, each becomes the
+that /dev/tty is external, and writes down its settings, but no name. Here, in its images, each becomes the
 terminal's own device, /dev/pts/N: the same terminal to the kernel, with its session, settings and unread
 bytes, opened by another name.
-
-CRIU's records of terminals have the numbers 2N (the device /dev/pts/N) and 2N + 1 (its other side). All
-external ones share number 0, which is also that of /dev/pts/0: whichever comes first is written down.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from crcli.criu import messages
-from crcli.criu.images import ImageFile, holders_of, read_files
+from crcli.criu.images import ImageFile, holders_of, read_files, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,12 +23,10 @@ if TYPE_CHECKING:
 _PSEUDO_TERMINAL = 1
 _MASTERS, _DEVICES = 5, 136
 """The major device numbers of /dev/ptmx and /dev/pts/N."""
-_SHARED, _OUTSIDE = 0, 2046
-"""The record of all external terminals: as CRIU numbers it, and as no other is numbered (below its 2048)."""
 
 
-class Unclear(Exception):
-    """The image says too little of a terminal for it to be restored."""
+class TerminalLost(Exception):
+    """A program has /dev/tty open, and there is no saying what it will be after a restore."""
 
 
 def name_reopened(
@@ -46,41 +41,27 @@ def name_reopened(
     `device_of` says which terminal a process (as the tree sees it) has open as a descriptor, by its device
     number; `status_of` what the tree finds under a path; `may_stay` whether others are put in the place of
     those that stay external. Returns descriptors, each as (pid, descriptor), of terminals whose unread bytes
-    CRIU has not saved. Raises Unclear; the images are as they were then.
+    CRIU has not saved. Raises TerminalLost; the images are as they were then.
     """
     if "tty-info.img" not in images.names():
         return []
-    terminals = _Terminals(images, status_of)
-    outside = []
-    reopened: list[tuple[Any, int]] = []
-    for file in terminals.files:
-        if _is_external(file):
-            holder = holders_of(images, {file.id})
-            number = _number(device_of(*holder[0])) if holder else -1
-            if number in terminals.masters:
-                reopened.append((file, number))
-            else:
-                outside.append(file)
-    if outside and not may_stay:
-        raise Unclear("a program has /dev/tty open, which has become another terminal meanwhile")
-    if not reopened and not (outside and terminals.has_device_0()):
+    terminals = _Terminals(images)
+    reopened: dict[int, int] = {}
+    for file in terminals.external:
+        holders = holders_of(images, {file.id})
+        number = _number(device_of(*holders[0])) if holders else -1
+        if number in terminals.driven:
+            reopened[file.id] = number
+        elif not may_stay:
+            raise TerminalLost("a program has /dev/tty open, and its terminal has become another one meanwhile")
+    if not reopened:
         return []
-    terminals.part_shared_record(outside)
-    for file, number in reopened:
-        terminals.open_device(file, number)
-    lacking = terminals.describe_lacking()
+    unsaved: set[int] = set()
+    for file in terminals.external:
+        if file.id in reopened and terminals.name(file, reopened[file.id], status_of):
+            unsaved |= {_record_of(reopened[file.id]), _record_of(reopened[file.id]) + 1}
     terminals.write(images)
-    unsaved = lacking | {number + 1 for number in lacking}  # of such a pair CRIU saves neither side's
     return holders_of(images, {file.id for file in terminals.files if file.tty_info_id in unsaved})
-
-
-def _is_external(file: Any) -> bool:
-    """CRIU notes no name of these."""
-    return not file.HasField("regf_id")
-
-
-def _is_master(record: Any) -> bool:
-    return record.type == _PSEUDO_TERMINAL and os.major(record.rdev) == _MASTERS
 
 
 def _number(device: int) -> int:
@@ -88,74 +69,60 @@ def _number(device: int) -> int:
     return os.minor(device) if os.major(device) == _DEVICES else -1
 
 
-class _Terminals:
-    """The terminals of an image: open files (`tty_file_entry`), and a record (`tty_info_entry`) of each terminal."""
+def _record_of(number: int) -> int:
+    """How CRIU numbers the record of /dev/pts/N; the next number is that of its other side."""
+    return 2 * number
 
-    def __init__(self, images: Workspace, status_of: Callable[[str], os.stat_result]) -> None:
-        self._status_of = status_of
-        self._all_files = read_files(images)
-        self.files = [e.tty for e in self._all_files.entries if e.type == messages.fd_types.TTY]
+
+def _is_driver(record: Any) -> bool:
+    return record.type == _PSEUDO_TERMINAL and os.major(record.rdev) == _MASTERS
+
+
+class _Terminals:
+    """The terminals of an image: open files (`tty_file_entry`), and a record of each (`tty_info_entry`)."""
+
+    def __init__(self, images: Workspace) -> None:
+        self._all = read_files(images)
         self._info = ImageFile.parse(images.read("tty-info.img"), messages.tty_info_entry)
         self._records = {record.id: record for record in self._info.entries}
-        self.masters = {record.pty.index: record for record in self._info.entries if _is_master(record)}
-        self._named = {e.id: e.reg for e in self._all_files.entries if e.type == messages.fd_types.REG}
+        self.files = [entry.tty for entry in self._all.entries if entry.type == messages.fd_types.TTY]
+        self.external = [file for file in self.files if not file.HasField("regf_id")]
+        self.driven = {record.pty.index for record in self._info.entries if _is_driver(record)}
 
-    def has_device_0(self) -> bool:
-        """Whether /dev/pts/0 is open by its name."""
-        return any(file.tty_info_id == _SHARED and not _is_external(file) for file in self.files)
-
-    def part_shared_record(self, outside: list[Any]) -> None:
-        """Leave number 0 to /dev/pts/0, and give the terminals outside a record of their own."""
-        first = next(file for file in self.files if file.tty_info_id == _SHARED)  # CRIU has described that one
-        if outside and first not in outside:
-            raise Unclear("CRIU has described another terminal in the place of the one outside")
-        if _is_external(first):
-            record = self._records.pop(_SHARED)
-            if outside:
-                record.id = _OUTSIDE
-                self._records[_OUTSIDE] = record
-        for file in outside:
-            file.tty_info_id = _OUTSIDE
-
-    def open_device(self, file: Any, number: int) -> None:
-        """Have an open file be /dev/pts/N, opened as it was."""
-        opened = self._device(number)
-        opened.id = max(entry.id for entry in self._all_files.entries) + 1
-        opened.flags = file.flags
-        opened.fown.CopyFrom(file.fown)
-        self._all_files.entries.append(
-            messages.file_entry(type=messages.fd_types.REG, id=opened.id, reg=opened)
+    def name(self, file: Any, number: int, status_of: Callable[[str], os.stat_result]) -> bool:
+        """Have an external file be /dev/pts/N, opened as it was; say whether CRIU has no record of that."""
+        name = self._name(number, status_of)
+        name.id = 1 + max(entry.id for entry in self._all.entries)
+        name.flags = file.flags
+        name.fown.CopyFrom(file.fown)
+        self._all.entries.append(messages.file_entry(type=messages.fd_types.REG, id=name.id, reg=name))
+        record = self._records.pop(file.tty_info_id)
+        file.regf_id, file.tty_info_id = name.id, _record_of(number)
+        if file.tty_info_id in self._records:
+            return False
+        status = status_of(text_of(name.name))
+        record.id, record.type, record.pty.index = file.tty_info_id, _PSEUDO_TERMINAL, number
+        record.rdev, record.dev, record.uid, record.gid = (
+            status.st_rdev,
+            status.st_dev,
+            status.st_uid,
+            status.st_gid,
         )
-        file.tty_info_id = 2 * number
-        file.regf_id = opened.id
+        self._records[record.id] = record
+        return True
 
-    def describe_lacking(self) -> set[int]:
-        """Describe devices that CRIU has not, and return the numbers of their records.
-
-        Settings, size and session are the same for the kernel on both sides.
-        """
-        lacking = {file.tty_info_id for file in self.files} - self._records.keys()
-        if not lacking <= {2 * number for number in self.masters}:
-            raise Unclear("CRIU has described a terminal outside in the place of one that was hung up")
-        for number in lacking:
-            record = messages.tty_info_entry.FromString(self.masters[number // 2].SerializeToString())
-            status = self._status_of(f"/dev/pts/{number // 2}")
-            record.id, record.rdev, record.dev = number, status.st_rdev, status.st_dev
-            record.uid, record.gid = status.st_uid, status.st_gid
-            record.locked = record.packet_mode = False  # these are of the other side
-            self._records[number] = record
-        return lacking
+    def _name(self, number: int, status_of: Callable[[str], os.stat_result]) -> Any:
+        """A name (`reg_file_entry`) of /dev/pts/N: as it is open elsewhere, or where it usually stands."""
+        named = (file for file in self.files if file.tty_info_id == _record_of(number))
+        known = next((file.regf_id for file in named), None)
+        for entry in self._all.entries:
+            if entry.type == messages.fd_types.REG and entry.id == known:
+                return messages.reg_file_entry.FromString(entry.reg.SerializeToString())
+        path = f"/dev/pts/{number}"
+        return messages.reg_file_entry(pos=0, name=path, mode=status_of(path).st_mode)
 
     def write(self, images: Workspace) -> None:
-        """Write them into the images. The masters come first: CRIU links each to the first device after it."""
-        self._info.entries = sorted(self._records.values(), key=lambda record: not _is_master(record))
+        """Write them into the images, drivers first: to those CRIU links the first device that follows."""
+        self._info.entries = sorted(self._records.values(), key=lambda record: not _is_driver(record))
         images.write("tty-info.img", self._info.encode())
-        images.write("files.img", self._all_files.encode())
-
-    def _device(self, number: int) -> Any:
-        """A name (`reg_file_entry`) for /dev/pts/N: as it is open elsewhere, or where it usually stands."""
-        for file in self.files:
-            if file.tty_info_id == 2 * number and not _is_external(file):
-                return messages.reg_file_entry.FromString(self._named[file.regf_id].SerializeToString())
-        path = f"/dev/pts/{number}"
-        return messages.reg_file_entry(pos=0, name=path, mode=self._status_of(path).st_mode)
+        images.write("files.img", self._all.encode())

@@ -66,7 +66,7 @@ from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Sil
 from crcli.pipeline.stdio import Replacements, replace_links
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import RestoreTarget, failure_of
-from crcli.process.here import established_here, terminals_here
+from crcli.process.here import established_here, free_terminals
 from crcli.process.identity import ProcessId, identify
 from crcli.process.processors import usable_processors
 from crcli.process.settings import give_back
@@ -369,7 +369,7 @@ class _Restore:
         if not netlock.tables_of(str(self.manifest.meta.get("run_id", ""))):
             forget_network_lock(self.images)
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
-        move_terminals(self.images, terminals_here())
+        move_terminals(self.images, free_terminals)
         keep_orphans(self.images)
         if self.options.tcp == TcpPolicy.AUTO and has_connections(self.images):
             close_outside_connections(self.images, established_here())

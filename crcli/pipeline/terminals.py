@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from crcli.criu.reopened import Unclear, name_reopened
+from crcli.criu.reopened import TerminalLost, name_reopened
 from crcli.errors import DumpFailed, TreeState
 from crcli.process.asking import terminal_device, unread_in
 from crcli.process.tree import scan_tree
@@ -31,7 +31,7 @@ def settle_terminals(images: Workspace, root: ProcessId, links: tuple[OutsideLin
             lambda path: os.stat(f"/proc/{root.pid}/root{path}"),
             may_stay=any(link.kind == "terminal" for link in links),
         )
-    except (Unclear, OSError) as error:
+    except (TerminalLost, OSError) as error:
         raise _refusal(str(error)) from error
     if any(unread_in(host[pid], fd) for pid, fd in unsaved):
         raise _refusal("CRIU has not saved what nobody has read yet from a terminal", "wait until the program is idle, then run it again")

@@ -20,7 +20,6 @@ from crcli.process.files import OpenFile
 from crcli.process.identity import read_stat
 
 MCAST_MSFILTER = 48
-_TIOCGDEV = 0x80045432
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,7 +45,7 @@ def terminal_device(pid: int, fd: int) -> int:
     """
     try:
         with _copy(pid, fd) as copy:
-            (number,) = struct.unpack("=I", fcntl.ioctl(copy, _TIOCGDEV, b"\0\0\0\0"))
+            number = kernel.terminal_device(copy)
     except OSError:
         number = _controlling_tty_nr(pid)
     return device_of_tty_nr(number)

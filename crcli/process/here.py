@@ -6,9 +6,10 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
+from crcli import kernel
 from crcli.process import sockets
 from crcli.process.identity import read_stat
 from crcli.process.sockets import Socket, sockets_of
@@ -37,12 +38,25 @@ def sockets_here() -> list[Socket]:
     return list(sockets_of(os.getpid(), same_netns=True).values())
 
 
-def terminals_here() -> frozenset[int]:
-    """The numbers of the pseudo-terminals that are in use: N of /dev/pts/N."""
+def free_terminals(wanted: Collection[int]) -> list[int]:
+    """The numbers that new pseudo-terminals get here (N of /dev/pts/N), ascending.
+
+    They reach to the greatest `wanted`, and are twice as many, where this process can open so many. What is
+    not among them is in use: /dev/pts does not show those whose other side is closed, but that somebody has
+    still open.
+    """
+    opened: list[int] = []
+    numbers: list[int] = []
     try:
-        return frozenset(int(name) for name in os.listdir("/dev/pts") if name.isdigit())
-    except FileNotFoundError:
-        return frozenset()
+        while len(numbers) < 2 * len(wanted) or numbers[-1] < max(wanted):
+            opened.append(os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+            numbers.append(kernel.terminal_number(opened[-1]))
+    except OSError:
+        pass  # none there, or no more of them
+    finally:
+        for fd in opened:
+            os.close(fd)
+    return numbers
 
 
 def established_here() -> set[tuple[str, str]]:
