@@ -53,7 +53,9 @@ def name_reopened(
         if number in terminals.driven:
             reopened[file.id] = number
         elif not may_stay:
-            raise TerminalLost("a program has /dev/tty open, and its terminal has become another one meanwhile")
+            raise TerminalLost(
+                "a program has /dev/tty open, and its terminal has become another one meanwhile"
+            )
     if not reopened:
         return []
     unsaved: set[int] = set()

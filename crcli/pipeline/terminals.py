@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def settle_terminals(images: Workspace, root: ProcessId, links: tuple[OutsideLink, ...]) -> None:
     """Have /dev/tty be the terminal that it is, where the tree drives that itself.
 
-    The tree must be frozen. Raises DumpFailed where it could not come back as it is; the images are as they were then.
+    The tree must be frozen. Raises DumpFailed where it could not come back as it is.
     """
     processes = scan_tree(root).processes
     depth = len(processes[0].nspid) or 1
@@ -34,7 +34,10 @@ def settle_terminals(images: Workspace, root: ProcessId, links: tuple[OutsideLin
     except (TerminalLost, OSError) as error:
         raise _refusal(str(error)) from error
     if any(unread_in(host[pid], fd) for pid, fd in unsaved):
-        raise _refusal("CRIU has not saved what nobody has read yet from a terminal", "wait until the program is idle, then run it again")
+        raise _refusal(
+            "CRIU has not saved what nobody has read yet from a terminal",
+            "wait until the program is idle, then run it again",
+        )
 
 
 def _refusal(why: str, hint: str = "") -> DumpFailed:

@@ -38,10 +38,10 @@ def unread_in(pid: int, fd: int) -> int:
 
 
 def terminal_device(pid: int, fd: int) -> int:
-    """Return the device number of the terminal behind a descriptor: behind /dev/tty, that of the terminal itself.
+    """Return the device number of the terminal behind a descriptor; behind /dev/tty, that of the terminal.
 
-    Where it cannot be asked (before Linux 5.6, or when it has been hung up), that of the terminal that controls
-    the process (0: none does), which is the one that it would get by opening /dev/tty now.
+    Where it cannot be asked (before Linux 5.6, or when it has been hung up), that of the terminal that
+    controls the process (0: none does), which is the one that it would get by opening /dev/tty now.
     """
     try:
         with _copy(pid, fd) as copy:

@@ -432,13 +432,13 @@ def devices(evidence: Evidence) -> Iterator[Finding]:
 
 
 def shells_in_shells(evidence: Evidence) -> Iterator[Finding]:
-    """A dash below another shell: CRIU gives the terminal back to the first only, and it dares nothing without."""
+    """A dash below another shell: only the first gets its terminal back, and dash starts nothing without."""
     held = [file for terminal in evidence.reopened_terminals for file in terminal.inner_shells]
     if held:
         yield blocker(
             "terminal-inner-shell",
-            f"{who(evidence, held)} controls jobs through /dev/tty below another shell, in a terminal that the "
-            "tree itself drives: restored, it could start no program",
+            f"{who(evidence, held)} controls jobs through /dev/tty below another shell, in a terminal that "
+            "the tree itself drives: restored, it could start no program",
             places(evidence, held),
             "leave the inner shell (`exit`), start it with `exec`, or use bash instead of dash",
         )

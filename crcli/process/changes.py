@@ -132,8 +132,8 @@ def terminals_lost(evidence: Evidence) -> Iterator[Finding]:
     if held := evidence.jobs_in_terminals:
         yield change(
             "terminal-jobs",
-            f"{first_of(held)} runs in a terminal, as a job of another process; restored, it goes on there and "
-            "keys reach it, but it cannot open /dev/tty, nor give the terminal to jobs of its own",
+            f"{first_of(held)} runs in a terminal, as a job of another process; restored, it goes on there "
+            "and keys reach it, but it cannot open /dev/tty, nor give the terminal to jobs of its own",
             process_list(held),
             "gives the terminal back to the first process of each session",
             "nothing, unless it is a shell itself or asks for passwords: leave inner shells before the dump",

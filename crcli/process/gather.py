@@ -13,7 +13,13 @@ from typing import TypeVar
 from crcli import kernel
 from crcli.errors import PreflightRefused
 from crcli.process import notify
-from crcli.process.asking import device_of_tty_nr, joined_groups, multicast_groups, terminal_device, unread_bytes
+from crcli.process.asking import (
+    device_of_tty_nr,
+    joined_groups,
+    multicast_groups,
+    terminal_device,
+    unread_bytes,
+)
 from crcli.process.epolls import epolls_astray
 from crcli.process.evidence import (
     CONTROLLING_TTY,
