@@ -64,6 +64,7 @@ _MODULES = {
     "stats_entry": "stats",
     "task_kobj_ids_entry": "core",
     "tcp_stream_entry": "tcp_stream",
+    "tty_data_entry": "tty",
     "tty_info_entry": "tty",
 }
 """The messages of image files, and the protoc module that each is in: imported when it is first asked for."""

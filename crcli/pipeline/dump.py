@@ -31,6 +31,7 @@ from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Sandbox
 from crcli.criu.skeleton import has_connections, named_files
 from crcli.criu.standby import AfterDeath, Standby
+from crcli.criu.unread import give_back_unread
 from crcli.criu.workspace import Workspace
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
 from crcli.findings import Finding, Severity
@@ -656,7 +657,9 @@ class _Dump:
             ) as criu,
         ):
             self.criu_pid = criu.host_pid()
-            self.standby.watch(self.criu_pid, self._on_criu_death)
+            self.standby.watch(
+                self.criu_pid, self._on_criu_death, kills=self.options.outcome == Outcome.KILLED
+            )
             receiver = Receiver(ours, self.intake)
             receiver.start()
             parent = self.rounds.parent
@@ -709,6 +712,8 @@ class _Dump:
             except BaseException as error:
                 if not isinstance(error, _CriuKilled):
                     self._resume_calls()  # the tree runs on
+                    if self.options.outcome == Outcome.KILLED:
+                        give_back_unread(self.images, self.target.evidence.root.pid)
                 raise
             self.is_holding = False
         return True

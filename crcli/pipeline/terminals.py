@@ -6,9 +6,9 @@ import os
 from typing import TYPE_CHECKING
 
 from crcli.criu.reopened import TerminalLost, name_reopened
+from crcli.criu.unread import pids_inside
 from crcli.errors import DumpFailed, TreeState
 from crcli.process.asking import terminal_device, unread_in
-from crcli.process.tree import scan_tree
 
 if TYPE_CHECKING:
     from crcli.criu.workspace import Workspace
@@ -21,9 +21,7 @@ def settle_terminals(images: Workspace, root: ProcessId, links: tuple[OutsideLin
 
     The tree must be frozen. Raises DumpFailed where it could not come back as it is.
     """
-    processes = scan_tree(root).processes
-    depth = len(processes[0].nspid) or 1
-    host = {process.nspid[depth - 1] if process.nspid else process.pid: process.pid for process in processes}
+    host = pids_inside(root.pid)
     try:
         unsaved = name_reopened(
             images,
