@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.crcli import Crcli, wait_until
+from tests.support.faults import Attempt, network_of_our_own
 from tests.support.programs import Program, spawn_python
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
@@ -213,7 +214,7 @@ tty = os.open('/dev/tty', os.O_RDWR)
 
 
 def test_a_terminal_that_is_open_only_as_dev_tty_comes_back(crcli: Crcli, tmp_path: Path) -> None:
-    """A program that has its terminal open as /dev/tty and by no other name has it again, and its owner is kept."""
+    """A program that has its terminal open as /dev/tty and by no other name has it again, and its owner."""
     prepare = "os.chown(os.ttyname(0), 1234, 5)\n    " + ONLY_DEV_TTY.strip()
     with agent(tmp_path, "true", prepare) as one:
         one.type("something\n", "got something", "> ")
@@ -239,3 +240,49 @@ def test_what_cannot_be_saved_unread_is_not_lost(crcli: Crcli, tmp_path: Path) -
         one.type("", "got unread", "> ")
         one.pid = crcli.move(one.pid)["host_pid"]
         one.type("more\n", "got more", "> ")
+
+
+# --- a dump that fails when CRIU has emptied the terminals -------------------------------------------------
+
+FAILURES: dict[str, Callable[[Attempt], object]] = {
+    "interrupted": lambda attempt: attempt.send(signal.SIGTERM),
+    "crcli killed": lambda attempt: attempt.send(signal.SIGKILL),
+    "CRIU killed": Attempt.kill_criu,
+    "trial failed": Attempt.kill_deep_criu,
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+@pytest.mark.parametrize("shell", ["dash", "bash"])
+def test_a_dump_that_fails_late_leaves_terminals_as_they_were(how: str, shell: str, tmp_path: Path) -> None:
+    """What was typed ahead, a line half typed, and what nobody has read are there; reads wait as they did."""
+    with network_of_our_own(), agent(tmp_path, SHELLS[shell]) as one:
+        one.type("sleep 500\n", "sleep 500\r\n")
+        wait_until(lambda: _is_in_front(one, "sleep"), "the job is not in the foreground")
+        one.type("echo $((6 * 7))\n", "echo $((6 * 7))\r\n")
+        one.type("echo half", "half")
+        os.kill(one.pid, signal.SIGSTOP)
+        device = os.open(one.terminals()[0], os.O_WRONLY | os.O_NOCTTY)
+        os.write(device, b"unread\n")
+        os.close(device)
+        before = _flags(one.pid), _flags(one.shell)
+        store = f"file://{tmp_path}/store"
+        attempt = Attempt(tmp_path, ("dump", str(one.pid), "--store", store))
+        assert attempt.wait_for(lambda: _stop(attempt.deep_criu())), attempt.describe()
+        FAILURES[how](attempt)
+        attempt.end()
+        assert attempt.code != 0 and (_flags(one.pid), _flags(one.shell)) == before
+        os.kill(one.pid, signal.SIGCONT)
+        one.type("", "unread\r\n")
+        (job,) = _children(one.shell)
+        os.kill(job, signal.SIGTERM)
+        one.type("", "42\r\n", "> ")
+        one.type(" done\n", "\r\nhalf done\r\n", "> ")
+        use_jobs(one)
+
+
+def _stop(trial: int) -> bool:
+    """Stop the trial, if there is one yet: CRIU has emptied the terminals by then, and waits for crcli."""
+    if trial:
+        os.kill(trial, signal.SIGSTOP)
+    return trial != 0
