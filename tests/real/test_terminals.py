@@ -180,9 +180,14 @@ def test_a_shell_that_runs_on_is_as_it_was(crcli: Crcli, tmp_path: Path, shell: 
 
 
 def _flags(pid: int) -> dict[int, int]:
-    """How the terminals were opened, O_LARGEFILE aside: that is always said of what CRIU has opened."""
-    found = {fd: Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines()[1] for fd in _terminals(pid)}
-    return {fd: int(line.split()[1], 8) & ~0o100000 for fd, line in found.items()}
+    """How the terminals are open."""
+    return {fd: _how(pid, fd) for fd in _terminals(pid)}
+
+
+def _how(pid: int, fd: int) -> int:
+    """A descriptor's flags, O_LARGEFILE aside: that is always said of what CRIU has opened."""
+    flags = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines()[1].split()[1]
+    return int(flags, 8) & ~0o100000
 
 
 def test_what_is_open_as_dev_tty_is_the_terminal_itself_afterwards(crcli: Crcli, tmp_path: Path) -> None:
@@ -268,6 +273,7 @@ def test_a_dump_that_fails_late_leaves_terminals_as_they_were(how: str, shell: s
         before = _flags(one.pid), _flags(one.shell)
         store = f"file://{tmp_path}/store"
         attempt = Attempt(tmp_path, ("dump", str(one.pid), "--store", store))
+        assert attempt.wait_for(lambda: _how(one.shell, 0) & os.O_NONBLOCK), attempt.describe()
         assert attempt.wait_for(lambda: _stop(attempt.deep_criu())), attempt.describe()
         FAILURES[how](attempt)
         attempt.end()
@@ -282,7 +288,7 @@ def test_a_dump_that_fails_late_leaves_terminals_as_they_were(how: str, shell: s
 
 
 def _stop(trial: int) -> bool:
-    """Stop the trial, if there is one yet: CRIU has emptied the terminals by then, and waits for crcli."""
+    """Stop the CRIU of the trial, if there is one yet: the one that dumps waits for crcli then."""
     if trial:
         os.kill(trial, signal.SIGSTOP)
     return trial != 0
