@@ -145,14 +145,22 @@ REFUSED = {
         libc.mq_unlink(b"/crcli-test")
         """,
     ),
-    "a pager in a terminal of the tree's own": (
-        "terminal-reopened",
+    "a dash below another shell": (
+        "terminal-inner-shell",
         """
         import pty
         pid, master = pty.fork()
         if pid == 0:
-            fd = os.open("/dev/tty", os.O_RDWR)
-            time.sleep(600)
+            os.execlp("dash", "dash", "-i")
+        os.write(master, b"dash -i\\n")
+        def opened():
+            try:
+                child = open(f"/proc/{pid}/task/{pid}/children").read().strip()
+                return os.readlink(f"/proc/{child}/fd/10")
+            except OSError:
+                return ""
+        while opened() != "/dev/tty":
+            time.sleep(0.01)
         """,
     ),
     "a file about its parent": ("proc-outside", "f = open(f'/proc/{os.getppid()}/status')"),

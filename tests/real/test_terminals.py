@@ -98,7 +98,7 @@ def _children(pid: int) -> list[int]:
 
 def _terminals(pid: int) -> dict[int, str]:
     links = {int(fd): os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
-    return {fd: path for fd, path in links.items() if path.startswith(("/dev/pts/", "/dev/tty"))}
+    return {fd: path for fd, path in links.items() if path.startswith(("/dev/pt", "/dev/tty"))}
 
 
 @contextmanager
@@ -203,6 +203,81 @@ def test_what_is_open_as_dev_tty_is_the_terminal_itself_afterwards(crcli: Crcli,
         assert after.keys() == before.keys() and set(after.values()) == {after[0]}
         assert after[0].startswith("/dev/pts/") and _flags(one.shell) == flags
         assert os.stat(f"/proc/{one.shell}/fd/10").st_rdev == os.stat(f"/proc/{one.shell}/fd/0").st_rdev
+
+
+def test_dev_tty_in_another_session_is_still_that_terminal(crcli: Crcli, tmp_path: Path) -> None:
+    """A descriptor of /dev/tty is the terminal of who opened it, also where nothing controls its holder."""
+    with agent(tmp_path, "dash -i") as one:
+        one.type("sh -c 'setsid sleep 500; true' 3<>/dev/tty &\n", "> ")
+        wait_until(lambda: [pid for pid in _daemons(one) if os.getsid(pid) == pid], "it has no session")
+        one.pid = crcli.move(one.pid)["host_pid"]
+        (sleep,) = _daemons(one)
+        assert _terminals(sleep)[3] == one.terminals()[0]
+        one.type("kill %1; wait\n", "> ")
+        os.kill(sleep, signal.SIGTERM)
+        use_jobs(one)
+
+
+def _daemons(one: Agent) -> list[int]:
+    """What the jobs of its shell have started."""
+    return [pid for job in _children(one.shell) for pid in _children(job)]
+
+
+def test_a_shell_below_a_shell_is_named(crcli: Crcli, tmp_path: Path) -> None:
+    """A bash below another shell comes back, and the dump says what it cannot do then."""
+    with agent(tmp_path, "dash -i") as one:
+        one.type("bash --norc --noprofile -i\n", "> ")
+        report = crcli.dump(one.pid)
+        named = {finding["name"]: finding["evidence"] for finding in report["findings"]}
+        (job,) = named["terminal-jobs"]["processes"]
+        assert job["command"] == "bash"
+        one.pid = crcli.restore(report["image"])["host_pid"]
+        one.type("echo $((6 * 7))\n", "\n42", "> ")
+        one.type("echo lost >/dev/tty\n", "No such device", "> ")
+        one.type("exit\n", "> ")
+        use_jobs(one)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_far_from_the_lowest_number_comes_back(crcli: Crcli, tmp_path: Path) -> None:
+    """CRIU looks for a terminal's number near the lowest that is free: others get such a one."""
+    crowd = [os.openpty() for _ in range(40)]
+    try:
+        with agent(tmp_path, "dash -i") as one:
+            image = crcli.dump(one.pid)["image"]
+            one.pid = crcli.restore(image)["host_pid"]
+            use_jobs(one)
+            close(crowd)
+            one.pid = crcli.move(one.pid)["host_pid"]
+            use_jobs(one)
+    finally:
+        close(crowd)
+
+
+def test_a_number_that_lost_its_name_is_not_taken_for_free(crcli: Crcli, tmp_path: Path) -> None:
+    """A terminal that only a background program has still open is not in /dev/pts, but in use."""
+    crowd = [os.openpty() for _ in range(2)]
+    try:
+        with agent(tmp_path, "dash -i") as one:
+            image = crcli.dump(one.pid)["image"]
+            crowd.append(os.openpty())  # the agent's, most likely
+            for number in range(3):
+                os.close(crowd[number][0])
+                crowd[number] = (-1, crowd[number][1])
+            one.pid = crcli.restore(image)["host_pid"]
+            use_jobs(one)
+    finally:
+        close(crowd)
+
+
+def close(pairs: list[tuple[int, int]]) -> None:
+    """Close what is open of these, once."""
+    while pairs:
+        for fd in pairs.pop():
+            if fd >= 0:
+                os.close(fd)
 
 
 # --- /dev/tty, and no other descriptor of the terminal -----------------------------------------------------
