@@ -17,7 +17,7 @@ from crcli.process.capabilities import (
     all_capabilities,
     capability_names,
 )
-from crcli.process.evidence import Evidence
+from crcli.process.evidence import MOST_EXTERNAL_TERMINALS, Evidence
 from crcli.process.files import Kind, OpenFile
 from crcli.process.tree import Process, tracer_label
 from crcli.process.watches import Fate
@@ -444,6 +444,21 @@ def shells_in_shells(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def external_terminals(evidence: Evidence) -> Iterator[Finding]:
+    """`Too many external terminals` (tty.c)."""
+    external = (*evidence.outside_terminals, *evidence.reopened_terminals)
+    opens = sum(terminal.opens for terminal in external)
+    if opens > MOST_EXTERNAL_TERMINALS:
+        held = [file for terminal in external for file in terminal.holders]
+        yield blocker(
+            "terminals-many",
+            f"{who(evidence, held)} have /dev/tty or terminals outside the tree open, more than the "
+            f"{MOST_EXTERNAL_TERMINALS} that CRIU takes",
+            places(evidence, held),
+            "end some of these programs, dump the tree in parts, or use bash instead of dash",
+        )
+
+
 def _is_unsupported_device(file: OpenFile) -> bool:
     if file.rdev in (TUN_DEVICE, AUTOFS_DEVICE) or _has_plugin(file.path):
         return False
@@ -651,6 +666,7 @@ BLOCKERS: tuple[Check, ...] = (
     unreachable_files,
     devices,
     shells_in_shells,
+    external_terminals,
     tun,
     pidfds,
     packet_pipes,

@@ -74,6 +74,9 @@ VIRTUAL_CONSOLES, LAST_VIRTUAL_CONSOLE = 4, 63  # a major number and its minors;
 CONTROLLING_TTY = os.makedev(5, 0)
 """/dev/tty, which is another terminal for each session."""
 
+MOST_EXTERNAL_TERMINALS = 63
+"""How many opened terminals CRIU takes as external in one dump."""
+
 
 class Terminal(Struct, frozen=True):
     """One terminal that the tree has open.
@@ -82,7 +85,8 @@ class Terminal(Struct, frozen=True):
     name it to CRIU (`criu_key`). `master_inside`: a process of the tree drives it; else `master` is who does,
     if found. `controls` are the processes of the tree whose controlling terminal it is; `inner_shells` have
     opened it to control jobs (as /dev/tty, under a number that shells keep for themselves) without leading
-    its session.
+    its session. `opens` is how often it was opened: what was inherited or duplicated counts once, but only
+    beyond `MOST_EXTERNAL_TERMINALS` of `holders` is that looked into.
     """
 
     path: str
@@ -94,6 +98,7 @@ class Terminal(Struct, frozen=True):
     master: Outsider | None
     controls: tuple[int, ...]
     inner_shells: tuple[OpenFile, ...] = ()
+    opens: int = 1
 
     @property
     def leads_outside(self) -> bool:

@@ -24,6 +24,7 @@ from crcli.process.epolls import epolls_astray
 from crcli.process.evidence import (
     CONTROLLING_TTY,
     MEMORY_FILE_SYSTEMS,
+    MOST_EXTERNAL_TERMINALS,
     PSEUDO_FILE_SYSTEMS,
     Database,
     DeletedFile,
@@ -202,8 +203,20 @@ def _terminal(
         master_inside=inside,
         master=None if inside or index is None else outside.master_of(index),
         controls=tuple(process.pid for process in tree if device_of_tty_nr(process.tty_nr) == device),
+        opens=_opens(holders),
         inner_shells=tuple(file for file in holders if _is_inner_shell(tree, file, holders)),
     )
+
+
+def _opens(holders: list[OpenFile]) -> int:
+    """How often a terminal was opened; more than CRIU takes is all the same."""
+    if len(holders) <= MOST_EXTERNAL_TERMINALS:
+        return len(holders)
+    different: list[OpenFile] = []
+    for file in holders:
+        if len(different) <= MOST_EXTERNAL_TERMINALS and not any(_is_same(file, one) for one in different):
+            different.append(file)
+    return len(different)
 
 
 def _is_inner_shell(tree: Tree, file: OpenFile, holders: list[OpenFile]) -> bool:

@@ -145,6 +145,18 @@ REFUSED = {
         libc.mq_unlink(b"/crcli-test")
         """,
     ),
+    "many who have /dev/tty open": (
+        "terminals-many",
+        """
+        import pty
+        pid, master = pty.fork()
+        if pid == 0:
+            files = [os.open("/dev/tty", os.O_RDWR) for _ in range(64)]
+            os.write(1, b"opened")
+            time.sleep(600)
+        os.read(master, 6)
+        """,
+    ),
     "a dash below another shell": (
         "terminal-inner-shell",
         """
