@@ -7,7 +7,8 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ def _terminals(pid: int) -> dict[int, str]:
 
 
 @contextmanager
-def agent(folder: Path, command: str, prepare: str = "pass", **options: Any) -> Iterator[Agent]:
+def agent(
+    folder: Path, command: str, prepare: str = "pass", before: str = "", **options: Any
+) -> Iterator[Agent]:
     """An agent with this shell, which has shown its first prompt."""
     place = folder / "agent"
     place.mkdir()
@@ -110,7 +113,7 @@ def agent(folder: Path, command: str, prepare: str = "pass", **options: Any) -> 
     words = shlex.split(command)
     if shutil.which(words[0]) is None:
         pytest.skip(f"{words[0]} is not installed")
-    code = AGENT.format(command=words, prepare=prepare)
+    code = before + AGENT.format(command=words, prepare=prepare)
     environment = os.environ | {"PS1": "> ", "TERM": "dumb"}
     with spawn_python(code, cwd=place, env=environment, **options) as program:
         found = Agent(program, place)
@@ -272,6 +275,23 @@ def test_a_number_that_lost_its_name_is_not_taken_for_free(crcli: Crcli, tmp_pat
         close(crowd)
 
 
+def test_restores_at_once_do_not_take_each_others_numbers(crcli: Crcli, tmp_path: Path) -> None:
+    """Agents whose terminals had the same number, restored at the same time, all come back."""
+    with ExitStack() as held:
+        agents: list[Agent] = []
+        images: list[str] = []
+        for number in range(4):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            agents.append(held.enter_context(agent(folder, "dash -i")))
+            images.append(crcli.dump(agents[-1].pid, "--name", f"agent-{number}")["image"])
+        with ThreadPoolExecutor() as threads:
+            restored = list(threads.map(crcli.restore, images))
+        for one, report in zip(agents, restored, strict=True):
+            one.pid = report["host_pid"]
+            use_jobs(one)
+
+
 def close(pairs: list[tuple[int, int]]) -> None:
     """Close what is open of these, once."""
     while pairs:
@@ -367,3 +387,26 @@ def _stop(trial: int) -> bool:
     if trial:
         os.kill(trial, signal.SIGSTOP)
     return trial != 0
+
+
+# --- terminals outside --------------------------------------------------------------------------------------
+
+
+def test_a_terminal_outside_stays_one_terminal(crcli: Crcli, tmp_path: Path) -> None:
+    """What was one terminal outside, open as /dev/tty and by its name, is one new terminal, but none inside."""
+    driver, device = os.openpty()
+    code = (
+        "import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "import os\nabove = os.open('/dev/tty', os.O_RDWR)\n"
+    )
+    try:
+        with agent(tmp_path, "dash -i", before=code, stdin=device) as one:
+            assert set(one.terminals().values()) > {"/dev/tty"}
+            for _ in range(2):
+                one.pid = crcli.move(one.pid)["host_pid"]
+                paths = {path for path in _terminals(one.pid).values() if path != "/dev/ptmx"}
+                assert len(paths) == 1 and not paths & set(one.terminals().values())
+                use_jobs(one)
+    finally:
+        os.close(driver)
+        os.close(device)
