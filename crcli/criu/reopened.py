@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from crcli.criu import messages
-from crcli.criu.images import ImageFile, holders_of, read_files, text_of
+from crcli.criu.images import ImageFile, holder_by_id, holders_of, read_files, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,9 +47,9 @@ def name_reopened(
         return []
     terminals = _Terminals(images)
     reopened: dict[int, int] = {}
+    holders = holder_by_id(images, {file.id for file in terminals.external})
     for file in terminals.external:
-        holders = holders_of(images, {file.id})
-        number = _number(device_of(*holders[0])) if holders else -1
+        number = _number(device_of(*holders[file.id])) if file.id in holders else -1
         if number in terminals.driven:
             reopened[file.id] = number
         elif not may_stay:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
 from crcli.criu import messages
-from crcli.criu.images import ImageFile, holders_of, read_files
+from crcli.criu.images import ImageFile, holder_by_id, read_files
 from crcli.process.identity import read_proc
 from crcli.process.tree import child_pids
 
@@ -68,8 +68,10 @@ def _give_back(images: Workspace, pids: dict[int, int]) -> None:
     with ExitStack() as closing:
         sides: dict[int, int] = {}
         opened: list[tuple[int, int]] = []
+        holders = holder_by_id(images, {file.id for file in files})
         for file in files:
-            for pid, fd in holders_of(images, {file.id}):
+            if file.id in holders:
+                pid, fd = holders[file.id]
                 copy = _copy(pids[pid], fd)
                 closing.callback(os.close, copy)
                 sides.setdefault(file.tty_info_id, copy)

@@ -393,7 +393,7 @@ def _stop(trial: int) -> bool:
 
 
 def test_a_terminal_outside_stays_one_terminal(crcli: Crcli, tmp_path: Path) -> None:
-    """One terminal outside, open as /dev/tty and by its name, is one new terminal, and none of those inside."""
+    """A terminal outside, open as /dev/tty and by its name, is one new terminal, and none of those inside."""
     driver, device = os.openpty()
     code = (
         "import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
