@@ -30,11 +30,11 @@ _O_PATH = 0o10000000
 _SYS_IOPRIO_GET, _SYS_IOPRIO_SET = (31, 30) if os.uname().machine == "aarch64" else (252, 251)
 _IOPRIO_WHO_PROCESS = 1
 _SYS_KCMP = 272 if os.uname().machine == "aarch64" else 312
-_KCMP_EPOLL_TFD = 7
+_KCMP_FILE, _KCMP_EPOLL_TFD = 0, 7
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _CLOEXEC_MOUNT = 1
 
-_TIOCGPTPEER = 0x5441
+_TIOCGPTPEER, _TIOCGPTN, _TIOCGDEV = 0x5441, 0x80045430, 0x80045432
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -136,6 +136,21 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """Duplicate descriptor `fd` of the process behind `pidfd` into this one."""
     return _checked(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0), "pidfd_getfd")
+
+
+def terminal_number(master: int) -> int:
+    """Return N of /dev/pts/N, which this descriptor drives."""
+    return _number_from(master, _TIOCGPTN)
+
+
+def terminal_device(fd: int) -> int:
+    """Return the kernel's number of the terminal itself, also behind /dev/tty; as /proc/PID/stat has it."""
+    return _number_from(fd, _TIOCGDEV)
+
+
+def _number_from(fd: int, request: int) -> int:
+    (number,) = struct.unpack("=I", ioctl(fd, request, b"\0\0\0\0"))
+    return int(number)
 
 
 def hang_up(master: int) -> None:
@@ -407,6 +422,11 @@ def open_by_handle(mount_fd: int, kind: int, handle: bytes) -> int:
     """Return a descriptor (O_PATH) of the file with this handle on the file system behind `mount_fd`."""
     raw = ctypes.create_string_buffer(struct.pack("=Ii", len(handle), kind) + handle)
     return _checked(_libc.open_by_handle_at(mount_fd, raw, _O_PATH | os.O_CLOEXEC), "open_by_handle_at")
+
+
+def is_same_open_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool:
+    """Say whether two descriptors are one open file: opened once, then inherited or duplicated."""
+    return _checked(_libc.syscall(_SYS_KCMP, pid, other_pid, _KCMP_FILE, fd, other_fd), "kcmp") == 0
 
 
 def is_epoll_target(pid: int, fd: int, epoll: int, target: int, index: int) -> bool:

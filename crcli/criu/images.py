@@ -170,14 +170,21 @@ def read_descriptors(images: Workspace) -> dict[int, list[tuple[str, int]]]:
 
 def holders_of(images: Workspace, ids: Collection[int]) -> list[tuple[int, int]]:
     """One (pid inside the tree, descriptor) for each of these file ids that a process has open."""
+    return sorted(holder_by_id(images, ids).values())
+
+
+def holder_by_id(images: Workspace, ids: Collection[int]) -> dict[int, tuple[int, int]]:
+    """The same, by the file's id."""
     owners: dict[str, int] = {}
     for name in images.names():
         if name.startswith("ids-"):
             kobj = ImageFile.parse(images.read(name), messages.task_kobj_ids_entry).entries[0]
             owners[f"fdinfo-{kobj.files_id}.img"] = int(name[4:-4])
     users = read_descriptors(images)
-    holders = ([(owners[name], fd) for name, fd in users.get(number, ()) if name in owners] for number in ids)
-    return sorted(found[0] for found in holders if found)
+    holders = {
+        number: [(owners[name], fd) for name, fd in users.get(number, ()) if name in owners] for number in ids
+    }
+    return {number: found[0] for number, found in holders.items() if found}
 
 
 def mapped_ids(images: ImageFolder, pid: int | None = None) -> set[int]:

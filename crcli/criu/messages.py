@@ -59,10 +59,12 @@ _MODULES = {
     "pagemap_entry": "pagemap",
     "pagemap_head": "pagemap",
     "pstree_entry": "pstree",
+    "reg_file_entry": "regfile",
     "remap_file_path_entry": "remap_file_path",
     "stats_entry": "stats",
     "task_kobj_ids_entry": "core",
     "tcp_stream_entry": "tcp_stream",
+    "tty_data_entry": "tty",
     "tty_info_entry": "tty",
 }
 """The messages of image files, and the protoc module that each is in: imported when it is first asked for."""

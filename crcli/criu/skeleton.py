@@ -26,7 +26,7 @@ from crcli.criu.inspect import inet_socket, writes_anywhere
 from crcli.memory.extents import PAGE, Extent, SpaceKey
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from crcli.criu.needs import InetSocket
     from crcli.criu.workspace import Workspace
@@ -37,6 +37,8 @@ _TCP_CLOSE, _TCP_LISTEN = 7, 10
 _PSEUDO_TERMINAL, _EXTERNAL_TERMINAL = 1, 5
 _MASTERS = 5
 """The major device number of /dev/ptmx."""
+_REACH = 32
+"""How far CRIU looks for the number of a terminal, from the lowest that is free."""
 _OUTSIDE_SOCKET = 1
 _NO_NETWORK_LOCK = 2
 _ESTABLISHED_STATES = frozenset((1, 2, 3, 4, 5, 6, 8, 9, 11))
@@ -285,15 +287,17 @@ def keep_orphans(images: Workspace) -> None:
         images.write("pstree.img", tree.encode())
 
 
-def move_terminals(images: Workspace, taken: Collection[int]) -> None:
-    """Give pseudo-terminals whose numbers are `taken` here (N of /dev/pts/N) the next that are free."""
+def move_terminals(images: Workspace, free_here: Callable[[Collection[int]], Sequence[int]]) -> None:
+    """Give pseudo-terminals numbers (N of /dev/pts/N) that CRIU can get for them, the same where possible.
+
+    `free_here` says which numbers new ones would get, ascending, as many as there could be need for.
+    """
     if "tty-info.img" not in images.names():
         return
     info = ImageFile.parse(images.read("tty-info.img"), messages.tty_info_entry)
     pairs = [entry for entry in info.entries if entry.type == _PSEUDO_TERMINAL]
     ours = {entry.pty.index for entry in pairs}
-    free = (number for number in itertools.count() if number not in taken and number not in ours)
-    moved = dict(zip(sorted(ours.intersection(taken)), free, strict=False))
+    moved = _numbers_to_change(sorted(ours), free_here(ours)) if ours else {}
     slaves: dict[int, int] = {}
     for entry in pairs:
         if entry.pty.index in moved:
@@ -304,6 +308,23 @@ def move_terminals(images: Workspace, taken: Collection[int]) -> None:
     if moved:
         images.write("tty-info.img", info.encode())
         _rename_terminals(images, slaves)
+
+
+def _numbers_to_change(ours: Sequence[int], free: Sequence[int]) -> dict[int, int]:
+    """New numbers for those of `ours` that CRIU cannot get, when it takes one after the other.
+
+    The kernel hands out the lowest: CRIU opens terminals until it has the number that it wants, but not more
+    than a few.
+    """
+    left = list(free)
+    moved: dict[int, int] = {}
+    for number in ours:
+        if number in left and number - left[0] < _REACH:
+            left.remove(number)
+        elif others := [other for other in left if other not in ours]:
+            moved[number] = others[0]
+            left.remove(others[0])
+    return moved
 
 
 def _rename_terminals(images: Workspace, slaves: Mapping[int, int]) -> None:

@@ -33,6 +33,8 @@ from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME
 from crcli.criu.puppet import MACHINES, Ending, Puppet
 from crcli.criu.rescue import SocketSettings, free_sockets, remember, remove_link_remaps, remove_tables
+from crcli.criu.unread import give_back_unread
+from crcli.criu.workspace import Workspace
 from crcli.process.identity import ProcessId, identify, read_proc
 from crcli.process.tree import child_pids
 
@@ -79,9 +81,12 @@ class Standby:
             _stand_by(theirs, root, images_fd)
         theirs.close()
 
-    def watch(self, criu: int, on_death: Callable[[], None]) -> None:
-        """Begin to watch the CRIU with this pid; call `on_death` (in another thread) should it be killed."""
-        self._send({"criu": criu})
+    def watch(self, criu: int, on_death: Callable[[], None], *, kills: bool = False) -> None:
+        """Begin to watch the CRIU with this pid; call `on_death` (in another thread) should it be killed.
+
+        `kills` says whether it is to kill the tree: then it takes what is unread in terminals.
+        """
+        self._send({"criu": criu, "kills": kills})
         self._listener = threading.Thread(target=self._listen, args=(on_death,), name="standby", daemon=True)
         self._listener.start()
 
@@ -170,7 +175,8 @@ def _stand_by(control: socket.socket, root: int, images_fd: int) -> None:
         first = control.recv(_MESSAGE_LIMIT)
         kernel.hurry()
         if first:
-            _Watch(control, root, images_fd, before).run(json.loads(first)["criu"])
+            told = json.loads(first)
+            _Watch(control, root, images_fd, before, kills=told["kills"]).run(told["criu"])
     finally:
         os._exit(0)
 
@@ -185,11 +191,14 @@ class _Before(Struct, frozen=True):
 class _Watch:
     """The standby at work."""
 
-    def __init__(self, control: socket.socket, root: int, images_fd: int, before: _Before) -> None:
+    def __init__(
+        self, control: socket.socket, root: int, images_fd: int, before: _Before, *, kills: bool
+    ) -> None:
         self.control = control
         self.root = root
         self.images_fd = images_fd
         self.before = before
+        self.kills = kills
         self.network = other_network(root)  # opened now: a dead root has none, but others may live there
         self.outcome = ""
         self.members: list[ProcessId] = []
@@ -298,6 +307,10 @@ class _Watch:
             self._free()
         elif self.outcome == "killed":
             self._unlock_if_alone()
+        elif self.kills and self.is_alone:
+            give_back_unread(
+                Workspace(self.images_fd), self.root
+            )  # the tree has begun to run: nobody else does
 
     def _unlock_if_alone(self) -> None:
         """Do for a killed tree what crcli would do, had it lived."""
@@ -309,6 +322,8 @@ class _Watch:
         free_sockets(pids, self.before.sockets)
         remove_link_remaps(pids)
         remove_tables(self._log(), self.network)
+        if self.kills:
+            give_back_unread(Workspace(self.images_fd), self.root)
 
     def _signal_all(self, number: int) -> None:
         for member in self.members:

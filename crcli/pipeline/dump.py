@@ -31,6 +31,7 @@ from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Sandbox
 from crcli.criu.skeleton import has_connections, named_files
 from crcli.criu.standby import AfterDeath, Standby
+from crcli.criu.unread import give_back_unread
 from crcli.criu.workspace import Workspace
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
 from crcli.findings import Finding, Severity
@@ -71,6 +72,7 @@ from crcli.pipeline.receiver import Receiver
 from crcli.pipeline.rounds import Rounds, rounds_here
 from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
+from crcli.pipeline.terminals import settle_terminals
 from crcli.pipeline.trial import try_skeleton
 from crcli.pipeline.watch import crashed, kill_all, tree_state, wait_until_dead
 from crcli.pipeline.weights import WeightsInUse, chosen_files
@@ -655,7 +657,9 @@ class _Dump:
             ) as criu,
         ):
             self.criu_pid = criu.host_pid()
-            self.standby.watch(self.criu_pid, self._on_criu_death)
+            self.standby.watch(
+                self.criu_pid, self._on_criu_death, kills=self.options.outcome == Outcome.KILLED
+            )
             receiver = Receiver(ours, self.intake)
             receiver.start()
             parent = self.rounds.parent
@@ -708,6 +712,8 @@ class _Dump:
             except BaseException as error:
                 if not isinstance(error, _CriuKilled):
                     self._resume_calls()  # the tree runs on
+                    if self.options.outcome == Outcome.KILLED:
+                        give_back_unread(self.images, self.target.evidence.root.pid)
                 raise
             self.is_holding = False
         return True
@@ -730,6 +736,9 @@ class _Dump:
             self.rounds.prove(scan_tree(self.target.evidence.root.identity))
         self.watch.add("take", time.monotonic() - self.frozen_at)
         self.on_frozen()
+        evidence = self.target.evidence
+        if evidence.reopened_terminals or evidence.outside_terminals:
+            settle_terminals(self.images, evidence.root.identity, self.target.links)
         if self.sandbox is not None:
             plan, links, kept = self.target.plan, self.target.links, self.intake.kept
             began = time.monotonic()

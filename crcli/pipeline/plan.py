@@ -21,7 +21,7 @@ class OutsideLink(Struct, frozen=True):
     `kind` is "terminal", "pipe" or "unix"; `key` is CRIU's name for it; `external` says whether CRIU has to
     be told of it at the dump already; `path` is where a unix peer listens, `type` its socket's type, `waits`
     whether the tree's end blocks; `writes`/`reads` say which ends the tree holds; `descriptors` are
-    (pid, fd).
+    (pid, fd); `terminal` is N of /dev/pts/N (-1: another kind), also behind /dev/tty.
     """
 
     kind: str
@@ -33,6 +33,7 @@ class OutsideLink(Struct, frozen=True):
     reads: bool = True
     writes: bool = True
     descriptors: tuple[tuple[int, int], ...] = ()
+    terminal: int = -1
 
     @property
     def inherit_key(self) -> str:
@@ -60,6 +61,7 @@ def outside_links(evidence: Evidence) -> tuple[OutsideLink, ...]:
             external=True,
             path=terminal.path,
             descriptors=tuple((file.pid, file.fd) for file in terminal.holders),
+            terminal=-1 if terminal.index is None else terminal.index,
         )
         for terminal in evidence.outside_terminals
         if terminal.master is not None or terminal.index is None  # else it is hung up: CRIU knows those
@@ -108,7 +110,14 @@ def make_plan(evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outco
         shell_job=bool(evidence.foreign_sessions),
         manage_cgroups=any(process.cgroups != ours for process in evidence.tree.living),
         network_lock=network_lock(),
-        external=tuple(link.key for link in links if link.external),
+        external=tuple(
+            dict.fromkeys(
+                [
+                    *(link.key for link in links if link.external),
+                    *(terminal.criu_key for terminal in evidence.reopened_terminals),
+                ]
+            )
+        ),
         ghost_bytes=evidence.ghost_bytes + (64 << 20),
         watched=tuple(watch.path for watch in evidence.watches if watch.fate is Fate.SEARCHED),
         leave_running=outcome == Outcome.RUNNING,

@@ -66,7 +66,7 @@ from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Sil
 from crcli.pipeline.stdio import Replacements, replace_links
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import RestoreTarget, failure_of
-from crcli.process.here import established_here, terminals_here
+from crcli.process.here import TerminalTurn, established_here, free_terminals
 from crcli.process.identity import ProcessId, identify
 from crcli.process.processors import usable_processors
 from crcli.process.settings import give_back
@@ -263,6 +263,7 @@ class _Restore:
         """The first process of the pid namespace that the tree was restored in, 0 where that is ours."""
         self.processes: list[ProcessId] = []
         self.locks: dict[int, list[FileLock]] = {}
+        self.terminals: TerminalTurn | None = None
         self.logs: Workspace | None = None
         self.store: Store | None = None
         self.children_before: set[int] = set()
@@ -369,7 +370,10 @@ class _Restore:
         if not netlock.tables_of(str(self.manifest.meta.get("run_id", ""))):
             forget_network_lock(self.images)
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
-        move_terminals(self.images, terminals_here())
+        if "tty-info.img" in self.images.names():
+            self.terminals = TerminalTurn()
+            self.held.callback(self.terminals.end)
+            move_terminals(self.images, free_terminals)
         keep_orphans(self.images)
         if self.options.tcp == TcpPolicy.AUTO and has_connections(self.images):
             close_outside_connections(self.images, established_here())
@@ -585,6 +589,8 @@ class _Restore:
 
     def _on_notify(self, script: str, root: int) -> bool:
         if script == "post-restore":
+            if self.terminals is not None:
+                self.terminals.end()
             self._find_members(root)
             if self.pager is not None:
                 self.missing_bytes = self.pager.go(self.init, self.processes)

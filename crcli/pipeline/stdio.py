@@ -36,6 +36,9 @@ class Replacements(Struct):
     log: str = ""
     """Where output goes that went to a terminal or a pipe (empty: nothing did)."""
 
+    terminals: dict[int, str] = field(default_factory=dict)
+    """The paths of new terminals, by what the old one's number was (N of /dev/pts/N)."""
+
     relay: Relay = field(default_factory=Relay)
     """The other sides of what is passed on to ours."""
     kept: list[int] = field(default_factory=list)
@@ -69,7 +72,7 @@ def replace_links(links: Sequence[OutsideLink], stdio: Stdio, title: str) -> Rep
         if link.kind == "unix":
             replacements.inherit[link.inherit_key] = _socket(link, replacements)
         elif link.kind == "terminal":
-            replacements.inherit[link.key] = _terminal(stdio, replacements)
+            replacements.inherit[link.key] = _terminal(link, stdio, replacements)
         else:
             replacements.inherit[link.key] = _pipe(link, stdio, replacements)
     if replacements.kept:
@@ -80,9 +83,16 @@ def replace_links(links: Sequence[OutsideLink], stdio: Stdio, title: str) -> Rep
     return replacements
 
 
-def _terminal(stdio: Stdio, replacements: Replacements) -> int:
-    """A new terminal, its other side looked after; CRIU gives it the old one's settings and size."""
+def _terminal(link: OutsideLink, stdio: Stdio, replacements: Replacements) -> int:
+    """A new terminal, its other side looked after; CRIU gives it the old one's settings and size.
+
+    What was one terminal, open as /dev/tty and by its own name, is one again.
+    """
+    if path := replacements.terminals.get(link.terminal):
+        return os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     master, slave = os.openpty()
+    if link.terminal >= 0:
+        replacements.terminals[link.terminal] = os.ttyname(slave)
     if stdio == Stdio.INHERIT:
         replacements.relay.masters.append(master)
     else:

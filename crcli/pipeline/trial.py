@@ -17,6 +17,7 @@ from crcli.criu.skeleton import (
     keep_orphans,
     lay_out_memory,
     make_room_for_deleted,
+    move_terminals,
     outside_sockets,
     touched_folders,
 )
@@ -62,6 +63,7 @@ def try_skeleton(
     forget_network_lock(trial)  # it lies around the original
     forget_devices(trial)
     keep_orphans(trial)
+    move_terminals(trial, lambda ours: range(max(ours) + len(ours) + 1))  # the sandbox has none but these
     make_room_for_deleted(trial)
     forget_sizes(trial)  # others may write to the same files meanwhile
     outside = [link for link in links if link.external]

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 from crcli import kernel
 from crcli.process.files import OpenFile
+from crcli.process.identity import read_stat
 
 MCAST_MSFILTER = 48
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -24,17 +25,48 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def unread_bytes(file: OpenFile) -> int:
     """Return how many bytes wait to be read from a descriptor (FIONREAD); 0 when it cannot be asked."""
+    return unread_in(file.pid, file.fd)
+
+
+def unread_in(pid: int, fd: int) -> int:
+    """The same, of a process's descriptor."""
     try:
-        with _copy(file) as fd:
-            return int(struct.unpack("=i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))[0])
+        with _copy(pid, fd) as copy:
+            return int(struct.unpack("=i", fcntl.ioctl(copy, termios.FIONREAD, b"\0\0\0\0"))[0])
     except OSError:
         return 0
+
+
+def terminal_device(pid: int, fd: int) -> int:
+    """Return the device number of the terminal behind a descriptor; behind /dev/tty, that of the terminal.
+
+    Where it cannot be asked (before Linux 5.6, or when it has been hung up), that of the terminal that
+    controls the process (0: none does), which is the one that it would get by opening /dev/tty now.
+    """
+    try:
+        with _copy(pid, fd) as copy:
+            number = kernel.terminal_device(copy)
+    except OSError:
+        number = _controlling_tty_nr(pid)
+    return device_of_tty_nr(number)
+
+
+def _controlling_tty_nr(pid: int) -> int:
+    try:
+        return read_stat(pid).tty_nr
+    except ProcessLookupError:
+        return 0
+
+
+def device_of_tty_nr(number: int) -> int:
+    """Return the device that the kernel means: minor in bits 31-20 and 7-0, major in 19-8."""
+    return os.makedev(number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00)
 
 
 def joined_groups(file: OpenFile, groups: Iterable[tuple[int, str]]) -> tuple[str, ...]:
     """Return to which of these multicast groups a UDP socket listens; each is (interface, address)."""
     try:
-        with _copy(file) as fd, socket.socket(fileno=os.dup(fd)) as copy:
+        with _copy(file.pid, file.fd) as fd, socket.socket(fileno=os.dup(fd)) as copy:
             return tuple(address for interface, address in groups if _listens(copy, interface, address))
     except OSError:
         return ()
@@ -46,16 +78,16 @@ def multicast_groups(pid: int) -> tuple[tuple[int, str], ...]:
 
 
 @contextmanager
-def _copy(file: OpenFile) -> Iterator[int]:
-    pidfd = os.pidfd_open(file.pid)
+def _copy(pid: int, fd: int) -> Iterator[int]:
+    pidfd = os.pidfd_open(pid)
     try:
-        fd = kernel.pidfd_getfd(pidfd, file.fd)
+        copy = kernel.pidfd_getfd(pidfd, fd)
     finally:
         os.close(pidfd)
     try:
-        yield fd
+        yield copy
     finally:
-        os.close(fd)
+        os.close(copy)
 
 
 def _listens(copy: socket.socket, interface: int, address: str) -> bool:

@@ -17,7 +17,7 @@ from crcli.process.capabilities import (
     all_capabilities,
     capability_names,
 )
-from crcli.process.evidence import CONTROLLING_TTY, Evidence
+from crcli.process.evidence import MOST_EXTERNAL_TERMINALS, Evidence
 from crcli.process.files import Kind, OpenFile
 from crcli.process.tree import Process, tracer_label
 from crcli.process.watches import Fate
@@ -431,16 +431,31 @@ def devices(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def terminals_reopened(evidence: Evidence) -> Iterator[Finding]:
-    """/dev/tty in a terminal that the tree itself drives: CRIU wants one holder for both."""
-    inside = (terminal for terminal in evidence.terminals if terminal.master_inside)
-    held = [file for terminal in inside for file in terminal.holders if file.rdev == CONTROLLING_TTY]
+def shells_in_shells(evidence: Evidence) -> Iterator[Finding]:
+    """A dash below another shell: only the first gets its terminal back, and dash starts nothing without."""
+    held = [file for terminal in evidence.reopened_terminals for file in terminal.inner_shells]
     if held:
         yield blocker(
-            "terminal-reopened",
-            f"{who(evidence, held)} has /dev/tty open, which is a terminal that the tree itself drives",
+            "terminal-inner-shell",
+            f"{who(evidence, held)} controls jobs through /dev/tty below another shell, in a terminal that "
+            "the tree itself drives: restored, it could start no program",
             places(evidence, held),
-            "end that program first (pagers and editors), or start another (bash instead of dash)",
+            "leave the inner shell (`exit`), start it with `exec`, or use bash instead of dash",
+        )
+
+
+def external_terminals(evidence: Evidence) -> Iterator[Finding]:
+    """`Too many external terminals` (tty.c)."""
+    external = (*evidence.outside_terminals, *evidence.reopened_terminals)
+    opens = sum(terminal.opens for terminal in external)
+    if opens > MOST_EXTERNAL_TERMINALS:
+        held = [file for terminal in external for file in terminal.holders]
+        yield blocker(
+            "terminals-many",
+            f"{who(evidence, held)} have /dev/tty or terminals outside the tree open, more than the "
+            f"{MOST_EXTERNAL_TERMINALS} that CRIU takes",
+            places(evidence, held),
+            "end some of these programs, dump the tree in parts, or use bash instead of dash",
         )
 
 
@@ -650,7 +665,8 @@ BLOCKERS: tuple[Check, ...] = (
     watches_lost,
     unreachable_files,
     devices,
-    terminals_reopened,
+    shells_in_shells,
+    external_terminals,
     tun,
     pidfds,
     packet_pipes,

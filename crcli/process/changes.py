@@ -127,6 +127,19 @@ def terminals_outside(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def terminals_lost(evidence: Evidence) -> Iterator[Finding]:
+    """Processes in a session that another one leads: only that one can be given its terminal again."""
+    if held := evidence.jobs_in_terminals:
+        yield change(
+            "terminal-jobs",
+            f"{first_of(held)} runs in a terminal, as a job of another process; restored, it goes on there "
+            "and keys reach it, but it cannot open /dev/tty, nor give the terminal to jobs of its own",
+            process_list(held),
+            "gives the terminal back to the first process of each session",
+            "nothing, unless it is a shell itself or asks for passwords: leave inner shells before the dump",
+        )
+
+
 def relatives(evidence: Evidence) -> Iterator[Finding]:
     """Daemonised children: no longer in the tree, so not in the image, and alive beside the copy."""
     if held := evidence.relatives:
@@ -352,6 +365,7 @@ CHANGES: tuple[Check, ...] = (
     unix_outside,
     pipes_outside,
     terminals_outside,
+    terminals_lost,
     relatives,
     unix_unaccepted,
     udp_unread,

@@ -74,13 +74,19 @@ VIRTUAL_CONSOLES, LAST_VIRTUAL_CONSOLE = 4, 63  # a major number and its minors;
 CONTROLLING_TTY = os.makedev(5, 0)
 """/dev/tty, which is another terminal for each session."""
 
+MOST_EXTERNAL_TERMINALS = 63
+"""How many opened terminals CRIU takes as external in one dump."""
+
 
 class Terminal(Struct, frozen=True):
     """One terminal that the tree has open.
 
     `index` is N of /dev/pts/N, also behind /dev/tty; None for a console or a serial line. `rdev` and `dev`
     name it to CRIU (`criu_key`). `master_inside`: a process of the tree drives it; else `master` is who does,
-    if found. `controls` are the processes of the tree whose controlling terminal it is.
+    if found. `controls` are the processes of the tree whose controlling terminal it is; `inner_shells` have
+    opened it to control jobs (as /dev/tty, under a number that shells keep for themselves) without leading
+    its session. `opens` is how often it was opened: what was inherited or duplicated counts once, but only
+    beyond `MOST_EXTERNAL_TERMINALS` of `holders` is that looked into.
     """
 
     path: str
@@ -91,6 +97,8 @@ class Terminal(Struct, frozen=True):
     master_inside: bool
     master: Outsider | None
     controls: tuple[int, ...]
+    inner_shells: tuple[OpenFile, ...] = ()
+    opens: int = 1
 
     @property
     def leads_outside(self) -> bool:
@@ -370,6 +378,16 @@ class Evidence(Struct, frozen=True):
     def outside_terminals(self) -> tuple[Terminal, ...]:
         """The terminals that something outside the tree drives, and that CRIU does not just open again."""
         return tuple(one for one in self.terminals if one.leads_outside)
+
+    @property
+    def reopened_terminals(self) -> tuple[Terminal, ...]:
+        """What is open as /dev/tty, and is a terminal that the tree itself drives."""
+        return tuple(one for one in self.terminals if one.master_inside and one.rdev == CONTROLLING_TTY)
+
+    @property
+    def jobs_in_terminals(self) -> tuple[Process, ...]:
+        """The processes that a terminal controls whose session another process of the tree leads."""
+        return tuple(p for p in self.tree.living if p.tty_nr and p.sid != p.pid and p.sid in self.tree)
 
     @property
     def outside_pipes(self) -> tuple[Pipe, ...]:

@@ -10,13 +10,21 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TypeVar
 
+from crcli import kernel
 from crcli.errors import PreflightRefused
 from crcli.process import notify
-from crcli.process.asking import joined_groups, multicast_groups, unread_bytes
+from crcli.process.asking import (
+    device_of_tty_nr,
+    joined_groups,
+    multicast_groups,
+    terminal_device,
+    unread_bytes,
+)
 from crcli.process.epolls import epolls_astray
 from crcli.process.evidence import (
     CONTROLLING_TTY,
     MEMORY_FILE_SYSTEMS,
+    MOST_EXTERNAL_TERMINALS,
     PSEUDO_FILE_SYSTEMS,
     Database,
     DeletedFile,
@@ -58,6 +66,9 @@ SQLITE_SMALLEST_PAGE = 512
 SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
 STUCK_AFTER_SECONDS = 0.5
 CORKED_AFTER_SECONDS = 0.05
+_FIRST_OF_SHELLS = 10
+"""Descriptors from here on are for shells themselves; scripts name those below (POSIX)."""
+
 _BOARD = f"/memfd:{notify.NAME}"
 PAGER_COMMS = ("crcli-pager", "crcli-keeper")
 """The name of the processes that fill memory in after a lazy restore (pipeline.pager.COMM)."""
@@ -171,7 +182,7 @@ def _status_line(status: bytes, key: bytes) -> str:
 def _terminals(tree: Tree, files: tuple[OpenFile, ...], outside: Outside) -> tuple[Terminal, ...]:
     masters = {int(index) for file in files if (index := file.info_field("tty-index")) is not None}
     slaves = (file for file in files if file.kind is Kind.TTY and file.info_field("tty-index") is None)
-    by_device = _grouped(slaves, lambda file: (file.rdev, file.dev, _terminal_device(tree, file)))
+    by_device = _grouped(slaves, lambda file: (file.rdev, file.dev, _terminal_device(file)))
     return tuple(
         _terminal(tree, holders, device, masters, outside) for (*_, device), holders in by_device.items()
     )
@@ -191,26 +202,50 @@ def _terminal(
         holders=tuple(holders),
         master_inside=inside,
         master=None if inside or index is None else outside.master_of(index),
-        controls=tuple(process.pid for process in tree if _from_tty_nr(process.tty_nr) == device),
+        controls=tuple(process.pid for process in tree if device_of_tty_nr(process.tty_nr) == device),
+        opens=_opens(holders),
+        inner_shells=tuple(file for file in holders if _is_inner_shell(tree, file, holders)),
     )
 
 
-def _terminal_device(tree: Tree, file: OpenFile) -> int:
-    """Return which terminal it really is: /dev/tty stands for the one that controls the process."""
-    if file.rdev == CONTROLLING_TTY:
-        return _from_tty_nr(tree.process(file.pid).tty_nr)
-    return file.rdev
+def _opens(holders: list[OpenFile]) -> int:
+    """How often a terminal was opened; more than CRIU takes is all the same."""
+    if len(holders) <= MOST_EXTERNAL_TERMINALS:
+        return len(holders)
+    different: list[OpenFile] = []
+    for file in holders:
+        if len(different) <= MOST_EXTERNAL_TERMINALS and not any(_is_same(file, one) for one in different):
+            different.append(file)
+    return len(different)
+
+
+def _is_inner_shell(tree: Tree, file: OpenFile, holders: list[OpenFile]) -> bool:
+    """Whether it is the descriptor through which a shell below another shell controls its jobs.
+
+    A shell that it forks for a part of a command has the same open file, and controls none.
+    """
+    leader = tree.process(file.pid).sid
+    if file.rdev != CONTROLLING_TTY or file.fd < _FIRST_OF_SHELLS or leader == file.pid:
+        return False
+    return not any(one.pid == leader and _is_same(file, one) for one in holders)
+
+
+def _is_same(one: OpenFile, other: OpenFile) -> bool:
+    try:
+        return kernel.is_same_open_file(one.pid, one.fd, other.pid, other.fd)
+    except OSError:
+        return False  # not to be known here, or closed meanwhile
+
+
+def _terminal_device(file: OpenFile) -> int:
+    """Return which terminal it really is: /dev/tty stands for the one that controlled whoever opened it."""
+    return terminal_device(file.pid, file.fd) if file.rdev == CONTROLLING_TTY else file.rdev
 
 
 def _pts_index(rdev: int) -> int | None:
     """Return N of /dev/pts/N: majors 136 to 143 with 256 minors each at first, one major with 2^20 now."""
     major, minor = os.major(rdev), os.minor(rdev)
     return (major - 136) * 256 + minor if 136 <= major <= 143 else None
-
-
-def _from_tty_nr(number: int) -> int:
-    """Return the device that /proc/PID/stat means: minor in bits 31-20 and 7-0, major in 19-8."""
-    return os.makedev(number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00)
 
 
 def _pipes(files: tuple[OpenFile, ...], outside: Outside) -> tuple[Pipe, ...]:

@@ -48,6 +48,18 @@ def tcp_listening(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def terminals_reopened(evidence: Evidence) -> Iterator[Finding]:
+    """/dev/tty in a terminal that the tree itself drives: an interactive dash, a pager or editor in tmux."""
+    held = [file for terminal in evidence.reopened_terminals for file in terminal.holders]
+    if held:
+        yield note(
+            "terminal-reopened",
+            f"{who(evidence, held)} has /dev/tty open, which is a terminal that the tree itself drives",
+            places(evidence, held),
+            "opens that terminal by its own name (/dev/pts/N) on restore",
+        )
+
+
 def locks(evidence: Evidence) -> Iterator[Finding]:
     """File locks: taken again on restore, which waits if somebody else has them."""
     if held := evidence.locks:
@@ -299,6 +311,7 @@ def stopped(evidence: Evidence) -> Iterator[Finding]:
 NOTES: tuple[Check, ...] = (
     tcp_inside,
     tcp_listening,
+    terminals_reopened,
     locks,
     deleted_files,
     link_remaps,

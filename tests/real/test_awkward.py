@@ -145,14 +145,34 @@ REFUSED = {
         libc.mq_unlink(b"/crcli-test")
         """,
     ),
-    "a pager in a terminal of the tree's own": (
-        "terminal-reopened",
+    "many who have /dev/tty open": (
+        "terminals-many",
         """
         import pty
         pid, master = pty.fork()
         if pid == 0:
-            fd = os.open("/dev/tty", os.O_RDWR)
+            files = [os.open("/dev/tty", os.O_RDWR) for _ in range(64)]
+            os.write(1, b"opened")
             time.sleep(600)
+        os.read(master, 6)
+        """,
+    ),
+    "a dash below another shell": (
+        "terminal-inner-shell",
+        """
+        import pty
+        pid, master = pty.fork()
+        if pid == 0:
+            os.execlp("dash", "dash", "-i")
+        os.write(master, b"dash -i\\n")
+        def opened():
+            try:
+                child = open(f"/proc/{pid}/task/{pid}/children").read().strip()
+                return os.readlink(f"/proc/{child}/fd/10")
+            except OSError:
+                return ""
+        while opened() != "/dev/tty":
+            time.sleep(0.01)
         """,
     ),
     "a file about its parent": ("proc-outside", "f = open(f'/proc/{os.getppid()}/status')"),

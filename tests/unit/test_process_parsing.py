@@ -10,8 +10,9 @@ import struct
 import pytest
 
 from crcli.process import sockets
+from crcli.process.asking import device_of_tty_nr
 from crcli.process.files import Kind, Lock, Mount, OpenFile, _mount, is_tty, mappings, mounts, open_files
-from crcli.process.gather import _from_tty_nr, _pts_index
+from crcli.process.gather import _pts_index
 from crcli.process.identity import ProcessId, identify, parse_stat
 from crcli.process.sockets import Address, State
 
@@ -173,7 +174,7 @@ def test_tty_numbers_of_stat_are_those_of_the_device() -> None:
     for index in (0, 3, 255, 256, 70000):
         minor = index
         encoded = minor & 0xFF | 136 << 8 | (minor & ~0xFF) << 12
-        assert _pts_index(_from_tty_nr(encoded)) == index
+        assert _pts_index(device_of_tty_nr(encoded)) == index
 
 
 # --- sockets -----------------------------------------------------------------------------------------------
