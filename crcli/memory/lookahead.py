@@ -52,6 +52,9 @@ _GROUP_BYTES = GROUP_PAGES * PAGE
 _LEAST_BLOCK_BYTES = (_MOST_GROUPS - 1) * _GROUP_BYTES
 """Blocks are hardly ever smaller; those for which there is no record are left to the workers."""
 
+_MOST_BLOCKS = 1 << 16
+"""So many are asked for at most (256 GiB): of the rest of a larger tree the workers do all."""
+
 _ASKED = struct.Struct("<QBB")
 """What is asked for: where the block begins (bytes), whether a worker has taken it, how many runs it has.
 These follow."""
@@ -84,7 +87,7 @@ class Lookahead:
         """Fork `count` processes, or as many as we may, before any thread is started. Pages lie in the file
         `fd`, of `limit` bytes at most; weights are found by `matcher`. `at_once`: they need not wait until
         the workers begin."""
-        self._room = limit // _LEAST_BLOCK_BYTES + 1
+        self._room = min(limit // _LEAST_BLOCK_BYTES + 1, _MOST_BLOCKS)
         self._shared = mmap.mmap(-1, self._room * _RECORD)
         self._runs: list[Sequence[Run]] = []
         self._handed = 0
