@@ -70,15 +70,18 @@ class AfterDeath(Struct, frozen=True):
 class Standby:
     """See the module. A context manager: leaving it ends the standby once CRIU has ended."""
 
-    def __init__(self, root: int, images_fd: int) -> None:
-        """Fork it. `root` is the tree's root. Call before any thread is started and before CRIU is."""
+    def __init__(self, root: int, images_fd: int, to_keep: Sequence[int] = ()) -> None:
+        """Fork it. `root` is the tree's root, `to_keep` are descriptors that it is to hold while CRIU lives.
+
+        Call before any thread is started and before CRIU is.
+        """
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._report: AfterDeath | None = None
         self._listener: threading.Thread | None = None
         self._poked = threading.Event()
         self._pid = kernel.quiet_fork()
         if self._pid == 0:
-            _stand_by(theirs, root, images_fd)
+            _stand_by(theirs, root, images_fd, to_keep)
         theirs.close()
 
     def watch(self, criu: int, on_death: Callable[[], None], *, kills: bool = False) -> None:
@@ -165,11 +168,11 @@ class Standby:
         self._poked.set()
 
 
-def _stand_by(control: socket.socket, root: int, images_fd: int) -> None:
+def _stand_by(control: socket.socket, root: int, images_fd: int, to_keep: Sequence[int]) -> None:
     """What the process does. Never returns."""
     try:
         os.setsid()
-        kernel.close_all_but(control.fileno(), images_fd)
+        kernel.close_all_but(control.fileno(), images_fd, *to_keep)
         pids = _tree_of(root)
         before = _Before(remember(pids), {pid: Text.of(pid) for pid in pids})
         first = control.recv(_MESSAGE_LIMIT)

@@ -82,7 +82,8 @@ from crcli.process import notify
 from crcli.process.gather import gather
 from crcli.process.memory_room import spare_memory
 from crcli.process.processors import usable_processors
-from crcli.process.tree import refuse_bad_target, scan_tree
+from crcli.process.tree import find_target, refuse_bad_target, scan_tree, tracer_label
+from crcli.process.tree_lock import TreeLock
 from crcli.process.waits import waited_ms
 
 if TYPE_CHECKING:
@@ -126,6 +127,9 @@ _DEATH_S, _DEATH_S_PER_BYTE = 3.0, 0.25 / (1 << 30)
 _HOPELESS = 3.0
 """A forecast from measured rates that exceeds the time that is left by this factor is believed."""
 
+_OTHER_DUMP_S = 120.0
+"""How long another dump of the tree is waited for, where no deadline says it (seconds)."""
+
 _NO_TIME_TO_TELL_S = 10.0
 """With less time than this (seconds) before its deadline a dump announces itself to nobody."""
 
@@ -145,12 +149,58 @@ class Target(Struct, frozen=True):
 def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared | None = None) -> DumpReport:
     """Dump the tree of `options.pid` into the store; return what was done.
 
-    The image is durable on return. `shared` is what the dumps of one call have in common. Raises
-    PreflightRefused (tree untouched), DumpFailed (its `state` says what the tree does), StoreError (tree
-    running), HostLacks.
+    The image is durable on return. Another dump of the same tree is waited for first. `shared` is what the
+    dumps of one call have in common. Raises PreflightRefused (tree untouched), DumpFailed (its `state` says
+    what the tree does), StoreError (tree running), HostLacks.
     """
     progress = progress or Silent()
     watch = Stopwatch(progress)
+    shared = shared or Shared()
+    with _alone(options, watch, shared) as lock:
+        return _dump_alone(options, progress, watch, shared, lock)
+
+
+@contextmanager
+def _alone(options: DumpOptions, watch: Stopwatch, shared: Shared) -> Iterator[TreeLock]:
+    """Within the block, until the lock is released, no other crcli of this host dumps the tree, or one around
+    or inside it. One that does is waited for. Raises PreflightRefused."""
+    root = find_target(options.pid)
+    with TreeLock(root) as lock:
+        if not lock.take():
+            with watch.phase("wait"):
+                _wait_for_other(lock, _left_s(options, watch), shared, options.pid)
+            if not root.alive():
+                raise PreflightRefused(
+                    f"process {options.pid} ended while another dump of it was waited for",
+                    hint="`crcli ls` shows the image that the other dump took",
+                )
+        yield lock
+
+
+def _wait_for_other(lock: TreeLock, left_s: float | None, shared: Shared, pid: int) -> None:
+    """The lock is ours. Raises PreflightRefused when it is not in time, Interrupted on a signal."""
+    holder = lock.holder()
+    try:
+        with interruptible(left_s):
+            shared.see_caller()
+            if lock.wait(_OTHER_DUMP_S if left_s is None else left_s):
+                return
+    except Interrupted as error:
+        if error.number != signal.SIGALRM:
+            raise
+    holder = lock.holder() or holder
+    raise PreflightRefused(
+        f"another dump of process {pid}, or of a tree around or inside it, is under way"
+        + (f" and was waited for: {tracer_label(holder)}" if holder else ""),
+        hint="try again when it has ended"
+        + (f", or end it (`kill {holder}`): its tree then runs on" if holder else ""),
+    )
+
+
+def _dump_alone(
+    options: DumpOptions, progress: Progress, watch: Stopwatch, shared: Shared, lock: TreeLock
+) -> DumpReport:
+    """The dump, with nobody else at the tree until the lock is released."""
     wish, no_rounds = rounds_here(options.pre_copy)
     options = replace(options, pre_copy=wish)
     with watch.phase("look"):
@@ -160,6 +210,7 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
         progress.finding(finding)
     report = _begin_report(options, target)
     if options.dry_run:
+        lock.release()
         gpu_findings, gpu_bytes = _gpus_ahead(target.evidence, options)
         with watch.phase("forecast"):
             report.forecast, findings = look_ahead(target.evidence, options, target.name, gpu_bytes)
@@ -169,11 +220,10 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
         return report
     hooks = load_hooks()
     with _failing_at_its_deadline(target), interruptible(_left_s(options, watch)) as interrupts:
-        work = _Dump(options, target, watch, report, interrupts, progress)
-        work.shared = shared or work.shared
+        work = _Dump(options, target, watch, report, interrupts, progress, shared, lock)
         work.on_frozen = lambda: hooks.call("dump_frozen", target=work.described())
         work.plugins = [one for one in hooks.plugins if not one.error]
-        work.shared.see_caller()
+        shared.see_caller()
         try:
             hooks.call("dump_before_freeze", target=work.described())
             work.run()
@@ -270,16 +320,19 @@ class _Dump:
         report: DumpReport,
         interrupts: Interrupts,
         progress: Progress,
+        shared: Shared,
+        lock: TreeLock,
     ) -> None:
         self.options = options
         self.target = target
         self.watch = watch
+        self.shared = shared
+        self.lock = lock
         self.report = report
         self.interrupts = interrupts
         self.progress = progress
         self.on_frozen: Callable[[], None] = lambda: None
         self.plugins: list[PluginInfo] = []
-        self.shared = Shared()
         self.look_ahead: Callable[[], None] = lambda: None
         """What is left to do before the freeze when CRIU is called."""
         self.nice = 0
@@ -320,6 +373,8 @@ class _Dump:
                         self._after_failure(error)
                     self._back_to_its_gpus()
                     boards.resumed()
+                    if self.options.outcome == Outcome.RUNNING:
+                        self.lock.release()
                     self._finish()
             except BaseException:
                 self.interrupts.past_return()
@@ -406,7 +461,9 @@ class _Dump:
             self.images = held.enter_context(self.workspace.folder("images"))
             self.trial = held.enter_context(self.workspace.folder("trial"))
             self.sandbox = held.enter_context(Sandbox(self.trial.fd)) if self._wants_trial() else None
-            self.standby = held.enter_context(Standby(self.target.evidence.root.pid, self.images.fd))
+            self.standby = held.enter_context(
+                Standby(self.target.evidence.root.pid, self.images.fd, self.lock.fds)
+            )
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, limit_s)
             lookahead = self._start_lookahead(held)

@@ -30,7 +30,7 @@ from crcli.pipeline.interrupts import Interrupted, noted
 from crcli.pipeline.shared import Shared, Turn
 from crcli.pipeline.stages import DumpsReport, Silent, TreeResult
 from crcli.process.identity import ProcessId, read_stat
-from crcli.process.tree import refuse_bad_target
+from crcli.process.tree import find_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,7 +100,7 @@ def refuse_overlap(pids: Sequence[int]) -> None:
 def _choose(pid: int, options: DumpOptions) -> Call | TreeResult:
     """Find the process and name its image; what cannot be dumped has its result already."""
     try:
-        root = refuse_bad_target(pid)
+        root = find_target(pid)
         name = options.name or suggested_name(read_stat(pid).comm)
         check_name(f"{name}-{pid}")
     except UsageError:

@@ -15,7 +15,7 @@ from crcli.image.names import check_name, suggested_name
 from crcli.notice import Notices
 from crcli.pipeline.vigil import Event, Keeping, Vigil, VigilEnd, Why
 from crcli.process.identity import read_stat
-from crcli.process.tree import refuse_bad_target
+from crcli.process.tree import find_target
 from crcli.store import open_store
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ _WORDS = {
 
 def _find(pid: int) -> tuple[ProcessId, int, str]:
     """The process, a descriptor that is readable when it has ended, and its command's name."""
-    root = refuse_bad_target(pid)
+    root = find_target(pid)
     try:
         ended, stat = os.pidfd_open(pid), read_stat(pid)
     except ProcessLookupError as error:

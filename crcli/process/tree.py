@@ -348,15 +348,22 @@ def _link(path: str) -> str:
         return ""
 
 
-def refuse_bad_target(pid: int) -> ProcessId:
-    """Return the identity of a process that can be the root of a dump; refuse any other."""
+def find_target(pid: int) -> ProcessId:
+    """Return the identity of a process that can be the root of a dump; refuse what never can be."""
     try:
         stat = read_stat(pid)
     except ProcessLookupError:
         raise PreflightRefused(f"there is no process {pid}", hint="`ps` or `pgrep` show what runs") from None
-    for check in (_refuse_kernel, _refuse_ourselves, _refuse_thread, _refuse_zombie, _refuse_traced):
+    for check in (_refuse_kernel, _refuse_ourselves, _refuse_thread, _refuse_zombie):
         check(stat)
     return ProcessId(pid, stat.start_time)
+
+
+def refuse_bad_target(pid: int) -> ProcessId:
+    """Return the identity of a process that can be the root of a dump now; refuse any other."""
+    root = find_target(pid)
+    _refuse_traced(pid)
+    return root
 
 
 def _refuse_kernel(stat: Stat) -> None:
@@ -395,8 +402,8 @@ def _refuse_zombie(stat: Stat) -> None:
         )
 
 
-def _refuse_traced(stat: Stat) -> None:
-    process = read_process(stat.pid)
+def _refuse_traced(pid: int) -> None:
+    process = read_process(pid)
     if process is not None and process.tracer:
         tracer = tracer_label(process.tracer)
         raise PreflightRefused(
