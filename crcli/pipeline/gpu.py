@@ -119,14 +119,19 @@ class DumpSide:
         return self.findings
 
     def _survey(self) -> Survey:
-        """What the driver says; of processes that another hand is about to wake, once it has."""
+        """What the driver says; of processes that another hand is about to wake, once it has.
+
+        It may have done so after the driver said otherwise: what counts was heard when no hand was at work.
+        """
         end = time.monotonic() + _OTHERS_S
+        were_others = True
         while True:
             found = survey(self._evidence, self._hand)
             asleep = [one for one in found.processes if one.state is not CudaState.RUNNING]
             others = any(is_cared_for(ProcessId(one.pid, one.start_time)) for one in asleep)
-            if not others or time.monotonic() > end:
+            if not asleep or not (others or were_others) or time.monotonic() > end:
                 return found
+            were_others = others
             time.sleep(_OTHERS_STEP_S)
 
     def _ways(self) -> Iterator[Finding]:

@@ -9,11 +9,14 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
 from crcli.errors import StoreError, TooLate, TreeState
+from crcli.gpu.facts import CudaState
+from crcli.gpu.preflight import Survey, survey
 from crcli.pipeline.dump import dump
 from crcli.pipeline.gpu import DumpSide
 from crcli.pipeline.stages import DumpOptions, Outcome, Stopwatch
@@ -417,6 +420,28 @@ def test_a_dump_waits_for_the_hand_of_one_that_was_killed(sim: SimulatedHost, cr
             hang.release()
             out, err = process.communicate(timeout=60)
         assert process.returncode == 0, out + err
+        assert_goes_on(program)
+
+
+def test_a_tree_that_is_woken_while_it_is_looked_at_is_awake(
+    sim: SimulatedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver says asleep, the other hand wakes it and is gone: the driver is asked again."""
+    for name, value in (sim.environment | {"CRCLI_STATE_DIR": str(sim.folder / "state")}).items():
+        monkeypatch.setenv(name, value)
+    with sim.start_program() as program:
+
+        def survey_just_before(*arguments: Any) -> Survey:
+            found = survey(*arguments)
+            sim.call("Unlock", program.pid)
+            return found
+
+        monkeypatch.setattr("crcli.pipeline.gpu.survey", survey_just_before)
+        evidence = gather(scan_tree(identify(program.pid)))
+        with DumpSide(evidence, DumpOptions(pid=program.pid, store="none")) as side:
+            assert sim.call("Lock", program.pid) == 0
+            side.look()
+            assert [process.state for process in side.processes] == [CudaState.RUNNING]
         assert_goes_on(program)
 
 
