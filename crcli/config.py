@@ -38,10 +38,14 @@ class StoreChoice(Struct, frozen=True):
     source: str
 
 
-def choose_store(store: str | None, endpoint_url: str | None = None) -> StoreChoice:
+def choose_store(
+    store: str | None, endpoint_url: str | None = None, *, endpoint_is_for_another: bool = False
+) -> StoreChoice:
     """Return the store to use: the command line's, $CRCLI_STORE, the file's, then the default.
 
-    Its URL is in canonical form. Raises UsageError when it is not the URL of a store.
+    Its URL is in canonical form. Raises UsageError when it is not the URL of a store, and when an S3 server
+    is named and no store: images would go to this host's own disk. A folder that is named is what is meant:
+    scripts give all stores the same options.
     """
     settings = _load()
     named = (
@@ -52,6 +56,11 @@ def choose_store(store: str | None, endpoint_url: str | None = None) -> StoreCho
     )
     url, source = next((url, source) for url, source in named if url)
     address = StoreAddress.parse(url)
+    if endpoint_url and source == "the default" and not endpoint_is_for_another:
+        raise UsageError(
+            f"--endpoint-url names an S3 server, but no store is named, and images would be in {url}",
+            hint="name the store with --store s3://bucket/prefix, $CRCLI_STORE or the configuration file",
+        )
     endpoint = endpoint_url or (settings.get("endpoint_url") if address.scheme == "s3" else None)
     return StoreChoice(address.url, endpoint, source)
 

@@ -26,7 +26,11 @@ def cp(
     from crcli.ui.catalog import show_copied
     from crcli.ui.progress import showing
 
-    with opened_image(image, store, endpoint_url) as (found, ref), showing(as_json) as progress:
+    to_s3 = target.startswith("s3:")
+    with (
+        opened_image(image, store, endpoint_url, endpoint_is_for_another=to_s3) as (found, ref),
+        showing(as_json) as progress,
+    ):
         other = open_store(target, endpoint_url=endpoint_url)
         try:
             progress.phase("copying")

@@ -24,7 +24,9 @@ StoreOption = Annotated[
 
 EndpointOption = Annotated[
     str | None,
-    typer.Option("--endpoint-url", metavar="URL", help="The S3 server to use.", show_default=False),
+    typer.Option(
+        "--endpoint-url", metavar="URL", help="The S3 server to use; a folder needs none.", show_default=False
+    ),
 ]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def opened(store: str | None, endpoint_url: str | None, *, cached: bool = False) -> Iterator[Store]:
+def opened(
+    store: str | None,
+    endpoint_url: str | None,
+    *,
+    cached: bool = False,
+    endpoint_is_for_another: bool = False,
+) -> Iterator[Store]:
     """Give the store that the options and settings name, with this host's cache in front of it if wanted;
     close it afterwards."""
     from crcli.image.cached import open_cached
 
-    chosen = choose_store(store, endpoint_url)
+    chosen = choose_store(store, endpoint_url, endpoint_is_for_another=endpoint_is_for_another)
     found = (open_cached if cached else open_store)(chosen.url, endpoint_url=chosen.endpoint_url)
     try:
         yield found
@@ -31,9 +37,16 @@ def opened(store: str | None, endpoint_url: str | None, *, cached: bool = False)
 
 @contextmanager
 def opened_image(
-    image: str, store: str | None, endpoint_url: str | None, *, cached: bool = False
+    image: str,
+    store: str | None,
+    endpoint_url: str | None,
+    *,
+    cached: bool = False,
+    endpoint_is_for_another: bool = False,
 ) -> Iterator[tuple[Store, ImageRef]]:
     """Give the store that an image is in, and its name there; a store in the image's URL wins."""
     url, ref = parse_image(image)
-    with opened(url or store, endpoint_url, cached=cached) as found:
+    with opened(
+        url or store, endpoint_url, cached=cached, endpoint_is_for_another=endpoint_is_for_another
+    ) as found:
         yield found, ref

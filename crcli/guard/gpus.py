@@ -35,6 +35,7 @@ def gpus(needs: Needs, here: Here) -> Iterator[Finding]:
     """GPUs for an image that holds GPU memory: as many as it needs, alike, with room and a driver for it."""
     recorded = needs.meta.get("gpu")
     if not recorded:
+        yield from _mapped_in_vain(needs.asked.gpu_map)
         return
     check_facts(needs.meta)
     try:
@@ -50,6 +51,18 @@ def gpus(needs: Needs, here: Here) -> Iterator[Finding]:
     yield from findings
     if any(os.path.basename(file.opened.path) == f"libcuda.so.{_driver(recorded)}" for file in needs.files):
         yield from _same_library(_driver(recorded), host.driver)
+
+
+def _mapped_in_vain(asked: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+    """GPUs to be mapped for an image that has none: scripts say the same of all images."""
+    if asked:
+        yield note(
+            "gpu-map-unused",
+            "the image holds no GPU memory, so --gpu-map maps nothing",
+            {"map": [list(pair) for pair in asked]},
+            "leaves it out",
+            "leave out --gpu-map, or look with `crcli show` whether this is the image that is meant",
+        )
 
 
 def gpu_guard(

@@ -464,6 +464,16 @@ def test_stores_come_from_the_option_then_the_environment_then_the_file(
     assert choose_store("s3://b/p", "http://other:1").endpoint_url == "http://other:1"
 
 
+def test_an_s3_server_without_a_store_is_no_folder_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--endpoint-url` with the store forgotten is refused; with a folder that somebody named it is idle."""
+    with pytest.raises(UsageError, match="no store is named"):
+        choose_store(None, "http://s3:9000")
+    assert choose_store(None, "http://s3:9000", endpoint_is_for_another=True).url == DEFAULT_STORE
+    assert choose_store("/a/folder", "http://s3:9000").url == "file:///a/folder"
+    monkeypatch.setenv("CRCLI_STORE", "file:///a/folder")
+    assert choose_store(None, "http://s3:9000").url == "file:///a/folder"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

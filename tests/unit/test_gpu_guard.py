@@ -183,6 +183,13 @@ def test_an_image_without_gpus_asks_nobody(here: Here) -> None:
     assert of_gpus(needs(None), here) == []
 
 
+def test_a_map_for_an_image_without_gpus_is_said_to_be_for_nothing(here: Here) -> None:
+    """Nothing stops for it, as scripts give it for every image, and CUDA is not started; but it is said."""
+    del here.gpus
+    (found,) = of_gpus(needs(None, asked=Asked(gpu_map=(("0", "1"),))), here)
+    assert (found.name, found.severity) == ("gpu-map-unused", Severity.NOTE)
+
+
 def test_without_cuda_there_is_no_going_on(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason is told, with its remedy, and it cannot be forced."""
 
