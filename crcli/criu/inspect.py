@@ -64,6 +64,20 @@ def _opened_file(path: str, entries: list[Any], only_open: bool) -> OpenedFile:
     )
 
 
+def watched_paths(images: ImageFolder) -> list[str]:
+    """The paths at which CRIU looks for what the tree watches (inotify, fanotify), but for whole mounts."""
+    found: set[str] = set()
+    for entry in read_files(images).entries:
+        if entry.type == messages.fd_types.INOTIFY:
+            handles = [watch.f_handle for watch in entry.ify.wd]
+        elif entry.type == messages.fd_types.FANOTIFY:
+            handles = [mark.ie.f_handle for mark in entry.ffy.mark if mark.HasField("ie")]
+        else:
+            continue
+        found.update(text_of(handle.path) for handle in handles if handle.path)
+    return sorted(found)
+
+
 def writes_anywhere(flags: int) -> bool:
     """Whether a file that was opened with these flags can be written other than at its end."""
     return bool(flags & os.O_ACCMODE) and not flags & os.O_APPEND

@@ -28,7 +28,7 @@ def opened(needs: Needs, here: Here) -> Iterator[Finding]:
     if "mnt" in needs.own_namespaces:
         return  # its paths are those of file systems that CRIU mounts for it
     carried = {file.name: file for file in needs.manifest.files}
-    made = {folder for path in carried for folder in _folders_above(path)}
+    made = _folders_made(needs)
     mounts = _mount_points(needs)
     for file in needs.files:
         path = file.opened.path
@@ -43,6 +43,27 @@ def opened(needs: Needs, here: Here) -> Iterator[Finding]:
             yield from _content(file, status, here)
         elif path not in made and not any(_is_below(path, point) for point in here.cgroup_mounts):
             yield _missing(file, next((point for point in mounts if _is_below(path, point)), ""))
+
+
+def watched(needs: Needs, here: Here) -> Iterator[Finding]:
+    """What the tree watches must be here, whatever it holds now: CRIU lays the watch on its path."""
+    if "mnt" in needs.own_namespaces:
+        return
+    brought = {file.name for file in needs.manifest.files} | _folders_made(needs)
+    known = brought | {file.opened.path for file in needs.files}
+    for path in needs.watched:
+        if path not in known and not path.startswith(_MADE_BY_THE_KERNEL) and not os.path.exists(path):
+            yield blocker(
+                "file-missing",
+                f"{path}, which the tree watches, is not here",
+                {"path": path},
+                "make the folder, or copy the file from the host of the dump",
+            )
+
+
+def _folders_made(needs: Needs) -> set[str]:
+    """The folders of files that travel in the image."""
+    return {folder for file in needs.manifest.files for folder in _folders_above(file.name)}
 
 
 def _status(path: str, mode: int = 0) -> os.stat_result | None:
@@ -252,4 +273,4 @@ def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-FILES: tuple[Check, ...] = (opened, carried, unknown, mounts)
+FILES: tuple[Check, ...] = (opened, watched, carried, unknown, mounts)

@@ -57,6 +57,8 @@ class Needs(Struct, frozen=True):
     files: tuple[NeededFile, ...] = ()
     sockets: tuple[InetSocket, ...] = ()
     unix_names: tuple[str, ...] = ()
+    watched: tuple[str, ...] = ()
+    """Paths of files and folders that the tree watches."""
     rights: Rights = NOBODYS
     cpu_words: tuple[int, ...] = ()
     own_namespaces: frozenset[str] = frozenset()
@@ -132,6 +134,7 @@ def _needs_of(manifest: Manifest, images: ImageFolder, asked: Asked) -> Needs:
         files=tuple(_files(inspect.opened_files(images), manifest.meta.get("opened", []))),
         sockets=tuple(inspect.inet_sockets(images)),
         unix_names=tuple(inspect.unix_names(images)),
+        watched=tuple(inspect.watched_paths(images)),
         rights=inspect.rights(images),
         cpu_words=inspect.cpu_words(images),
         own_namespaces=inspect.own_namespaces(images.names()),

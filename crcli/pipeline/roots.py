@@ -102,4 +102,5 @@ def needs_below(root: str, needs: Needs) -> Needs:
         manifest=replace(manifest, meta={**manifest.meta, "mounts": []}),
         files=tuple(files),
         unix_names=tuple(below(root, name) for name in needs.unix_names),
+        watched=tuple(below(root, path) for path in needs.watched),
     )

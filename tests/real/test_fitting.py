@@ -97,6 +97,31 @@ def data(crcli: Crcli) -> Path:
     return path
 
 
+@pytest.mark.parametrize("how", ["inotify", "fanotify"])
+def test_what_the_tree_watches_must_be_here(crcli: Crcli, how: str) -> None:
+    """A watched folder that is missing is found before CRIU starts; made again, it is watched again."""
+    folder = crcli.folder / "watched"
+    folder.mkdir()
+    code = f"""
+        import ctypes, os
+        libc = ctypes.CDLL(None, use_errno=True)
+        if {how == "inotify"}:
+            assert libc.inotify_add_watch(libc.inotify_init(), os.fsencode({str(folder)!r}), 0x100) >= 0
+        else:
+            fd = libc.fanotify_init(0, 0)
+            mark = ctypes.c_uint64(0x8 | 0x8000000)
+            assert libc.fanotify_mark(fd, 1, mark, -100, os.fsencode({str(folder)!r})) == 0
+        """
+    with dumped(crcli, code) as (program, image):
+        folder.rmdir()
+        blocker = refused(crcli, image)["file-missing"]
+        assert blocker["evidence"] == {"path": str(folder)}
+        assert "watches" in blocker["message"]
+        folder.mkdir()
+        crcli.restore(image)
+        assert_goes_on(program)
+
+
 def test_an_image_fits_its_own_host(crcli: Crcli) -> None:
     """No finding on the host of the dump, and what a guard elsewhere compares is recorded."""
     with dumped(crcli, "") as (program, image):
