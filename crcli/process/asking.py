@@ -63,6 +63,19 @@ def device_of_tty_nr(number: int) -> int:
     return os.makedev(number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00)
 
 
+def rewrites(file: OpenFile) -> bool:
+    """Whether what passes through a terminal is not what was written: lines, echo, carriage returns.
+
+    False when it cannot be asked.
+    """
+    try:
+        with _copy(file) as fd:
+            settings = termios.tcgetattr(fd)
+    except (OSError, termios.error):
+        return False
+    return bool(settings[1] & termios.OPOST or settings[3] & (termios.ECHO | termios.ICANON))
+
+
 def joined_groups(file: OpenFile, groups: Iterable[tuple[int, str]]) -> tuple[str, ...]:
     """Return to which of these multicast groups a UDP socket listens; each is (interface, address)."""
     try:

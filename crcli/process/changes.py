@@ -16,6 +16,7 @@ from crcli.process.wording import (
     first_of,
     note,
     outsider_list,
+    place,
     places,
     process_list,
     who,
@@ -261,6 +262,25 @@ def events_unread(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def terminals_unread(evidence: Evidence) -> Iterator[Finding]:
+    """What waits in terminals of the tree's own: CRIU takes it out and writes it in again, or not at all."""
+    if held := evidence.terminals_unread:
+        first = held[0]
+        yield change(
+            "terminal-unread",
+            f"{who(evidence, [one.holder for one in held])} drives a terminal or runs in one, where "
+            f"{first.size} bytes wait to be read; "
+            + (
+                "they will be gone, as the program that wrote them has ended"
+                if first.is_over
+                else "they pass through it once more, and may be echoed, or broken into lines, twice"
+            ),
+            {"where": [place(evidence, one.holder) | {"bytes": one.size} for one in held]},
+            "leaves them out" if first.is_over else "has CRIU write them into the terminal again",
+            "try again when the program has read them",
+        )
+
+
 def mounts_left_behind(evidence: Evidence) -> Iterator[Finding]:
     """A tree that sees other mounts than we do, on top of our root: it comes back without them."""
     if evidence.entered and "pid" not in evidence.own_namespaces:
@@ -374,6 +394,7 @@ CHANGES: tuple[Check, ...] = (
     sysv_ipc,
     watches_nameless,
     events_unread,
+    terminals_unread,
     mounts_left_behind,
     limits,
     priorities,

@@ -116,6 +116,17 @@ class Terminal(Struct, frozen=True):
         return f"tty[{self.rdev:x}:{self.dev:x}]"
 
 
+class UnreadTerminal(Struct, frozen=True):
+    """Bytes that wait in a terminal which the tree itself drives, and which nobody has read from `holder`.
+
+    `is_over`: the programs in the terminal have ended, so that there is no other side any more.
+    """
+
+    holder: OpenFile
+    size: int
+    is_over: bool
+
+
 class Pipe(Struct, frozen=True):
     """One pipe or FIFO (then with a `path`) of the tree. `outsiders` hold an end that the tree lacks."""
 
@@ -297,10 +308,10 @@ class Evidence(Struct, frozen=True):
     process, by device. `unreachable` are files on mounts that the tree has left, `prlimit_denied` the
     processes whose limits the kernel does not let us read, `stuck` those that wait in the kernel where no
     signal reaches them. `netlink_unread` are inodes of sockets, `events_unread` the inotify descriptors with
-    events that nobody has read, `corked` the UDP sockets that hold back what was sent, `own_mounts` where the
-    tree sees another mount than we do, `limits_above` the processes with a hard limit above ours that we may
-    not raise, `timers` the number of POSIX timers by pid. `is_rooted_here`: the root process has our root
-    folder as its own.
+    events that nobody has read, `terminals_unread` what CRIU loses or alters of what waits in terminals,
+    `corked` the UDP sockets that hold back what was sent, `own_mounts` where the tree sees another mount than
+    we do, `limits_above` the processes with a hard limit above ours that we may not raise, `timers` the
+    number of POSIX timers by pid. `is_rooted_here`: the root process has our root folder as its own.
     """
 
     tree: Tree
@@ -329,6 +340,7 @@ class Evidence(Struct, frozen=True):
     unaccepted_unix: tuple[Unaccepted, ...]
     netlink_unread: frozenset[int]
     events_unread: tuple[OpenFile, ...]
+    terminals_unread: tuple[UnreadTerminal, ...]
     epolls_astray: tuple[OpenFile, ...]
     corked: tuple[HeldSocket, ...]
     own_mounts: tuple[str, ...]

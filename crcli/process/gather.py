@@ -18,6 +18,7 @@ from crcli.process.asking import (
     joined_groups,
     multicast_groups,
     terminal_device,
+    rewrites,
     unread_bytes,
 )
 from crcli.process.epolls import epolls_astray
@@ -38,6 +39,7 @@ from crcli.process.evidence import (
     SharedMemory,
     Terminal,
     Unaccepted,
+    UnreadTerminal,
     Viewer,
 )
 from crcli.process.files import (
@@ -102,6 +104,7 @@ def _gather(tree: Tree) -> Evidence:
     outside = Outside(tree)
     named = _named_files(files, maps, mounts_by_device)
     sockets = _sockets(files, table, outside)
+    terminals = _terminals(tree, files, outside)
     everybody = tuple(every_stat())
     return Evidence(
         tree=tree,
@@ -109,7 +112,7 @@ def _gather(tree: Tree) -> Evidence:
         files=files,
         mappings=maps,
         mounts=mounts_by_device,
-        terminals=_terminals(tree, files, outside),
+        terminals=terminals,
         pipes=_pipes(files, outside),
         sockets=sockets,
         locks=_locks(files),
@@ -130,6 +133,7 @@ def _gather(tree: Tree) -> Evidence:
         unaccepted_unix=_unaccepted_unix(sockets, table),
         netlink_unread=_netlink_unread(tree, sockets),
         events_unread=tuple(file for file in files if file.anon_name == "inotify" and unread_bytes(file)),
+        terminals_unread=_terminals_unread(files, terminals),
         epolls_astray=epolls_astray(files),
         corked=_corked(tree, viewer, files, sockets),
         own_mounts=_own_mounts(tree, viewer, all_mounts),
@@ -186,6 +190,25 @@ def _terminals(tree: Tree, files: tuple[OpenFile, ...], outside: Outside) -> tup
     return tuple(
         _terminal(tree, holders, device, masters, outside) for (*_, device), holders in by_device.items()
     )
+
+
+def _terminals_unread(
+    files: tuple[OpenFile, ...], terminals: tuple[Terminal, ...]
+) -> tuple[UnreadTerminal, ...]:
+    """Return what CRIU loses, or writes a second time into a terminal that rewrites what passes through."""
+    masters = _grouped(
+        (file for file in files if file.info_field("tty-index") is not None),
+        lambda file: int(file.info_field("tty-index") or 0),
+    )
+    inside = {terminal.index: terminal for terminal in terminals if terminal.master_inside}
+    found = []
+    for index, (master, *_) in masters.items():
+        slaves = inside[index].holders[:1] if index in inside else ()
+        for holder in (master, *slaves):
+            size = unread_bytes(holder)
+            if size and (not slaves or rewrites(holder)):
+                found.append(UnreadTerminal(holder, size, is_over=not slaves))
+    return tuple(found)
 
 
 def _terminal(

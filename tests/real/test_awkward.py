@@ -546,6 +546,20 @@ WHOLE = {
                 return os.strerror(error.errno)
         """,
     ),
+    "what waits in a terminal that changes nothing": Whole(
+        """
+        import tty
+        master, slave = os.openpty()
+        tty.setraw(slave)
+        os.write(slave, b"out\\n"), os.write(master, b"in\\n")
+        def state():
+            ends = {master: slave, slave: master}
+            read = {end: os.read(end, 100) for end in ends}
+            for end, text in read.items():
+                os.write(ends[end], text)
+            return list(read.values())
+        """,
+    ),
     "a symbolic link that is open itself": Whole(
         """
         os.symlink("/nowhere", os.environ["FOLDER"] + "/link")
@@ -693,6 +707,29 @@ CHANGED = {
             return len(select.select([fd], [], [], 0)[0])
         """,
         "0",
+    ),
+    "what an ended program left unread": Changed(
+        "terminal-unread",
+        """
+        master, slave = os.openpty()
+        os.write(slave, b"unread")
+        select.select([master], [], [])
+        os.close(slave)
+        def state():
+            return struct.unpack("i", fcntl.ioctl(master, 0x541B, bytes(4)))[0]
+        """,
+        "0",
+    ),
+    "output that nobody has read": Changed(
+        "terminal-unread",
+        """
+        master, slave = os.openpty()
+        os.write(slave, b"unread\\n")
+        select.select([master], [], [])
+        def state():
+            return struct.unpack("i", fcntl.ioctl(master, 0x541B, bytes(4)))[0]
+        """,
+        "9",
     ),
     "a watch on a deleted file": Changed(
         "watch-deleted",
