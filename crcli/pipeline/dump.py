@@ -50,6 +50,7 @@ from crcli.memory.overflow import Overflow
 from crcli.memory.sample import Makeup
 from crcli.pipeline.capture import capture_files, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
+from crcli.pipeline.file_size import file_size_lifted, see_file_size
 from crcli.pipeline.forecast import (
     DUMP_LOOK_MOST_S,
     DUMP_LOOK_S,
@@ -156,7 +157,7 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
     progress = progress or Silent()
     watch = Stopwatch(progress)
     shared = shared or Shared()
-    with _alone(options, watch, shared) as lock:
+    with file_size_lifted(), _alone(options, watch, shared) as lock:
         return _dump_alone(options, progress, watch, shared, lock)
 
 
@@ -276,6 +277,7 @@ def look(options: DumpOptions) -> Target:
             findings=findings,
         )
     criu_command()  # one that is not here is said before anything is begun
+    see_file_size(evidence.expected_bytes)
     links = outside_links(evidence)
     plan = make_plan(evidence, links, options.outcome)
     name = options.name or suggested_name(evidence.root.comm)

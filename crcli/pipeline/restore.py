@@ -57,6 +57,7 @@ from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey
 from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets
 from crcli.pipeline.claims import WhoHolds
+from crcli.pipeline.file_size import file_size_lifted, see_file_size
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, namespace_depth, namespace_for
@@ -218,7 +219,7 @@ def _attempt(options: RestoreOptions, progress: Progress, stay: Stay | None) -> 
     kernel.become_subreaper()  # what CRIU leaves behind when it dies comes to us
     hooks = load_hooks()
     later = stay.later if stay is not None else None
-    with interruptible(later=later) as interrupts, ExitStack() as held:
+    with file_size_lifted(), interruptible(later=later) as interrupts, ExitStack() as held:
         work = _Restore(options, watch, interrupts, held, hooks, stay)
         try:
             restored = work.run()
@@ -314,6 +315,8 @@ class _Restore:
 
     def _guard(self) -> None:
         criu_command()  # one that is not here is said before anything is begun
+        extents = (extent for extents in self.manifest.spaces.values() for extent in extents)
+        see_file_size(PAGE * sum(extent.pages for extent in extents))
         self.workspace = self.held.enter_context(Workspace.create())
         self.images = self.logs = self.held.enter_context(self.workspace.folder("images"))
         self._write_skeleton()
