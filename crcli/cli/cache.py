@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from crcli.cli.options import JsonOption
+from crcli.cli.options import Commands, JsonOption
 from crcli.errors import HostLacks
 
 if TYPE_CHECKING:
     from crcli.store.cache import Cache
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     rich_markup_mode=None,
     no_args_is_help=True,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from math import isfinite
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from crcli.errors import UsageError
 from crcli.pipeline.interrupts import LONGEST_S
@@ -39,6 +40,20 @@ ImageArgument = Annotated[
         show_default=False,
     ),
 ]
+
+
+class Commands(TyperGroup):
+    """A command with commands of its own, whose help has the first sentence of each, not the half of it."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write them into the help."""
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [
+                    (name, " ".join((command.help or "").partition("\n\n")[0].split()))
+                    for name, command in self.commands.items()
+                ]
+            )
 
 
 def check_seconds(param: typer.CallbackParam, value: float | None) -> float | None:

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption
+from crcli.cli.options import Commands, EndpointOption, JsonOption, StoreOption
 from crcli.cli.stores import opened
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     rich_markup_mode=None,
     no_args_is_help=True,

@@ -7,8 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from crcli.notice.azure import LOCKS
 
 Reply = tuple[int, dict[str, str], bytes]
 """Status, headers, body."""
@@ -186,6 +189,15 @@ class Azure(Service):
         self.vm = vm
         self.events: list[Any] = []
         self.started: list[str] = []
+
+    @contextmanager
+    def serving(self, port: int = 0) -> Iterator[None]:
+        """Serve within the block; then nobody needs the lock that those share who ask here."""
+        with super().serving(port):
+            try:
+                yield
+            finally:
+                Path(f"{LOCKS}/azure-127.0.0.1:{self.port}.lock").unlink(missing_ok=True)
 
     def schedule(self, event_id: str, kind: str, resources: list[str] | None = None, **more: Any) -> None:
         """Announce an event, to this VM where no others are named."""

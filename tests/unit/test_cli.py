@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,17 @@ def test_help_imports_nothing_heavy() -> None:
     assert not loaded.intersection(HEAVY)
     assert not any(name.startswith(("crcli.cli", "crcli.store", "crcli.criu")) for name in loaded)
     assert "crcli.pipeline.dump" not in loaded
+
+
+@pytest.mark.parametrize("command", ["weights", "cache", "lease"])
+def test_help_of_commands_of_a_command_is_whole(command: str) -> None:
+    """Each stands there with a whole sentence."""
+    help_text = " ".join(run(command, "--help").stdout.split())
+    group = import_module(f"crcli.cli.{command}").app
+    assert group.registered_commands
+    for one in group.registered_commands:
+        sentence = " ".join((one.callback.__doc__ or "").partition("\n\n")[0].split())
+        assert f" {one.name} {sentence}" in help_text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
