@@ -47,6 +47,7 @@ def describe_tree(evidence: Evidence) -> list[dict[str, Any]]:
             "uid": process.uids[0] if process.uids else 0,
             "threads": process.threads,
             "cpus": process.cpus if process.pid in pinned else "",
+            **({"core_filter": process.core_filter} if process.core_filter >= 0 else {}),
             "settings": {str(one.inner_tid): kept for one, kept in settings.get(process.pid, ())},
         }
         for process in evidence.tree

@@ -70,7 +70,7 @@ from crcli.plugins.spec import RestoreTarget, failure_of
 from crcli.process.here import TerminalTurn, established_here, free_terminals
 from crcli.process.identity import ProcessId, identify
 from crcli.process.processors import usable_processors
-from crcli.process.settings import give_back
+from crcli.process.settings import give_back, give_core_filter
 from crcli.process.tree import child_pids
 
 if TYPE_CHECKING:
@@ -640,12 +640,15 @@ class _Restore:
         self.watch.add("memory", time.monotonic() - began)
 
     def _give_back_settings(self) -> None:
-        """Give threads back what CRIU does not save: processors, input/output priority, timer slack."""
+        """Give back what CRIU does not save: processors, input/output priority, timer slack of threads, and
+        what a core dump of a process is to hold."""
         depth = namespace_depth(self.init)
         for process in self.manifest.meta.get("tree", []):
             host_pid = self.host.get(process["pid"])
             saved = process.get("settings", {})
             whole = {"cpus": process["cpus"]} if process.get("cpus") and not saved else {}  # older images
+            if host_pid is not None and isinstance(process.get("core_filter"), int):
+                give_core_filter(host_pid, process["core_filter"])
             if host_pid is not None and (saved or whole):
                 for tid, host_tid in host_threads(host_pid, depth).items():
                     give_back(host_tid, saved.get(str(tid), whole))

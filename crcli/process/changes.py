@@ -303,6 +303,19 @@ def mounts_left_behind(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def locked_when_touched(evidence: Evidence) -> Iterator[Finding]:
+    """MLOCK_ONFAULT: CRIU locks such memory at once, and all of it, which brings all of it in."""
+    if held := evidence.locked_when_touched:
+        yield change(
+            "memory-locked-whole",
+            f"{first_of(held)} has memory that is locked as it is touched (MLOCK_ONFAULT); it will be "
+            "locked, and there, as a whole",
+            process_list(held, "locked_bytes"),
+            "locks it all: what was never touched takes memory too",
+            "see that the host of the restore has so much to spare",
+        )
+
+
 def limits(evidence: Evidence) -> Iterator[Finding]:
     """Hard limits above ours: without CAP_SYS_RESOURCE CRIU cannot raise them, and lowers them silently."""
     if held := evidence.limits_above:
@@ -396,6 +409,7 @@ CHANGES: tuple[Check, ...] = (
     events_unread,
     terminals_unread,
     mounts_left_behind,
+    locked_when_touched,
     limits,
     priorities,
     bounding_sets,

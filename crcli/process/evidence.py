@@ -307,11 +307,12 @@ class Evidence(Struct, frozen=True):
     `files` and `mappings` are everything; the rest is drawn from them. `mounts` are those of the root
     process, by device. `unreachable` are files on mounts that the tree has left, `prlimit_denied` the
     processes whose limits the kernel does not let us read, `stuck` those that wait in the kernel where no
-    signal reaches them. `netlink_unread` are inodes of sockets, `events_unread` the inotify descriptors with
-    events that nobody has read, `terminals_unread` what CRIU loses or alters of what waits in terminals,
-    `corked` the UDP sockets that hold back what was sent, `own_mounts` where the tree sees another mount than
-    we do, `limits_above` the processes with a hard limit above ours that we may not raise, `timers` the
-    number of POSIX timers by pid. `is_rooted_here`: the root process has our root folder as its own.
+    signal reaches them, `locked_when_touched` those with memory locked by MLOCK_ONFAULT. `netlink_unread` are
+    inodes of sockets, `events_unread` the inotify descriptors with events that nobody has read,
+    `terminals_unread` what CRIU loses or alters of what waits in terminals, `corked` the UDP sockets that
+    hold back what was sent, `own_mounts` where the tree sees another mount than we do, `limits_above` the
+    processes with a hard limit above ours that we may not raise, `timers` the number of POSIX timers by pid.
+    `is_rooted_here`: the root process has our root folder as its own.
     """
 
     tree: Tree
@@ -332,6 +333,7 @@ class Evidence(Struct, frozen=True):
     relatives: tuple[Relative, ...]
     prlimit_denied: tuple[Process, ...]
     stuck: tuple[Process, ...]
+    locked_when_touched: tuple[Process, ...]
     unfilled: tuple[Process, ...]
     watches: tuple[Watch, ...]
     shared_memory: tuple[SharedMemory, ...]

@@ -125,6 +125,7 @@ def _gather(tree: Tree) -> Evidence:
         relatives=relatives(tree, everybody),
         prlimit_denied=_prlimit_denied(tree),
         stuck=_stuck(tree),
+        locked_when_touched=tuple(process for process in tree.living if _locks_when_touched(process)),
         unfilled=_unfilled(tree, everybody),
         watches=watches(files, tree.root.pid, all_mounts, _likely_paths(tree, files)),
         shared_memory=_shared_memory(files, maps, mounts_by_device, outside),
@@ -567,6 +568,20 @@ def _has_limit_above(pid: int, ours: tuple[int, ...]) -> bool:
         return any(hard > limit for (_, hard), limit in zip(read_limits(pid), ours, strict=False))
     except OSError:
         return False
+
+
+def _locks_when_touched(process: Process) -> bool:
+    """Whether a page of it is locked only once it is touched: `lf` among the flags of a mapping in smaps.
+
+    The kernel walks all page tables for that file, so it is read for those alone that lock any memory.
+    """
+    if not process.locked_bytes:
+        return False
+    try:
+        lines = read_proc(f"/proc/{process.pid}/smaps").splitlines()
+    except OSError:
+        return False
+    return any(line.startswith(b"VmFlags:") and b"lf" in line.split() for line in lines)
 
 
 def _timers(tree: Tree) -> dict[int, int]:

@@ -1,7 +1,8 @@
 """What processes and threads may use: limits, processors, priorities.
 
 What CRIU does not save of it is read before a dump and given back after a restore. CRIU keeps limits, policy,
-priority and nice value; processors, input/output priority and timer slack are ours to keep.
+priority and nice value; processors, input/output priority, timer slack, and what a core dump is to hold, are
+ours to keep.
 """
 
 from __future__ import annotations
@@ -61,6 +62,26 @@ def give_back(tid: int, saved: dict[str, Any]) -> None:
                 give(tid, saved[name])
             except OSError:
                 continue  # no such processor here, or not allowed: any setting is better than no process
+
+
+def read_core_filter(pid: int) -> int:
+    """Return what a core dump of a process holds, as bits (core(5)); -1 for a zombie, and where not told."""
+    try:
+        with open(f"/proc/{pid}/coredump_filter", "rb") as file:
+            return int(file.read() or b"-1", 16)
+    except (OSError, ValueError):
+        return -1
+
+
+def give_core_filter(pid: int, value: int) -> None:
+    """Have a core dump of a process hold this, where the host permits."""
+    if read_core_filter(pid) == value:
+        return
+    try:
+        with open(f"/proc/{pid}/coredump_filter", "wb") as file:
+            file.write(b"%#x" % value)
+    except OSError:
+        return
 
 
 def parse_cpus(text: str) -> set[int]:

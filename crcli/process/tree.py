@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from crcli.errors import PreflightRefused
 from crcli.process.identity import ENDED, ProcessId, Stat, read_proc, read_stat
-from crcli.process.settings import ThreadSettings, read_settings
+from crcli.process.settings import ThreadSettings, read_core_filter, read_settings
 
 NAMESPACES = (
     "cgroup",
@@ -51,7 +51,9 @@ class Process(Struct, frozen=True):
     run on, `thread_settings` the same and more of each thread. `personality` is as
     personality(2) has it, `lsm` the profile or label that a security module (AppArmor, SELinux) gives it.
     `anonymous_bytes` (anonymous and swapped memory) is about what CRIU would write for this process alone,
-    `shared_bytes` is memory that it may share with others, `huge_bytes` lies in pages of hugetlbfs.
+    `shared_bytes` is memory that it may share with others, `huge_bytes` lies in pages of hugetlbfs,
+    `locked_bytes` may not be swapped out. `core_filter` says what a core dump of it holds (core(5); -1: not
+    known).
     A zombie has no memory, files or namespaces, so those fields are empty.
     """
 
@@ -89,6 +91,8 @@ class Process(Struct, frozen=True):
     anonymous_bytes: int
     shared_bytes: int
     huge_bytes: int
+    locked_bytes: int
+    core_filter: int
 
     @property
     def identity(self) -> ProcessId:
@@ -256,6 +260,8 @@ def read_process(pid: int) -> Process | None:
         anonymous_bytes=_kilobytes(status, "RssAnon") + _kilobytes(status, "VmSwap"),
         shared_bytes=_kilobytes(status, "RssShmem"),
         huge_bytes=_kilobytes(status, "HugetlbPages"),
+        locked_bytes=_kilobytes(status, "VmLck"),
+        core_filter=read_core_filter(pid),
     )
 
 

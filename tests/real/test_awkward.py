@@ -376,6 +376,13 @@ WHOLE = {
         """,
         ("cpu-affinity", "thread-settings"),
     ),
+    "what a core dump holds": Whole(
+        """
+        open("/proc/self/coredump_filter", "w").write("0x7f")
+        def state():
+            return open("/proc/self/coredump_filter").read()
+        """,
+    ),
     "timers of every kind": Whole(
         """
         alarms = []
@@ -730,6 +737,18 @@ CHANGED = {
             return struct.unpack("i", fcntl.ioctl(master, 0x541B, bytes(4)))[0]
         """,
         "9",
+    ),
+    "memory locked as it is touched": Changed(
+        "memory-locked-whole",
+        """
+        libc.mmap.restype = ctypes.c_void_p
+        memory = libc.mmap(None, ctypes.c_size_t(1 << 20), 3, 0x22, -1, ctypes.c_long(0))
+        assert libc.mlock2(ctypes.c_void_p(memory), ctypes.c_size_t(1 << 20), 1) == 0
+        def state():
+            flags = (line.split() for line in open("/proc/self/smaps") if line.startswith("VmFlags"))
+            return any("lf" in line for line in flags)
+        """,
+        "False",
     ),
     "a watch on a deleted file": Changed(
         "watch-deleted",
