@@ -22,7 +22,8 @@ from crcli.pipeline.forecast import look_ahead
 from crcli.pipeline.preflight import preflight_here
 from crcli.pipeline.stages import DumpOptions
 from crcli.process.gather import gather
-from crcli.process.tree import refuse_bad_target, scan_tree
+from crcli.process.tree import find_target, refuse_bad_target, scan_tree
+from crcli.process.tree_lock import TreeLock
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from crcli.gpu.preflight import Survey
     from crcli.pipeline.stages import Forecast
     from crcli.process.evidence import Evidence
+
+
+_OTHER_DUMP_S = 20.0
+"""How long a dump of the tree that is under way is waited for (seconds); who takes longer is found there."""
 
 
 class CheckReport(Struct, frozen=True):
@@ -62,7 +67,9 @@ def check_process(pid: int, store: str, endpoint_url: str | None = None) -> Chec
 
     Raises PreflightRefused for a pid that can never be dumped, HostLacks where there is no CRIU.
     """
-    evidence = gather(scan_tree(refuse_bad_target(pid)))
+    with TreeLock(find_target(pid)) as lock:
+        lock.wait(_OTHER_DUMP_S)
+        evidence = gather(scan_tree(refuse_bad_target(pid)))
     criu_command()
     gpus = _gpu_side(evidence)
     report = CheckReport(str(pid), gravest_first([*preflight_here(evidence), *gpus.findings]))

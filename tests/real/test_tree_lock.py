@@ -154,6 +154,17 @@ def test_a_dump_that_waits_too_long_says_for_whom(program: Program, crcli: Crcli
     assert_goes_on(program)
 
 
+def test_a_check_looks_when_the_tree_runs(program: Program, crcli: Crcli) -> None:
+    """A tree that another dump holds just now is no tree with a debugger."""
+    with standing_in_a_dump(crcli, program.pid, "--leave-running") as one:
+        with crcli.start("check", str(program.pid), "--store", crcli.store, "--json") as check:
+            wait_until(lambda: waits(check), "it does not wait")
+            one.send_signal(signal.SIGCONT)
+            out, err = check.communicate(timeout=60)
+        one.communicate(timeout=60)
+    assert (one.returncode, check.returncode) == (0, 0), out + err
+
+
 def test_a_dump_that_waits_can_be_interrupted(program: Program, crcli: Crcli) -> None:
     """Ctrl-C ends the wait."""
     with standing_in_a_dump(crcli, program.pid, "--leave-running") as one:
