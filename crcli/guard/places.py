@@ -10,10 +10,10 @@ import errno
 import os
 import socket
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crcli.guard.wording import blocker, note
-from crcli.process.here import holder_of, kernel_file_id
+from crcli.process.here import holder_of, kernel_file_id, pid_limit
 from crcli.process.sockets import Address, State
 
 if TYPE_CHECKING:
@@ -37,8 +37,14 @@ def pids(needs: Needs, here: Here) -> Iterator[Finding]:
         return
     if not (taken := here.taken_pids(needs.numbers, needs.asked.pid_namespace == "host")):
         return
-    evidence = {"pids": taken[:_NAMED], "count": len(taken)}
-    message = f"pid {taken[0]} of the image is in use here" + (
+    evidence: dict[str, Any] = {"pids": taken[:_NAMED], "count": len(taken)}
+    limit = pid_limit()
+    if taken[-1] >= limit:
+        taken, evidence["limit"] = taken[::-1], limit
+    why = (
+        f"is beyond the last one here (kernel.pid_max is {limit})" if taken[0] >= limit else "is in use here"
+    )
+    message = f"pid {taken[0]} of the image {why}" + (
         f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""
     )
     if needs.asked.pid_namespace == "host":

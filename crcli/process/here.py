@@ -150,9 +150,19 @@ def _targets(pid: str) -> Iterator[str]:
             continue  # closed since: the one that we listed with, if it is ourselves
 
 
+def pid_limit() -> int:
+    """All pids are below this. Since Linux 6.14 each pid namespace has a limit of its own, mostly 2^22."""
+    with open("/proc/sys/kernel/pid_max", "rb") as file:
+        return int(file.read())
+
+
 def taken_pids(numbers: frozenset[int] | set[int]) -> list[int]:
-    """Which of these are in use, if only by zombies."""
-    return sorted(number for number in numbers if os.path.exists(f"/proc/{number}"))
+    """Which of these no process can get: in use, if only by zombies, or beyond `pid_limit`.
+
+    CRIU would raise the host's limit for those, for good and without a word.
+    """
+    limit = pid_limit()
+    return sorted(number for number in numbers if number >= limit or os.path.exists(f"/proc/{number}"))
 
 
 def await_pids(numbers: frozenset[int], *, insist: bool) -> list[int]:
@@ -168,9 +178,10 @@ def await_pids(numbers: frozenset[int], *, insist: bool) -> list[int]:
 
 
 def _reaper(pid: int) -> int | None:
-    """The parent that a zombie waits for, 0 for one that is gone by now; None when it is no zombie."""
+    """The parent that a zombie waits for, 0 for one that is gone by now; None when it is no zombie, and for
+    a pid that there is not."""
     try:
         stat = read_stat(pid)
     except ProcessLookupError:
-        return 0
+        return 0 if pid < pid_limit() else None
     return stat.ppid if stat.is_zombie else None

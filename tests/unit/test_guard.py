@@ -25,7 +25,9 @@ from crcli.guard.names import BLOCKERS
 from crcli.guard.needs import Asked, NeededFile, Needs
 from crcli.image.manifest import Manifest
 from crcli.memory.extents import Extent, Source, SpaceKey, SpaceKind
-from crcli.process.here import await_pids
+from crcli.pipeline.pids import namespace_for
+from crcli.pipeline.stages import PidNamespace
+from crcli.process.here import await_pids, pid_limit
 
 ROOT = Path(__file__).parents[2]
 
@@ -495,6 +497,16 @@ def test_pids_that_are_taken(here: Here) -> None:
     assert examine(needs(numbers=numbers, asked=Asked(pid_namespace="new")), here) == []
 
 
+def test_pids_beyond_the_last_one_here(here: Here) -> None:
+    """They are as good as taken: CRIU is not to raise the host's limit."""
+    limit = int(Path("/proc/sys/kernel/pid_max").read_text())
+    numbers = frozenset((limit,))
+    (found,) = examine(needs(numbers=numbers, asked=Asked(pid_namespace="host")), here)
+    assert found.name == "pid-taken" and f"kernel.pid_max is {limit}" in found.message
+    assert only(examine(needs(numbers=numbers), here)).severity == Severity.NOTE
+    assert namespace_for(PidNamespace.AUTO, limit, {limit}) == PidNamespace.NEW
+
+
 # --- rights ------------------------------------------------------------------------------------------------
 
 
@@ -579,4 +591,5 @@ def test_a_pid_is_free_once_its_zombie_was_reaped() -> None:
 
 def test_pids_of_the_living_are_not_waited_for() -> None:
     """Ours is taken, and so it is said at once, beside one that is free."""
-    assert await_pids(frozenset({os.getpid(), 1 << 22}), insist=True) == [os.getpid()]
+    free = next(number for number in range(2, pid_limit()) if not os.path.exists(f"/proc/{number}"))
+    assert await_pids(frozenset({os.getpid(), free}), insist=True) == [os.getpid()]
