@@ -19,10 +19,9 @@ from crcli.image.names import parse_image, suggested_name
 from crcli.image.packs import ChunkReader
 from crcli.image.weights import MemoryReader
 from crcli.pipeline.forecast import look_ahead
-from crcli.pipeline.preflight import preflight_here
+from crcli.pipeline.preflight import look_at
 from crcli.pipeline.stages import DumpOptions
-from crcli.process.gather import gather
-from crcli.process.tree import find_target, refuse_bad_target, scan_tree
+from crcli.process.tree import find_target, refuse_bad_target
 from crcli.process.tree_lock import TreeLock
 from crcli.store.open import open_store
 
@@ -69,10 +68,10 @@ def check_process(pid: int, store: str, endpoint_url: str | None = None) -> Chec
     """
     with TreeLock(find_target(pid)) as lock:
         lock.wait(_OTHER_DUMP_S)
-        evidence = gather(scan_tree(refuse_bad_target(pid)))
+        evidence, found = look_at(refuse_bad_target(pid))
     criu_command()
     gpus = _gpu_side(evidence)
-    report = CheckReport(str(pid), gravest_first([*preflight_here(evidence), *gpus.findings]))
+    report = CheckReport(str(pid), gravest_first([*found, *gpus.findings]))
     if report.is_refused:
         return report
     options = DumpOptions(pid=pid, store=store, endpoint_url=endpoint_url)

@@ -67,7 +67,7 @@ from crcli.pipeline.knowing import Knowing
 from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.pids import interrupted_threads
 from crcli.pipeline.plan import make_plan, outside_links
-from crcli.pipeline.preflight import preflight_here
+from crcli.pipeline.preflight import look_at
 from crcli.pipeline.rates import load_rates
 from crcli.pipeline.receiver import Receiver
 from crcli.pipeline.rounds import Rounds, rounds_here
@@ -80,7 +80,6 @@ from crcli.pipeline.weights import WeightsInUse, chosen_files
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import DumpTarget, failure_of
 from crcli.process import notify
-from crcli.process.gather import gather
 from crcli.process.memory_room import spare_memory
 from crcli.process.processors import usable_processors
 from crcli.process.tree import find_target, refuse_bad_target, scan_tree, tracer_label
@@ -266,9 +265,7 @@ def look(options: DumpOptions) -> Target:
     root = refuse_bad_target(options.pid)
     if options.start_time not in (None, root.start_time):
         raise PreflightRefused(f"process {options.pid} ended before its turn came; another has its pid now")
-    tree = scan_tree(root)
-    evidence = gather(tree)
-    findings = preflight_here(evidence)
+    evidence, findings = look_at(root)
     blockers = [finding for finding in findings if finding.severity == Severity.BLOCKER]
     if blockers:
         raise PreflightRefused(

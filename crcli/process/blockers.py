@@ -19,6 +19,7 @@ from crcli.process.capabilities import (
 )
 from crcli.process.evidence import MOST_EXTERNAL_TERMINALS, Evidence
 from crcli.process.files import Kind, OpenFile
+from crcli.process.identity import read_stat
 from crcli.process.tree import Process, tracer_label
 from crcli.process.watches import Fate
 from crcli.process.wording import (
@@ -212,7 +213,7 @@ def _is_about_outsider(evidence: Evidence, file: OpenFile) -> bool:
     if mount is None or mount.fstype != "proc" or "pid" in evidence.own_namespaces:
         return False
     pid = int(words[2])
-    return pid != 1 and pid not in evidence.tree and os.path.exists(f"/proc/{pid}")
+    return pid != 1 and not _is_of_tree(evidence, pid)
 
 
 def watches_lost(evidence: Evidence) -> Iterator[Finding]:
@@ -496,7 +497,17 @@ def pidfds(evidence: Evidence) -> Iterator[Finding]:
 
 def _points_outside(evidence: Evidence, file: OpenFile) -> bool:
     pid = int(file.info_field("Pid") or -1)
-    return (pid > 0 and pid not in evidence.tree) or bool(file.flags & PIDFD_THREAD)
+    return (pid > 0 and not _is_of_tree(evidence, pid)) or bool(file.flags & PIDFD_THREAD)
+
+
+def _is_of_tree(evidence: Evidence, pid: int) -> bool:
+    """Whether a process is in the tree, or has been born into it since; one that has ended is not outside."""
+    while pid > 1 and pid not in evidence.tree:
+        try:
+            pid = read_stat(pid).ppid
+        except ProcessLookupError:
+            return True
+    return pid in evidence.tree
 
 
 def packet_pipes(evidence: Evidence) -> Iterator[Finding]:

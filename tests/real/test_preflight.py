@@ -16,10 +16,12 @@ import pytest
 
 from crcli.errors import PreflightRefused
 from crcli.findings import Finding, Severity
+from crcli.pipeline.preflight import look_at
 from crcli.process.evidence import Evidence
 from crcli.process.gather import gather
+from crcli.process.identity import ProcessId
 from crcli.process.preflight import preflight
-from crcli.process.tree import refuse_bad_target, scan_tree
+from crcli.process.tree import Tree, refuse_bad_target, scan_tree
 from tests.support.programs import Program, spawn_python, then_wait
 
 
@@ -767,3 +769,55 @@ def test_a_zombie_child_is_no_obstacle() -> None:
         found = findings(program.pid)
     assert [process.is_zombie for process in evidence.tree] == [False, True]
     assert not [one for one in found.values() if one.severity is Severity.BLOCKER]
+
+
+def test_what_is_over_in_a_moment_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hint would say, to try again, is done first."""
+    code = """
+        import signal, socket
+        one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        one.connect(("127.0.0.1", 9))
+        one.setsockopt(socket.IPPROTO_UDP, 1, 1)
+        one.send(b"held back")
+        def send(*_):
+            one.setsockopt(socket.IPPROTO_UDP, 1, 0)
+            print("sent")
+        signal.signal(signal.SIGUSR1, send)
+        """
+    with spawn_python(then_wait(code)) as program:
+
+        def gather_first(tree: Tree) -> Evidence:
+            found = gather(tree)
+            os.kill(program.pid, signal.SIGUSR1)
+            program.wait_for("sent")
+            return found
+
+        assert "udp-corked" in {one.name for one in preflight(look(program.pid))}
+        monkeypatch.setattr("crcli.pipeline.preflight.gather", gather_first)
+        _, found = look_at(refuse_bad_target(program.pid))
+    assert not [one.name for one in found if one.severity is Severity.BLOCKER]
+
+
+def test_a_child_that_is_born_while_we_look_is_no_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent holds a pidfd of it, and it is not in the list of processes that was made before."""
+    code = """
+        import os, signal, subprocess
+        kept = []
+        def start(*_):
+            child = subprocess.Popen(["sleep", "1000"])
+            kept.append((child, os.pidfd_open(child.pid)))
+            print("started")
+        signal.signal(signal.SIGUSR1, start)
+        """
+    with spawn_python(then_wait(code)) as program:
+
+        def scan_first(root: ProcessId) -> Tree:
+            tree = scan_tree(root)
+            os.kill(program.pid, signal.SIGUSR1)
+            program.wait_for("started")
+            return tree
+
+        monkeypatch.setattr("crcli.pipeline.preflight.scan_tree", scan_first)
+        evidence, found = look_at(refuse_bad_target(program.pid))
+        assert len(evidence.tree) == 1 and evidence.anon("pidfd")
+    assert not [one.name for one in found if one.severity is Severity.BLOCKER]
