@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (this process's own by default) and return its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
+    if (
+        signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+    ):  # of whoever started us: children would just vanish
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         app = build_app()
         with app.make_context("crcli", argv) as context:

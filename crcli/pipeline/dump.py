@@ -50,7 +50,6 @@ from crcli.memory.overflow import Overflow
 from crcli.memory.sample import Makeup
 from crcli.pipeline.capture import capture_files, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
-from crcli.pipeline.file_size import file_size_lifted, see_file_size
 from crcli.pipeline.forecast import (
     DUMP_LOOK_MOST_S,
     DUMP_LOOK_S,
@@ -65,6 +64,7 @@ from crcli.pipeline.hashing import Hashing, describe_mounts
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible, seconds_left
 from crcli.pipeline.knowing import Knowing
 from crcli.pipeline.logs import explain_failure
+from crcli.pipeline.own_limits import limits_lifted, see_file_size
 from crcli.pipeline.pids import interrupted_threads
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.preflight import look_at
@@ -156,7 +156,7 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
     progress = progress or Silent()
     watch = Stopwatch(progress)
     shared = shared or Shared()
-    with file_size_lifted(), _alone(options, watch, shared) as lock:
+    with limits_lifted(), _alone(options, watch, shared) as lock:
         return _dump_alone(options, progress, watch, shared, lock)
 
 

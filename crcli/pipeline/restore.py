@@ -57,9 +57,9 @@ from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey
 from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets
 from crcli.pipeline.claims import WhoHolds
-from crcli.pipeline.file_size import file_size_lifted, see_file_size
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
+from crcli.pipeline.own_limits import limits_lifted, see_file_size
 from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, namespace_depth, namespace_for
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
@@ -219,7 +219,7 @@ def _attempt(options: RestoreOptions, progress: Progress, stay: Stay | None) -> 
     kernel.become_subreaper()  # what CRIU leaves behind when it dies comes to us
     hooks = load_hooks()
     later = stay.later if stay is not None else None
-    with file_size_lifted(), interruptible(later=later) as interrupts, ExitStack() as held:
+    with limits_lifted(), interruptible(later=later) as interrupts, ExitStack() as held:
         work = _Restore(options, watch, interrupts, held, hooks, stay)
         try:
             restored = work.run()

@@ -1,0 +1,67 @@
+"""crcli's own limits (`ulimit`), which CRIU inherits: soft ones are lifted while there is work to do.
+
+Of files above all: a dump and a restore have more of them open than most, and CRIU's images and the memory of
+a tree lie in files meanwhile, if in memory; at a limit of their size a signal of the kernel's ends CRIU.
+"""
+
+from __future__ import annotations
+
+import resource
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from crcli.errors import HostLacks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_BESIDE = 128 << 20
+"""What there must be room for beside a tree's memory (bytes): a pack, a part of an upload, CRIU's images."""
+
+_WITHOUT = resource.RLIM_INFINITY
+
+
+_LIFTED = (
+    resource.RLIMIT_AS,
+    resource.RLIMIT_CPU,
+    resource.RLIMIT_DATA,
+    resource.RLIMIT_FSIZE,
+    resource.RLIMIT_NOFILE,
+    resource.RLIMIT_NPROC,
+)
+
+
+@contextmanager
+def limits_lifted() -> Iterator[None]:
+    """Within the block we may use what the hard limits allow, and write files of any size where we may let
+    ourselves; afterwards it is as before.
+
+    Processes of a tree have limits of their own, which CRIU gives back.
+    """
+    before = {number: resource.getrlimit(number) for number in _LIFTED}
+    for number, (soft, hard) in before.items():
+        if soft != hard:
+            resource.setrlimit(number, (hard, hard))
+    if before[resource.RLIMIT_FSIZE][1] != _WITHOUT:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (_WITHOUT, _WITHOUT))
+        except (OSError, ValueError):
+            pass  # that takes CAP_SYS_RESOURCE
+    try:
+        yield
+    finally:
+        for number, limits in before.items():
+            if limits[0] != limits[1] or number == resource.RLIMIT_FSIZE:
+                resource.setrlimit(number, limits)
+
+
+def see_file_size(memory_bytes: int) -> None:
+    """Raise HostLacks where no file may be written that is large enough for this much memory of a tree."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    needed = memory_bytes + _BESIDE
+    if limit != _WITHOUT and limit < needed:
+        raise HostLacks(
+            f"crcli may write no file larger than {limit} bytes here (RLIMIT_FSIZE), and needs one of "
+            f"{needed}",
+            hint="start it with a larger hard limit: `ulimit -f unlimited`, LimitFSIZE= of systemd",
+        )

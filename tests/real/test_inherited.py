@@ -1,0 +1,90 @@
+"""What crcli inherits from whoever starts it, and must not be disturbed by: limits (`ulimit`), signals."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.crcli import COMMAND_LIMIT_SECONDS, Crcli, assert_goes_on, counter, crcli_in, reap, tree_of
+from tests.support.programs import spawn_python
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+
+SMALL = 10_000
+
+
+def run_limited(crcli: Crcli, limits: Mapping[int, tuple[int, int]], *arguments: str) -> tuple[int, str]:
+    """Run a command that has these limits; return its exit code and what it printed."""
+
+    def limited() -> None:
+        for number, pair in limits.items():
+            resource.setrlimit(number, pair)
+
+    with crcli.start(*arguments, "--store", crcli.store, "--json", preexec_fn=limited) as process:
+        out, err = process.communicate(timeout=COMMAND_LIMIT_SECONDS)
+    return process.returncode, out + err
+
+
+def test_soft_limits_are_lifted_for_the_dump_and_the_restore(tmp_path: Path) -> None:
+    """Neither CRIU nor the store is ended by them, and the tree comes back with limits of its own."""
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, 500))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 31))
+kept = [open('/dev/null') for _ in range(300)]
+{counter()}"""
+    soft = {resource.RLIMIT_FSIZE: SMALL, resource.RLIMIT_NOFILE: 32, resource.RLIMIT_NPROC: 1}
+    limits = {number: (least, resource.getrlimit(number)[1]) for number, least in soft.items()}
+    with crcli_in(tmp_path) as crcli, spawn_python(code) as program:
+        tree = tree_of(program.pid)
+        done, text = run_limited(crcli, limits, "dump", str(program.pid), "--name", "limited")
+        assert done == 0, text
+        reap(tree)
+        done, text = run_limited(crcli, limits, "restore", "limited")
+        crcli.adopt(program.pid)
+        assert done == 0, text
+        restored = psutil.Process(program.pid)
+        assert restored.rlimit(resource.RLIMIT_FSIZE) == (1 << 30, 1 << 31)
+        assert restored.rlimit(resource.RLIMIT_NOFILE) == (400, 500)
+        assert_goes_on(program)
+
+
+def test_a_hard_limit_is_told_with_its_remedy(tmp_path: Path) -> None:
+    """Where it may not be lifted nothing is begun (exit 40), and the tree runs on."""
+    hard = {resource.RLIMIT_FSIZE: (SMALL, SMALL)}
+    with crcli_in(tmp_path) as crcli, spawn_python(counter()) as program:
+        done, text = run_limited(crcli, hard, "dump", str(program.pid))
+        if done == 0:
+            pytest.skip("CAP_SYS_RESOURCE lifts hard limits too")
+        assert done == 40, text
+        assert "RLIMIT_FSIZE" in text and "ulimit -f unlimited" in text and '"untouched"' in text
+        image = crcli.dump(program.pid)["image"]
+        done, text = run_limited(crcli, hard, "restore", image)
+        assert done == 40, text
+        assert "RLIMIT_FSIZE" in text
+        crcli.restore(image, "--files", "host")
+        assert_goes_on(program)
+
+
+def test_children_are_waited_for_whoever_started_us(tmp_path: Path) -> None:
+    """Ignoring SIGCHLD, as some supervisors pass on, has children vanish: crcli takes it back."""
+
+    def ignoring() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+    with crcli_in(tmp_path) as crcli, spawn_python(counter()) as program:
+        tree = tree_of(program.pid)
+        for command in (("dump", str(program.pid), "--name", "moved"), ("restore", "moved")):
+            with crcli.start(*command, "--store", crcli.store, preexec_fn=ignoring) as process:
+                out, err = process.communicate(timeout=COMMAND_LIMIT_SECONDS)
+            if command[0] == "dump":
+                reap(tree)
+            assert process.returncode == 0, out + err
+        crcli.adopt(program.pid)
+        assert_goes_on(program)
