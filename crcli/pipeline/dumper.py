@@ -198,7 +198,7 @@ class Dumper:
         here = os.path.dirname(os.path.dirname(crcli.__file__))
         arguments = [str(os.getpid()), self.store, self.endpoint_url or ""]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, here, *arguments],
+            [sys.executable, "-P", "-c", _PROGRAM, here, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,

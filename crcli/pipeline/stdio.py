@@ -139,7 +139,7 @@ def _target(stdio: Stdio, title: str, replacements: Replacements) -> int:
 def _keep(sources: list[int], target: int) -> None:
     """Start the keeper, which moves what comes out of `sources` to `target` until all have ended."""
     subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", _KEEPER, str(target), *map(str, sources)],
+        [sys.executable, "-P", "-S", "-E", "-c", _KEEPER, str(target), *map(str, sources)],
         pass_fds=(target, *sources),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -144,5 +144,5 @@ def become_reaper(root: int, until: str, ending: int, bound_to: int | None = Non
         kernel.die_with_parent(signal.SIGTERM)
         if select.select([bound_to], [], [], 0)[0]:  # it died before that
             os.kill(os.getpid(), signal.SIGTERM)
-    command = [sys.executable, "-S", "-E", "-c", _REAPER, str(root), until, str(ending)]
+    command = [sys.executable, "-P", "-S", "-E", "-c", _REAPER, str(root), until, str(ending)]
     os.execv(sys.executable, command)

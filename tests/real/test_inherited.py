@@ -1,18 +1,30 @@
-"""What crcli inherits from whoever starts it, and must not be disturbed by: limits (`ulimit`), signals."""
+"""What crcli inherits from whoever starts it, and must not be disturbed by: limits, signals, a folder."""
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.crcli import COMMAND_LIMIT_SECONDS, Crcli, assert_goes_on, counter, crcli_in, reap, tree_of
-from tests.support.programs import spawn_python
+from tests.support.crcli import (
+    COMMAND_LIMIT_SECONDS,
+    ROOT,
+    Crcli,
+    assert_goes_on,
+    counter,
+    crcli_in,
+    reap,
+    tree_of,
+)
+from tests.support.programs import spawn_python, then_wait
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
@@ -88,3 +100,28 @@ def test_children_are_waited_for_whoever_started_us(tmp_path: Path) -> None:
             assert process.returncode == 0, out + err
         crcli.adopt(program.pid)
         assert_goes_on(program)
+
+
+def test_nothing_is_imported_from_the_folder_that_we_are_started_in(tmp_path: Path) -> None:
+    """Files there that are called like Python's own modules, a user's or an attacker's, are left alone."""
+    folder, marker = tmp_path / "project", tmp_path / "imported"
+    folder.mkdir()
+    for name in ("json", "os", "select", "signal", "socket", "subprocess", "time"):
+        (folder / f"{name}.py").write_text(f"open({str(marker)!r}, 'a').write('{name} ')")
+    with crcli_in(tmp_path) as crcli, spawn_python(then_wait(), stdout=subprocess.PIPE) as program:
+        assert program.process.stdout is not None and program.process.stdout.readline() == b"ready\n"
+        image = crcli.dump(program.pid)["image"]
+        command = [sys.executable, "-P", "-m", "crcli", "restore", image, "--store", crcli.store, "--json"]
+        with (tmp_path / "report").open("w+") as report:
+            subprocess.run(
+                [*command, "--pid-namespace", "new"],
+                cwd=folder,
+                env=crcli.environment | {"PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                stdout=report,
+                timeout=COMMAND_LIMIT_SECONDS,
+                check=True,
+            )
+            report.seek(0)
+            crcli.adopt(json.load(report)["host_pid"])
+    assert not marker.exists(), marker.read_text()
