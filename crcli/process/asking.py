@@ -69,7 +69,7 @@ def rewrites(file: OpenFile) -> bool:
     False when it cannot be asked.
     """
     try:
-        with _copy(file) as fd:
+        with _copy(file.pid, file.fd) as fd:
             settings = termios.tcgetattr(fd)
     except (OSError, termios.error):
         return False

@@ -17,8 +17,8 @@ from crcli.process.asking import (
     device_of_tty_nr,
     joined_groups,
     multicast_groups,
-    terminal_device,
     rewrites,
+    terminal_device,
     unread_bytes,
 )
 from crcli.process.epolls import epolls_astray
