@@ -125,9 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (this process's own by default) and return its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
-    if (
-        signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
-    ):  # of whoever started us: children would just vanish
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # by who started us: no child could be waited for
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         app = build_app()
