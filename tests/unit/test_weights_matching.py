@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from crcli.memory.classify import Run
 from crcli.memory.extents import PAGE, SpaceKey, SpaceKind
 from crcli.memory.weights import cache, layout, samples
 from crcli.memory.weights.files import WeightsFile
-from crcli.memory.weights.match import Matcher
+from crcli.memory.weights.match import Matcher, _Cover
 from crcli.memory.weights.references import Piece, Reference, found_bytes
 from crcli.memory.weights.samples import Index, index_of
 from crcli.memory.weights.views import View, apply
@@ -298,11 +299,12 @@ def test_a_damaged_head_is_no_head(length: int, float32: Path, tmp_path: Path) -
     assert share(ALL, liar) > 0.97
 
 
-@pytest.mark.parametrize("lost", ["", "one", "all"])
+@pytest.mark.parametrize("lost", ["", "one", "stopped", "all"])
 def test_processes_take_the_samples_of_large_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    """What they send is what this process would have found, also where some are killed or do not start."""
+    """What they send is what this process would have found, also where some are killed, stopped (Ctrl-Z) or do not
+    start."""
     path = tmp_path / "large"
     path.write_bytes(np.random.default_rng(3).bytes(40 << 20))
     file = WeightsFile(str(path))
@@ -315,8 +317,8 @@ def test_processes_take_the_samples_of_large_files(
         if lost == "all":
             raise BlockingIOError(11, "Resource temporarily unavailable")
         forks.append(fork())
-        if forks[-1] and lost == "one" and len(forks) == 2:
-            os.kill(forks[-1], signal.SIGKILL)
+        if forks[-1] and lost in ("one", "stopped") and len(forks) == 2:
+            os.kill(forks[-1], signal.SIGKILL if lost == "one" else signal.SIGSTOP)
         return forks[-1]
 
     monkeypatch.setattr(kernel, "quiet_fork", forking)
@@ -329,6 +331,31 @@ def test_processes_take_the_samples_of_large_files(
     for pid in forks:
         with pytest.raises(ChildProcessError):
             os.waitpid(pid, 0)
+
+
+def test_for_a_small_file_nobody_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process works on it; folders of models have hundreds of such files."""
+    waits: list[object] = []
+    monkeypatch.setattr(samples.select, "select", lambda *about: waits.append(about) or ([], [], []))
+    path = tmp_path / "small"
+    path.write_bytes(JUNK)
+    index_of(WeightsFile(str(path)))
+    assert not waits
+
+
+def test_what_was_covered_leaves_nothing_for_a_collection(float32: Path) -> None:
+    """Processes that look ahead never collect garbage: each block would take memory there for good."""
+    memory = bytearray(float32.read_bytes()[: 16 * PAGE])
+    file = WeightsFile(str(float32))
+    matcher = Matcher([file], Index.joined([index_of(file)[0]]))
+    gc.collect()
+    gc.disable()
+    try:
+        assert matcher.stretches(memory, [Run(SPACE, 0, 16, True, 0)])
+        assert not [one for one in gc.get_objects() if isinstance(one, _Cover)]
+    finally:
+        gc.enable()
+        matcher.close()
 
 
 def test_of_many_files_fewer_samples_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

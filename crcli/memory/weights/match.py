@@ -187,10 +187,12 @@ class _Cover:
                 yield sample
 
     def _look_up(self) -> Iterator[tuple[int, int, int]]:
+        """No generator: that would hold us, as we hold it, until a collection, and there are processes without
+        any (see crcli.memory.lookahead)."""
         places, keys = samples(self._data[self._low : self._high])
         first, count = self._index.find(keys)
         known = count > 0
-        yield from zip(
+        return zip(
             (places[known] + self._low).tolist(), first[known].tolist(), count[known].tolist(), strict=True
         )
 

@@ -186,8 +186,12 @@ class _Samplers:
         return self
 
     def hear(self, limit_s: float) -> bool:
-        """Take in what they have sent, waiting for so long (seconds); return whether all have ended."""
-        for reader in select.select(list(self._at_work), [], [], limit_s)[0]:
+        """Take in what they have sent, waiting for so long (seconds); return whether all have ended.
+
+        Who was stopped is ended: nobody may ever let it go on.
+        """
+        ready = select.select(list(self._at_work), [], [], limit_s)[0] if self._at_work else []
+        for reader in ready:
             _, share, sent = self._at_work[reader]
             if data := os.read(reader, _PIPE_READ):
                 sent += data
@@ -195,7 +199,15 @@ class _Samplers:
             if not self._found.unpack(sent):
                 self.undone.append(share)
             self._end(reader)
+        if not ready:
+            self._end_stopped()
         return not self._at_work
+
+    def _end_stopped(self) -> None:
+        for reader, (pid, share, _) in list(self._at_work.items()):
+            if os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None:
+                self.undone.append(share)
+                self._end(reader)
 
     def _end(self, reader: int) -> None:
         pid, _, _ = self._at_work.pop(reader)
