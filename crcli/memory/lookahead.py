@@ -17,7 +17,7 @@ import signal
 import struct
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from blake3 import blake3
 
@@ -39,7 +39,7 @@ from crcli.memory.weights.references import Piece
 from crcli.memory.weights.views import View
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from crcli.memory.weights.match import Matcher
@@ -86,7 +86,7 @@ class Lookahead:
     ) -> None:
         """Fork `count` processes, or as many as we may, before any thread is started. Pages lie in the file
         `fd`, of `limit` bytes at most; weights are found by `matcher`. `at_once`: they need not wait until
-        the workers begin."""
+        the workers begin. Raises OSError where there is no room for what is asked and answered."""
         self._room = min(limit // _LEAST_BLOCK_BYTES + 1, _MOST_BLOCKS)
         self._shared = mmap.mmap(-1, self._room * _RECORD)
         self._runs: list[Sequence[Run]] = []
@@ -100,18 +100,26 @@ class Lookahead:
         tasks, self._tasks = os.pipe()
         self._answers, answers = os.pipe()
         self.pids: list[int] = []
+        try:
+            self._fork(count, lambda: _run(fd, self._shared, matcher, tasks, answers))
+        except BaseException:  # a signal or a deadline: nobody would end those that have begun
+            self.close()
+            raise
+        finally:
+            os.close(tasks)
+            os.close(answers)
+        for end in (self._answers, self._tasks):
+            os.set_blocking(end, False)
+
+    def _fork(self, count: int, run: Callable[[], NoReturn]) -> None:
         for _ in range(count):
             try:
                 pid = kernel.quiet_fork()
             except OSError:
-                break
+                return
             if pid == 0:
-                _run(fd, self._shared, matcher, tasks, answers)
+                run()
             self.pids.append(pid)
-        os.close(tasks)
-        os.close(answers)
-        for end in (self._answers, self._tasks):
-            os.set_blocking(end, False)
 
     def ask(self, offset: int, runs: Sequence[Run]) -> int | None:
         """Have a block looked at that begins at `offset` (bytes), and stays as it is until `next` gives it
@@ -210,8 +218,8 @@ class Lookahead:
         self.close()
 
 
-def _run(fd: int, shared: mmap.mmap, matcher: Matcher | None, tasks: int, answers: int) -> None:
-    """What a process does. Never returns."""
+def _run(fd: int, shared: mmap.mmap, matcher: Matcher | None, tasks: int, answers: int) -> NoReturn:
+    """What a process does."""
     try:
         kernel.die_with_parent(signal.SIGKILL)
         files = [file.fd for file in matcher.files] if matcher is not None else []

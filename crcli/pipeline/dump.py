@@ -447,7 +447,11 @@ class _Dump:
             return None
         overflow, matcher = self.overflow, self.weights.matcher
         count = min(worth, max(1, spare), _MOST_LOOKAHEADS)
-        return held.enter_context(Lookahead(overflow.fd, overflow.limit, count, matcher, at_once=spare > 0))
+        try:
+            ahead = Lookahead(overflow.fd, overflow.limit, count, matcher, at_once=spare > 0)
+        except OSError:  # no address space is left, or no descriptor: the workers do all
+            return None
+        return held.enter_context(ahead)
 
     def _prepare(self, held: ExitStack) -> None:
         with self.watch.phase("prepare"):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from crcli.pipeline import restore
+from crcli.memory import lookahead
+from crcli.pipeline import dump, restore
 from crcli.process import processors
 from crcli.process.processors import usable_processors
 
@@ -50,3 +54,73 @@ def test_threads_of_a_restore(
     monkeypatch.setattr(restore, "usable_processors", lambda: usable)
     working = SimpleNamespace(_is_near=lambda _: is_near)
     assert restore._Restore._threads(working, []) == threads  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Start what looks ahead for a tree of so many MiB, where so many processors are usable."""
+
+    def start(held: ExitStack, usable: int, mib: int, at_once: int = 1) -> Any:
+        monkeypatch.setattr(dump, "usable_processors", lambda: usable)
+        dumping = SimpleNamespace(
+            target=SimpleNamespace(evidence=SimpleNamespace(may_use_gpus=False, expected_bytes=mib << 20)),
+            shared=SimpleNamespace(at_once=at_once),
+            options=SimpleNamespace(pre_copy=None),
+            overflow=SimpleNamespace(fd=0, limit=mib << 20),
+            weights=SimpleNamespace(matcher=None),
+        )
+        return dump._Dump._start_lookahead(dumping, held)  # type: ignore[arg-type]
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("usable", "mib", "count", "at_once"),
+    [(1, 4096, 1, False), (2, 4096, 1, False), (4, 4096, 2, True), (64, 4096, 8, True), (64, 300, 2, True)],
+)
+def test_processes_look_ahead_where_processors_are_spare(
+    started: Callable[..., Any], usable: int, mib: int, count: int, at_once: bool
+) -> None:
+    """What copies a frozen tree's pages keeps its own, and none is started for little memory."""
+    with ExitStack() as held:
+        ahead = started(held, usable, mib)
+        assert (len(ahead.pids), ahead._has_begun) == (count, at_once)
+        assert started(held, usable, 100) is None
+        assert started(held, usable, mib, at_once=2) is None
+
+
+@pytest.mark.parametrize("lacking", ["mmap.mmap", "os.pipe"])
+def test_without_room_for_them_nobody_looks_ahead(
+    started: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """A limit on address space or descriptors is no reason for a dump to fail."""
+
+    def refused(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    module, name = lacking.split(".")
+    monkeypatch.setattr(getattr(lookahead, module), name, refused)
+    with ExitStack() as held:
+        assert started(held, 8, 4096) is None
+
+
+def test_what_interrupts_the_start_leaves_nobody_behind(
+    started: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is left would keep all memory that a dump moves aside."""
+    pids, fork = [], lookahead.kernel.quiet_fork
+
+    def forking() -> int:
+        if len(pids) == 2:
+            raise KeyboardInterrupt
+        pids.append(fork())
+        return pids[-1]
+
+    monkeypatch.setattr(lookahead.kernel, "quiet_fork", forking)
+    before = os.listdir("/proc/self/fd")
+    with ExitStack() as held, pytest.raises(KeyboardInterrupt):
+        started(held, 8, 4096)
+    assert os.listdir("/proc/self/fd") == before
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

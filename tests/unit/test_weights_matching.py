@@ -303,8 +303,8 @@ def test_a_damaged_head_is_no_head(length: int, float32: Path, tmp_path: Path) -
 def test_processes_take_the_samples_of_large_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    """What they send is what this process would have found, also where some are killed, stopped (Ctrl-Z) or do not
-    start."""
+    """What they send is what this process would have found, also where some are killed or stopped, or none
+    may be started."""
     path = tmp_path / "large"
     path.write_bytes(np.random.default_rng(3).bytes(40 << 20))
     file = WeightsFile(str(path))

@@ -187,8 +187,8 @@ class _Cover:
                 yield sample
 
     def _look_up(self) -> Iterator[tuple[int, int, int]]:
-        """No generator: that would hold us, as we hold it, until a collection, and there are processes without
-        any (see crcli.memory.lookahead)."""
+        """No generator: that would hold us, as we hold it, until garbage is collected, which some
+        processes never do (see crcli.memory.lookahead)."""
         places, keys = samples(self._data[self._low : self._high])
         first, count = self._index.find(keys)
         known = count > 0

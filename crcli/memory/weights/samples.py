@@ -126,6 +126,7 @@ def index_of(
     count = min(usable_processors(), _MOST_PROCESSES) if file.size >= _WORTH_BYTES else 0
     digest = blake3()
     with _Samplers(found, count) as samplers:
+        samplers.start()
         for at in range(0, file.size, _BLOCK):
             digest.update(file.read(at, min(_BLOCK, file.size - at)))
             amount(at)
@@ -171,19 +172,28 @@ class _Samplers:
         self.undone = [] if count else [Share(0, 1)]
 
     def __enter__(self) -> _Samplers:
-        for share in self._shares:
-            reader, writer = os.pipe()
-            try:
-                pid = kernel.quiet_fork()
-            except OSError:  # we may start no more
-                os.close(reader)
-                self.undone.append(share)
-            else:
-                if pid == 0:
-                    _sample_and_exit(self._found, share, writer)
-                self._at_work[reader] = pid, share, bytearray()
-            os.close(writer)
         return self
+
+    def start(self) -> None:
+        """Fork them, or as many as we may."""
+        for share in self._shares:
+            try:
+                self._start(share)
+            except OSError:
+                self.undone.append(share)
+
+    def _start(self, share: Share) -> None:
+        reader, writer = os.pipe()
+        try:
+            pid = kernel.quiet_fork()
+            if pid == 0:
+                _sample_and_exit(self._found, share, writer)
+            self._at_work[reader] = pid, share, bytearray()
+        except OSError:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
 
     def hear(self, limit_s: float) -> bool:
         """Take in what they have sent, waiting for so long (seconds); return whether all have ended.
