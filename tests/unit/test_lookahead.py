@@ -295,3 +295,60 @@ def test_nothing_depends_on_it(
     spaces, counts = taking.finish()
     assert rebuilt(spaces, sink.chunks) == expected([sent])
     assert counts.zero == 4 * GROUP_BYTES
+
+
+def test_what_is_done_too_late_is_not_given_out_again(overflow: MemoryFile, lookahead: Lookahead) -> None:
+    """A worker has that block already; the next answers are of other blocks."""
+    os.pwrite(overflow.fd, bytes(2 * GROUP_BYTES), 0)
+    first, second = (lookahead.ask(at * GROUP_BYTES, runs_of(GROUP_PAGES)) for at in range(2))
+    lookahead.begin()
+    end = time.monotonic() + 10
+    while lookahead._shared.find(ZERO_GROUP_DIGEST, lookahead_module._RECORD) < 0:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.05)
+    with patch.object(lookahead, "_hear"):
+        assert lookahead.next() == (second, None)
+    assert lookahead.next() == (first, Seen({0: ZERO_GROUP_DIGEST}, []))
+    assert _done(lookahead) == 0
+
+
+def test_pages_beside_groups_of_zeros_are_stored(overflow: MemoryFile, lookahead: Lookahead) -> None:
+    """A block is all zeros only if no page is outside of its groups."""
+    sent, sink = Sent(A, 0, (0,) * GROUP_PAGES + (5,)), KeepingSink()
+    taking = received(overflow, sent, sink, lookahead)
+    wait_for(lookahead, 1)
+    spaces, counts = taking.finish()
+    assert counts.new == PAGE
+    assert rebuilt(spaces, sink.chunks) == expected([sent])
+
+
+@pytest.mark.parametrize("looks_ahead", [True, False])
+def test_what_was_found_in_a_file_that_changed_is_stored(
+    overflow: MemoryFile, tmp_path: Path, looks_ahead: bool
+) -> None:
+    """Pages wait until it is certain that the file is as it was: there is no other copy of them."""
+    raw = random_bytes(4, 64 * PAGE)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(raw)
+    time.sleep(0.1)  # what was written just now is not believed to stay
+    file = WeightsFile(str(path))
+    matcher = Matcher([file], Index.joined([index_of(file)[0]]))
+    sink = KeepingSink()
+    with Lookahead(overflow.fd, LIMIT, 1, matcher) as lookahead:
+        taking = Intake(None, sink, overflow, matcher, lookahead=lookahead if looks_ahead else None)
+        taking.begin_space(A)
+        taking.take(A, 0, raw, lazy=True)
+        taking.flush()
+        taking.open_gate()
+        end = time.monotonic() + 10
+        while not sink.references:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        with path.open("r+b") as other:
+            other.write(b"others")
+        spaces, counts = taking.finish()
+    assert counts.new == counts.total == len(raw) and not counts.weights
+    assert (
+        b"".join(sink.chunks[one.chunk][one.offset * PAGE :][: one.pages * PAGE] for one in spaces[A]) == raw
+    )
