@@ -491,7 +491,7 @@ class _Restore:
     def _threads(self, wanted: Iterable[Origin]) -> int:
         """How many fetch memory at once: a store far away answers many in the time of one."""
         if self._is_near(wanted):
-            return min(max(2, usable_processors() // 2), _MOST_THREADS)
+            return min(max(2, usable_processors()), _MOST_THREADS)
         return _FAR_THREADS
 
     def _is_near(self, wanted: Iterable[Origin]) -> bool:

@@ -45,7 +45,7 @@ def test_quotas_and_affinity_bound_them(
 
 @pytest.mark.parametrize(
     ("is_near", "usable", "threads"),
-    [(True, 1, 2), (True, 12, 6), (True, 64, 16), (False, 2, 8), (False, 64, 8)],
+    [(True, 1, 2), (True, 12, 12), (True, 64, 16), (False, 2, 8), (False, 64, 8)],
 )
 def test_threads_of_a_restore(
     is_near: bool, usable: int, threads: int, monkeypatch: pytest.MonkeyPatch
