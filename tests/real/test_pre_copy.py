@@ -375,7 +375,9 @@ def test_criu_killed_in_a_round(wish: str, tree: Victim, tmp_path: Path) -> None
     attempt = begin(tree, tmp_path, "--pre-copy", wish, "--leave-running")
     assert attempt.wait_for(lambda: in_a_round(attempt))
     attempt.wait_for(lambda: state_of(tree.pid) != "t", 5)
-    for pid in (*child_pids(attempt.criu()), attempt.criu()):
+    criu = attempt.criu()
+    assert criu, "there is no CRIU, and 0 would be all of us"
+    for pid in (*child_pids(criu), criu):
         os.kill(pid, signal.SIGKILL)
     attempt.end()
     tree.assert_runs_as(before, parasite=True)
