@@ -732,9 +732,10 @@ def test_an_unknown_cause_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done = provoke(case, tmp_path)
     killed = "(00.056001) Error (criu/cr-restore.c:1269): 15713 killed by signal 9: Killed\n"
     monkeypatch.setattr(causes, "KNOWN", [known for known in KNOWN if known.name != "file-missing"])
-    before, failed, after = done.log.rpartition("(00.")  # "… Restoring FAILED"
-    assert "FAILED" in after
-    for log in (done.log + killed, before + killed + failed + after):  # when CRIU sees it in time
+    lines = done.log.splitlines(keepends=True)
+    (end,) = (number for number, line in enumerate(lines) if "Restoring FAILED" in line)
+    in_time = [*lines[:end], killed, *lines[end:]]
+    for log in (done.log + killed, "".join(in_time)):  # when CRIU sees it late, and in time
         cause = explain(log)
         assert cause.name == "" and cause.retry is None
         assert cause.said == cause.meaning and cause.said.startswith("Can't open fake fifo")
