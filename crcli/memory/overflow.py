@@ -47,8 +47,9 @@ _SLOW_S, _SLOW_COUNT = 0.002, 3
 _LARGE = 64 << 20
 """So much (bytes) is worth a process: a thread waits for Python's lock after each piece, for up to 5 ms."""
 
-_PATIENCE_S, _PATIENCE_S_PER_GIB = 0.02, 0.5
-"""For how long a dump is held up by getting memory (seconds, and for each GiB more), since that was begun."""
+_PATIENCE_S, _PATIENCE_S_PER_GIB = 0.02, 2.5
+"""For how long a dump is held up by getting memory (seconds, and for each GiB more), since that was begun: as
+long as a virtual machine's host takes to find it, which else a frozen tree waits for."""
 
 _ZEROS = bytes(_HUGE)
 _COUNT = struct.Struct("<Q")
