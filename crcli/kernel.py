@@ -11,8 +11,12 @@ import errno
 import os
 import signal as signals
 import struct
+from contextlib import contextmanager
 from fcntl import ioctl
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CLONE_NEWNS = 0x0002_0000
 CLONE_NEWIPC = 0x0800_0000
@@ -259,6 +263,19 @@ def quiet_fork() -> int:
     else:
         signals.pthread_sigmask(signals.SIG_SETMASK, before)
     return pid
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Within the block no handler of a signal runs in this thread: what has come is heard at its end.
+
+    For what must be done as a whole: a thread whose start was interrupted runs, and cannot be joined.
+    """
+    before = signals.pthread_sigmask(signals.SIG_BLOCK, signals.valid_signals())
+    try:
+        yield
+    finally:
+        signals.pthread_sigmask(signals.SIG_SETMASK, before)
 
 
 def close_all_but(*kept: int) -> None:

@@ -96,8 +96,10 @@ class Overflow:
             if self._pid == 0:
                 self._get_and_exit()
         elif self._size >= _HUGE:
-            self._thread = threading.Thread(target=self._get, name="overflow", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._get, name="overflow", daemon=True)
+            with kernel.signals_held():
+                thread.start()
+                self._thread = thread
 
     def settle(self, *, wait: bool) -> None:
         """Stop getting memory; `wait` says whether it may first take the time that it needs, in reason."""
