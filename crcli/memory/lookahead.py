@@ -168,6 +168,8 @@ class Lookahead:
         else the last one, with None: nobody else looks at that one then."""
         with self._lock:
             self._hear()
+            if self._has_begun:
+                self._hand_out()
             is_done = bool(self._done)
             number = self._done.popleft() if is_done else self._last_waiting()
             self._given.add(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
@@ -135,6 +136,24 @@ def test_more_is_not_asked_of_it_than_it_has_room_for(lookahead: Lookahead) -> N
     assert lookahead.ask(0, runs_of(GROUP_PAGES) * (MOST_RUNS + 1)) is None
     answers = [lookahead.ask(0, runs_of(GROUP_PAGES)) for _ in range(LIMIT // GROUP_BYTES)]
     assert answers.count(None) > len(answers) // 2
+
+
+def test_what_a_pipe_had_no_room_for_is_handed_out_later(overflow: MemoryFile) -> None:
+    """Of a tree that came faster than they look they are told in the end all the same."""
+    os.ftruncate(overflow.fd, GROUP_BYTES)
+    with Lookahead(overflow.fd, 8 << 30) as lookahead:
+        fcntl.fcntl(lookahead._tasks, fcntl.F_SETPIPE_SZ, 4096)
+        os.kill(lookahead.pids[0], signal.SIGSTOP)
+        for _ in range(1500):
+            assert lookahead.ask(0, runs_of(GROUP_PAGES)) is not None
+        lookahead.begin()
+        assert lookahead._handed == 1024
+        os.kill(lookahead.pids[0], signal.SIGCONT)
+        end = time.monotonic() + 20
+        while _done(lookahead) < 1024:
+            assert time.monotonic() < end
+        assert lookahead.next()[1] is not None
+        assert lookahead._handed == 1500
 
 
 def test_they_end_with_the_block(overflow: MemoryFile) -> None:
