@@ -311,9 +311,7 @@ class _Watch:
         elif self.outcome == "killed":
             self._unlock_if_alone()
         elif self.kills and self.is_alone:
-            give_back_unread(
-                Workspace(self.images_fd), self.root
-            )  # the tree has begun to run: nobody else does
+            give_back_unread(Workspace(self.images_fd), self.root)  # nobody else does, and the tree runs on
 
     def _unlock_if_alone(self) -> None:
         """Do for a killed tree what crcli would do, had it lived."""
