@@ -128,8 +128,8 @@ def has_an_image(site: Site) -> bool:
 def assert_one_after_the_other(before: list[Line], run: Run) -> None:
     """Assert that the job ran on earlier machines first, and went on here from where it had been.
 
-    What was on its way through a pipe when the image was taken is shown by both: the same number, and the same
-    time to the microsecond, which no two copies would have.
+    What was on its way through a pipe when the image was taken is shown by both: the same number, and the
+    same time to the microsecond, which no two copies would have.
     """
     here = run.lines
     own = [line for line in here if line not in before]
