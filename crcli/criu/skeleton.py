@@ -24,6 +24,7 @@ from crcli.criu.images import (
 )
 from crcli.criu.inspect import inet_socket, writes_anywhere
 from crcli.memory.extents import PAGE, Extent, SpaceKey
+from crcli.memory.huge import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -41,6 +42,9 @@ _REACH = 32
 """How far CRIU looks for the number of a terminal, from the lowest that is free."""
 _OUTSIDE_SOCKET = 1
 _NO_NETWORK_LOCK = 2
+_MADV_HUGEPAGE = 14
+_ORDINARY = 1 << 0 | 1 << 9
+"""VMA_AREA_REGULAR and VMA_ANON_PRIVATE: private memory of no file."""
 _ESTABLISHED_STATES = frozenset((1, 2, 3, 4, 5, 6, 8, 9, 11))
 
 
@@ -68,6 +72,31 @@ def lay_out_memory(
     finally:
         for fd, _ in places.values():
             os.close(fd)
+
+
+def ask_for_huge_pages(images: Workspace, pid: int, runs: Runs) -> Runs:
+    """Have CRIU ask the kernel for huge pages (MADV_HUGEPAGE) in these runs of pages of a process.
+
+    Only private memory of no file is given them; its mappings are divided where a run begins or ends. Returns
+    the runs for which it is done.
+    """
+    image = ImageFile.parse(images.read(f"mm-{pid}.img"), messages.mm_entry)
+    (mm,) = image.entries
+    done: list[tuple[int, int]] = []
+    count = len(mm.vmas)
+    for vma in mm.vmas[:count]:
+        asked = runs if vma.status & _ORDINARY == _ORDINARY else Runs()
+        for start, end, is_asked in asked.divide(vma.start // PAGE, vma.end // PAGE):
+            part = mm.vmas.add()
+            part.CopyFrom(vma)
+            part.start, part.end = start * PAGE, end * PAGE
+            if is_asked:
+                part.madv |= 1 << _MADV_HUGEPAGE
+                done.append((start, end - start))
+    if done:
+        del mm.vmas[:count]
+        images.write(f"mm-{pid}.img", image.encode())
+    return Runs(done)
 
 
 def has_connections(images: Workspace) -> bool:

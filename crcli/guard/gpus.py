@@ -118,8 +118,20 @@ def check_facts(meta: Mapping[str, Any]) -> None:
                 raise ValueError(f"process {process['pid']} is not in the tree")
             if not all(isinstance(size, int) and size >= 0 for size in process["used"].values()):
                 raise ValueError(f"memory of process {process['pid']}")
+            if not _are_runs(process.get("saved", [])):
+                raise ValueError(f"saved memory of process {process['pid']}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ImageDamaged(f"what the image says of its GPUs cannot be read: {error!r}") from error
+
+
+def _are_runs(saved: Any) -> bool:
+    """Whether these are runs of pages, ascending, as (first page, pages)."""
+    end = 0
+    for start, pages in saved:
+        if not isinstance(start, int) or not isinstance(pages, int) or start < end or pages <= 0:
+            return False
+        end = start + pages
+    return True
 
 
 def memory_used(recorded: Mapping[str, Any]) -> dict[str, int]:

@@ -32,6 +32,9 @@ FILL_IN_BYTES = int(os.environ.get("CRCLI_FILL_IN_BYTES", 256 << 20))
 """How much memory a process must have (bytes) for it to be filled in rather than written: for less, the
 arrangements take longer than they save. Only one process's is: children share pages with their parents."""
 
+_A_ZERO = memoryview(b"\0")
+_TOUCHED_AT_ONCE = 32
+
 AHEAD_BYTES = 256 << 20
 """Raw bytes that are fetched and held before the tree is ready to take them, at most."""
 
@@ -185,6 +188,7 @@ class Replay:
         self._groups: queue.SimpleQueue[Sequence[Origin]] = queue.SimpleQueue()
         for group in plan:
             self._groups.put(group)
+        self._touches: queue.SimpleQueue[tuple[int, Sequence[int]]] = queue.SimpleQueue()
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -206,20 +210,27 @@ class Replay:
         memories: Mapping[SpaceKey, int],
         amount: Callable[[int, int], None] = lambda done, total: None,
         missing: Mapping[SpaceKey, Userfault] | None = None,
+        touch: Mapping[SpaceKey, Sequence[int]] | None = None,
     ) -> None:
         """Write everything into these `/proc/PID/mem` descriptors; return when all of it is there.
 
-        Memory that is `missing` is filled in instead, where it can be. `amount` is told now and then how many
-        bytes are written, of how many. Raises whatever fetching, checking or writing raised first.
+        Memory that is `missing` is filled in instead, where it can be. `touch` are pages of zeros that the
+        kernel is to bring as well. `amount` is told now and then how many bytes are written, of how many.
+        Raises whatever fetching, checking or writing raised first.
         """
         self._memories = memories
         self._missing = missing or {}
+        for space, pages in (touch or {}).items():
+            for at in range(0, len(pages), _TOUCHED_AT_ONCE):
+                self._touches.put((memories[space], pages[at : at + _TOUCHED_AT_ONCE]))
         self._ready.set()
         total = sum(target.pages * PAGE for wanted in self._wanted.values() for target in wanted)
         for thread in self._threads:
             while thread.is_alive():
                 thread.join(AMOUNT_EVERY_S)
                 amount(self.written_bytes, total)
+        if self._failure is None:
+            self._touch()  # where there was nothing to be written
         if self._failure is not None:
             raise self._failure
 
@@ -243,9 +254,20 @@ class Replay:
             self._ready.wait()
             for origin, raw in held:
                 self._write(origin, raw)
+            self._touch()
         except BaseException as error:  # raised again by write_to
             self._failure = self._failure or error
             self._stop.set()
+
+    def _touch(self) -> None:
+        """Have the kernel bring pages, each by a byte that is there already."""
+        while not self._stop.is_set():
+            try:
+                memory, pages = self._touches.get_nowait()
+            except queue.Empty:
+                return
+            for page in pages:
+                write_all(memory, _A_ZERO, page * PAGE)
 
     def _next(self) -> Sequence[Origin] | None:
         try:
@@ -267,10 +289,15 @@ class Replay:
         for target in self._wanted[origin]:
             piece = view[target.offset * PAGE : (target.offset + target.pages) * PAGE]
             memory = self._memories[target.space]
-            if (gap := self._missing.get(target.space)) is not None:
-                _fill_in(gap, memory, piece, target.start)
-            else:
+            if (gap := self._missing.get(target.space)) is None:
                 write_all(memory, piece, target.start * PAGE)
+            else:
+                for start, end, is_left in gap.left.divide(target.start, target.start + target.pages):
+                    part = piece[(start - target.start) * PAGE : (end - target.start) * PAGE]
+                    if is_left:
+                        write_all(memory, part, start * PAGE)
+                    else:
+                        _fill_in(gap, memory, part, start)
             with self._lock:
                 self.written_bytes += target.pages * PAGE
 

@@ -17,11 +17,12 @@ from fcntl import ioctl
 from typing import TYPE_CHECKING, NamedTuple
 
 from crcli.memory.extents import PAGE
+from crcli.memory.huge import Runs
 
 if TYPE_CHECKING:
     from crcli.store.base import Buffer
 
-_WAKE, _COPY, _ZEROPAGE = 0x8010AA02, 0xC028AA03, 0xC020AA04
+_UNREGISTER, _WAKE, _COPY, _ZEROPAGE = 0x8010AA01, 0x8010AA02, 0xC028AA03, 0xC020AA04
 _RANGE, _COPYING, _ZEROING = struct.Struct("QQ"), struct.Struct("QQQQq"), struct.Struct("QQQq")
 _MESSAGE = struct.Struct("B7xQQQ")
 
@@ -99,6 +100,8 @@ class Userfault:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.left = Runs()
+        """Runs of pages that are ordinary memory again."""
         os.set_blocking(fd, False)
 
     def read(self) -> Event | None:
@@ -135,6 +138,12 @@ class Userfault:
         """Fill in a page of zeros, unless it is there already. Raises MemoryGone, MemoryMoves."""
         if not self._fill(_ZEROPAGE, bytearray(_ZEROING.pack(start * PAGE, PAGE, 0, 0)), PAGE):
             self.wake(start, 1)
+
+    def leave(self, runs: Runs) -> None:
+        """Have these pages be ordinary memory from now on: it is for the kernel to bring them."""
+        for start, pages in runs:
+            ioctl(self.fd, _UNREGISTER, _RANGE.pack(start * PAGE, pages * PAGE))
+        self.left = runs
 
     def is_gone(self) -> bool:
         """Whether the process has ended, or executes another program."""

@@ -39,6 +39,7 @@ from crcli.gpu.facts import CudaState
 from crcli.gpu.hand import GpuFailed, Hand
 from crcli.gpu.mapping import in_force
 from crcli.gpu.preflight import Scene, gpu_findings, host_memory, left_open, survey
+from crcli.gpu.saved import added, ordinary_memory
 from crcli.gpu.words import LINK_BYTES_PER_S, LOCK_LIMIT_S, Purpose
 from crcli.pipeline.interrupts import seconds_left
 from crcli.pipeline.shared import Shared
@@ -83,6 +84,7 @@ class DumpSide:
         self._hand = self._shared.take_hand() or Hand(Purpose.DUMP)
         self._host: GpuHost | None = None
         self._states: dict[int, CudaState] = {}
+        self._saved: dict[int, list[tuple[int, int]]] = {}
         self._saved_bytes = 0
         self._locked: list[int] = []
         self.processes: list[CudaProcess] = []
@@ -218,10 +220,12 @@ class DumpSide:
                 waiting = self._newcomers(self._locked)
         self.see_time_left()
         dump.reserve_for_gpus()
-        before = {pid: _anonymous_bytes(pid) for pid in self._locked}
+        before = {pid: (_anonymous_bytes(pid), ordinary_memory(pid)) for pid in self._locked}
         with dump.watch.phase("gpu checkpoint"):
             self._hand.checkpoint(self._locked)
-        self._saved_bytes = sum(max(0, _anonymous_bytes(pid) - before[pid]) for pid in self._locked)
+        for pid, (size, places) in before.items():
+            self._saved_bytes += max(0, _anonymous_bytes(pid) - size)
+            self._saved[pid] = added(places, ordinary_memory(pid))
         if left := [pid for pid in self._locked if left_open(pid)]:
             raise GpuFailed("checkpoint", left[0], "DEVICE_LEFT", {})
 
@@ -329,7 +333,11 @@ class DumpSide:
         return {
             "host": self._host.as_json(),
             "processes": [
-                {"pid": inside[process.pid], "used": dict(process.used)}
+                {
+                    "pid": inside[process.pid],
+                    "used": dict(process.used),
+                    "saved": self._saved.get(process.pid, []),
+                }
                 for process in self.processes
                 if process.pid in inside
             ],
@@ -402,6 +410,11 @@ class RestoreSide:
         except HostLacks:
             return
         _, self._mapping = gpu_guard(self._recorded, here.gpus, self._asked)
+
+    def saved(self) -> dict[int, list[tuple[int, int]]]:
+        """Where the driver had put what was on GPUs, by pid inside the tree, as (first page, pages)."""
+        places = {one["pid"]: one.get("saved", ()) for one in self._recorded["processes"]}
+        return {pid: [(start, pages) for start, pages in runs] for pid, runs in places.items()}
 
     def last_words(self) -> int:
         """A descriptor, the caller's to close, that hangs up once the hand has nothing more to do."""

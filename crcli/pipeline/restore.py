@@ -27,6 +27,7 @@ from crcli.criu.residence import Residence
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.skeleton import (
     accept_growth,
+    ask_for_huge_pages,
     close_outside_connections,
     forget_death_of_parent,
     forget_files,
@@ -54,7 +55,8 @@ from crcli.image.manifest import Manifest
 from crcli.image.names import parse_image
 from crcli.image.packs import NEAR_BYTES, READ_BYTES, ChunkReader
 from crcli.image.weights import MemoryReader
-from crcli.memory.extents import PAGE, Source, SpaceKey
+from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
+from crcli.memory.huge import Runs, aligned, can_be_had, empty_blocks
 from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets
 from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
@@ -257,6 +259,8 @@ class _Restore:
         self.missing_bytes = 0
         self.residence: Residence | None = None
         self.gpu: RestoreSide | None = None
+        self.huge: dict[SpaceKey, Runs] = {}
+        """Where huge pages were asked for."""
         self.stay = stay
         self.changes: list[dict[str, Any]] = []
         self.host: dict[int, int] = {}
@@ -378,6 +382,7 @@ class _Restore:
             self.held.callback(self.terminals.end)
             move_terminals(self.images, free_terminals)
         keep_orphans(self.images)
+        self._ask_for_huge_pages()
         if self.options.tcp == TcpPolicy.AUTO and has_connections(self.images):
             close_outside_connections(self.images, established_here())
         if self.stay is None and self.namespace != PidNamespace.NEW:
@@ -385,6 +390,14 @@ class _Restore:
         if "net" not in own_namespaces(self.images.names()):
             free_lost_addresses(self.images, has_address)
         self._fill_early(self.divided)
+
+    def _ask_for_huge_pages(self) -> None:
+        """What goes to GPUs as soon as it is here comes and goes in huge pages, where the kernel has them."""
+        if self.gpu is None or not can_be_had():
+            return
+        for pid, runs in self.gpu.saved().items():
+            if found := ask_for_huge_pages(self.images, pid, Runs(aligned(runs))):
+                self.huge[SpaceKey(SpaceKind.PROCESS, pid)] = found
 
     def _leave_parent(self) -> None:
         """The root's parent would be us, and we end soon: let it not mind."""
@@ -630,8 +643,15 @@ class _Restore:
         try:
             for space in self.late_spaces:
                 memories[space] = os.open(f"/proc/{self.host[space.number]}/mem", os.O_WRONLY | os.O_CLOEXEC)
-            missing = self.handover.take() if self.handover is not None else None
-            self.replay.write_to(memories, self.watch.progress.amount, missing)
+            missing = self.handover.take() if self.handover is not None else {}
+            for space in self.huge.keys() & missing.keys():
+                missing[space].leave(self.huge[space])
+            extents = self.divided.late
+            touch = {
+                space: empty_blocks(self.huge[space], extents[space])
+                for space in self.huge.keys() & memories.keys()
+            }
+            self.replay.write_to(memories, self.watch.progress.amount, missing, touch)
             if self.handover is not None:
                 self.handover.let_go()
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from crcli.memory.huge import can_be_had
 from tests.support.crcli import assert_goes_on, tree_of, wait_until
 from tests.support.gpu_simulator import MIB, GpuCrcli, SimulatedHost, gpu
 from tests.support.jobs import job
@@ -67,6 +69,34 @@ def test_a_restore_in_a_namespace_of_its_own(sim: SimulatedHost, crcli: GpuCrcli
         crcli.restore(again)
         for one in family:
             assert_goes_on(one)
+
+
+@pytest.mark.skipif(not can_be_had(), reason="this kernel gives no huge pages")
+@pytest.mark.parametrize("fill_in_bytes", ["0", str(1 << 60)], ids=["filled in", "written"])
+def test_what_goes_to_a_gpu_lies_in_memory_of_huge_pages(
+    sim: SimulatedHost, crcli: GpuCrcli, monkeypatch: pytest.MonkeyPatch, fill_in_bytes: str
+) -> None:
+    """Until the driver has taken it; nothing else of the program is asked for in that way, then or later."""
+    monkeypatch.setenv("CRCLI_FILL_IN_BYTES", fill_in_bytes)
+    with sim.start_program("--megabytes", "16") as program:
+        image = crcli.dump(program.pid)["image"]
+        hang = sim.inject("restore", "hang")
+        with crcli.start("restore", image, "--store", crcli.store, "--json") as restoring:
+            sim.wait_for("restore", "hang")
+            huge = [size for size, flags in mapped(program.pid) if "hg" in flags]
+            hang.release()
+            crcli.adopt(json.loads(restoring.communicate()[0])["host_pid"])
+        assert sum(huge) > 12 * MIB  # whole ones only
+        assert all(size % (2 * MIB) == 0 for size in huge)
+        assert not [size for size, flags in mapped(program.pid) if "hg" in flags]
+        assert_goes_on(program)
+
+
+def mapped(pid: int) -> list[tuple[int, list[str]]]:
+    """The size in bytes and the flags of each mapping of a process."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/smaps").read_text().splitlines()]
+    sizes = [int(words[1]) << 10 for words in lines if words[0] == "Size:"]
+    return list(zip(sizes, (words[1:] for words in lines if words[0] == "VmFlags:"), strict=True))
 
 
 def test_memory_may_still_be_on_its_way(sim: SimulatedHost, crcli: GpuCrcli) -> None:
