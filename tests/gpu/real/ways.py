@@ -61,7 +61,8 @@ class ByCrcli:
         report = done.json
         if report["outcome"] == "killed":
             subject.died()
-        return {"dump_s": done.wall_s, "image_bytes": report["stored_bytes"]} | _told(
+        own = {"dump_s": done.wall_s, "image_bytes": report["stored_bytes"], "saved": self._saved()}
+        return own | _told(
             report,
             "memory_bytes",
             "zero_bytes",
@@ -83,6 +84,15 @@ class ByCrcli:
         return {"restore_s": done.wall_s, "first_step_s": first} | _told(
             report, "ready_ms", "total_ms", "phases", "gpu", "findings"
         )
+
+    def _saved(self) -> list[Figures]:
+        """Where the driver had put what was on GPUs, of each process: how many runs, and how many bytes."""
+        shown = self._run("show", "subject").json.get("gpu") or {"processes": []}
+        runs = [process["saved"] for process in shown["processes"]]
+        return [
+            {"runs": len(one), "bytes": 4096 * sum(pages for _, pages in one), "first": one[:8]}
+            for one in runs
+        ]
 
     def index(self, path: Path) -> float:
         """Prepare a file of weights, which crcli does once for each; return the seconds that it took."""
