@@ -55,6 +55,8 @@ _WALL = 0x4000_0000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
+_libc.process_vm_writev.restype = ctypes.c_ssize_t
+_ONE, _NO_FLAGS = ctypes.c_ulong(1), ctypes.c_ulong(0)
 _libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
 
 
@@ -423,6 +425,13 @@ class _Vector(ctypes.Structure):
     """struct iovec."""
 
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def write_memory(pid: int, at: int, address: int, size: int) -> int:
+    """process_vm_writev(2): copy `size` bytes at our `address` to `at` in a process; return how many."""
+    ours, theirs = _Vector(address, size), _Vector(at, size)
+    written = _libc.process_vm_writev(pid, ctypes.byref(ours), _ONE, ctypes.byref(theirs), _ONE, _NO_FLAGS)
+    return _checked(written, f"process_vm_writev {pid}")
 
 
 def io_priority(tid: int) -> int:

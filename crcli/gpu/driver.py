@@ -1,4 +1,4 @@
-"""The seam to CUDA's driver and NVML, through cuda-python: nothing foreign is seen above it.
+"""The seam to CUDA's driver and NVML, through cuda-python and nvidia-ml-py: nothing foreign is seen above it.
 
 Only the hand's own process imports this module (see `worker`). The functions of `cuda.bindings.driver` return
 (CUresult, …) and never raise on an error of CUDA; a missing libcuda, or a function that this driver does not
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
 from typing import TYPE_CHECKING, Any
 
 from crcli.gpu.facts import CudaState, Gpu, GpuHost
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 _API_WITH_CHECKPOINT = 12_080
 _API_WITH_CUSTOM_STORAGE = 13_040
-_INSTALL = "pip install 'crcli[gpu]', or cuda-python 13 beside crcli"
+_INSTALL = "pip install 'crcli[gpu]', or cuda-python 13 and nvidia-ml-py beside crcli"
 _NAME_LIMIT = 256
 
 
@@ -50,7 +51,7 @@ class Driver:
         except ImportError as error:
             raise CudaLacks(f"cuda-python cannot be imported: {error}", _INSTALL) from error
         self._driver: Any = driver
-        self._nvml = _Nvml()
+        self._nvml = _Nvml()  # while cuInit takes its time
         try:
             self._begin()
         except RuntimeError as error:
@@ -173,57 +174,63 @@ class Driver:
 
 
 class _Nvml:
-    """NVML, where it is: it knows what CUDA does not tell, and is not needed for anything."""
+    """NVML, where it is: it knows what CUDA does not tell, and is not needed for anything.
+
+    It is NVIDIA's own nvidia-ml-py, which is imported in a tenth of the time of `cuda.bindings.nvml` (0.3 s).
+    """
 
     def __init__(self) -> None:
+        """Begin; whoever asks first waits."""
         self._nvml: Any = None
-        self._refusals: tuple[type[Exception], ...] = (RuntimeError, AttributeError)
-        """What its functions raise where it is not here, does not have them, or is not willing."""
+        self._beginning = threading.Thread(target=self._begin, daemon=True)
+        self._beginning.start()
+
+    def _begin(self) -> None:
         try:
-            from cuda.bindings import nvml
+            import pynvml
         except ImportError:
             return
-        self._refusals += (getattr(nvml, "NvmlError", RuntimeError),)
         try:
-            nvml.init_v2()
-            self._nvml = nvml
-        except self._refusals:
+            pynvml.nvmlInit()
+            self._nvml = pynvml
+        except pynvml.NVMLError:
             return
 
     def _ask(self, name: str, default: Any, *arguments: Any) -> Any:
         """What a function of NVML says; the default where it cannot."""
+        self._beginning.join()
         if self._nvml is None:
             return default
         try:
-            return getattr(self._nvml, name)(*arguments)
-        except self._refusals:
+            return getattr(self._nvml, f"nvml{name}")(*arguments)
+        except (self._nvml.NVMLError, AttributeError):  # it is not willing, or too old
             return default
 
     def driver_version(self) -> str:
         """As "580.159.04"; by the kernel's own word where NVML is not here, and empty without either."""
-        return str(self._ask("system_get_driver_version", "")) or _version_by_kernel()
+        return str(self._ask("SystemGetDriverVersion", "")) or _version_by_kernel()
 
-    def _handles(self) -> Iterator[tuple[int, int]]:
-        for index in range(int(self._ask("device_get_count_v2", 0))):
-            if handle := self._ask("device_get_handle_by_index_v2", 0, index):
+    def _handles(self) -> Iterator[tuple[int, Any]]:
+        for index in range(int(self._ask("DeviceGetCount", 0))):
+            if handle := self._ask("DeviceGetHandleByIndex", None, index):
                 yield index, handle
 
     def gpus(self) -> Iterator[Gpu]:
         """The GPUs, in the order of their PCI addresses."""
         for index, handle in self._handles():
-            uuid = self._ask("device_get_uuid", "", handle)
-            memory = self._ask("device_get_memory_info_v2", None, handle)
+            uuid = self._ask("DeviceGetUUID", "", handle)
+            memory = self._ask("DeviceGetMemoryInfo", None, handle)
             if not uuid or memory is None:
                 return
             yield Gpu(
                 uuid=str(uuid),
-                name=str(self._ask("device_get_name", "", handle)),
+                name=str(self._ask("DeviceGetName", "", handle)),
                 index=index,
-                minor=int(self._ask("device_get_minor_number", -1, handle)),
+                minor=int(self._ask("DeviceGetMinorNumber", -1, handle)),
                 memory_bytes=int(memory.total),
-                compute=".".join(map(str, self._ask("device_get_cuda_compute_capability", (), handle))),
-                persistence=bool(self._ask("device_get_persistence_mode", 0, handle)),
-                mig=bool(self._ask("device_get_mig_mode", (0, 0), handle)[0]),
+                compute=".".join(map(str, self._ask("DeviceGetCudaComputeCapability", (), handle))),
+                persistence=bool(self._ask("DeviceGetPersistenceMode", 0, handle)),
+                mig=bool(self._ask("DeviceGetMigMode", (0, 0), handle)[0]),
                 free_bytes=int(memory.free),
             )
 
@@ -231,17 +238,12 @@ class _Nvml:
         """See Driver."""
         found: dict[int, dict[str, int]] = {}
         for _, handle in self._handles():
-            uuid = str(self._ask("device_get_uuid", "", handle))
-            for one in self._ask("device_get_compute_running_processes_v3", (), handle):
-                pid, size = int(one.pid), int(one.used_gpu_memory)
-                if 0 < size < _NOT_AVAILABLE:
-                    used = found.setdefault(pid, {})
-                    used[uuid] = used.get(uuid, 0) + size
+            uuid = str(self._ask("DeviceGetUUID", "", handle))
+            for one in self._ask("DeviceGetComputeRunningProcesses", (), handle):
+                if size := one.usedGpuMemory or 0:  # None where it does not know (some containers)
+                    used = found.setdefault(int(one.pid), {})
+                    used[uuid] = used.get(uuid, 0) + int(size)
         return found
-
-
-_NOT_AVAILABLE = (1 << 64) - 1
-"""What NVML says where it does not know how much memory a process uses (Windows, some containers)."""
 
 
 def _version_by_kernel() -> str:

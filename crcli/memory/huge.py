@@ -8,18 +8,22 @@ say: what a program has mapped behaves as it did before.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from crcli.memory.extents import Source
+from crcli.kernel import write_memory
+from crcli.memory.buffers import address_of
+from crcli.memory.extents import PAGE, Source
+from crcli.memory.writing import write_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from crcli.memory.extents import Extent
 
 HUGE_PAGES = 512
 """Pages of 4 KiB in a huge one, for processors whose pages are of 4 KiB."""
 
+_A_ZERO = memoryview(b"\0")
 _ENABLED = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 
@@ -48,6 +52,35 @@ class Runs:
                 yield start, last, True
                 start = last
             at += 1
+
+
+class HugeMemory(NamedTuple):
+    """Memory of a process that stands still, for which huge pages were asked.
+
+    `file` is its `/proc/PID/mem`, `runs` where it is, and `empty` the first page of each block of 2 MiB in it
+    that holds nothing but zeros.
+    """
+
+    pid: int
+    file: int
+    runs: Runs
+    empty: Sequence[int]
+
+    def write(self, piece: memoryview, start: int) -> None:
+        """Write pages from page `start` on. The kernel copies them once, and with a lock that it takes once;
+        through `/proc/PID/mem` it would copy them twice, and take the lock for every 4 KiB."""
+        done = 0
+        try:
+            with address_of(piece) as address:
+                while done < len(piece):
+                    done += write_memory(self.pid, start * PAGE + done, address + done, len(piece) - done)
+        except OSError:  # the program has made it read-only, or the host allows no such call
+            write_all(self.file, piece[done:], start * PAGE + done)
+
+    def touch(self, blocks: Iterable[int]) -> None:
+        """Have the kernel bring blocks that are empty."""
+        for block in blocks:
+            write_all(self.file, _A_ZERO, block * PAGE)
 
 
 def can_be_had() -> bool:

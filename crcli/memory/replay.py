@@ -9,7 +9,6 @@ holds the finished tree still.
 
 from __future__ import annotations
 
-import errno
 import os
 import queue
 import threading
@@ -17,10 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey, SpaceKind
 from crcli.memory.weights.views import source_bytes
+from crcli.memory.writing import write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from crcli.memory.huge import HugeMemory
     from crcli.memory.userfault import Userfault
     from crcli.memory.weights.references import Reference
     from crcli.store.base import Buffer
@@ -32,8 +33,8 @@ FILL_IN_BYTES = int(os.environ.get("CRCLI_FILL_IN_BYTES", 256 << 20))
 """How much memory a process must have (bytes) for it to be filled in rather than written: for less, the
 arrangements take longer than they save. Only one process's is: children share pages with their parents."""
 
-_A_ZERO = memoryview(b"\0")
 _TOUCHED_AT_ONCE = 32
+"""Huge pages that one thread brings in one go."""
 
 AHEAD_BYTES = 256 << 20
 """Raw bytes that are fetched and held before the tree is ready to take them, at most."""
@@ -188,13 +189,14 @@ class Replay:
         self._groups: queue.SimpleQueue[Sequence[Origin]] = queue.SimpleQueue()
         for group in plan:
             self._groups.put(group)
-        self._touches: queue.SimpleQueue[tuple[int, Sequence[int]]] = queue.SimpleQueue()
+        self._touches: queue.SimpleQueue[tuple[HugeMemory, Sequence[int]]] = queue.SimpleQueue()
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._held = 0
         self._memories: Mapping[SpaceKey, int] = {}
         self._missing: Mapping[SpaceKey, Userfault] = {}
+        self._huge: Mapping[SpaceKey, HugeMemory] = {}
         self.written_bytes = 0
         self._failure: BaseException | None = None
         count = min(threads, len(plan))
@@ -210,19 +212,20 @@ class Replay:
         memories: Mapping[SpaceKey, int],
         amount: Callable[[int, int], None] = lambda done, total: None,
         missing: Mapping[SpaceKey, Userfault] | None = None,
-        touch: Mapping[SpaceKey, Sequence[int]] | None = None,
+        huge: Mapping[SpaceKey, HugeMemory] | None = None,
     ) -> None:
         """Write everything into these `/proc/PID/mem` descriptors; return when all of it is there.
 
-        Memory that is `missing` is filled in instead, where it can be. `touch` are pages of zeros that the
-        kernel is to bring as well. `amount` is told now and then how many bytes are written, of how many.
-        Raises whatever fetching, checking or writing raised first.
+        Memory that is `missing` is filled in instead, where it can be. Of memory that is `huge`, and not
+        missing, the kernel brings also what is zeros. `amount` is told now and then how many bytes are
+        written, of how many. Raises whatever fetching, checking or writing raised first.
         """
         self._memories = memories
         self._missing = missing or {}
-        for space, pages in (touch or {}).items():
-            for at in range(0, len(pages), _TOUCHED_AT_ONCE):
-                self._touches.put((memories[space], pages[at : at + _TOUCHED_AT_ONCE]))
+        self._huge = huge or {}
+        for one in self._huge.values():
+            for at in range(0, len(one.empty), _TOUCHED_AT_ONCE):
+                self._touches.put((one, one.empty[at : at + _TOUCHED_AT_ONCE]))
         self._ready.set()
         total = sum(target.pages * PAGE for wanted in self._wanted.values() for target in wanted)
         for thread in self._threads:
@@ -260,14 +263,13 @@ class Replay:
             self._stop.set()
 
     def _touch(self) -> None:
-        """Have the kernel bring pages, each by a byte that is there already."""
+        """Have the kernel bring huge pages that hold zeros."""
         while not self._stop.is_set():
             try:
-                memory, pages = self._touches.get_nowait()
+                memory, blocks = self._touches.get_nowait()
             except queue.Empty:
                 return
-            for page in pages:
-                write_all(memory, _A_ZERO, page * PAGE)
+            memory.touch(blocks)
 
     def _next(self) -> Sequence[Origin] | None:
         try:
@@ -288,18 +290,24 @@ class Replay:
         view = memoryview(raw)
         for target in self._wanted[origin]:
             piece = view[target.offset * PAGE : (target.offset + target.pages) * PAGE]
-            memory = self._memories[target.space]
-            if (gap := self._missing.get(target.space)) is None:
-                write_all(memory, piece, target.start * PAGE)
+            if (huge := self._huge.get(target.space)) is None:
+                self._put(target.space, piece, target.start)
             else:
-                for start, end, is_left in gap.left.divide(target.start, target.start + target.pages):
+                for start, end, is_huge in huge.runs.divide(target.start, target.start + target.pages):
                     part = piece[(start - target.start) * PAGE : (end - target.start) * PAGE]
-                    if is_left:
-                        write_all(memory, part, start * PAGE)
+                    if is_huge:
+                        huge.write(part, start)
                     else:
-                        _fill_in(gap, memory, part, start)
+                        self._put(target.space, part, start)
             with self._lock:
                 self.written_bytes += target.pages * PAGE
+
+    def _put(self, space: SpaceKey, piece: memoryview, start: int) -> None:
+        memory = self._memories[space]
+        if (gap := self._missing.get(space)) is not None:
+            _fill_in(gap, memory, piece, start)
+        else:
+            write_all(memory, piece, start * PAGE)
 
 
 def _fill_in(gap: Userfault, memory: int, piece: memoryview, start: int) -> None:
@@ -323,13 +331,3 @@ def _fill_in(gap: Userfault, memory: int, piece: memoryview, start: int) -> None
             done = 1
         piece = piece[done * PAGE :]
         start += done
-
-
-def write_all(fd: int, piece: memoryview, at: int) -> None:
-    """pwrite(2) until all of `piece` is written; ProcessLookupError when it is a process's that has ended."""
-    while piece:
-        done = os.pwrite(fd, piece, at)
-        if not done:  # the kernel says no more of it
-            raise ProcessLookupError(errno.ESRCH, "the process ended whose memory was to be written")
-        piece = piece[done:]
-        at += done

@@ -16,10 +16,12 @@ from enum import IntEnum
 from fcntl import ioctl
 from typing import TYPE_CHECKING, NamedTuple
 
+from crcli.memory.buffers import address_of
 from crcli.memory.extents import PAGE
-from crcli.memory.huge import Runs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from crcli.store.base import Buffer
 
 _UNREGISTER, _WAKE, _COPY, _ZEROPAGE = 0x8010AA01, 0x8010AA02, 0xC028AA03, 0xC020AA04
@@ -100,8 +102,6 @@ class Userfault:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.left = Runs()
-        """Runs of pages that are ordinary memory again."""
         os.set_blocking(fd, False)
 
     def read(self) -> Event | None:
@@ -130,7 +130,7 @@ class Userfault:
         It ends before a page that is there already: 0 when the first is such a page. Raises NoPlace when they
         are not all in one mapping, MemoryGone, MemoryMoves.
         """
-        with _Address(data) as address:
+        with address_of(data) as address:
             request = bytearray(_COPYING.pack(start * PAGE, address, len(data), 0, 0))
             return self._fill(_COPY, request, len(data))
 
@@ -139,11 +139,10 @@ class Userfault:
         if not self._fill(_ZEROPAGE, bytearray(_ZEROING.pack(start * PAGE, PAGE, 0, 0)), PAGE):
             self.wake(start, 1)
 
-    def leave(self, runs: Runs) -> None:
-        """Have these pages be ordinary memory from now on: it is for the kernel to bring them."""
+    def leave(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Have these runs of pages be ordinary memory from now on: it is for the kernel to bring them."""
         for start, pages in runs:
             ioctl(self.fd, _UNREGISTER, _RANGE.pack(start * PAGE, pages * PAGE))
-        self.left = runs
 
     def is_gone(self) -> bool:
         """Whether the process has ended, or executes another program."""
@@ -184,36 +183,3 @@ class Userfault:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-class _PyBuffer(ctypes.Structure):
-    """`Py_buffer`, by which any object that has bytes tells where they are."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.c_void_p),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_void_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-class _Address:
-    """Where a buffer's bytes are in our memory, for as long as the block takes; nothing is copied."""
-
-    def __init__(self, data: Buffer) -> None:
-        self._view = _PyBuffer()
-        self._data = data
-
-    def __enter__(self) -> int:
-        ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(self._data), ctypes.byref(self._view), 0)
-        return int(self._view.buf or 0)
-
-    def __exit__(self, *_: object) -> None:
-        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(self._view))

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from crcli import kernel
 from crcli.guard.carried import Standing
-from crcli.memory.replay import write_all
+from crcli.memory.writing import write_all
 from crcli.pipeline.stages import ChangedFiles
 
 if TYPE_CHECKING:

@@ -56,7 +56,7 @@ from crcli.image.names import parse_image
 from crcli.image.packs import NEAR_BYTES, READ_BYTES, ChunkReader
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
-from crcli.memory.huge import Runs, aligned, can_be_had, empty_blocks
+from crcli.memory.huge import HugeMemory, Runs, aligned, can_be_had, empty_blocks
 from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets
 from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
@@ -644,20 +644,23 @@ class _Restore:
             for space in self.late_spaces:
                 memories[space] = os.open(f"/proc/{self.host[space.number]}/mem", os.O_WRONLY | os.O_CLOEXEC)
             missing = self.handover.take() if self.handover is not None else {}
-            for space in self.huge.keys() & missing.keys():
-                missing[space].leave(self.huge[space])
-            extents = self.divided.late
-            touch = {
-                space: empty_blocks(self.huge[space], extents[space])
+            huge = {
+                space: self._huge_memory(space, memories[space])
                 for space in self.huge.keys() & memories.keys()
             }
-            self.replay.write_to(memories, self.watch.progress.amount, missing, touch)
+            for space in huge.keys() & missing.keys():
+                missing[space].leave(huge[space].runs)
+            self.replay.write_to(memories, self.watch.progress.amount, missing, huge)
             if self.handover is not None:
                 self.handover.let_go()
         finally:
             for fd in memories.values():
                 os.close(fd)
         self.watch.add("memory", time.monotonic() - began)
+
+    def _huge_memory(self, space: SpaceKey, file: int) -> HugeMemory:
+        runs = self.huge[space]
+        return HugeMemory(self.host[space.number], file, runs, empty_blocks(runs, self.divided.late[space]))
 
     def _give_back_settings(self) -> None:
         """Give back what CRIU does not save: processors, input/output priority, timer slack of threads, and

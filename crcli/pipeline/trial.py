@@ -23,7 +23,7 @@ from crcli.criu.skeleton import (
 )
 from crcli.errors import DumpFailed, TreeState
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
-from crcli.memory.replay import write_all
+from crcli.memory.writing import write_all
 from crcli.pipeline.logs import explain_failure
 
 if TYPE_CHECKING:

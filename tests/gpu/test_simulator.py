@@ -415,17 +415,17 @@ def test_no_gpu_is_no_device(sim: SimulatedHost) -> None:
 def test_nvml_tells_what_is_configured(sim: SimulatedHost) -> None:
     """NVML gives driver, GPUs and who uses them, as far as it is told to."""
     code = """
-from cuda.bindings import nvml
-nvml.init_v2()
-print(nvml.system_get_driver_version())
-for index in range(nvml.device_get_count_v2()):
-    one = nvml.device_get_handle_by_index_v2(index)
-    memory = nvml.device_get_memory_info_v2(one)
+import pynvml as nvml
+nvml.nvmlInit()
+print(nvml.nvmlSystemGetDriverVersion())
+for index in range(nvml.nvmlDeviceGetCount()):
+    one = nvml.nvmlDeviceGetHandleByIndex(index)
+    memory = nvml.nvmlDeviceGetMemoryInfo(one)
     print(
-        nvml.device_get_name(one), nvml.device_get_uuid(one), nvml.device_get_minor_number(one),
-        memory.total, memory.used, *nvml.device_get_cuda_compute_capability(one),
-        int(nvml.device_get_persistence_mode(one)), int(nvml.device_get_mig_mode(one)[0]),
-        *((two.pid, two.used_gpu_memory) for two in nvml.device_get_compute_running_processes_v3(one)))
+        nvml.nvmlDeviceGetName(one), nvml.nvmlDeviceGetUUID(one), nvml.nvmlDeviceGetMinorNumber(one),
+        memory.total, memory.used, *nvml.nvmlDeviceGetCudaComputeCapability(one),
+        nvml.nvmlDeviceGetPersistenceMode(one), nvml.nvmlDeviceGetMigMode(one)[0],
+        *((two.pid, two.usedGpuMemory) for two in nvml.nvmlDeviceGetComputeRunningProcesses(one)))
 """
 
     def told() -> list[str]:

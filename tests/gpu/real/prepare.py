@@ -36,7 +36,7 @@ ASSUMED = ("numpy", "torch", "cupy", "safetensors")
 LEFT_OUT = ("boto3",)
 """What crcli imports only for S3, which is not used there."""
 
-BESIDE = ("cuda-bindings", "cuda-core")
+BESIDE = ("cuda-bindings", "cuda-core", "nvidia-ml-py")
 """What is carried beside crcli's own requirements; their own come along, as everybody's do."""
 
 _GLIBC = (5, 12, 17, *range(24, 40))
