@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from msgspec import Struct, field
 
 from crcli.errors import DumpFailed, TreeState
-from crcli.kernel import punch_hole
 from crcli.memory.classify import (
     BLOCK_PAGES,
     GROUP_PAGES,
@@ -100,6 +99,10 @@ class Overflow(Protocol):
 
     fd: int
     limit: int
+
+    def give_back(self, offset: int, size: int) -> None:
+        """Free a part that nobody reads any more (bytes). Called from several threads."""
+        ...
 
 
 class Taken(NamedTuple):
@@ -477,7 +480,7 @@ class Intake:
     def _give_back(self, spilled: _Spilled) -> None:
         """Free the memory of pages that are stored, or need not be."""
         assert self._overflow is not None
-        punch_hole(self._overflow.fd, spilled.offset, spilled.used * PAGE)
+        self._overflow.give_back(spilled.offset, spilled.used * PAGE)
 
     def _classify(self, block: _Block, ahead: Ahead | None = None) -> Classified:
         hurry = self._under_pressure()

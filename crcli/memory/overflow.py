@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import queue
 import select
 import signal
 import struct
@@ -73,6 +74,10 @@ class Overflow:
         self._enough = threading.Event()
         self._thread: threading.Thread | None = None
         self._pid = 0
+        self._unneeded: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+        self._giver: threading.Thread | None = None
+        self._is_closing = False
+        self._beginning = threading.Lock()
 
     @property
     def reserved(self) -> int:
@@ -147,9 +152,33 @@ class Overflow:
         except OSError:  # no memory: whoever fills it will be told
             return
 
+    def give_back(self, offset: int, size: int) -> None:
+        """Let the kernel have a part back, soon: nobody reads it any more. Called from several threads.
+
+        It takes the kernel 45 ms for each GiB, one after another, which nobody need wait for.
+        """
+        self._unneeded.put((offset, size))
+        if self._giver is None:
+            with self._beginning, kernel.signals_held():
+                if self._giver is None:
+                    giver = threading.Thread(target=self._give, name="overflow-back", daemon=True)
+                    giver.start()
+                    self._giver = giver
+
+    def _give(self) -> None:
+        while (part := self._unneeded.get()) is not None and not self._is_closing:
+            try:
+                kernel.punch_hole(self.fd, *part)
+            except OSError:  # then it goes with the whole
+                continue
+
     def close(self) -> None:
-        """Give the memory back."""
+        """Give all of the memory back."""
         self.settle(wait=False)
+        self._is_closing = True
+        if self._giver is not None:
+            self._unneeded.put(None)
+            self._giver.join()
         os.close(self.fd)
 
 

@@ -86,6 +86,19 @@ def test_no_more_is_reserved_than_may_be_held(workspace: Workspace) -> None:
     overflow.close()
 
 
+def test_what_nobody_reads_any_more_is_given_back(workspace: Workspace) -> None:
+    """In the background, and only that part; what is left of it at the end goes with the rest."""
+    overflow = Overflow(workspace)
+    os.pwrite(overflow.fd, b"x" * (8 << 20), 0)
+    overflow.give_back(4 << 20, 2 << 20)
+    overflow.give_back(0, 2 << 20)
+    _await(lambda: os.fstat(overflow.fd).st_blocks * 512 <= 4 << 20)
+    assert os.pread(overflow.fd, 8 << 20, 0) == (bytes(2 << 20) + b"x" * (2 << 20)) * 2
+    for _ in range(1000):
+        overflow.give_back(2 << 20, 2 << 20)
+    overflow.close()
+
+
 def test_what_others_take_meanwhile_is_theirs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the freeze no more may be filled than what was got, and half of what is free then."""
     overflow = Overflow(workspace)
