@@ -87,13 +87,17 @@ def _persistence(host: GpuHost) -> Iterator[Check]:
 
 
 def _huge_pages() -> Iterator[Check]:
-    """The driver's checkpoint fills ordinary memory of the process: page by page, or 2 MiB at a time."""
+    """The driver's checkpoint fills ordinary memory of the process: page by page, or 2 MiB at a time.
+
+    A restore asks for huge pages itself, where the kernel gives any.
+    """
     said = read(_HUGE_PAGES).strip()
     evidence = {"transparent_hugepage": said}
     if said and "[always]" not in said:
         yield note(
             "gpu-huge-pages",
-            "ordinary memory gets small pages: GPU memory takes about 1.4 times as long to come and go",
+            "ordinary memory gets small pages: GPU memory takes about 1.4 times as long to come to the host"
+            + (", and to go back" if "[never]" in said else ""),
             f"echo always > {_HUGE_PAGES}, if the programs of this host take it well",
             **evidence,
         )

@@ -138,6 +138,7 @@ def _header(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
         "criu": criu,
         "python": platform.python_version(),
         "kernel": platform.release(),
+        "gpus": _smi(setting, "name,driver_version"),
         "packages": {name: packages.get(name, "") for name in shown},
         "sizes": {"weights_bytes": setting.weights_bytes, "cache_bytes": setting.cache_bytes},
     }
@@ -222,11 +223,14 @@ def _kernel_log() -> str:
 
 def _gpu_memory(setting: Setting) -> str:
     """What of the GPU's memory is in use, when nobody should use any."""
+    return _smi(setting, "memory.used,memory.total")
+
+
+def _smi(setting: Setting, query: str) -> str:
+    """What nvidia-smi says of the GPUs; nothing where there are none."""
     if setting.on != "gpu":
         return ""
-    return run(
-        ["nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader"], 20
-    ).out.strip()
+    return run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], 20).out.strip()
 
 
 def _stop_if_hopeless(record: Record) -> None:

@@ -62,6 +62,7 @@ def as_markdown(results: dict[str, Any]) -> str:
 
 def _head(results: dict[str, Any]) -> Iterator[str]:
     cuda = results.get("probe", {}).get("cuda", {})
+    asked = ", ".join(results.get("gpus", "").splitlines())  # older results have it from the probe only
     names = ", ".join(one["name"] for one in cuda.get("devices", [])) or "no GPU"
     version = cuda.get("driver_version", 0)
     driver = f"driver {_driver(results)} (CUDA {version // 1000}.{version % 1000 // 10})"
@@ -70,7 +71,7 @@ def _head(results: dict[str, Any]) -> Iterator[str]:
         yield f"**Not a result**: {results['not_a_result']}."
         yield ""
     yield (
-        f"{names}, {driver if cuda else 'no driver'}, Linux {results.get('kernel')}, "
+        f"{names + ', ' + driver if cuda else asked or 'no GPU, no driver'}, Linux {results.get('kernel')}, "
         f"CRIU {str(results.get('criu', '')).removeprefix('Version: ')}, "
         f"{packages}; {results.get('began', '')[:10]}."
     )
