@@ -335,21 +335,27 @@ class Worker:
 
         It does not while CRIU holds the process, of which it asks a thread.
         """
+        if not self._hear(charge, limit_s):
+            time.sleep(_PAUSE_S)  # it may be about to end, of a failure perhaps
+            self._hear(charge, limit_s)
+        return charge.state
+
+    def _hear(self, charge: _Charge, limit_s: float) -> bool:
+        """Ask for a process's state; return False where the driver refuses to tell it, at once."""
 
         def ask() -> None:
             charge.state = self._cuda.state(charge.pid)
 
         if not charge.id.alive():
             charge.state = CudaState.GONE
-            return charge.state
-        if _is_held(charge.pid):
-            return charge.state
-        try:
-            _within(limit_s, ask, "state")
-        except CudaRefused as error:
-            if error.result == _UNKNOWN_TO_CUDA and self._cuda.restore_tid(charge.pid) is None:
-                charge.state = CudaState.GONE
-        return charge.state
+        elif not _is_held(charge.pid):
+            try:
+                _within(limit_s, ask, "state")
+            except CudaRefused as error:
+                if error.result == _UNKNOWN_TO_CUDA and self._cuda.restore_tid(charge.pid) is None:
+                    charge.state = CudaState.GONE
+                return error.result == _TOO_LONG or charge.state is CudaState.GONE
+        return True
 
     def _asleep(self, charges: Sequence[_Charge]) -> list[_Charge]:
         """Those that are to be woken, in the same order."""
