@@ -102,10 +102,16 @@ def aligned(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def empty_blocks(runs: Iterable[tuple[int, int]], extents: Iterable[Extent]) -> list[int]:
-    """The first pages of the blocks of 2 MiB in `runs`, which are `aligned`, that hold nothing but zeros."""
+    """The first pages of the blocks of 2 MiB in `runs`, which are `aligned`, that hold nothing but zeros.
+
+    `extents` are all of the address space, also those that CRIU restores. A block of which no page was there
+    is none of these: it would take memory that nobody reckons with.
+    """
+    zeros: set[int] = set()
     filled: set[int] = set()
     for extent in extents:
-        if extent.source != Source.ZERO:
-            filled.update(range(extent.start // HUGE_PAGES, (extent.end - 1) // HUGE_PAGES + 1))
-    blocks = (block for start, pages in runs for block in range(start, start + pages, HUGE_PAGES))
-    return [block for block in blocks if block // HUGE_PAGES not in filled]
+        blocks = range(extent.start // HUGE_PAGES, (extent.end - 1) // HUGE_PAGES + 1)
+        (zeros if extent.source == Source.ZERO else filled).update(blocks)
+    empty = zeros - filled
+    firsts = (first for start, pages in runs for first in range(start, start + pages, HUGE_PAGES))
+    return [first for first in firsts if first // HUGE_PAGES in empty]

@@ -660,7 +660,8 @@ class _Restore:
 
     def _huge_memory(self, space: SpaceKey, file: int) -> HugeMemory:
         runs = self.huge[space]
-        return HugeMemory(self.host[space.number], file, runs, empty_blocks(runs, self.divided.late[space]))
+        empty = empty_blocks(runs, self.manifest.spaces[space])
+        return HugeMemory(self.host[space.number], file, runs, empty)
 
     def _give_back_settings(self) -> None:
         """Give back what CRIU does not save: processors, input/output priority, timer slack of threads, and

@@ -92,6 +92,18 @@ def test_what_goes_to_a_gpu_lies_in_memory_of_huge_pages(
         assert_goes_on(program)
 
 
+def test_processes_with_the_same_on_their_gpus(sim: SimulatedHost, crcli: GpuCrcli, tmp_path: Path) -> None:
+    """What parent and child have in common is CRIU's to restore: nobody takes that memory for empty."""
+    output = tmp_path / "child"
+    with sim.start_program("--megabytes", "16", "--child", f"--megabytes 16 --output {output}") as parent:
+        wait_until(output.exists, "the child does not start")
+        child = Program(parent.process, output)
+        child.wait_for("ready")
+        crcli.restore(crcli.dump(parent.pid)["image"])
+        assert_goes_on(parent)
+        assert_goes_on(child)
+
+
 def mapped(pid: int) -> list[tuple[int, list[str]]]:
     """The size in bytes and the flags of each mapping of a process."""
     lines = [line.split() for line in Path(f"/proc/{pid}/smaps").read_text().splitlines()]
