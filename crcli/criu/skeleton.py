@@ -316,17 +316,20 @@ def keep_orphans(images: Workspace) -> None:
         images.write("pstree.img", tree.encode())
 
 
-def move_terminals(images: Workspace, free_here: Callable[[Collection[int]], Sequence[int]]) -> None:
+def move_terminals(
+    images: Workspace, free_here: Callable[[Collection[int]], Sequence[int]], spared: int = 0
+) -> None:
     """Give pseudo-terminals numbers (N of /dev/pts/N) that CRIU can get for them, the same where possible.
 
-    `free_here` says which numbers new ones would get, ascending, as many as there could be need for.
+    The `spared` lowest free numbers are left to others (fewer than CRIU looks beyond). `free_here` says which
+    numbers new ones would get, ascending, as many as there could be need for.
     """
     if "tty-info.img" not in images.names():
         return
     info = ImageFile.parse(images.read("tty-info.img"), messages.tty_info_entry)
     pairs = [entry for entry in info.entries if entry.type == _PSEUDO_TERMINAL]
     ours = {entry.pty.index for entry in pairs}
-    moved = _numbers_to_change(sorted(ours), free_here(ours)) if ours else {}
+    moved = _numbers_to_change(sorted(ours), free_here(ours), spared) if ours else {}
     slaves: dict[int, int] = {}
     for entry in pairs:
         if entry.pty.index in moved:
@@ -339,16 +342,16 @@ def move_terminals(images: Workspace, free_here: Callable[[Collection[int]], Seq
         _rename_terminals(images, slaves)
 
 
-def _numbers_to_change(ours: Sequence[int], free: Sequence[int]) -> dict[int, int]:
+def _numbers_to_change(ours: Sequence[int], free: Sequence[int], spared: int) -> dict[int, int]:
     """New numbers for those of `ours` that CRIU cannot get, when it takes one after the other.
 
     The kernel hands out the lowest: CRIU opens terminals until it has the number that it wants, but not more
     than a few.
     """
-    left = list(free)
+    left = list(free[spared:])
     moved: dict[int, int] = {}
     for number in ours:
-        if number in left and number - left[0] < _REACH:
+        if number in left and number - (free if spared else left)[0] < _REACH:
             left.remove(number)
         elif others := [other for other in left if other not in ours]:
             moved[number] = others[0]

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -69,10 +70,11 @@ from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Sil
 from crcli.pipeline.stdio import Replacements, replace_links
 from crcli.plugins.loader import load_hooks
 from crcli.plugins.spec import RestoreTarget, failure_of
-from crcli.process.here import TerminalTurn, established_here, free_terminals
+from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
 from crcli.process.processors import usable_processors
 from crcli.process.settings import give_back, give_core_filter
+from crcli.process.terminals import TerminalTurn, free_terminals
 from crcli.process.tree import child_pids
 
 if TYPE_CHECKING:
@@ -110,6 +112,10 @@ _MOST_THREADS = 16
 
 _FAR_THREADS = 8
 """So many fetch it from a store far away, which answers many in the time of one."""
+
+_SPARED, _MOST_SPARED = 8, 24
+"""When a terminal's number was lost to somebody, so many more of the lowest that are free are left to others,
+at most so many: whoever opens a terminal gets the lowest."""
 
 _WARDEN_LIMIT_S = 1.0
 """How long the word of a root's end may take that has ended (seconds)."""
@@ -200,29 +206,37 @@ class Stay(Struct, frozen=True):
 
 
 def bring_back(options: RestoreOptions, progress: Progress, stay: Stay | None = None) -> Restored:
-    """Restore; once more, in a pid namespace of its own, when another process took a pid meanwhile."""
+    """Restore; again where another process took meanwhile what the tree was about to get.
+
+    When that was a pid, once, in a pid namespace of its own; when it was the number of a terminal, a few
+    times, under numbers that are less in demand.
+    """
     url, ref = parse_image(options.image)
     options = replace(options, store=url or options.store, image=str(ref))
-    try:
-        return _attempt(options, progress, stay)
-    except RestoreFailed as error:
-        if options.pid_namespace != PidNamespace.AUTO or not _lost_its_pids(error):
-            raise
-        again = replace(options, image=error.image or options.image, pid_namespace=PidNamespace.NEW)
-    return _attempt(again, progress, stay)
+    spared = 0
+    while True:
+        try:
+            return _attempt(options, progress, stay, spared)
+        except RestoreFailed as error:
+            lost = error.cause.name if error.cause is not None else ""
+            options = replace(options, image=error.image or options.image)
+            if lost == "pid-taken" and options.pid_namespace == PidNamespace.AUTO:
+                options = replace(options, pid_namespace=PidNamespace.NEW)
+            elif lost == "terminal-taken" and spared < _MOST_SPARED:
+                spared += _SPARED
+            else:
+                raise
 
 
-def _lost_its_pids(error: RestoreFailed) -> bool:
-    return error.cause is not None and error.cause.name == "pid-taken"
-
-
-def _attempt(options: RestoreOptions, progress: Progress, stay: Stay | None) -> Restored:
+def _attempt(
+    options: RestoreOptions, progress: Progress, stay: Stay | None, spared_terminals: int
+) -> Restored:
     watch = Stopwatch(progress)
     kernel.become_subreaper()  # what CRIU leaves behind when it dies comes to us
     hooks = load_hooks()
     later = stay.later if stay is not None else None
     with limits_lifted(), interruptible(later=later) as interrupts, ExitStack() as held:
-        work = _Restore(options, watch, interrupts, held, hooks, stay)
+        work = _Restore(options, watch, interrupts, held, hooks, stay, spared_terminals)
         try:
             restored = work.run()
         except BaseException as error:
@@ -246,8 +260,10 @@ class _Restore:
         held: ExitStack,
         hooks: Hooks,
         stay: Stay | None,
+        spared_terminals: int,
     ) -> None:
         self.options = options
+        self.spared_terminals = spared_terminals
         self.watch = watch
         self.interrupts = interrupts
         self.held = held
@@ -380,7 +396,8 @@ class _Restore:
         if "tty-info.img" in self.images.names():
             self.terminals = TerminalTurn()
             self.held.callback(self.terminals.end)
-            move_terminals(self.images, free_terminals)
+            spared = self.spared_terminals
+            move_terminals(self.images, partial(free_terminals, more=spared), spared)
         keep_orphans(self.images)
         self._ask_for_huge_pages()
         if self.options.tcp == TcpPolicy.AUTO and has_connections(self.images):

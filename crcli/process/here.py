@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import struct
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from crcli import kernel
 from crcli.process import sockets
 from crcli.process.identity import read_stat
 from crcli.process.sockets import Socket, sockets_of
@@ -19,7 +17,6 @@ ZOMBIE_LIMIT_S, ZOMBIE_PATIENCE_S = 2.0, 0.2
 """How long pids that only zombies hold are waited for (seconds): an init reaps within that, if slowly; of
 other parents those that reap at all do so at once."""
 
-_TURN_LIMIT_S = 30.0
 _UDIAG_SHOW_VFS, _UNIX_DIAG_VFS = 2, 1
 _VFS = struct.Struct("=II")  # unix_diag_vfs: inode, device, each cut to 32 bits
 _MINOR_BITS = 20
@@ -38,58 +35,6 @@ class UnixSocket(NamedTuple):
 def sockets_here() -> list[Socket]:
     """The TCP, UDP and unix sockets of this network namespace that somebody has open."""
     return list(sockets_of(os.getpid(), same_netns=True).values())
-
-
-def free_terminals(wanted: Collection[int]) -> list[int]:
-    """The numbers that new pseudo-terminals get here (N of /dev/pts/N), ascending.
-
-    They reach to the greatest `wanted`, and are twice as many, where this process can open so many. What is
-    not among them is in use: /dev/pts does not show those whose other side is closed, but that somebody has
-    still open.
-    """
-    opened: list[int] = []
-    numbers: list[int] = []
-    try:
-        while len(numbers) < 2 * len(wanted) or numbers[-1] < max(wanted):
-            opened.append(os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
-            numbers.append(kernel.terminal_number(opened[-1]))
-    except OSError:
-        pass  # none there, or no more of them
-    finally:
-        for fd in opened:
-            os.close(fd)
-    return numbers
-
-
-class TerminalTurn:
-    """Our turn to open terminals under chosen numbers: other restores wait for theirs until `end`.
-
-    They wait for half a minute at most, then they go on: what comes of that is an error, not a loss.
-    """
-
-    def __init__(self) -> None:
-        try:
-            self._fd = os.open("/dev/pts", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            self._fd = -1
-            return
-        end = time.monotonic() + _TURN_LIMIT_S
-        while not self._has_come() and time.monotonic() < end:
-            time.sleep(0.005)
-
-    def _has_come(self) -> bool:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def end(self) -> None:
-        """Let others go on; the second time nothing happens."""
-        if self._fd >= 0:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)  # also for what we have forked meanwhile
-            os.close(self._fd)
-            self._fd = -1
 
 
 def established_here() -> set[tuple[str, str]]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import select
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -14,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from crcli.process import terminals
 from tests.support.crcli import Crcli, wait_until
 from tests.support.faults import Attempt, network_of_our_own
 from tests.support.programs import Program, spawn_python
@@ -42,6 +48,9 @@ print("shell:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 select.select([], [], [])
 """
 """Starts a shell in a terminal of its own: types what comes out of a FIFO, and writes down what is shown."""
+
+_DELETED = 0x200
+"""IN_DELETE of inotify."""
 
 SHELLS = {
     "dash": "dash -i",
@@ -290,6 +299,123 @@ def test_restores_at_once_do_not_take_each_others_numbers(crcli: Crcli, tmp_path
         for one, report in zip(agents, restored, strict=True):
             one.pid = report["host_pid"]
             use_jobs(one)
+
+
+@contextmanager
+def taking_terminals(times: int, at_once: int = 1) -> Iterator[list[int]]:
+    """Until the end of the block, take the next numbers for new terminals as soon as one is given back.
+
+    So often: whoever looks which number is free, to open that one later, then finds it taken. Yields the
+    terminals that were taken.
+    """
+    libc = ctypes.CDLL(None)
+    watch = libc.inotify_init1(os.O_CLOEXEC)
+    libc.inotify_add_watch(watch, b"/dev/pts", _DELETED)
+    taken: list[int] = []
+    ending, end = os.pipe()
+
+    def take() -> None:
+        while len(taken) < times * at_once and watch in select.select([watch, ending], [], [])[0]:
+            os.read(watch, 4096)
+            taken.extend(os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY) for _ in range(at_once))
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    try:
+        yield taken
+    finally:
+        os.close(end)
+        taker.join()
+        for fd in (watch, ending, *taken):
+            os.close(fd)
+
+
+def test_a_number_that_is_taken_at_the_last_moment_is_given_up(crcli: Crcli, tmp_path: Path) -> None:
+    """Somebody else's terminals come up under numbers that were free a moment ago: the tree gets others."""
+    with agent(tmp_path, "dash -i") as one:
+        image = crcli.dump(one.pid)["image"]
+        with taking_terminals(times=2) as taken:
+            one.pid = crcli.restore(image)["host_pid"]
+            assert len(taken) == 2
+            use_jobs(one)
+
+
+def test_a_number_that_is_taken_again_and_again_is_named(crcli: Crcli, tmp_path: Path) -> None:
+    """After a few tries the restore ends with what stood in its way, and nothing is left running."""
+    with agent(tmp_path, "dash -i") as one:
+        image = crcli.dump(one.pid)["image"]
+        with taking_terminals(times=40, at_once=25):
+            error = crcli.restore(image, code=21)["error"]
+        assert error["cause"] == "terminal-taken" and error["retry"]
+        one.pid = crcli.restore(image)["host_pid"]
+        use_jobs(one)
+
+
+HOLD = """
+import sys
+from crcli.process import terminals
+if sys.argv[1:] == ["elsewhere"]:
+    from crcli import kernel
+    kernel.unshare(kernel.CLONE_NEWNS)
+    kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+    kernel.mount("none", "/run", "tmpfs")
+turn = terminals.TerminalTurn()
+print("has it", flush=True)
+sys.stdin.read()
+turn.end()
+"""
+
+LOCK = """
+import fcntl, os, sys
+fd = os.open("/dev/pts", os.O_RDONLY)
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+fcntl.flock(fd, fcntl.LOCK_EX)
+if os.fork() > 0:
+    print("has it", flush=True)
+    os._exit(0)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def standing(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that has something until the end of the block, or its input's."""
+    command = [sys.executable, "-c", code, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None
+        yield process
+        process.stdin.close()
+
+
+def _has_it(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None and process.stdout.readline() == "has it\n"
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_restores_take_turns_in_all_mount_namespaces(where: str) -> None:
+    """One has its turn when another has ended his, also where they have no folder but /dev/pts in common."""
+    assert_takes_turns(where)
+
+
+def test_nobody_but_root_holds_up_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else who has locked /dev/pts is not waited for, and those who have their turn still wait."""
+    monkeypatch.setattr(terminals, "_TURN_LIMIT_S", 1e6)
+    with standing(LOCK) as other:
+        _has_it(other)
+        terminals.TerminalTurn().end()
+        assert_takes_turns("here")
+
+
+def assert_takes_turns(where: str) -> None:
+    """Assert that one who comes later, there, has to wait until the first has ended."""
+    with standing(HOLD) as first:
+        _has_it(first)
+        with standing(HOLD, where) as second:
+            assert second.stdout is not None and first.stdin is not None
+            assert not select.select([second.stdout], [], [], 1.0)[0]
+            first.stdin.close()
+            _has_it(second)
 
 
 def close(pairs: list[tuple[int, int]]) -> None:
