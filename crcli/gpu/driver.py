@@ -188,23 +188,22 @@ class _Nvml:
     def _begin(self) -> None:
         try:
             import pynvml
-        except ImportError:
-            return
-        try:
+
             pynvml.nvmlInit()
-            self._nvml = pynvml
-        except pynvml.NVMLError:
+        except Exception:  # it is not here, not willing, or of another age: some are no Python 3 at all
             return
+        self._nvml = pynvml
 
     def _ask(self, name: str, default: Any, *arguments: Any) -> Any:
-        """What a function of NVML says; the default where it cannot."""
+        """What a function of NVML says; the default where it cannot. Texts are str, of old versions too."""
         self._beginning.join()
         if self._nvml is None:
             return default
         try:
-            return getattr(self._nvml, f"nvml{name}")(*arguments)
-        except (self._nvml.NVMLError, AttributeError):  # it is not willing, or too old
+            said = getattr(self._nvml, f"nvml{name}")(*arguments)
+        except Exception:  # not willing, or of another age than the driver: not all of it is an NVMLError
             return default
+        return said.decode(errors="replace") if isinstance(said, bytes) else said
 
     def driver_version(self) -> str:
         """As "580.159.04"; by the kernel's own word where NVML is not here, and empty without either."""

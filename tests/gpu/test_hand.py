@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pynvml
 import pytest
 
 from crcli.errors import HostLacks
@@ -80,6 +81,38 @@ def test_gpus_are_told_without_nvml(here: SimulatedHost) -> None:
     with here.start_program() as program, Hand(Purpose.DUMP) as hand:
         found = hand.find([program.pid])
         assert [(one.pid, dict(one.used)) for one in found] == [(program.pid, {})]
+
+
+_REAL = f"""
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("real", {pynvml.__file__!r})
+real = sys.modules["real"] = module_from_spec(spec)
+spec.loader.exec_module(real)
+from real import *
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "is_told"),
+    [
+        ("raise SyntaxError('Missing parentheses')", False),
+        ("def nvmlInit(): raise OSError('no such function')", False),
+        (f"{_REAL}def nvmlDeviceGetCount(): raise real.NVMLLibraryMismatchError", False),
+        (f"{_REAL}def nvmlDeviceGetUUID(handle): return real.nvmlDeviceGetUUID(handle).encode()", True),
+    ],
+    ids=["of Python 2", "without errors of its own", "older than the driver", "texts of bytes"],
+)
+def test_nvml_of_another_age_does_no_harm(
+    here: SimulatedHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, is_told: bool
+) -> None:
+    """What it cannot tell CUDA does; UUIDs are as ever, whatever else is installed as pynvml."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "pynvml.py").write_text(module)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "old"))
+    with here.start_program() as program, Hand(Purpose.DUMP) as hand:
+        assert [one.uuid for one in hand.host().gpus] == [gpu(1).uuid, gpu(2).uuid]
+        assert bool(hand.find([program.pid])[0].used) is is_told
 
 
 def test_masks_of_the_caller_hide_no_gpu(here: SimulatedHost, monkeypatch: pytest.MonkeyPatch) -> None:
