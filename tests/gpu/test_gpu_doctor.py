@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +94,18 @@ def test_a_host_with_gpus_is_described(sim: SimulatedHost, crcli: GpuCrcli) -> N
     assert checks["gpu-asleep"]["evidence"]["left"] == []
     huge = checks["gpu-huge-pages"]
     assert ("[always]" in huge["evidence"]["transparent_hugepage"]) == (huge["status"] == "ok")
+
+
+def test_a_host_without_nvml_is_told_what_is_not_noticed(
+    sim: SimulatedHost, crcli: GpuCrcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an update of a crcli that did not need nvidia-ml-py; nothing is said to be off."""
+    (tmp_path / "absent").mkdir()
+    (tmp_path / "absent" / "pynvml.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "absent"))
+    checks = doctor(crcli)["checks"]
+    assert checks["gpu"]["status"] == "ok" and "nvidia-ml-py" in checks["gpu-nvml"]["remedy"]
+    assert "gpu-persistence" not in checks
 
 
 def test_the_names_of_the_host_stay(sim: SimulatedHost, crcli: GpuCrcli) -> None:

@@ -50,7 +50,7 @@ def _gpus() -> Iterator[Check]:
             host = hand.host()
             checks = [
                 _usable(host, evidence),
-                *_persistence(host),
+                *(_persistence(host) if _has_nvml(host) else _without_nvml()),
                 *_huge_pages(),
                 _custom_storage(host),
                 *_asleep(hand),
@@ -70,6 +70,19 @@ def _usable(host: GpuHost, evidence: dict[str, Any]) -> Check:
         remedy = f"programs on divided GPUs (MIG) cannot be dumped; nvidia-smi -i {divided[0].index} -mig 0"
         return note("gpu", says, remedy, **evidence)
     return passed("gpu", says, **evidence)
+
+
+def _has_nvml(host: GpuHost) -> bool:
+    return all(one.free_bytes >= 0 for one in host.gpus)
+
+
+def _without_nvml() -> Iterator[Check]:
+    """What CUDA does not tell by itself counts as none, or off."""
+    yield note(
+        "gpu-nvml",
+        "NVML cannot be asked: divided GPUs (MIG), full ones, and persistence mode are not noticed",
+        "pip install nvidia-ml-py beside crcli; libnvidia-ml.so.1 comes with NVIDIA's driver",
+    )
 
 
 def _persistence(host: GpuHost) -> Iterator[Check]:
