@@ -200,6 +200,29 @@ def test_a_failed_process_is_never_called_running(here: SimulatedHost) -> None:
         assert hand.resume()[program.pid] in (CudaState.FAILED, CudaState.GONE)
 
 
+def test_one_that_ends_while_its_state_is_asked_for_is_gone(here: SimulatedHost) -> None:
+    """The driver does not know what became of it; what was heard last is not true any more."""
+    with here.start_program() as program, Hand(Purpose.DUMP) as hand:
+        pids = [process.pid for process in hand.find([program.pid])]
+        hand.lock(pids)
+        here.inject("checkpoint", "error", UNKNOWN)
+        hang = here.inject("state", "hang")
+        here.inject("state", "error", UNKNOWN, after=True)
+
+        def end() -> None:
+            here.wait_for("state", "hang")
+            program.process.kill()
+            program.process.wait()
+            hang.release()
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        with pytest.raises(GpuFailed) as told:
+            hand.checkpoint(pids)
+        ending.join()
+        assert told.value.states == {program.pid: CudaState.GONE}
+
+
 def test_what_is_refused_once_is_tried_again(here: SimulatedHost) -> None:
     """A restore that finds no memory on the GPU for a moment, and a state that cannot be told."""
     with here.start_program() as program, Hand(Purpose.DUMP) as hand:
