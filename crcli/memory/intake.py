@@ -35,6 +35,7 @@ from crcli.memory.classify import (
 from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, coalesce
 from crcli.memory.pagemap import PageRun
 from crcli.memory.replay import AMOUNT_EVERY_S
+from crcli.threads import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
@@ -148,7 +149,7 @@ class Intake:
         self._kept_pages = 0
         self._received = 0
         self._worker_count = workers
-        self._workers: list[threading.Thread] = []
+        self._workers: list[Worker] = []
         self._start_workers()
         self._is_last = True
         self._parents: Container[SpaceKey] = ()
@@ -161,10 +162,7 @@ class Intake:
         self._classifier.known = known
 
     def _start_workers(self) -> None:
-        self._workers = [
-            threading.Thread(target=self._work, name=f"intake-{number}", daemon=True)
-            for number in range(self._worker_count)
-        ]
+        self._workers = [Worker(self._work, name=f"intake-{number}") for number in range(self._worker_count)]
         for worker in self._workers:
             worker.start()
 

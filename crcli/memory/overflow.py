@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from crcli import kernel
 from crcli.process.memory_room import spare_memory
+from crcli.threads import Worker
 
 if TYPE_CHECKING:
 
@@ -72,10 +73,10 @@ class Overflow:
         self._size = 0
         self._began = 0.0
         self._enough = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: Worker | None = None
         self._pid = 0
         self._unneeded: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
-        self._giver: threading.Thread | None = None
+        self._giver: Worker | None = None
         self._is_closing = False
         self._beginning = threading.Lock()
 
@@ -101,7 +102,7 @@ class Overflow:
             if self._pid == 0:
                 self._get_and_exit()
         elif self._size >= _HUGE:
-            thread = threading.Thread(target=self._get, name="overflow", daemon=True)
+            thread = Worker(self._get, name="overflow")
             with kernel.signals_held():
                 thread.start()
                 self._thread = thread
@@ -161,7 +162,7 @@ class Overflow:
         if self._giver is None:
             with self._beginning, kernel.signals_held():
                 if self._giver is None:
-                    giver = threading.Thread(target=self._give, name="overflow-back", daemon=True)
+                    giver = Worker(self._give, name="overflow-back")
                     giver.start()
                     self._giver = giver
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey, SpaceKind
 from crcli.memory.weights.views import source_bytes
 from crcli.memory.writing import write_all
+from crcli.threads import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -200,10 +201,7 @@ class Replay:
         self.written_bytes = 0
         self._failure: BaseException | None = None
         count = min(threads, len(plan))
-        self._threads = [
-            threading.Thread(target=self._work, name=f"replay-{number}", daemon=True)
-            for number in range(count)
-        ]
+        self._threads = [Worker(self._work, name=f"replay-{number}") for number in range(count)]
         for thread in self._threads:
             thread.start()
 

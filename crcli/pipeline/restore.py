@@ -657,22 +657,25 @@ class _Restore:
         assert self.replay is not None
         began = time.monotonic()
         memories: dict[SpaceKey, int] = {}
-        try:
-            for space in self.late_spaces:
-                memories[space] = os.open(f"/proc/{self.host[space.number]}/mem", os.O_WRONLY | os.O_CLOEXEC)
-            missing = self.handover.take() if self.handover is not None else {}
-            huge = {
-                space: self._huge_memory(space, memories[space])
-                for space in self.huge.keys() & memories.keys()
-            }
-            for space in huge.keys() & missing.keys():
-                missing[space].leave(huge[space].runs)
-            self.replay.write_to(memories, self.watch.progress.amount, missing, huge)
-            if self.handover is not None:
-                self.handover.let_go()
-        finally:
-            for fd in memories.values():
-                os.close(fd)
+        with ExitStack() as files:
+            try:
+                for space in self.late_spaces:
+                    fd = os.open(f"/proc/{self.host[space.number]}/mem", os.O_WRONLY | os.O_CLOEXEC)
+                    files.callback(os.close, fd)
+                    memories[space] = fd
+                missing = self.handover.take() if self.handover is not None else {}
+                huge = {
+                    space: self._huge_memory(space, memories[space])
+                    for space in self.huge.keys() & memories.keys()
+                }
+                for space in huge.keys() & missing.keys():
+                    missing[space].leave(huge[space].runs)
+                self.replay.write_to(memories, self.watch.progress.amount, missing, huge)
+            except BaseException:
+                self.held.push(files.pop_all())  # threads may still write there, until `failure` ends them
+                raise
+        if self.handover is not None:
+            self.handover.let_go()
         self.watch.add("memory", time.monotonic() - began)
 
     def _huge_memory(self, space: SpaceKey, file: int) -> HugeMemory:

@@ -362,6 +362,41 @@ def test_a_name_that_somebody_holds_is_warned_of(crcli: Crcli, monkeypatch: pyte
     assert "name-claimed" not in {one["name"] for one in crcli.restore(image)["findings"]}
 
 
+_INTERRUPTED_AS_IT_WRITES = """
+    import os, signal, sys, threading, time
+    write, begun = os.pwrite, threading.Lock()
+    def file_of(fd):
+        try: return os.readlink(f"/proc/self/fd/{fd}")
+        except OSError: return "nothing"
+    def slowly(fd, data, at):
+        if file_of(fd).endswith("/mem") and begun.acquire(blocking=False):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+            print("then it wrote to", file_of(fd).rpartition("/")[2], file=sys.stderr)
+        return write(fd, data, at)
+    os.pwrite = slowly
+    from crcli.__main__ import main
+    sys.exit(main())
+    """
+
+
+def test_who_is_interrupted_writes_to_no_other_file(crcli: Crcli) -> None:
+    """The files of a tree's memory stay open until no thread writes there: their numbers are taken again."""
+    with spawn_python(counter()) as program:
+        image = crcli.dump(program.pid)["image"]
+        options = ("restore", image, "--store", crcli.store)
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(_INTERRUPTED_AS_IT_WRITES), *options],
+            cwd=ROOT,
+            env=crcli.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 21, done.stderr
+        assert "then it wrote to mem" in done.stderr
+        crcli.restore(image)
+
+
 def test_two_restores_of_one_image_run_side_by_side(crcli: Crcli) -> None:
     """The second finds the pids taken, and gets a pid namespace of its own, where it has the same pids."""
     with spawn_python(FAMILY) as program:

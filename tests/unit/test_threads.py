@@ -1,0 +1,65 @@
+"""Threads that are waited for while signals interrupt the waiting."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from crcli.threads import Worker
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupting() -> Iterator[None]:
+    """SIGALRM raises _Interrupted, again and again, until the first was raised."""
+
+    def ring(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise _Interrupted
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_interrupted_wait_is_no_end(interrupting: None) -> None:
+    """The thread is known to work on, and the next wait lasts until it has ended."""
+    may_end, done = threading.Event(), []
+    worker = Worker(lambda: (may_end.wait(), done.append(1)))
+    assert not worker.is_alive()
+    worker.start()
+    with pytest.raises(_Interrupted):
+        worker.join()
+    assert worker.is_alive()
+    worker.join(0.01)
+    assert worker.is_alive()
+    may_end.set()
+    worker.join()
+    assert done and not worker.is_alive()
+    worker.join()
+
+
+def test_one_that_fails_has_ended() -> None:
+    """Whatever it raises."""
+    worker = Worker(divmod, (1, 0), name="fails")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda _: None)
+        worker.start()
+        worker.join()
+    assert not worker.is_alive()
+
+
+def test_one_that_was_not_started_cannot_be_waited_for() -> None:
+    """It would never end."""
+    with pytest.raises(RuntimeError):
+        Worker(print).join()
