@@ -1,7 +1,8 @@
 """Where CUDA's driver has put what was on a process's GPUs: told from its memory map, before and after.
 
 The driver keeps it in private memory of the process itself, which it makes for the checkpoint and removes
-once it has brought everything back.
+once it has brought everything back. What other threads of the process map meanwhile is told with it: they run
+until CRIU comes.
 """
 
 from __future__ import annotations
