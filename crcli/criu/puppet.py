@@ -29,12 +29,13 @@ class Machine(NamedTuple):
     nr_close: int
     nr_fcntl: int
     nr_ptrace: int
+    nr_munmap: int
     instruction: bytes
 
 
 MACHINES = {
-    "x86_64": Machine(27, 10, (14, 13, 12, 7), 10, 16, 19, 15, 3, 72, 101, b"\x0f\x05"),
-    "aarch64": Machine(34, 8, (0, 1, 2, 3), 0, 32, 31, None, 57, 25, 117, b"\x01\x00\x00\xd4"),
+    "x86_64": Machine(27, 10, (14, 13, 12, 7), 10, 16, 19, 15, 3, 72, 101, 11, b"\x0f\x05"),
+    "aarch64": Machine(34, 8, (0, 1, 2, 3), 0, 32, 31, None, 57, 25, 117, 215, b"\x01\x00\x00\xd4"),
 }
 
 _AT_SYSTEM_CALL = signal.SIGTRAP | 0x80

@@ -127,6 +127,9 @@ _DEATH_S, _DEATH_S_PER_BYTE = 3.0, 0.25 / (1 << 30)
 _HOPELESS = 3.0
 """A forecast from measured rates that exceeds the time that is left by this factor is believed."""
 
+_LOOPS_S, _MOST_LOOKS_FOR_RINGS = 5.0, 4
+"""How long event loops may take to wait for events (seconds), and how often new ones are looked for."""
+
 _OTHER_DUMP_S = 120.0
 """How long another dump of the tree is waited for, where no deadline says it (seconds)."""
 
@@ -360,6 +363,7 @@ class _Dump:
         """Prepare, announce, freeze, take, prove, publish, let go, finish."""
         with ExitStack() as held:
             try:
+                self._leave_rings()
                 self._begin_gpus(held)
                 self._prepare(held)
                 self._copy_ahead()
@@ -391,6 +395,30 @@ class _Dump:
             store=self.options.store,
             outcome=self.options.outcome.value,
         )
+
+    # No ring of io_uring can be saved, and event loops do without: see criu/rings.py.
+
+    def _leave_rings(self) -> None:
+        """Have event loops leave their rings; a loop that was made meanwhile as well."""
+        for _ in range(_MOST_LOOKS_FOR_RINGS):
+            if not (rings := self.target.evidence.event_rings):
+                return
+            from crcli.criu.rings import leave_rings
+
+            told = [finding for finding in self.report.findings if finding.name == "io-uring-left"]
+            with self.watch.phase("rings"):
+                left_s = seconds_left()
+                is_done = leave_rings(rings, _LOOPS_S if left_s is None else min(_LOOPS_S, left_s / 3))
+                self._look_again()
+            self.report.findings = (*self.report.findings, *told)
+            if not is_done and self.target.evidence.event_rings:
+                pid = self.target.evidence.event_rings[0].pid
+                raise PreflightRefused(
+                    f"{self.target.evidence.label(pid)} did not come to wait for events, so its event loop's "
+                    "io_uring could not be taken from it",
+                    hint="try again when it is less busy, or start it where io_uring is off: set the sysctl "
+                    "kernel.io_uring_disabled=2",
+                )
 
     # A tree that uses GPUs is put to sleep by CUDA's driver before CRIU takes it: see gpu.py.
 

@@ -20,6 +20,7 @@ from crcli.process.capabilities import (
 from crcli.process.evidence import MOST_EXTERNAL_TERMINALS, Evidence
 from crcli.process.files import Kind, OpenFile
 from crcli.process.identity import read_stat
+from crcli.process.rings import LINK as RING
 from crcli.process.tree import Process, tracer_label
 from crcli.process.watches import Fate
 from crcli.process.wording import (
@@ -66,13 +67,21 @@ def _anon_or_mapped(evidence: Evidence, name: str, path: str) -> list[Held]:
 
 def io_uring(evidence: Evidence) -> Iterator[Finding]:
     """io_uring: neither its descriptor nor its rings can be dumped (files.c, proc_parse.c)."""
-    if held := _anon_or_mapped(evidence, "io_uring", "anon_inode:[io_uring]"):
+    left = {(ring.pid, ring.fd) for ring in evidence.event_rings}
+    unmapped = {(ring.pid, ring.ino) for ring in evidence.event_rings}
+    if held := [
+        one
+        for one in _anon_or_mapped(evidence, "io_uring", RING)
+        if (
+            (one.pid, one.fd) not in left if isinstance(one, OpenFile) else (one.pid, one.ino) not in unmapped
+        )
+    ]:
         yield blocker(
             "io-uring",
             f"{who(evidence, held)} uses io_uring, whose queues live in the kernel and cannot be saved",
             places(evidence, held),
-            "start the program without it: set the sysctl kernel.io_uring_disabled=2 before it starts, or "
-            "UV_USE_IO_URING=0 for Node, uvloop and others whose libuv is older than 1.50",
+            "start the program without it: set the sysctl kernel.io_uring_disabled=2 before it starts; or "
+            "try again: event loops of libuv (Node, uvloop) can be dumped once they wait for events",
         )
 
 

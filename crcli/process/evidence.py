@@ -14,6 +14,7 @@ from msgspec import Struct
 from crcli.process.capabilities import CAP_SYS_RESOURCE
 from crcli.process.files import FileId, Kind, Lock, Mapping, Mount, OpenFile
 from crcli.process.outside import Outsider
+from crcli.process.rings import EventRing
 from crcli.process.settings import ThreadSettings
 from crcli.process.sockets import Socket, State
 from crcli.process.sysv import SysvObject
@@ -328,6 +329,7 @@ class Evidence(Struct, frozen=True):
     named: tuple[NamedFile, ...]
     databases: tuple[Database, ...]
     device_mappings: tuple[Mapping, ...]
+    event_rings: tuple[EventRing, ...]
     unreachable: tuple[OpenFile, ...]
     foreign_namespaces: tuple[ForeignNamespace, ...]
     relatives: tuple[Relative, ...]

@@ -57,6 +57,7 @@ from crcli.process.files import (
 from crcli.process.identity import Stat, read_proc
 from crcli.process.outside import Outside, Outsider
 from crcli.process.relatives import relatives
+from crcli.process.rings import event_rings
 from crcli.process.settings import read_limits
 from crcli.process.sockets import Address, Socket, sockets_of, unlisted_socket, unread_netlink
 from crcli.process.sysv import SysvObject, sysv_objects
@@ -120,6 +121,7 @@ def _gather(tree: Tree) -> Evidence:
         named=named,
         databases=_databases(named),
         device_mappings=_device_mappings(maps),
+        event_rings=event_rings(files),
         unreachable=_unreachable(tree, viewer, files),
         foreign_namespaces=_foreign_namespaces(tree, viewer),
         relatives=relatives(tree, everybody),

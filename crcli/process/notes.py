@@ -251,6 +251,19 @@ def is_confined(label: str) -> bool:
     return bool(label) and not label.startswith("unconfined") and ":unconfined_t:" not in f"{label}:"
 
 
+def event_rings(evidence: Evidence) -> Iterator[Finding]:
+    """The io_uring of libuv's event loops: no ring can be saved, but they do without."""
+    if rings := evidence.event_rings:
+        pids = list(dict.fromkeys(ring.pid for ring in rings))
+        yield note(
+            "io-uring-left",
+            f"{evidence.label(pids[0])}{and_more(pids)} has event loops (libuv) that use io_uring, which "
+            "cannot be saved",
+            {"where": [{"pid": ring.pid, "fd": ring.fd, "epoll": ring.epoll} for ring in rings]},
+            "has them go on without it, as where the kernel has none",
+        )
+
+
 def huge_pages(evidence: Evidence) -> Iterator[Finding]:
     """Memory in huge pages of its own: they must be free where it is restored, and for the trial here."""
     if held := [process for process in evidence.tree.living if process.huge_bytes]:
@@ -327,6 +340,7 @@ NOTES: tuple[Check, ...] = (
     timers,
     seccomp,
     security_modules,
+    event_rings,
     huge_pages,
     remote_files,
     watches_searched,

@@ -1,0 +1,153 @@
+"""Event loops of libuv, each of which has a ring of io_uring that cannot be saved: they go on without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.crcli import Crcli, launched, wait_until
+from tests.support.programs import Program, spawn_python
+
+pytest.importorskip("uvloop")
+
+COUNTER = """
+    import asyncio, uvloop
+    async def main():
+        for number in range(1 << 40):
+            print(number, flush=True)
+            await asyncio.sleep(0.01)
+    print("ready", flush=True)
+    uvloop.run(main())
+    """
+
+SERVER = """
+    import asyncio, uvloop
+    async def answer(reader, writer):
+        writer.write(await reader.readline())
+        writer.close()
+    async def ask(port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"word\\n")
+        assert await reader.readline() == b"word\\n"
+        writer.close()
+    async def spin():
+        while True:
+            await asyncio.sleep(0)
+    async def main():
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        spinning = asyncio.ensure_future(spin())
+        for number in range(1 << 40):
+            await ask(port)
+            child = await asyncio.create_subprocess_exec("true")
+            assert await child.wait() == 0
+            print(number, flush=True)
+    print("ready", flush=True)
+    uvloop.run(main())
+    """
+
+LOOPS = """
+    import asyncio, threading, uvloop
+    never = uvloop.new_event_loop()
+    def turn():
+        uvloop.new_event_loop().run_until_complete(forever())
+    async def forever():
+        while True:
+            await asyncio.sleep(0.01)
+    for _ in range(2):
+        threading.Thread(target=turn, daemon=True).start()
+    print("ready", flush=True)
+    number = 0
+    while True:
+        if number % 100000 == 0:
+            print(number // 100000, flush=True)
+        number += 1
+    """
+
+
+def numbers(program: Program) -> list[int]:
+    """What a program has printed so far."""
+    return [int(line) for line in program.output.splitlines() if line.isdigit()]
+
+
+def assert_goes_on(program: Program) -> None:
+    """It prints more numbers, each once."""
+    before = len(numbers(program))
+    wait_until(lambda: len(numbers(program)) > before + 3, "it stands still")
+    assert numbers(program) == list(range(len(numbers(program))))
+
+
+def rings_of(program: Program) -> list[str]:
+    """The descriptors of a program that are rings."""
+    folder = f"/proc/{program.pid}/fd"
+    return [fd for fd in os.listdir(folder) if "io_uring" in os.readlink(f"{folder}/{fd}")]
+
+
+def needs_rings(program: Program, count: int = 1) -> None:
+    """Skip the test where the program was not given rings."""
+    wait_until(lambda: numbers(program) != [], "it does not begin")
+    if not rings_of(program):
+        pytest.skip("no io_uring is to be had here")
+    assert len(rings_of(program)) == count
+
+
+def names_in(report: dict[str, object]) -> set[str]:
+    """The names of its findings."""
+    return {finding["name"] for finding in report["findings"]}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("code", "rings"), [(COUNTER, 1), (SERVER, 1), (LOOPS, 3)], ids=["idle", "busy", "many"]
+)
+def test_a_program_with_event_loops_goes_on_without_rings(crcli: Crcli, code: str, rings: int) -> None:
+    """Left running it makes do without, and what is said of that is a note; then it is dumped and restored."""
+    with spawn_python(code) as program:
+        needs_rings(program, rings)
+        report = crcli.dump(program.pid, "--leave-running")
+        assert "io-uring-left" in names_in(report)
+        assert rings_of(program) == []
+        assert_goes_on(program)
+        report = crcli.dump(program.pid)
+        assert "io-uring-left" not in names_in(report)
+        crcli.restore(report["image"])
+        assert_goes_on(program)
+
+
+def test_nothing_is_done_to_a_loop_by_looking(crcli: Crcli) -> None:
+    """check and the dry run say what would be done."""
+    with spawn_python(COUNTER) as program:
+        needs_rings(program)
+        for command in (("check",), ("dump", "--dry-run")):
+            options = ("--store", crcli.store, "--json")
+            report = crcli.run(command[0], str(program.pid), *command[1:], *options).json
+            assert "io-uring-left" in names_in(report)
+        assert len(rings_of(program)) == 1
+
+
+def test_a_program_that_job_control_has_stopped_stays_stopped(crcli: Crcli) -> None:
+    """It makes do without its ring all the same, and goes on when it is told to."""
+    with spawn_python(COUNTER) as program:
+        needs_rings(program)
+        os.kill(program.pid, signal.SIGSTOP)
+        wait_until(lambda: psutil.Process(program.pid).status() == "stopped", "it runs on")
+        crcli.dump(program.pid, "--leave-running")
+        assert rings_of(program) == []
+        assert psutil.Process(program.pid).status() == "stopped"
+        os.kill(program.pid, signal.SIGCONT)
+        assert_goes_on(program)
+
+
+def test_node_is_dumped_with_its_loops(crcli: Crcli, tmp_path: Path) -> None:
+    """The loops of Node itself: the program's, the one that its threads share, and one that never runs."""
+    if (node := shutil.which("node")) is None:
+        pytest.skip("node is not installed")
+    (tmp_path / "count.js").write_text("let n = 0; setInterval(() => console.log(n++), 10)")
+    with launched([node, str(tmp_path / "count.js")], tmp_path) as program:
+        wait_until(lambda: numbers(program) != [], "it does not begin")
+        crcli.move(program.pid)
+        assert_goes_on(program)
