@@ -2,7 +2,8 @@
 
 We stand in that daemon's place. CRIU connects to `lazy-pages.socket` in the folder that it works in, and
 every process sends its pid and, as one more message of one byte, its userfaultfd descriptor; a zombie sends
-its negative pid alone (criu/uffd.c upstream).
+its negative pid alone, be it before or after all others. At the end CRIU sends one number more, and fails if
+it cannot (criu/uffd.c upstream).
 """
 
 from __future__ import annotations
@@ -36,6 +37,15 @@ def receive_memories(channel: socket.socket, count: int) -> Iterator[tuple[int, 
             os.set_inheritable(fds[0], False)
             yield pid, fds[0]
             count -= 1
+
+
+def wait_for_end(channel: socket.socket) -> None:
+    """Return when CRIU has told that it has finished, or has failed; all living processes were received."""
+    try:
+        while _PID.unpack(_exactly(channel, _PID.size))[0] < 0:
+            pass  # a zombie
+    except ConnectionError:
+        pass
 
 
 def _exactly(channel: socket.socket, size: int) -> bytes:

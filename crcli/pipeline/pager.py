@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from crcli import kernel
-from crcli.criu.lazy_socket import listen_in, receive_memories
+from crcli.criu.lazy_socket import listen_in, receive_memories, wait_for_end
 from crcli.errors import CrcliError, HostLacks, ImageDamaged, NotFound, StoreError, StoreUnreachable
 from crcli.image.cached import open_cached
 from crcli.image.packs import SOON_BYTES, ChunkReader
@@ -242,7 +242,7 @@ def _see_through(fill: LazyFill, channel: socket.socket) -> None:
     except BaseException as error:
         _note(f"gave up, so the tree is ended (its image is still there): {_text(error)}")
         raise
-    channel.recv(1)  # nothing, when CRIU has failed
+    wait_for_end(channel)
     channel.close()
 
 

@@ -367,6 +367,27 @@ def test_a_tree_that_is_whole_at_once_is_restored(tmp_path: Path) -> None:
         wait_until(lambda: not pagers(), f"left behind: {pagers()}")
 
 
+def test_a_tree_of_zombies_is_whole_at_once(tmp_path: Path) -> None:
+    """What zombies say of themselves, after all others, is not taken for CRIU's word that it has finished."""
+    crcli = Crcli(tmp_path)
+    text = """
+        import os
+        for _ in range(20):
+            if os.fork() == 0:
+                os._exit(0)
+        print("ready")
+        os.execvp("sleep", ["sleep", "1000"])
+        """
+    with spawn_python(text) as program:
+        wait_until(lambda: psutil.Process(program.pid).name() == "sleep", "it is no sleep")
+        wait_until(lambda: all(one.status() == "zombie" for one in tree_of(program.pid)[1:]), "a child lives")
+        image = crcli.dump(program.pid)["image"]
+    for _ in range(5):
+        crcli.restore(image, "--lazy")
+        crcli.clean_up()
+        wait_until(lambda: not pagers(), f"left behind: {pagers()}")
+
+
 def test_the_pager_keeps_nothing_of_its_caller_open(far: Far) -> None:
     """Who waits for the end of a pipe that crcli inherited, or for a lock, does not wait for all memory."""
     with spawn_python(counter(kilobytes=MEGABYTES << 10)) as program:
