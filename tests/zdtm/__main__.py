@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 from crcli import kernel
 from tests.support.crcli import ROOT, end, tree_of
-from tests.zdtm.leftovers import Before, suite_cgroups
+from tests.zdtm.leftovers import Before, have_only, hierarchies, suite_cgroups
 from tests.zdtm.suite import Case, Reasons, build, cases
 
 Outcome: TypeAlias = dict[str, Any]
@@ -76,7 +76,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--build", action="store_true", help="compile the programs first")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these programs only")
     parser.add_argument("--jobs", type=int, default=1, help="so many at a time (default: 1)")
-    parser.add_argument("--raw", action="store_true", help="CRIU itself with fixed options instead of crcli")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--raw", action="store_true", help="CRIU itself with fixed options instead of crcli")
+    way.add_argument("--lazy", action="store_true", help="restore lazily")
+    way.add_argument("--again", action="store_true", help="dump with --leave-running first, then once more")
     parser.add_argument("--out", type=Path, help="write what became of each into this JSON file")
     parser.add_argument("--keep", type=Path, help="keep logs, images and stores of failures in this folder")
     return parser.parse_args()
@@ -92,7 +95,10 @@ def _all(chosen: list[Case], source: Path, options: argparse.Namespace) -> list[
     alone = [case for case in left if case not in together]
     with ThreadPoolExecutor(options.jobs) as pool:
         outcomes += pool.map(lambda case: _one(case, source, options), together)
-    outcomes += [_one(case, source, options) for case in alone]
+    known = hierarchies()
+    for case in alone:
+        have_only(known)
+        outcomes.append(_one(case, source, options))
     return sorted(outcomes, key=lambda outcome: str(outcome["name"]))
 
 
@@ -103,7 +109,7 @@ def _outcome(case: Case, status: str, reason: str, **more: Any) -> Outcome:
 def _one(case: Case, source: Path, options: argparse.Namespace) -> Outcome:
     folder = Path(tempfile.mkdtemp(prefix="crcli-zdtm-"))
     try:
-        outcome = _outcome(case, **_work(case, source, folder, options.raw))
+        outcome = _outcome(case, **_work(case, source, folder, _way(options)))
         if options.keep and outcome["status"] in (*BAD, "NOSTART"):
             shutil.copytree(folder, options.keep / case.name, dirs_exist_ok=True)
     finally:
@@ -112,10 +118,14 @@ def _one(case: Case, source: Path, options: argparse.Namespace) -> Outcome:
     return outcome
 
 
-def _work(case: Case, source: Path, folder: Path, raw: bool) -> dict[str, Any]:
+def _way(options: argparse.Namespace) -> list[str]:
+    """The worker's option for the way in which cases are moved."""
+    return [f"--{way}" for way in ("raw", "lazy", "again") if getattr(options, way)]
+
+
+def _work(case: Case, source: Path, folder: Path, way: list[str]) -> dict[str, Any]:
     """Have a case done by a worker, which is ended with all below it when it takes too long."""
-    command = [sys.executable, "-m", "tests.zdtm.worker", str(source), case.name, str(folder)]
-    command += ["--raw"] if raw else []
+    command = [sys.executable, "-m", "tests.zdtm.worker", str(source), case.name, str(folder), *way]
     with (folder / "verdict").open("w+b") as verdict, (folder / "trouble").open("w+b") as trouble:
         worker = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=verdict, stderr=trouble, process_group=0

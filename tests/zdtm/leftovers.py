@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MOUNT_WITHIN_S = 10.0
-_HIERARCHIES = ("zdtmtst", "zdtmtst.defaultroot")
+_HIERARCHIES = ("name=zdtmtst", "name=zdtmtst.defaultroot")
 _OTHERS = frozenset({".d", ".o", ".gitignore"})
 
 
@@ -60,6 +60,22 @@ def suite_cgroups() -> Iterator[None]:
             _forget(name)
 
 
+def hierarchies() -> frozenset[str]:
+    """The hierarchies of control groups that there are now."""
+    return frozenset(line.split(":")[1] for line in Path("/proc/self/cgroup").read_text().splitlines())
+
+
+def have_only(known: frozenset[str]) -> None:
+    """Have every other hierarchy cease: programs have mounted them.
+
+    Whoever mounts such a one again and lets it go ends it with that, as CRIU does in a dump. What is there at
+    the next program's dump and gone at its restore changes the control groups that this one sees:
+    `cgroup_ignore` passed by that.
+    """
+    for name in hierarchies() - known:
+        _forget(name)
+
+
 def _in_hierarchy(name: str, action: Callable[[Path], None]) -> None:
     """Do something in a mounted hierarchy. One that is on its way out cannot be mounted for a while."""
     folder = Path(tempfile.mkdtemp(prefix="crcli-zdtm-"))
@@ -80,7 +96,7 @@ def _in_hierarchy(name: str, action: Callable[[Path], None]) -> None:
 def _forget(name: str) -> None:
     """Have a hierarchy cease: it does with its last mount, if the kernel has freed its groups by then."""
     end = time.monotonic() + MOUNT_WITHIN_S
-    while f":name={name}:" in Path("/proc/self/cgroup").read_text() and time.monotonic() < end:
+    while name in hierarchies() and time.monotonic() < end:
         _in_hierarchy(name, _empty)
         time.sleep(0.2)
 
@@ -96,7 +112,7 @@ def _empty(root: Path) -> None:
 
 def _mounted(name: str, folder: Path) -> bool:
     try:
-        kernel.mount("zdtm", str(folder), "cgroup", data=f"none,name={name}")
+        kernel.mount("zdtm", str(folder), "cgroup", data=f"none,{name}" if "=" in name else name)
     except OSError:
         return False
     return True

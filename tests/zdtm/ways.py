@@ -37,20 +37,28 @@ class Way(Protocol):
 
 
 class Crcli:
-    """`crcli dump PID` and `crcli restore NAME`."""
+    """`crcli dump PID` and `crcli restore NAME`.
 
-    def __init__(self, name: str, folder: Path) -> None:
+    With `again` it is left running by a first dump, so that it is looked at, frozen and let go once more than
+    that; with `lazy` it runs before its memory is there.
+    """
+
+    def __init__(self, name: str, folder: Path, *, lazy: bool = False, again: bool = False) -> None:
         self._name = name
         self._folder = folder
+        self._lazy = ("--lazy",) if lazy else ()
+        self._again = again
         self.findings: list[str] = []
 
     def dump(self, pid: int) -> None:
         """Dump a tree and have it killed."""
+        if self._again:
+            self._run("dump", str(pid), "--name", self._name, "--leave-running")
         self._note(self._run("dump", str(pid), "--name", self._name))
 
     def restore(self) -> int:
         """Bring it back; return the root's pid on the host."""
-        report = self._run("restore", self._name)
+        report = self._run("restore", self._name, *self._lazy)
         self._note(report)
         return int(report["host_pid"])
 

@@ -31,13 +31,15 @@ def main() -> int:
     parser.add_argument("name", help="of the case")
     parser.add_argument("folder", type=Path, help="an empty folder, for the store and logs")
     parser.add_argument("--raw", action="store_true", help="CRIU itself instead of crcli")
+    parser.add_argument("--lazy", action="store_true", help="restore lazily")
+    parser.add_argument("--again", action="store_true", help="dump with --leave-running first")
     options = parser.parse_args()
     _live_apart()
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     _look_apart()
     case = next(case for case in cases(options.source) if case.name == options.name)
-    way = Raw(options.folder, "suid" not in case.flags) if options.raw else Crcli(case.name, options.folder)
+    way = _way(options, case)
     began = time.monotonic()
     try:
         status, reason = _verdict(case, way, options.folder)
@@ -46,6 +48,12 @@ def main() -> int:
     seconds = round(time.monotonic() - began, 2)
     print(json.dumps({"status": status, "reason": reason, "findings": way.findings, "seconds": seconds}))
     return 0
+
+
+def _way(options: argparse.Namespace, case: Case) -> Way:
+    if options.raw:
+        return Raw(options.folder, "suid" not in case.flags)
+    return Crcli(case.name, options.folder, lazy=options.lazy, again=options.again)
 
 
 def _live_apart() -> None:
