@@ -105,7 +105,7 @@ def names_in(report: dict[str, object]) -> set[str]:
     ("code", "rings"), [(COUNTER, 1), (SERVER, 1), (LOOPS, 3)], ids=["idle", "busy", "many"]
 )
 def test_a_program_with_event_loops_goes_on_without_rings(crcli: Crcli, code: str, rings: int) -> None:
-    """Left running it makes do without, and what is said of that is a note; then it is dumped and restored."""
+    """Left running it makes do without, and what is said of that is a note; dumped, it comes back."""
     with spawn_python(code) as program:
         needs_rings(program, rings)
         report = crcli.dump(program.pid, "--leave-running")
