@@ -88,8 +88,8 @@ OF_DUMPS = (
         "io-uring",
         r"send_fds failed \(-22\)|anon_inode:\[io_uring\]",
         "a process of the tree has a descriptor that cannot be passed on, which is how io_uring shows itself",
-        "set the sysctl kernel.io_uring_disabled=2 before the program starts, or UV_USE_IO_URING=0 for Node, "
-        "uvloop and others whose libuv is older than 1.50",
+        "try again: an event loop that is made meanwhile comes with a ring; else set the sysctl "
+        "kernel.io_uring_disabled=2 before the program starts",
     ),
     KnownCause(
         "userfaultfd",

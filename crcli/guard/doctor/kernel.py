@@ -103,8 +103,8 @@ def _io_uring() -> Iterator[Check]:
     else:
         yield note(
             "io-uring",
-            "programs may use io_uring here, and cannot be dumped while they do",
-            "set the sysctl kernel.io_uring_disabled=2 (UV_USE_IO_URING=0 serves with libuv before 1.50)",
+            "programs may use io_uring here, and cannot be dumped while they do (event loops of libuv can)",
+            "set the sysctl kernel.io_uring_disabled=2",
             **evidence,
         )
 
