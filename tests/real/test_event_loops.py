@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -84,8 +85,11 @@ def assert_goes_on(program: Program) -> None:
 
 def rings_of(program: Program) -> list[str]:
     """The descriptors of a program that are rings."""
-    folder = f"/proc/{program.pid}/fd"
-    return [fd for fd in os.listdir(folder) if "io_uring" in os.readlink(f"{folder}/{fd}")]
+    found = []
+    for path in Path(f"/proc/{program.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found += [path.name] if "io_uring" in str(path.readlink()) else []
+    return found
 
 
 def needs_rings(program: Program, count: int = 1) -> None:
