@@ -46,13 +46,13 @@ def give_back_unread(images: Workspace, root: int) -> None:
 
 
 def pids_inside(root: int) -> dict[int, int]:
-    """The pids of a tree here, by what the tree itself has them for."""
+    """The pids of a tree here, by what the tree itself has them for; none when its root is gone."""
     pids = [root]
     for pid in pids:
         pids += child_pids(pid)
     numbers = {pid: _numbers(pid) for pid in pids}
     depth = len(numbers[root])
-    return {found[depth - 1]: pid for pid, found in numbers.items() if len(found) >= depth}
+    return {found[depth - 1]: pid for pid, found in numbers.items() if len(found) >= depth > 0}
 
 
 def _numbers(pid: int) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -799,7 +799,8 @@ class _Dump:
                 self._hold(receiver)
             except BaseException as error:
                 if not isinstance(error, _CriuKilled):
-                    self._resume_calls()  # the tree runs on
+                    with suppress(PreflightRefused):  # its root is gone
+                        self._resume_calls()  # the tree runs on
                     if self.options.outcome == Outcome.KILLED:
                         give_back_unread(self.images, self.target.evidence.root.pid)
                 raise
@@ -1056,6 +1057,8 @@ class _Dump:
             return _explained(self.images, "CRIU died during the dump", state)
         if isinstance(error, CriuTimeout):
             return _explained(self.images, "CRIU took too long", state)
+        if isinstance(error, PreflightRefused) and self.is_holding:
+            return DumpFailed(f"while the tree stood still, {error.message}", hint=error.hint, state=state)
         if isinstance(error, CrcliError):
             if not isinstance(error, PreflightRefused):
                 error.state = state

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from crcli.process import terminals
-from tests.support.crcli import Crcli, wait_until
+from tests.support.crcli import Crcli, end, tree_of, wait_until
 from tests.support.faults import Attempt, network_of_our_own
 from tests.support.programs import Program, spawn_python
 
@@ -513,6 +513,50 @@ def _stop(trial: int) -> bool:
     if trial:
         os.kill(trial, signal.SIGSTOP)
     return trial != 0
+
+
+KILLER = """
+import os, signal, time
+from crcli.plugins import hookimpl
+from crcli.process.identity import identify
+
+@hookimpl
+def crcli_dump_frozen(target):
+    victim = identify(int(os.environ["VICTIM"]))
+    os.kill(victim.pid, signal.SIGKILL)
+    while victim.alive():
+        time.sleep(0.001)
+"""
+
+
+@pytest.mark.parametrize(
+    "shell,who", [("dash", "shell"), ("bash", "agent"), ("bash", "shell"), ("bash", "job")]
+)
+def test_who_is_killed_while_the_tree_stands_still_is_missed(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: str, who: str
+) -> None:
+    """The dump fails and names who is gone, whichever of its processes it is whose terminal must be asked."""
+    _install(tmp_path / "site", KILLER)
+    with agent(tmp_path, SHELLS[shell]) as one:
+        everybody = tree_of(one.pid)
+        one.type("sh -c 'sleep 500; true' 3<>/dev/tty\n", "sh -c")
+        wait_until(lambda: _is_in_front(one, "sh"), "the job is not in the foreground")
+        everybody = tree_of(one.pid)
+        victim = {"agent": one.pid, "shell": one.shell, "job": _children(one.shell)[0]}[who]
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+        monkeypatch.setenv("VICTIM", str(victim))
+        error = crcli.dump(one.pid, code=12 if who == "agent" else 11)["error"]
+        assert "killed" in error["message"] and error["state"] == ("dead" if who == "agent" else "running")
+        end(everybody)
+
+
+def _install(site: Path, code: str) -> None:
+    """Install a plug-in where `site` is on Python's path."""
+    about = site / "killer-1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: killer\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[crcli.plugins]\nkiller = killer\n")
+    (site / "killer.py").write_text(code)
 
 
 # --- terminals outside --------------------------------------------------------------------------------------
