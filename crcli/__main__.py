@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 _GARBAGE = 100_000
@@ -10,8 +11,19 @@ _GARBAGE = 100_000
 and looking through it again and again took a tenth of the imports and a third of making an S3 client."""
 
 
+_NO_MEMORY = b"crcli: there is not even memory to start here: see `ulimit -d`, `ulimit -v` and the cgroup's\n"
+
+
 def main() -> int:
     """Run this process's command line and return its exit code."""
+    try:
+        return _main()
+    except (MemoryError, SystemError):  # during the imports: what comes later is reported with what it did
+        os.write(2, _NO_MEMORY)
+        return 40
+
+
+def _main() -> int:
     gc.set_threshold(_GARBAGE)  # before the imports, which make most of it
     from crcli.ui.output import Output
 

@@ -90,8 +90,10 @@ class Standby:
         `kills` says whether it is to kill the tree: then it takes what is unread in terminals.
         """
         self._send({"criu": criu, "kills": kills})
-        self._listener = threading.Thread(target=self._listen, args=(on_death,), name="standby", daemon=True)
-        self._listener.start()
+        arguments = (bytearray(_MESSAGE_LIMIT), on_death)  # the thread needs no memory that it might not get
+        listener = threading.Thread(target=self._listen, args=arguments, name="standby", daemon=True)
+        listener.start()
+        self._listener = listener
 
     def settle(self, outcome: str, members: Iterable[ProcessId], keep_lock: bool) -> None:
         """Tell what is to become of the tree, right before CRIU is told so: the image is durable.
@@ -155,9 +157,9 @@ class Standby:
         except OSError:
             pass  # it was killed: CRIU works as well without it
 
-    def _listen(self, on_death: Callable[[], None]) -> None:
-        while text := self._control.recv(_MESSAGE_LIMIT):
-            told = json.loads(text)
+    def _listen(self, text: bytearray, on_death: Callable[[], None]) -> None:
+        while size := self._control.recv_into(text):
+            told = json.loads(text[:size])
             if "poked" in told:
                 self._poked.set()
                 continue

@@ -162,9 +162,14 @@ class Intake:
         self._classifier.known = known
 
     def _start_workers(self) -> None:
-        self._workers = [Worker(self._work, name=f"intake-{number}") for number in range(self._worker_count)]
-        for worker in self._workers:
-            worker.start()
+        try:
+            for number in range(self._worker_count):
+                worker = Worker(self._work, name=f"intake-{number}")
+                worker.start()
+                self._workers.append(worker)
+        except RuntimeError:  # no more threads here
+            self.close()
+            raise
 
     # A dump in rounds.
 
@@ -414,13 +419,14 @@ class Intake:
 
     def _work(self) -> None:
         self._gate.wait()
-        own = _Block()
+        own: _Block | None = None
         while (item := self._full.get()) is not None:
             if self._failure is None:
                 try:
                     if isinstance(item, _Block):
                         self._take(item)
                     else:
+                        own = own or _Block()
                         self._take_spilled(item, own)
                 except BaseException as error:  # raised again in the receiving thread, or by finish
                     self._failure = error

@@ -201,9 +201,15 @@ class Replay:
         self.written_bytes = 0
         self._failure: BaseException | None = None
         count = min(threads, len(plan))
-        self._threads = [Worker(self._work, name=f"replay-{number}") for number in range(count)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[Worker] = []
+        try:
+            for number in range(count):
+                thread = Worker(self._work, name=f"replay-{number}")
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError:  # no more threads here
+            self.abandon()
+            raise
 
     def write_to(
         self,

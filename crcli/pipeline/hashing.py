@@ -68,7 +68,7 @@ class Hashing(threading.Thread):
                     return
                 self._left -= status.st_size
             self._found[path] = status, self._contents.digest(self._root + path, self._deadline)
-        except TimeoutError:
+        except (TimeoutError, MemoryError):
             self._why[path] = "budget"
         except OSError:
             self._why[path] = "unreadable"

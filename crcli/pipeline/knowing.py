@@ -33,7 +33,7 @@ class Knowing(threading.Thread):
         """What the thread does."""
         try:
             self._known = self._read()
-        except CrcliError:
+        except (CrcliError, MemoryError, RuntimeError):
             pass  # perhaps the announcement was just making a directory: it is read once more after that
 
     def finish(self) -> KnownChunks:

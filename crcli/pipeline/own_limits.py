@@ -1,5 +1,7 @@
 """crcli's own limits (`ulimit`), which CRIU inherits: soft ones are lifted while there is work to do.
 
+Hard ones that are too small are named.
+
 Of files above all: a dump and a restore have more of them open than most, and CRIU's images and the memory of
 a tree lie in files meanwhile, if in memory; at a limit of their size a signal of the kernel's ends CRIU.
 """
@@ -10,7 +12,7 @@ import resource
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from crcli.errors import HostLacks
+from crcli.errors import HostLacks, TreeState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,8 +38,11 @@ def limits_lifted() -> Iterator[None]:
     """Within the block we may use what the hard limits allow, and write files of any size where we may let
     ourselves; afterwards it is as before.
 
-    Processes of a tree have limits of their own, which CRIU gives back.
+    Processes of a tree have limits of their own, which CRIU gives back. Raises HostLacks where hard limits
+    leave too little memory to begin anything.
     """
+    if any(limit < _LEAST[name] for name, limit in _limits_of_memory().items()):
+        raise _too_little("memory", TreeState.UNTOUCHED)
     before = {number: resource.getrlimit(number) for number in _LIFTED}
     for number, (soft, hard) in before.items():
         if soft != hard:
@@ -65,3 +70,44 @@ def see_file_size(memory_bytes: int) -> None:
             f"{needed}",
             hint="start it with a larger hard limit: `ulimit -f unlimited`, LimitFSIZE= of systemd",
         )
+
+
+_OF_MEMORY = {
+    "RLIMIT_DATA": "`ulimit -d unlimited`, LimitDATA= of systemd",
+    "RLIMIT_AS": "`ulimit -v unlimited`, LimitAS= of systemd",
+}
+"""Limits of what memory a process gets, and how they are raised."""
+
+_LEAST = {"RLIMIT_DATA": 128 << 20, "RLIMIT_AS": 256 << 20}
+"""With less nothing can be dumped or restored, and what fails first is anybody's guess (bytes)."""
+
+
+def memory_short(error: BaseException) -> HostLacks | None:
+    """What to report in place of an error that says that we got no memory, or no thread; None for others.
+
+    Its state of the tree is the error's.
+    """
+    no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    if not isinstance(error, MemoryError) and not no_thread:
+        return None
+    return _too_little("threads" if no_thread else "memory", getattr(error, "state", TreeState.UNTOUCHED))
+
+
+def _limits_of_memory() -> dict[str, int]:
+    """The hard limits that there are, by name (bytes)."""
+    limits = {name: resource.getrlimit(getattr(resource, name))[1] for name in _OF_MEMORY}
+    return {name: limit for name, limit in limits.items() if limit != _WITHOUT}
+
+
+def _too_little(what: str, state: TreeState) -> HostLacks:
+    limits = _limits_of_memory()
+    if not limits:
+        remedy = "free memory, or raise the limits of crcli's cgroup (memory.max, pids.max)"
+        return HostLacks(f"crcli gets no more {what} here", hint=remedy, state=state)
+    named = " and ".join(f"{limit} bytes ({name})" for name, limit in limits.items())
+    remedy = "; ".join(_OF_MEMORY[name] for name in limits)
+    return HostLacks(
+        f"crcli gets too little {what}: its hard limits are {named}",
+        hint=f"start it with larger ones: {remedy}",
+        state=state,
+    )

@@ -10,10 +10,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
 
+import crcli.__main__ as starting
 from tests.support.crcli import (
     COMMAND_LIMIT_SECONDS,
     ROOT,
@@ -82,6 +84,29 @@ def test_a_hard_limit_is_told_with_its_remedy(tmp_path: Path) -> None:
         assert "RLIMIT_FSIZE" in text
         crcli.restore(image, "--files", "host")
         assert_goes_on(program)
+
+
+@pytest.mark.parametrize("megabytes", [60, 100, 120])
+@pytest.mark.parametrize("number,option", [(resource.RLIMIT_DATA, "-d"), (resource.RLIMIT_AS, "-v")])
+def test_too_little_memory_is_told_with_its_remedy(
+    tmp_path: Path, number: int, option: str, megabytes: int
+) -> None:
+    """Where limits leave none to work with nothing is begun (exit 40), and the tree runs on."""
+    limit = {number: (megabytes << 20, megabytes << 20)}
+    with crcli_in(tmp_path) as crcli, spawn_python(counter()) as program:
+        image = crcli.dump(program.pid, "--leave-running")["image"]
+        for command in (("dump", str(program.pid)), ("restore", image)):
+            done, text = run_limited(crcli, limit, *command)
+            assert done == 40, text
+            assert f"ulimit {option}" in text and '"untouched"' in text and "Traceback" not in text
+        assert_goes_on(program)
+
+
+def test_not_even_memory_to_start_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    """Where modules cannot be imported for want of memory, a line says so, and the exit code (40)."""
+    with patch.object(starting, "_main", side_effect=MemoryError):
+        assert starting.main() == 40
+    assert "ulimit -d" in capfd.readouterr().err
 
 
 def test_children_are_waited_for_whoever_started_us(tmp_path: Path) -> None:

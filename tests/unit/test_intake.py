@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import field
 
 from crcli.memory import intake
 from crcli.memory.classify import BLOCK_PAGES, CHUNK_PAGES, GROUP_PAGES, KnownPages, MemoryCounts
@@ -252,6 +253,40 @@ def test_a_sink_that_fails_ends_the_intake(limit: int | None) -> None:
         pytest.raises(OSError, match="the disk is full"),
     ):
         take_in(runs, FailingSink(), overflow=overflow if limit else None)
+
+
+def test_workers_that_get_no_memory_end_the_intake() -> None:
+    """Pages that nobody had the memory to look at are never left out of what is returned."""
+
+    def no_memory() -> bytearray:
+        if threading.current_thread() is threading.main_thread():
+            return bytearray(BLOCK_PAGES * PAGE)
+        raise MemoryError
+
+    class NoBlock(intake._Block):
+        memory: bytearray = field(default_factory=no_memory)
+
+    with (
+        patch.object(intake, "_Block", NoBlock),
+        MemoryFile(1 << 30) as overflow,
+        pytest.raises(MemoryError),
+    ):
+        take_in([Sent(A, 0, tuple(range(1, 400)))], KeepingSink(), overflow=overflow)
+
+
+def test_threads_that_cannot_be_started_are_said_to_be_missing() -> None:
+    """What stood in the way of a worker is raised, and those that had begun have ended."""
+    start, begun = threading.Thread.start, list[threading.Thread]()
+
+    def start_one(thread: threading.Thread) -> None:
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    with patch.object(threading.Thread, "start", start_one), pytest.raises(RuntimeError, match="new thread"):
+        Intake(None, KeepingSink())
+    assert not begun[0].is_alive()
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30], ids=["blocks", "overflow"])

@@ -40,6 +40,7 @@ _LIMITS = {
     "open_files": resource.RLIMIT_NOFILE,
     "processes": resource.RLIMIT_NPROC,
     "address_space": resource.RLIMIT_AS,
+    "data": resource.RLIMIT_DATA,
     "file_size": resource.RLIMIT_FSIZE,
     "locked_memory": resource.RLIMIT_MEMLOCK,
     "stack": resource.RLIMIT_STACK,
@@ -98,7 +99,7 @@ def _limits() -> Iterator[Check]:
     evidence = {
         name: [_number(value) for value in resource.getrlimit(kind)] for name, kind in _LIMITS.items()
     }
-    low = [name for name in ("address_space", "file_size") if evidence[name][0] is not None]
+    low = [name for name in ("address_space", "data", "file_size") if evidence[name][0] is not None]
     files = evidence["open_files"][1]
     if files is not None and files < _FEW_FILES:
         low.append("open_files")
@@ -106,7 +107,7 @@ def _limits() -> Iterator[Check]:
         yield note(
             "limits",
             f"limits hold for crcli and so for CRIU: {', '.join(name.replace('_', ' ') for name in low)}",
-            "raise them where crcli is started (ulimit -v, -f, -n)",
+            "raise them where crcli is started (ulimit -v, -d, -f, -n)",
             **evidence,
         )
     else:
