@@ -483,7 +483,7 @@ class _Dump:
 
     def _prepare(self, held: ExitStack) -> None:
         with self.watch.phase("prepare"):
-            limit_s = None if self.options.deadline_s is None else self.options.deadline_s / 10
+            for_weights, for_hashes = _times_to_read(self.options.deadline_s)
             self.workspace = held.enter_context(Workspace.create())
             overflow = self.overflow = Overflow(self.workspace, self.shared.at_once)
             held.callback(overflow.close)
@@ -496,9 +496,9 @@ class _Dump:
                 Standby(self.target.evidence.root.pid, self.images.fd, self.lock.fds)
             )
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
-            self.weights.index(self.progress.amount, limit_s)
+            self.weights.index(self.progress.amount, for_weights)
             lookahead = self._start_lookahead(held)
-            self.hashing = Hashing(self.target.evidence, limit_s)
+            self.hashing = Hashing(self.target.evidence, for_hashes)
             self.hashing.start()  # a thread: no more forks from here on
             self.network = other_network(self.target.evidence.root.pid)
             if self.network is not None:
@@ -1067,6 +1067,17 @@ class _Dump:
             return DumpFailed(f"the dump failed: {error}", state=state)
         error.state = state  # type: ignore[attr-defined]  # a bug of ours: what became of the tree counts
         return error
+
+
+def _times_to_read(deadline_s: float | None) -> tuple[float | None, float | None]:
+    """Until when files of weights may be indexed, then opened files hashed (time.monotonic; None: no limit).
+
+    A tenth of a limited time is for both together, and a quarter of that at least for hashes.
+    """
+    if deadline_s is None:
+        return None, None
+    now = time.monotonic()
+    return now + 0.075 * deadline_s, now + 0.1 * deadline_s
 
 
 def _late_finding(label: str, pid: int, limit_s: float) -> Finding:

@@ -28,11 +28,13 @@ BUDGET_S = 1.0
 class Hashing(threading.Thread):
     """Hashes one tree's files, beside what else is prepared; `finish` it before the freeze."""
 
-    def __init__(self, evidence: Evidence, limit_s: float | None = None) -> None:
+    def __init__(self, evidence: Evidence, until: float | None = None) -> None:
+        """`until` is when no file is to be begun any more (time.monotonic), if that is sooner than usual."""
         super().__init__(name="hashing", daemon=True)
         self._evidence = evidence
         self._contents = Contents()
-        self._deadline = time.monotonic() + (BUDGET_S if limit_s is None else min(BUDGET_S, limit_s))
+        usual = time.monotonic() + BUDGET_S
+        self._deadline = usual if until is None else min(usual, until)
         self._left = BUDGET_BYTES
         self._root = f"/proc/{evidence.root.pid}/root"
         self._found: dict[str, tuple[os.stat_result, str]] = {}

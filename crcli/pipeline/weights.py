@@ -161,13 +161,13 @@ class _Facts(NamedTuple):
 
 
 class _OutOfTime(Exception):
-    """An index is not to be finished."""
+    """An index is not to be finished, or read."""
 
 
 class WeightsInUse:
     """The files that one dump compares with, opened and indexed. A context manager that closes them.
 
-    What cannot be read, or is not indexed in time, is left out: its bytes are stored.
+    What cannot be read, or not in time, is left out: its bytes are stored.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -189,10 +189,11 @@ class WeightsInUse:
     def index(
         self,
         amount: Callable[[int, int], None] = lambda done, total: None,
-        limit_s: float | None = None,
+        until: float | None = None,
         only_kept: bool = False,
     ) -> None:
-        """Index the files; those without an index after `limit_s` seconds (or now: `only_kept`) are left out.
+        """Index the files, or read the indexes that are kept; those of which that is not done by `until`
+        (time.monotonic), and those without a kept one where `only_kept` count, are left out.
 
         `amount` is told how many bytes are done, of how many. Of many large files fewer samples are kept of
         each, so that all have room.
@@ -203,18 +204,21 @@ class WeightsInUse:
         from crcli.memory.weights.match import Matcher
         from crcli.memory.weights.samples import Index
 
-        end = None if limit_s is None else time.monotonic() + limit_s
         before, total = 0, sum(file.size for file in self.files)
 
-        def note(count: int) -> None:
-            if end is not None and time.monotonic() > end:
+        def look() -> None:
+            if until is not None and time.monotonic() > until:
                 raise _OutOfTime
+
+        def note(count: int) -> None:
+            look()
             amount(before + count, total)
 
         indexes, bits = list[Index](), 0
         for file in list(self.files):
             try:
-                found = kept(file) if only_kept else indexed(file, note)
+                look()
+                found = kept(file, look) if only_kept else indexed(file, note)
             except _OutOfTime:
                 found = None
             before += file.size
@@ -239,7 +243,11 @@ class WeightsInUse:
         """What was left out, and why."""
         for paths, why, remedy in (
             (self._left_out, "cannot be read, or are too many", "name fewer files, the ones that matter"),
-            (self._late, "are not indexed yet", "`crcli weights index PATH` prepares them beforehand"),
+            (
+                self._late,
+                "were not indexed, or their index not read, in time",
+                "`crcli weights index PATH` prepares them beforehand; name fewer files, the ones that matter",
+            ),
         ):
             if paths:
                 more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import struct
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from crcli.memory.weights.references import Piece, Reference, found_bytes
 from crcli.memory.weights.samples import Index, index_of
 from crcli.memory.weights.views import View, apply
 from crcli.pipeline import weights
+from crcli.pipeline.dump import _times_to_read
 
 SPACE = SpaceKey(SpaceKind.PROCESS, 4711)
 BLOCK_PAGES = 256
@@ -376,6 +378,50 @@ def test_of_many_files_fewer_samples_are_kept(tmp_path: Path, monkeypatch: pytes
             block = bytearray(raw[: BLOCK_PAGES * PAGE])
             found = in_use.matcher.stretches(block, [Run(SPACE, 0, BLOCK_PAGES, True, 0)])
             assert sum(one.pages for one in found) == BLOCK_PAGES
+
+
+def test_what_cannot_be_read_in_time_is_left_out(float32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is not compared with once its time is over, also where its index is kept and only to be read."""
+    monkeypatch.setenv("CRCLI_CACHE_DIR", str(float32.parent / "cache"))
+    for until in (None, time.monotonic() + 1000):
+        with weights.WeightsInUse([str(float32)]) as in_use:
+            in_use.index(until=until)
+            assert len(in_use.facts()) == 1 and not list(in_use.findings())
+    for only_kept in (False, True):
+        with weights.WeightsInUse([str(float32)]) as in_use:
+            in_use.index(until=time.monotonic() - 1, only_kept=only_kept)
+            (finding,) = in_use.findings()
+            assert not in_use.facts() and in_use.matcher is None
+            assert finding.name == "weights-left-out" and finding.evidence["paths"] == [str(float32)]
+
+
+def test_an_index_is_read_piece_by_piece(float32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a large one can end that in the middle."""
+    monkeypatch.setenv("CRCLI_CACHE_DIR", str(float32.parent / "cache"))
+    monkeypatch.setattr(cache, "_PIECE", 100)
+    file = WeightsFile(str(float32))
+    file._is_fresh = False
+    first, looks = cache.indexed(file), list[int]()
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        cache.kept(file, look)
+    again = cache.kept(file)
+    assert again is not None and np.array_equal(again.samples.keys, first.samples.keys)
+    file.close()
+
+
+def test_weights_and_hashes_share_a_tenth_of_the_time() -> None:
+    """However long the first take, the others end with the same tenth, and have a part of it in any case."""
+    before = time.monotonic()
+    for_weights, for_hashes = _times_to_read(100.0)
+    assert for_weights is not None and for_hashes is not None
+    assert before < for_weights < for_hashes <= time.monotonic() + 10
+    assert _times_to_read(None) == (None, None)
 
 
 def test_a_file_that_shrinks_is_no_danger(float32: Path) -> None:

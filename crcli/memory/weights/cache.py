@@ -46,9 +46,16 @@ def folder() -> str:
     return os.path.join(base, "weights") if base else FOLDER
 
 
+_PIECE = 16 << 20
+"""So much of an entry is read at a time (bytes)."""
+
+
 def indexed(file: WeightsFile, amount: Callable[[int], None] = lambda done: None) -> Indexed:
-    """Return a file's index, from the cache or, where it has none, made and kept there."""
-    if (known := kept(file)) is not None:
+    """Return a file's index, from the cache or, where it has none, made and kept there.
+
+    `amount` is told now and then how many bytes of the file are done; what it raises ends the work.
+    """
+    if (known := kept(file, lambda: amount(0))) is not None:
         return known
     index, digest = index_of(file, amount=amount)
     made = Indexed(index, digest.hex())
@@ -57,9 +64,9 @@ def indexed(file: WeightsFile, amount: Callable[[int], None] = lambda done: None
     return made
 
 
-def kept(file: WeightsFile) -> Indexed | None:
-    """Return a file's index if the cache has it."""
-    return _load(_path(file))
+def kept(file: WeightsFile, look: Callable[[], None] = lambda: None) -> Indexed | None:
+    """Return a file's index if the cache has it. What `look`, called now and then, raises ends the work."""
+    return _load(_path(file), look)
 
 
 def _path(file: WeightsFile) -> str:
@@ -71,16 +78,15 @@ def _name(identity: Identity) -> str:
     return f"{blake3(words).hexdigest()[:40]}.{_VERSION}"
 
 
-def _load(path: str) -> Indexed | None:
+def _load(path: str, look: Callable[[], None]) -> Indexed | None:
     import numpy as np
 
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = _read_sealed(path, look)
         os.utime(path)
     except OSError:
         return None
-    if len(data) < _HEAD.size + 32 or blake3(memoryview(data)[:-32]).digest() != data[-32:]:
+    if data is None:
         return None
     magic, version, streams, count, digest = _HEAD.unpack_from(data)
     at = _HEAD.size + streams * _STREAM.size
@@ -94,6 +100,23 @@ def _load(path: str) -> Indexed | None:
     places = np.frombuffer(data, "<u8", count, at + 8 * count)
     owners = np.frombuffer(data, "<u4", count, at + 16 * count)
     return Indexed(Index(table, keys, owners, places), digest.hex())
+
+
+def _read_sealed(path: str, look: Callable[[], None]) -> bytearray | None:
+    """An entry, if its seal is right."""
+    digest = blake3()
+    with open(path, "rb", buffering=0) as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
+        body = max(0, len(data) - 32)
+        view, at = memoryview(data), 0
+        while at < len(data):
+            look()
+            got = file.readinto(view[at : at + _PIECE])
+            if not got:
+                return None
+            digest.update(view[at : min(at + got, body)])
+            at += got
+        return data if len(data) >= _HEAD.size + 32 and digest.digest() == view[body:] else None
 
 
 def _keep(path: str, made: Indexed) -> None:
