@@ -625,14 +625,19 @@ def pid_namespace_without_init(evidence: Evidence) -> Iterator[Finding]:
 
 
 def root_elsewhere(evidence: Evidence) -> Iterator[Finding]:
-    """A tree that CRIU must enter, and whose root folder has no CRIU in it, nor what a trial needs."""
+    """A tree that CRIU must enter, in namespaces that have no CRIU in them, nor what a trial needs."""
     if evidence.entered and not evidence.is_rooted_here:
+        remedy = (
+            "a tree that was restored with --root cannot be dumped: restore its image without, and dump that"
+        )
+        if evidence.root.root != "/":
+            remedy = "dump the first process of these namespaces, and with it all that lives there"
         yield blocker(
             "root-elsewhere",
             f"{evidence.root.label} has another root folder than this host, in namespaces that it is not the "
             "first process of",
             process_list([evidence.root]),
-            "a tree that was restored with --root cannot be dumped: restore its image without, and dump that",
+            remedy,
         )
 
 

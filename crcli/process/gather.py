@@ -146,10 +146,21 @@ def _gather(tree: Tree) -> Evidence:
     )
 
 
+def _sees_all(tree: Tree) -> int:
+    """The pid of a process that sees all of the root's mount namespace, as far as one is known.
+
+    A root in a chroot does not; its parent may, as the first process of a namespace does that a tree was
+    restored in.
+    """
+    parent = read_process(tree.root.ppid) if tree.root.root != "/" else None
+    is_inside = parent is not None and parent.namespaces.get("mnt") == tree.root.namespaces.get("mnt")
+    return parent.pid if parent is not None and is_inside and parent.root == "/" else tree.root.pid
+
+
 def _is_rooted_here(tree: Tree) -> bool:
-    """Whether the root process has our root folder as its own; what cannot be looked at counts as ours."""
+    """Whether the root's mount namespace has our root folder; what cannot be looked at counts as ours."""
     try:
-        theirs, ours = os.stat(f"/proc/{tree.root.pid}/root/"), os.stat("/")
+        theirs, ours = os.stat(f"/proc/{_sees_all(tree)}/root/"), os.stat("/")
     except OSError:
         return True
     return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
@@ -527,6 +538,7 @@ def _unreachable(tree: Tree, viewer: Viewer, files: tuple[OpenFile, ...]) -> tup
         viewpoints.setdefault((process.namespaces.get("mnt"), process.root), []).append(process.pid)
     if any(namespace == viewer.namespaces.get("mnt") for namespace, _ in viewpoints):
         viewpoints[viewer.namespaces["mnt"], ""] = [os.getpid()]
+    viewpoints.setdefault((tree.root.namespaces.get("mnt"), "/"), [_sees_all(tree)])
     seen = {mount.mnt_id for pids in viewpoints.values() for mount in _mounts_of_any(pids)}
     with_path = (Kind.REGULAR, Kind.DIRECTORY, Kind.FIFO, Kind.DEVICE)
     return tuple(file for file in files if file.kind in with_path and file.mnt_id not in seen)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import psutil
 import pytest
 
 from crcli import kernel
-from tests.support.crcli import Crcli, counted, counter, wait_until
+from tests.support.crcli import Crcli, counted, counter, launched, wait_until
 from tests.support.programs import Program, spawn_python, then_wait
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
@@ -104,6 +106,41 @@ def test_a_tree_that_was_restored_so_is_not_dumped(crcli: Crcli, root: Path) -> 
         inside = there(root, program)
         before = counted(inside)[-1]
         wait_until(lambda: counted(inside)[-1] > before + 5, "it stands still")
+
+
+JAILED = """
+import os
+os.chroot({jail!r})
+os.chdir("/")
+out = os.open("/out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+for fd in (0, 1, 2):
+    os.dup2(out, fd)
+count = "i=0; while :; do echo $i; i=$((i+1)); /busybox sleep 0.01; done"
+os.execv("/busybox", ["busybox", "sh", "-c", count])
+"""
+
+
+def test_a_chroot_is_dumped_wherever_it_was_restored(crcli: Crcli, tmp_path: Path) -> None:
+    """A tree in a chroot goes on in it, moved again and again into pid namespaces of its own."""
+    busybox = shutil.which("busybox")
+    if busybox is None or subprocess.run(["ldd", busybox], capture_output=True, check=False).returncode == 0:
+        pytest.skip("there is no statically linked busybox")
+    jail = tmp_path / "jail"
+    jail.mkdir()
+    shutil.copy(busybox, jail / "busybox")
+
+    def shown() -> list[int]:
+        return [int(line) for line in (jail / "out").read_text().splitlines()]
+
+    with launched([sys.executable, "-c", JAILED.format(jail=str(jail))], tmp_path) as program:
+        wait_until(lambda: (jail / "out").exists() and len(shown()) > 3, "it does not begin")
+        pid = program.pid
+        for _ in range(3):
+            pid = crcli.move(pid, "--pid-namespace", "new")["host_pid"]
+            assert os.path.samefile(f"/proc/{pid}/root", jail)
+            before = len(shown())
+            wait_until(lambda before=before: len(shown()) > before + 3, "it stands still")  # type: ignore[misc]
+        assert shown() == list(range(len(shown())))
 
 
 def test_roots_that_will_not_do_are_refused(crcli: Crcli, tmp_path: Path) -> None:
