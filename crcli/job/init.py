@@ -2,8 +2,9 @@
 
 It travels in the job's images. So it is a plain interpreter that imports nothing but what is built in: small,
 and restored wherever the interpreter's own files are the same. It is the leader of its session, and what
-started it made it a subreaper: daemons of the command stay in the tree. When the command has ended, whatever
-is left below is killed, and the exit code is the command's (128 + N when signal N ended it).
+started it made it a subreaper: daemons of the command stay in the tree. In a terminal the command leads a
+session of its own, which the terminal controls. When the command has ended, whatever is left below is killed,
+and the exit code is the command's (128 + N when signal N ended it).
 
     python -I -S -E init.py COMMAND [ARGUMENT...]
 """
@@ -33,6 +34,8 @@ def main(command: list[str]) -> int:
     if job == 0:
         pthread_sigmask(SIG_SETMASK, before)
         _become(command)
+    if os.isatty(0):
+        _let_go_of_terminal()
     while True:
         signal = sigwaitinfo(passed_on)
         if signal.si_signo == SIGCHLD:
@@ -45,11 +48,30 @@ def main(command: list[str]) -> int:
 
 
 def _become(command: list[str]) -> None:
+    if os.isatty(0):
+        _take_terminal()
     try:
         os.execvp(command[0], command)
     except OSError as error:
         os.write(2, f"crcli run: {command[0]}: {error.strerror}\n".encode())
         os._exit(NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_EXECUTE)
+
+
+def _take_terminal() -> None:
+    """Lead a session that our terminal controls: after a restore only who does can open /dev/tty."""
+    os.setsid()
+    try:
+        os.close(os.open(os.ttyname(0), os.O_RDWR))
+    except OSError:
+        pass  # it has no name here: the command goes without
+
+
+def _let_go_of_terminal() -> None:
+    """Leave it to those whom it controls: CRIU asks the first who has it open which session that is."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(null, number)
+    os.close(null)
 
 
 def _reap(job: int) -> int | None:

@@ -221,17 +221,7 @@ def _become_init(start: _Start) -> NoReturn:
         for number, fd in enumerate([os.dup(fd) for fd in start.stdio]):
             os.dup2(fd, number, inheritable=True)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-        if os.isatty(0):
-            _take_terminal(0)
         python = os.path.realpath(sys.executable)
         os.execve(python, [python, "-I", "-S", "-E", init.__file__, *start.command], dict(start.environment))
     finally:
         os._exit(init.CANNOT_EXECUTE)
-
-
-def _take_terminal(fd: int) -> None:
-    """Make a terminal the one that controls our session."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(fd, termios.TIOCSCTTY, 0)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -389,6 +389,12 @@ class Terminal:
             if select.select([self.master], [], [], 0.1)[0]:
                 self.seen += os.read(self.master, 65536)
 
+    def type(self, keys: str, text: str = "") -> None:
+        """Type this, and read until it shows that."""
+        self.seen = b""
+        os.write(self.master, keys.encode())
+        self.until(text.encode())
+
     def size(self, rows: int, columns: int) -> None:
         """Change its size."""
         termios.tcsetwinsize(self.master, (rows, columns))
@@ -403,9 +409,11 @@ def terminal() -> Iterator[Terminal]:
     os.close(one.slave)
 
 
-def in_terminal(crcli: Crcli, terminal: Terminal, script: str) -> subprocess.Popen[bytes]:
+def in_terminal(
+    crcli: Crcli, terminal: Terminal, script: str, shell: Sequence[str] = SHELL
+) -> subprocess.Popen[bytes]:
     """Start a job there."""
-    command = [sys.executable, "-m", "crcli", "run", "--name", "job", "--store", crcli.store, *SHELL, script]
+    command = [sys.executable, "-m", "crcli", "run", "--name", "job", "--store", crcli.store, *shell, script]
     ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.slave)
     return subprocess.Popen(command, env=crcli.environment, start_new_session=True, **ends)
 
@@ -438,3 +446,30 @@ def test_a_terminal_is_passed_on(crcli: Crcli, tmp_path: Path, terminal: Termina
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("shell", ["bash --norc --noprofile", "dash"])
+def test_a_shell_controls_its_jobs(crcli: Crcli, terminal: Terminal, shell: str) -> None:
+    """An interactive shell opens /dev/tty and stops, continues and interrupts jobs, moved again and again."""
+    words = ("--", *shell.split())
+    terminal.size(24, 80)
+    for _ in range(3):
+        process = in_terminal(crcli, terminal, "-i", words)
+        try:
+            terminal.type("echo is$((6 * 7)) >/dev/tty\n", "is42")
+            terminal.type("sleep 500\n", "sleep 500\r\n")
+            time.sleep(0.3)
+            terminal.type("\x1a", "topped")
+            terminal.type("fg\n", "sleep 500\r\n")
+            time.sleep(0.3)
+            terminal.type("\x03")
+            terminal.type("echo still $((7 * 8))\n", "still 56")
+            terminal.type("stty size\n", "24 80")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 75
+        finally:
+            process.kill()
+            process.wait()
+    process = in_terminal(crcli, terminal, "-i", words)
+    terminal.type("exit 5\n")
+    assert process.wait(60) == 5
