@@ -37,7 +37,8 @@ _EPOLL_CTL = 29
 """IORING_OP_EPOLL_CTL."""
 
 _MOST_SEARCHED = 1 << 30
-"""So much of a process's memory is looked through for its event loops (bytes), small mappings first."""
+"""So much of a process's memory is looked through for event loops (bytes): the heap first, or its beginning,
+then from small mappings to large ones."""
 
 _PLAIN = {"SqThread": "-1", "UserFiles": "0", "UserBufs": "0"}
 _EQUAL = (("SqHead", "SqTail"), ("SqHead", "CachedSqHead"), ("CqHead", "CqTail"), ("CqTail", "CachedCqTail"))
@@ -92,7 +93,8 @@ def _of_process(pid: int, held: list[OpenFile]) -> Iterator[EventRing]:
         return
     try:
         pieces = {file.fd: _pieces(lines, file.ino) for file in held if _is_plain(file.info)}
-        places = _places(pid, {fd: found for fd, found in pieces.items() if found})
+        heap = next((_span(line)[0] // PAGE for line in lines if line[5:] == [b"[heap]"]), 0)
+        places = _places(pid, heap, {fd: found for fd, found in pieces.items() if found})
         for file in held:
             fields = places.get(file.fd, [])
             epoll = _epoll_of(memory, pieces[file.fd][_ENTRIES]) if len(fields) == 1 else None
@@ -134,14 +136,14 @@ def _span(line: list[bytes]) -> tuple[int, int]:
     return int(start, 16), int(end, 16) - int(start, 16)
 
 
-def _places(pid: int, rings: dict[int, dict[int, tuple[int, int]]]) -> dict[int, list[int]]:
-    """For each ring, by its descriptor, where a loop keeps that descriptor."""
+def _places(pid: int, heap: int, rings: dict[int, dict[int, tuple[int, int]]]) -> dict[int, list[int]]:
+    """For each ring, by its descriptor, where a loop keeps it. `heap` is the heap's first page."""
     found: dict[int, list[int]] = {fd: [] for fd in rings}
     if not rings:
         return found
     left = _MOST_SEARCHED
     with closing(AddressSpace(pid)) as space:
-        for _, part in sorted(space.slices()):
+        for _, part in sorted(space.slices(), key=lambda one: (one[1].start != heap, one)):
             for run in space.sent(part):
                 if all(found.values()) or left < 0:
                     return found
@@ -155,15 +157,16 @@ def _places(pid: int, rings: dict[int, dict[int, tuple[int, int]]]) -> dict[int,
 def _matches(data: bytes, fd: int, pieces: dict[int, tuple[int, int]]) -> Iterator[int]:
     """Where in these bytes stands what a loop keeps of this ring, which is mapped so."""
     (queues, size), (entries, entries_size) = pieces[_QUEUES], pieces[_ENTRIES]
-    word = struct.pack("=Q", queues)
-    at = data.find(word)
-    while 0 <= at <= len(data) - _LOOP.size:
-        _, cqe, sqe, sqlen, cqlen, most, sqelen, ringfd, in_flight = _LOOP.unpack_from(data, at)
-        is_mapped = queues < cqe < queues + size and sqe == entries and most == max(sqlen, cqlen)
+    middle = struct.pack("=Q", queues)[1:6]  # without the zeros around, which are everywhere: found sooner
+    found = data.find(middle)
+    while 0 <= found <= len(data) - _LOOP.size:
+        at = max(0, found - 1)
+        sq, cqe, sqe, sqlen, cqlen, most, sqelen, ringfd, in_flight = _LOOP.unpack_from(data, at)
+        is_mapped = sq == queues < cqe < queues + size and sqe == entries and most == max(sqlen, cqlen)
         is_whole = most <= size < most + 4096 and sqelen <= entries_size < sqelen + 4096
         if is_mapped and is_whole and ringfd == fd and not in_flight:
             yield at
-        at = data.find(word, at + 1)
+        found = data.find(middle, found + 1)
 
 
 def _epoll_of(memory: int, entries: tuple[int, int]) -> int | None:
