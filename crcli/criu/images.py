@@ -16,7 +16,7 @@ from crcli.criu import messages
 from crcli.memory.extents import PAGE, SpaceKind
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Container, Iterable
 
     from crcli.criu.workspace import Workspace
     from crcli.memory.extents import SpaceKey
@@ -107,10 +107,9 @@ def read_tree(images: ImageFolder) -> list[TreeMember]:
     there = set(images.names())
     for entry in ImageFile.parse(images.read("pstree.img"), messages.pstree_entry).entries:
         state, comm, rseq = 0, "", set()
-        for thread in entry.threads or [entry.pid]:
-            if (name := f"core-{thread}.img") not in there:
-                continue
-            core = ImageFile.parse(images.read(name), messages.core_entry).entries[0]
+        threads = _threads_of(entry, there)
+        for thread in threads:
+            core = ImageFile.parse(images.read(f"core-{thread}.img"), messages.core_entry).entries[0]
             if thread == entry.pid:
                 state, comm = core.tc.task_state, text_of(core.tc.comm)
             if core.thread_core.HasField("rseq_entry"):
@@ -121,7 +120,7 @@ def read_tree(images: ImageFolder) -> list[TreeMember]:
                 entry.ppid,
                 entry.pgid,
                 entry.sid,
-                tuple(entry.threads),
+                threads,
                 state in (_TASK_ALIVE, _TASK_STOPPED),
                 state == _TASK_STOPPED,
                 comm,
@@ -129,6 +128,11 @@ def read_tree(images: ImageFolder) -> list[TreeMember]:
             )
         )
     return members
+
+
+def _threads_of(entry: Any, there: Container[str]) -> tuple[int, ...]:
+    """The threads of a process. Of one that has ended CRIU writes down what happens to be in its memory."""
+    return tuple(thread for thread in entry.threads if f"core-{thread}.img" in there)
 
 
 def wiped_on_fork(images: ImageFolder, pid: int) -> list[int]:
@@ -144,8 +148,9 @@ def wiped_on_fork(images: ImageFolder, pid: int) -> list[int]:
 
 def join_threads_to_leaders(images: Workspace) -> None:
     """Say of every thread that it is in its process's cgroups, for a restore that leaves cgroups alone."""
+    there = set(images.names())
     for member in ImageFile.parse(images.read("pstree.img"), messages.pstree_entry).entries:
-        for thread in member.threads:
+        for thread in _threads_of(member, there):
             name = f"core-{thread}.img"
             core = ImageFile.parse(images.read(name), messages.core_entry)
             if core.entries[0].thread_core.HasField("cg_set"):
