@@ -27,7 +27,7 @@ class Folder(dict[str, bytes]):
 
 def image(*entries: object) -> bytes:
     """An image file that holds these messages."""
-    return ImageFile(bytes(8), list(entries)).encode()
+    return ImageFile(bytes(4), list(entries)).encode()
 
 
 def core(state: int) -> bytes:
