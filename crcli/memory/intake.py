@@ -541,7 +541,7 @@ class Intake:
 
         def fetch(ranges: Sequence[tuple[int, int]]) -> None:
             for begin, end in ranges:
-                own.memory[begin * PAGE : end * PAGE] = passing.read(item.block, begin, end)
+                own.memory[begin * PAGE : end * PAGE] = passing.pages(item.block, begin, end)
 
         own.runs, own.used = item.runs, item.used
         self._accept(self._classify(own, Ahead(Seen(digests, ()), fetch)))

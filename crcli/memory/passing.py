@@ -17,7 +17,7 @@ import os
 import signal
 import struct
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from blake3 import blake3
@@ -47,7 +47,7 @@ BLOCKS = 8
 _BLOCK_BYTES = BLOCK_PAGES * PAGE
 _DIGESTS_BYTES = BLOCK_PAGES // GROUP_PAGES * DIGEST
 _DIGESTS_AT = BLOCKS * _BLOCK_BYTES
-_PIECE_PAGES = 4 * GROUP_PAGES
+_PIECE_PAGES = 8 * GROUP_PAGES
 """What one process is given at once; the next goes to the next one."""
 
 _PIPE_BYTES = 1 << 20
@@ -66,6 +66,7 @@ class Passing:
     def __init__(self, count: int) -> None:
         """Fork `count` processes, before any thread is started. Raises OSError where that cannot be."""
         self._shared = mmap.mmap(-1, _DIGESTS_AT + BLOCKS * _DIGESTS_BYTES)
+        self._memory = memoryview(self._shared)
         self._pids: list[int] = []
         self._pipes: list[int] = []
         self._answers: list[int] = []
@@ -91,7 +92,7 @@ class Passing:
         try:
             pid = kernel.quiet_fork()
             if pid == 0:
-                _run(self._shared, pages, theirs)
+                _run(self._memory, pages, theirs)
             self._pids.append(pid)
         finally:
             os.close(pages)
@@ -178,13 +179,13 @@ class Passing:
                 place = record + head // GROUP_PAGES * DIGEST
                 found[head] = self._shared[place : place + DIGEST]
             else:  # its pages came in two runs
-                found[head] = blake3(self.read(block, head, head + GROUP_PAGES)).digest()
+                found[head] = blake3(self.pages(block, head, head + GROUP_PAGES)).digest()
         return found
 
-    def read(self, block: int, begin: int, end: int) -> bytes:
+    def pages(self, block: int, begin: int, end: int) -> memoryview:
         """The pages of a block from `begin` to `end`, once its digests were got."""
         at = block * _BLOCK_BYTES
-        return self._shared[at + begin * PAGE : at + end * PAGE]
+        return self._memory[at + begin * PAGE : at + end * PAGE]
 
     def _wait_for(self, number: int) -> None:
         """Return when all processes have answered for so many blocks."""
@@ -212,7 +213,9 @@ class Passing:
         for end in (*self._pipes, *self._answers):
             os.close(end)
         self._pipes, self._answers = [], []
-        self._shared.close()
+        with suppress(BufferError):  # a worker that failed still has some of it: it goes with the last
+            self._memory.release()
+            self._shared.close()
 
     def __enter__(self) -> Passing:
         return self
@@ -251,13 +254,12 @@ def _write(pipe: int, data: Buffer) -> None:
         view = view[os.write(pipe, view) :]
 
 
-def _run(shared: mmap.mmap, pages: int, answers: int) -> NoReturn:
+def _run(memory: memoryview, pages: int, answers: int) -> NoReturn:
     """What a process does."""
     try:
         kernel.die_with_parent(signal.SIGKILL)
         kernel.close_all_but(pages, answers)
         gc.disable()  # it would touch, and so copy, all of the memory that is our parent's too
-        memory = memoryview(shared)
         said = memoryview(bytearray(_PIECE.size))
         while _fill(pages, said):
             block, at, count, loose = _PIECE.unpack(said)
