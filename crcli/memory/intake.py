@@ -7,6 +7,9 @@ for little more than one copy of its memory. Then (or as soon as all blocks are 
 another is classified (see classify.py), and what is new is handed to the sink. Without a free block the
 receiver waits, the socket fills, and CRIU waits too: memory stays bounded and nothing is dropped.
 
+A tree of which the store has nearly everything, and that stands still until its image is durable anyway, is
+not put aside: its pages are hashed on their way in (see passing.py) and worked on as they come.
+
 A dump may come in rounds, the last of which alone finds the tree frozen. Those before it use neither the gate
 nor the overflow.
 """
