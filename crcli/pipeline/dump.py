@@ -463,8 +463,9 @@ class _Dump:
         After rounds little is left for the freeze.
         """
         if not self.options.pre_copy:
-            expected, hold = self.target.evidence.expected_bytes, self._may_pass()
-            self.overflow.reserve(expected, may_fork=may_fork, hold=hold)
+            # Where pages may pass, it may not be needed; but with a deadline nobody waits for it later.
+            hold = self._may_pass() and self.options.deadline_s is None
+            self.overflow.reserve(self.target.evidence.expected_bytes, may_fork=may_fork, hold=hold)
 
     def reserve_for_gpus(self) -> None:
         """Begin to get memory for the pages of a tree that leaves its GPUs, beside what comes from there."""

@@ -364,6 +364,9 @@ def test_a_large_tree_is_dumped_again_and_again(crcli: Crcli, tmp_path: Path) ->
             assert again["stored_bytes"] <= 0.02 * first["stored_bytes"]
         crcli.restore("agent")
         assert memory_hash(program) == before
+        crcli.dump(program.pid, "--name", "agent", "--deadline", "60")
+        crcli.restore("agent")
+        assert memory_hash(program) == before
     learned = json.loads((tmp_path / "rates.json").read_text())
     assert (learned["steps"]["take"]["seen"], learned["steps"]["pass"]["seen"]) == (1, 3)
 
