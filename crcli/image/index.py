@@ -311,21 +311,17 @@ def load_known(
     wanted: int | None = None,
     is_same: Callable[[dict[str, Any]], bool] = lambda head: False,
     others: int | None = OTHERS_LIMIT,
-    on_first: Callable[[], None] = lambda: None,
 ) -> KnownChunks:
     """Read what the images called `name` consist of, then, while that is fewer than `wanted` pages (None:
     always), the newest `others` indexes of the store (None: all).
 
     `is_same` tells by an image's JSON head whether it is of the very tree: older ones then matter no more.
-    `on_first` is called as soon as it is clear that the name has no image. The reading ends with the index
-    that takes the number of pages to `limit`. An index whose pack is gone, or that cannot be read, is left
-    out: it only costs chances to reuse.
+    It ends with the index that takes the number of pages to `limit`. An index whose pack is gone, or that
+    cannot be read, is left out: it only costs chances to reuse.
     """
     known = KnownChunks()
     loading = _Loading(store, known, limit)
     same_name = [info for info in _newest(store, f"{IMAGES}{name}/", LINEAGES) if image_at(info.key)]
-    if not same_name:
-        on_first()
     known.newest_image = same_name[0].key.rpartition("/")[2] if same_name else ""
     loading.take(_lineages(store, name, same_name[:LINEAGES], is_same)[:SAME_NAME_LIMIT])
     if wanted is None or known.page_count < wanted:

@@ -7,9 +7,6 @@ for little more than one copy of its memory. Then (or as soon as all blocks are 
 another is classified (see classify.py), and what is new is handed to the sink. Without a free block the
 receiver waits, the socket fills, and CRIU waits too: memory stays bounded and nothing is dropped.
 
-A tree of which the store has nearly everything, and that stands still until its image is durable anyway, is
-not put aside: its pages are hashed on their way in (see passing.py) and worked on as they come.
-
 A dump may come in rounds, the last of which alone finds the tree frozen. Those before it use neither the gate
 nor the overflow.
 """
@@ -21,7 +18,7 @@ import os
 import queue
 import socket
 import threading
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from msgspec import Struct, field
 
@@ -34,20 +31,17 @@ from crcli.memory.classify import (
     Classifier,
     MemoryCounts,
     Run,
-    Seen,
 )
 from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, coalesce
 from crcli.memory.pagemap import PageRun
-from crcli.memory.passing import BLOCKS as PASSING_BLOCKS
 from crcli.memory.replay import AMOUNT_EVERY_S
 from crcli.threads import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
 
-    from crcli.memory.classify import ChunkSink, KnownPages
+    from crcli.memory.classify import ChunkSink, KnownPages, Seen
     from crcli.memory.lookahead import Lookahead
-    from crcli.memory.passing import Passing
     from crcli.memory.weights.match import Matcher
 
 BLOCK_COUNT = 16
@@ -60,12 +54,6 @@ a virtual machine's host has taken back, and must find again (2 s for each GiB i
 
 _KEEP_RUN, _KEEP_PAGES = 64, 16 << 10
 """Early pages that are kept for the trial: runs up to this long, and so many pages in all (64 MiB)."""
-
-_PASSING_PATIENCE_S = 1.0
-"""How long a tree waits for a block that its pages may pass through (seconds) before they are put aside."""
-
-_PASSING_NEW, _PASSING_PART = 64 << 20, 8
-"""More new memory than that (bytes), and than one part of so many of what came, is better put aside."""
 
 
 class _Pages(Struct):
@@ -107,17 +95,6 @@ class _Spilled(_Pages):
     """Whether it is looked at ahead."""
 
 
-class _Passed(_Pages):
-    """A block's worth of pages that pass by, in the block `block` of those that hash them."""
-
-    block: int = 0
-    number: int = 0
-    """What they call it once no more pages come."""
-
-
-_Place: TypeAlias = _Block | _Spilled | _Passed
-
-
 class Overflow(Protocol):
     """Where pages wait that do not fit the blocks: a file of bounded size, named by its descriptor."""
 
@@ -148,7 +125,6 @@ class Intake:
         matcher: Matcher | None = None,
         workers: int = 2,
         lookahead: Lookahead | None = None,
-        passing: Passing | None = None,
     ) -> None:
         self._classifier = Classifier(known, sink, matcher)
         self._matcher = matcher
@@ -157,15 +133,11 @@ class Intake:
         self._overflow = overflow
         self._lookahead = lookahead
         self._asked: dict[int, _Spilled] = {}
-        self._passing = passing
-        self._passages: queue.SimpleQueue[int] = queue.SimpleQueue()
-        """Blocks that pages may pass through now."""
-        self._lets_pass = False
         self._gate = threading.Event()
         self._blocks = threading.Semaphore(BLOCK_COUNT)
         self._spare: list[_Block] = []
-        self._full: queue.SimpleQueue[_Place | None] = queue.SimpleQueue()
-        self._open: _Place | None = None
+        self._full: queue.SimpleQueue[_Block | _Spilled | None] = queue.SimpleQueue()
+        self._open: _Block | _Spilled | None = None
         self._spill_end = 0
         self._pipe: tuple[int, int] | None = None
         self._lock = threading.Lock()
@@ -198,17 +170,6 @@ class Intake:
         except RuntimeError:  # no more threads here
             self.close()
             raise
-
-    def let_pass(self) -> None:
-        """Have pages hashed on their way in, and worked on as they come, rather than put aside: the store has
-        nearly all of them. Those that come faster than that are put aside. No page has come yet."""
-        if self._passing is None:
-            return
-        self._passing.begin()
-        for block in range(PASSING_BLOCKS):
-            self._passages.put(block)
-        self._lets_pass = True
-        self.open_gate()
 
     # A dump in rounds.
 
@@ -279,7 +240,9 @@ class Intake:
         for into, run in self._places(space, start, len(data) // PAGE, lazy):
             self._put(into, run, memoryview(data)[(run.start - start) * PAGE :][: run.pages * PAGE])
 
-    def _places(self, space: SpaceKey, start: int, pages: int, lazy: bool) -> Iterator[tuple[_Place, Run]]:
+    def _places(
+        self, space: SpaceKey, start: int, pages: int, lazy: bool
+    ) -> Iterator[tuple[_Block | _Spilled, Run]]:
         """Where the pages of a run go, piece by piece; each is there when the next is asked for."""
         while pages:
             self._raise_failure()
@@ -310,8 +273,6 @@ class Intake:
                     if number is not None:
                         self._asked[number] = self._open
                         self._open.is_asked = True
-            if isinstance(self._open, _Passed) and self._passing is not None:
-                self._open.number = self._passing.end(self._open.block)
             self._full.put(self._open)
             self._open = None
 
@@ -363,8 +324,6 @@ class Intake:
     def give_up(self) -> None:
         """Have nobody wait any more, for room or for pages; nothing is finished from now on."""
         self._failure = self._failure or InterruptedError("the dump was given up")
-        if self._passing is not None:
-            self._passing.give_up()
 
     def close(self) -> None:
         """End the workers (after what is queued); safe to call again."""
@@ -382,28 +341,11 @@ class Intake:
         for _ in self._workers:
             self._full.put(None)
 
-    def _next_place(self) -> _Place:
+    def _next_place(self) -> _Block | _Spilled:
         """Where the next pages go: aside as long as nobody works on them, else where they are worked on."""
-        if (passage := self._next_passage()) is not None:
-            return passage
         if self._gate.is_set() and self._blocks.acquire(blocking=False):
             return self._spare.pop() if self._spare else _Block()
         return _Spilled(offset=self._spill_end) if self._spill_room() else self._free_block()
-
-    def _next_passage(self) -> _Passed | None:
-        """A block that pages may pass through; None where there is none, or none soon enough."""
-        if self._passing is None or not self._lets_pass:
-            return None
-        if self._counts.new > max(_PASSING_NEW, self._counts.total // _PASSING_PART):
-            self._lets_pass = False
-            return None
-        try:
-            block = self._passages.get(timeout=_PASSING_PATIENCE_S)
-        except queue.Empty:  # the store does not take what is new
-            self._lets_pass = False
-            return None
-        self._passing.open(block)
-        return _Passed(block=block)
 
     def _free_block(self) -> _Block:
         """A block that nobody uses; when there is none, the workers are let in, and one is waited for."""
@@ -416,11 +358,9 @@ class Intake:
     def _spill_room(self) -> bool:
         return self._is_last and self._overflow is not None and self._spill_end < self._overflow.limit
 
-    def _receive_run(self, into: _Place, channel: socket.socket, run: Run) -> Callable[[], bytes]:
+    def _receive_run(self, into: _Block | _Spilled, channel: socket.socket, run: Run) -> Callable[[], bytes]:
         """Move a run out of the channel; return what reads it again."""
         size = run.pages * PAGE
-        if isinstance(into, _Passed):
-            return self._pass_on(into, channel, run)
         if isinstance(into, _Block):
             view = memoryview(into.memory)[run.at * PAGE :][:size]
             receive_exactly(channel, view)
@@ -430,22 +370,9 @@ class Intake:
         self._splice(channel.fileno(), overflow, size)
         return lambda: os.pread(overflow, size, begin)
 
-    def _pass_on(self, into: _Passed, channel: socket.socket, run: Run) -> Callable[[], bytes]:
-        assert self._passing is not None
-        if not self._is_early(run):
-            self._passing.splice(channel.fileno(), into.block, run)
-            return bytes
-        data = bytearray(run.pages * PAGE)
-        receive_exactly(channel, memoryview(data))
-        self._passing.put(into.block, run, memoryview(data))
-        return lambda: bytes(data)
-
-    def _put(self, into: _Place, run: Run, data: memoryview) -> None:
+    def _put(self, into: _Block | _Spilled, run: Run, data: memoryview) -> None:
         if isinstance(into, _Block):
             memoryview(into.memory)[run.at * PAGE :][: len(data)] = data
-            return
-        if isinstance(into, _Passed) and self._passing is not None:
-            self._passing.put(into.block, run, data)
             return
         assert self._overflow is not None
         if os.pwrite(self._overflow.fd, data, self._spill_end) != len(data):
@@ -454,17 +381,14 @@ class Intake:
 
     def _keep_early(self, run: Run, read: Callable[[], bytes]) -> None:
         """Keep a copy of pages that the trial needs."""
-        if self._is_early(run):
-            self.kept[run.space].append((run.start, read()))
-            self._kept_pages += run.pages
-
-    def _is_early(self, run: Run) -> bool:
-        return (
+        if (
             not run.lazy
             and run.space.kind == SpaceKind.PROCESS
             and run.pages <= _KEEP_RUN
             and self._kept_pages + run.pages <= _KEEP_PAGES
-        )
+        ):
+            self.kept[run.space].append((run.start, read()))
+            self._kept_pages += run.pages
 
     def _splice(self, source: int, target: int, size: int) -> None:
         """Append so many bytes to the overflow; they do not pass through this process."""
@@ -503,10 +427,7 @@ class Intake:
                         self._take(item)
                     else:
                         own = own or _Block()
-                        if isinstance(item, _Passed):
-                            self._take_passed(item, own)
-                        else:
-                            self._take_spilled(item, own)
+                        self._take_spilled(item, own)
                 except BaseException as error:  # raised again in the receiving thread, or by finish
                     self._failure = error
             if isinstance(item, _Block):
@@ -536,19 +457,6 @@ class Intake:
         else:
             self._accept(found)
             self._give_back(item)
-
-    def _take_passed(self, item: _Passed, own: _Block) -> None:
-        passing = self._passing
-        assert passing is not None
-        digests = passing.digests(item.block, item.number, item.runs)
-
-        def fetch(ranges: Sequence[tuple[int, int]]) -> None:
-            for begin, end in ranges:
-                own.memory[begin * PAGE : end * PAGE] = passing.pages(item.block, begin, end)
-
-        own.runs, own.used = item.runs, item.used
-        self._accept(self._classify(own, Ahead(Seen(digests, ()), fetch)))
-        self._passages.put(item.block)
 
     def _ahead(self, spilled: _Spilled, block: _Block, seen: Seen) -> Ahead:
         """Spilled pages that were looked at; those that are needed nevertheless are read into `block`."""

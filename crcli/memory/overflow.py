@@ -75,7 +75,6 @@ class Overflow:
         self._enough = threading.Event()
         self._thread: Worker | None = None
         self._pid = 0
-        self._held: tuple[int, int] | None = None
         self._unneeded: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._giver: Worker | None = None
         self._is_closing = False
@@ -91,15 +90,14 @@ class Overflow:
         """Have the limit be no more than half of what is free now, beside what it has already."""
         self.limit = min(self.limit, self.reserved + spare_memory() // 2 // self._sharers)
 
-    def reserve(self, size: int, *, may_fork: bool = False, hold: bool = False) -> None:
+    def reserve(self, size: int, *, may_fork: bool = False) -> None:
         """Begin to get memory for the first `size` bytes; no more than `limit`.
 
-        `may_fork`: no thread was started yet. `hold`: it is not begun before `go`, where it is much.
+        `may_fork`: no thread was started yet.
         """
         self._size = min(size, self.limit)
         self._began = time.monotonic()
         if may_fork and self._size >= _LARGE:
-            self._held = os.pipe() if hold else None
             self._pid = kernel.quiet_fork()
             if self._pid == 0:
                 self._get_and_exit()
@@ -108,18 +106,6 @@ class Overflow:
             with kernel.signals_held():
                 thread.start()
                 self._thread = thread
-
-    def go(self) -> None:
-        """Begin with what was held; safe to call again, from several threads."""
-        with self._beginning:
-            if self._held is not None:
-                self._began = time.monotonic()
-                self._let_go()
-
-    def _let_go(self) -> None:
-        held, self._held = self._held, None
-        for end in held or ():
-            os.close(end)
 
     def settle(self, *, wait: bool) -> None:
         """Stop getting memory; `wait` says whether it may first take the time that it needs, in reason."""
@@ -135,8 +121,6 @@ class Overflow:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
             self._pid = 0
-            with self._beginning:
-                self._let_go()
 
     def left_s(self) -> float:
         """For how long it will go on getting memory (seconds), if that goes on as fast as so far."""
@@ -147,10 +131,7 @@ class Overflow:
         """What the process does. Never returns."""
         try:
             kernel.die_with_parent(signal.SIGKILL)
-            held = self._held[:1] if self._held is not None else ()
-            kernel.close_all_but(self.fd, *held)
-            for end in held:
-                os.read(end, 1)  # it ends when it is closed over there
+            kernel.close_all_but(self.fd)
             self._get()
         finally:
             os._exit(0)

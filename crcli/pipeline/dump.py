@@ -47,7 +47,6 @@ from crcli.memory.classify import MemoryCounts
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import Lookahead
 from crcli.memory.overflow import Overflow
-from crcli.memory.passing import Passing
 from crcli.memory.sample import Makeup
 from crcli.pipeline.capture import capture_files, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
@@ -58,9 +57,7 @@ from crcli.pipeline.forecast import (
     known_for,
     learn_from,
     look_ahead,
-    may_pass,
     measure,
-    passes,
     predict,
 )
 from crcli.pipeline.hashing import Hashing, describe_mounts
@@ -340,9 +337,6 @@ class _Dump:
         self.plugins: list[PluginInfo] = []
         self.look_ahead: Callable[[], None] = lambda: None
         """What is left to do before the freeze when CRIU is called."""
-        self.passing: Passing | None = None
-        self.lets_pass = False
-        """Whether pages are hashed on their way in, rather than put aside first."""
         self.nice = 0
         """The nice value of our thread while no tree stands still."""
         self.store: Store | None = None
@@ -463,9 +457,7 @@ class _Dump:
         After rounds little is left for the freeze.
         """
         if not self.options.pre_copy:
-            # Where pages may pass, it may not be needed; but with a deadline nobody waits for it later.
-            hold = self._may_pass() and self.options.deadline_s is None
-            self.overflow.reserve(self.target.evidence.expected_bytes, may_fork=may_fork, hold=hold)
+            self.overflow.reserve(self.target.evidence.expected_bytes, may_fork=may_fork)
 
     def reserve_for_gpus(self) -> None:
         """Begin to get memory for the pages of a tree that leaves its GPUs, beside what comes from there."""
@@ -489,29 +481,6 @@ class _Dump:
             return None
         return held.enter_context(ahead)
 
-    def _may_pass(self) -> bool:
-        """Whether pages may be hashed on their way in, if the store turns out to have nearly all of them."""
-        evidence = self.target.evidence
-        plain = self.shared.at_once == 1 and not self.target.weights and not evidence.may_use_gpus
-        return may_pass(self.options, evidence.expected_bytes, plain=plain)
-
-    def _start_passing(self, held: ExitStack) -> Passing | None:
-        """Start the processes that hash pages on their way in."""
-        if not self._may_pass():
-            return None
-        try:
-            return held.enter_context(Passing(min(max(2, usable_processors()), _MOST_LOOKAHEADS)))
-        except OSError:
-            return None
-
-    def _let_pass(self) -> None:
-        """Have pages hashed on their way in, if nearly all of them are known; else make room for them."""
-        self.lets_pass = self.passing is not None and self.load is not None and passes(self.load)
-        if self.lets_pass:
-            self.intake.let_pass()
-        else:
-            self.overflow.go()
-
     def _prepare(self, held: ExitStack) -> None:
         with self.watch.phase("prepare"):
             for_weights, for_hashes = _times_to_read(self.options.deadline_s)
@@ -529,7 +498,6 @@ class _Dump:
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, for_weights)
             lookahead = self._start_lookahead(held)
-            self.passing = self._start_passing(held)
             self.hashing = Hashing(self.target.evidence, for_hashes)
             self.hashing.start()  # a thread: no more forks from here on
             self.network = other_network(self.target.evidence.root.pid)
@@ -545,9 +513,7 @@ class _Dump:
             self.writer = PackWriter(store, self.target.image_id)
             held.callback(self.writer.close)
             workers = min(max(2, usable_processors() // 2 // self.shared.at_once), _MOST_WORKERS)
-            self.intake = Intake(
-                None, self.writer, overflow, self.weights.matcher, workers, lookahead, self.passing
-            )
+            self.intake = Intake(None, self.writer, overflow, self.weights.matcher, workers, lookahead)
             held.callback(self.intake.abandon)
             self.rounds = Rounds(
                 self.workspace,
@@ -559,7 +525,6 @@ class _Dump:
             self.room = max(0, overflow.limit - gpu_bytes // 2)
             if self._acts_on_forecast():
                 self.load = self._measure(self._take_in_known(), gpu_bytes)
-                self._let_pass()
             self.hashing.finish()
             if self.sandbox is not None:
                 self.sandbox.wait_until_ready()
@@ -570,10 +535,7 @@ class _Dump:
 
     def _begin_knowing(self, held: ExitStack, store: Store, gpu_bytes: int) -> None:
         evidence, name = self.target.evidence, self.target.name
-        known = partial(
-            known_for, evidence, store, name, gpu_bytes=gpu_bytes, on_first=self.overflow.go
-        )  # of a tree without images all is new
-        self.knowing = Knowing(store, known)
+        self.knowing = Knowing(store, partial(known_for, evidence, store, name, gpu_bytes=gpu_bytes))
         self.knowing.start()
         held.callback(self.knowing.join)
 
@@ -601,7 +563,6 @@ class _Dump:
 
     def _look_ahead(self, gpu_bytes: int, spent_ms: float) -> None:
         self.load = self._measure(self._take_in_known(), gpu_bytes)
-        self._let_pass()
         self._foresee(self.load, spent_ms)
 
     def _while_criu_gets_ready(self) -> None:
@@ -624,9 +585,7 @@ class _Dump:
         """Make the forecast; `spent_ms` is what preparing took."""
         if load is not None:
             try:
-                self.report.forecast = predict(
-                    load, load_rates(), self.options.store, self.room, spent_ms, passing=self.lets_pass
-                )
+                self.report.forecast = predict(load, load_rates(), self.options.store, self.room, spent_ms)
             except Exception:
                 return
 
@@ -686,7 +645,7 @@ class _Dump:
         if not self.options.forecast:
             return
         try:
-            learn_from(self.report, self._load(), self._was_unhindered(), passing=self.lets_pass)
+            learn_from(self.report, self._load(), self._was_unhindered())
         except Exception:
             return
 
@@ -823,8 +782,9 @@ class _Dump:
     def _on_notify(self, script: str, receiver: Receiver) -> bool:
         if script == "pre-dump":
             with self.watch.phase("reserve"):
-                # off its GPUs it stands still; and pages that pass need no room
-                may_wait = self.options.deadline_s is None and self.gpu is None and not self.lets_pass
+                may_wait = (
+                    self.options.deadline_s is None and self.gpu is None
+                )  # off its GPUs it stands still
                 self.overflow.settle(wait=may_wait)
             self.overflow.measure_again()  # others take memory too; that of GPUs lies in the host's by now
             with self.watch.phase("turn"):

@@ -30,7 +30,7 @@ from crcli.process.memory_room import spare_memory
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from crcli.image.index import KnownChunks
     from crcli.memory.weights.match import Matcher
@@ -50,13 +50,6 @@ _LOOK_S_PER_GIB, _LOOK_S_PER_PROCESS = 0.1, 0.001
 
 STORE_PATIENCE_S = 2.0
 """How long a forecast waits for a store that does not answer (seconds)."""
-
-PASSING_BYTES = 128 << 20
-"""So large a tree must be for processes that hash its pages on their way in (bytes): to start them takes some
-milliseconds."""
-
-_NEW_PARTS = 16
-"""One part of so many may be new of a tree whose pages are let pass."""
 
 _MIB = 1 << 20
 _ENOUGH = 4
@@ -125,40 +118,21 @@ def image_bytes(processes: int, threads: int, memory: Makeup, file_stored: int) 
     return memory.stored + file_stored + round(tables)
 
 
-def may_pass(options: DumpOptions, expected_bytes: int, *, plain: bool) -> bool:
-    """Whether a dump may let pages pass, if its memory turns out to be as `passes` wants it: a large tree
-    that stands still until its image is durable anyway. `plain`: nothing else works on its pages.
-
-    Beside rounds most of it comes while the tree runs.
-    """
-    is_held = options.outcome != Outcome.RUNNING and not options.pre_copy
-    return plain and is_held and options.forecast and expected_bytes >= PASSING_BYTES
-
-
-def passes(load: Load) -> bool:
-    """Whether so much of a tree's memory is zero or in the store that the rest can be stored as it comes."""
-    return load.memory.new <= load.memory.total / _NEW_PARTS
-
-
-def predict(
-    load: Load, rates: Rates, store: str, room: int, spent_ms: float | None = None, *, passing: bool = False
-) -> Forecast:
+def predict(load: Load, rates: Rates, store: str, room: int, spent_ms: float | None = None) -> Forecast:
     """The forecast for a load at a store.
 
     `room` is how much memory can wait outside of the tree until it was let go (bytes): for what does not fit,
-    the tree waits for the store. With `passing` pages are hashed on their way in, and need none. `spent_ms`
-    is what has passed since the command's start, when everything is ready for the freeze.
+    the tree waits for the store. `spent_ms` is what has passed since the command's start, when everything is
+    ready for the freeze.
     """
     amounts = load.amounts()
-    later = amounts | {"zero": 0.0, "reused": 0.0} if passing else amounts
 
     def takes(name: str, at: str = "") -> float:
         return rates.step(name, at).takes(amounts)
 
-    spill = max(0.0, 1 - room / load.memory.total) if load.memory.total and not passing else 0.0
-    ship = rates.step("ship", store).takes(later)
-    frozen = takes("pass" if passing else "take")
-    frozen += rates.step("files").takes(load.file_amounts())
+    spill = max(0.0, 1 - room / load.memory.total) if load.memory.total else 0.0
+    ship = takes("ship", store)
+    frozen = takes("take") + rates.step("files").takes(load.file_amounts())
     frozen += rates.step("gpu").takes(load.gpu_amounts()) if load.gpu_bytes else 0.0
     frozen += (takes("trial") if load.trial else 0.0) + ship * spill
     before = takes("look") + takes("prepare", store) if spent_ms is None else spent_ms
@@ -188,22 +162,15 @@ def look_ahead(
         weights.index(only_kept=True)
         load = measure(evidence, options, known, LOOK_S, LOOK_MOST_S, weights.matcher, gpu_bytes)
         findings = list(weights.findings())
-    plain = not options.weights and not evidence.may_use_gpus
-    passing = may_pass(options, evidence.expected_bytes, plain=plain) and passes(load)
-    return predict(load, load_rates(), options.store, spare_memory() // 2, passing=passing), findings
+    return predict(load, load_rates(), options.store, spare_memory() // 2), findings
 
 
 def known_for(
-    evidence: Evidence,
-    store: Store,
-    name: str,
-    limit: int = PAGE_LIMIT,
-    gpu_bytes: int = 0,
-    on_first: Callable[[], None] = lambda: None,
+    evidence: Evidence, store: Store, name: str, limit: int = PAGE_LIMIT, gpu_bytes: int = 0
 ) -> KnownChunks:
-    """What a dump of this tree under this name knows of what the store has. `on_first`: see load_known."""
+    """What a dump of this tree under this name knows of what the store has."""
     wanted = (evidence.expected_bytes + gpu_bytes) // PAGE
-    return load_known(store, name, limit, wanted, lambda head: is_of(evidence, head), on_first=on_first)
+    return load_known(store, name, limit, wanted, lambda head: is_of(evidence, head))
 
 
 def _silent(store: str, error: StoreError) -> Finding:
@@ -343,11 +310,10 @@ def _read_block(path: str, at: int, leased: frozenset[int]) -> bytes:
         os.close(fd)
 
 
-def learn_from(report: DumpReport, load: Load, fits: bool, *, passing: bool = False) -> None:
+def learn_from(report: DumpReport, load: Load, fits: bool) -> None:
     """Keep what a dump has shown, for the forecasts to come. `load` is what it turned out to do.
 
-    `fits`: all of the tree's pages found room outside of it (with `passing` they need none), and nothing was
-    cut short by a deadline.
+    `fits`: all of the tree's pages found room outside of it, and nothing was cut short by a deadline.
     """
     phases, amounts, store = report.phases, load.amounts(), report.store
     own = {"files": load.file_amounts(), "gpu": load.gpu_amounts()}
@@ -359,9 +325,7 @@ def learn_from(report: DumpReport, load: Load, fits: bool, *, passing: bool = Fa
         ("gpu", ""): phases.get("gpu lock", 0.0) + phases.get("gpu checkpoint", 0.0),
         ("rest", ""): report.total_ms - sum(phases.values()),
     }
-    if fits and passing:
-        times[("pass", "")] = phases.get("take", 0.0)
-    elif fits:
+    if fits:
         times[("prepare", store)] = phases.get("prepare", 0.0)
         times[("take", "")] = phases.get("take", 0.0)
         times[("ship", store)] = phases.get("store", 0.0) + phases.get("hold", 0.0)

@@ -351,8 +351,9 @@ def test_a_second_dump_stores_only_what_changed(crcli: Crcli) -> None:
         assert second["stored_bytes"] <= 0.02 * first["stored_bytes"]
 
 
-def test_a_large_tree_is_dumped_again_and_again(crcli: Crcli, tmp_path: Path) -> None:
-    """Each dump stores what has changed since the last; its pages, hashed on their way in, come back."""
+def test_a_large_tree_is_dumped_again_and_again(crcli: Crcli) -> None:
+    """Each dump stores what has changed since the last, of a tree that is hashed by a process of its own, and
+    its memory is as it was."""
     with spawn_python(PAGES.format(seed=11, megabytes=160)) as program:
         first = crcli.dump(program.pid, "--name", "agent")
         for generation in range(1, 4):
@@ -364,26 +365,6 @@ def test_a_large_tree_is_dumped_again_and_again(crcli: Crcli, tmp_path: Path) ->
             assert again["stored_bytes"] <= 0.02 * first["stored_bytes"]
         crcli.restore("agent")
         assert memory_hash(program) == before
-        crcli.dump(program.pid, "--name", "agent", "--deadline", "60")
-        crcli.restore("agent")
-        assert memory_hash(program) == before
-    learned = json.loads((tmp_path / "rates.json").read_text())
-    assert (learned["steps"]["take"]["seen"], learned["steps"]["pass"]["seen"]) == (1, 3)
-
-
-def test_a_large_tree_of_which_all_is_new_is_dumped_under_a_name_that_has_images(
-    crcli: Crcli, tmp_path: Path
-) -> None:
-    """What the store has of the name does not help: memory is put aside as ever, and comes back."""
-    with spawn_python(PAGES.format(seed=12, megabytes=160)) as one:
-        crcli.dump(one.pid, "--name", "agent")
-    with spawn_python(PAGES.format(seed=13, megabytes=160)) as other:
-        before = memory_hash(other)
-        second = crcli.dump(other.pid, "--name", "agent")
-        assert second["stored_bytes"] > 160 << 20
-        crcli.restore("agent")
-        assert memory_hash(other) == before
-    assert "pass" not in json.loads((tmp_path / "rates.json").read_text())["steps"]
 
 
 def memory_hash(program: Program) -> str:

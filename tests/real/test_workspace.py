@@ -57,24 +57,6 @@ def test_memory_is_there_before_it_is_filled(workspace: Workspace) -> None:
     overflow.close()
 
 
-def test_memory_may_be_held_back(workspace: Workspace) -> None:
-    """Nothing is got before the word is given; whoever settles without it waits for nothing."""
-    overflow = Overflow(workspace)
-    overflow.reserve(128 << 20, may_fork=True, hold=True)
-    time.sleep(0.1)
-    assert overflow.reserved == 0
-    overflow.go()
-    overflow.go()
-    _await(lambda: overflow.reserved > 0)
-    overflow.close()
-    unused = Overflow(workspace)
-    unused.reserve(128 << 20, may_fork=True, hold=True)
-    unused.settle(wait=False)
-    assert unused.reserved == 0
-    unused.go()
-    unused.close()
-
-
 def test_nobody_waits_for_memory_whose_time_is_over(workspace: Workspace) -> None:
     """A dump with a deadline stops getting memory and goes on with what it has."""
     overflow = Overflow(workspace)

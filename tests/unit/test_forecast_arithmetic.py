@@ -7,14 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from msgspec.structs import astuple, replace
+from msgspec.structs import astuple
 
 from crcli.memory.extents import PAGE
 from crcli.memory.sample import Counted, Makeup, Tally, distinct_share, make_up
 from crcli.pipeline import forecast
 from crcli.pipeline.forecast import Load, image_bytes, predict
 from crcli.pipeline.rates import Rates
-from crcli.pipeline.stages import DumpOptions, Outcome
 
 MIB = 1 << 20
 FILE = "file:///somewhere"
@@ -144,36 +143,3 @@ def test_the_limits_on_files_are_those_of_the_capture() -> None:
     source = (Path(forecast.__file__).parent / "capture.py").read_text()
     assert forecast._WRITTEN_LIMIT == 64 << 20 and "WRITTEN_LIMIT = 64 << 20\n" in source
     assert forecast._MEMORY_LIMIT == 1 << 30 and "MEMORY_LIMIT = 1 << 30\n" in source
-
-
-# --- pages that pass ---------------------------------------------------------------------------------------
-
-
-def test_pages_pass_when_nearly_all_of_them_are_known() -> None:
-    """One part in sixteen may be new."""
-    size = 1 << 30
-    for new, expected in ((0, True), (size // 100, True), (size // 16, True), (size // 10, False)):
-        memory = Makeup(total=size, reused=size - new, new=new, stored=new)
-        assert forecast.passes(Load(1, 0, memory, new)) is expected
-
-
-def test_pages_pass_only_of_a_large_tree_that_stands_still_anyway() -> None:
-    """A tree that is left running goes on after one copy of its memory, whatever the store has."""
-    options = DumpOptions(pid=1, store=FILE)
-    assert forecast.may_pass(options, 1 << 30, plain=True)
-    assert forecast.may_pass(replace(options, outcome=Outcome.STOPPED), 1 << 30, plain=True)
-    assert not forecast.may_pass(replace(options, outcome=Outcome.RUNNING), 1 << 30, plain=True)
-    assert not forecast.may_pass(replace(options, pre_copy=2), 1 << 30, plain=True)
-    assert not forecast.may_pass(options, 1 << 30, plain=False)
-    assert not forecast.may_pass(options, 64 << 20, plain=True)
-
-
-def test_what_passes_needs_no_room_and_is_hashed_while_it_comes() -> None:
-    """The tree stands still for longer, and the image is durable sooner."""
-    size = 1 << 30
-    repeat = Load(1, 0, Makeup(total=size, reused=size), 0)
-    aside, passed = (predict(repeat, Rates(), FILE, 0, 0.0, passing=one) for one in (False, True))
-    assert passed.total_ms < aside.total_ms
-    assert passed.frozen_ms < aside.frozen_ms  # there was no room
-    with_room = predict(repeat, Rates(), FILE, size, 0.0)
-    assert with_room.frozen_ms < passed.frozen_ms and passed.total_ms < with_room.total_ms
