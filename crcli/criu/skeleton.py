@@ -293,6 +293,21 @@ def forget_foreign_sessions(images: Workspace, members: Collection[int]) -> None
     images.write("tty-info.img", info.encode())
 
 
+def forget_control_of_devices(images: Workspace) -> None:
+    """Let no terminal of the host's own (console, serial line) control a session.
+
+    When the leader of that session ends, as it does after a trial, the kernel hangs the terminal up, for the
+    original as well.
+    """
+    if "tty-info.img" not in images.names():
+        return
+    info = ImageFile.parse(images.read("tty-info.img"), messages.tty_info_entry)
+    for entry in info.entries:
+        if entry.type not in (_PSEUDO_TERMINAL, _EXTERNAL_TERMINAL):
+            entry.sid = entry.pgrp = 0
+    images.write("tty-info.img", info.encode())
+
+
 def keep_orphans(images: Workspace) -> None:
     """Have processes whose session has no leader any more, such as daemons, be of their parent's session.
 

@@ -10,6 +10,7 @@ from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.sandbox import STAND_IN_FD, Order
 from crcli.criu.skeleton import (
+    forget_control_of_devices,
     forget_devices,
     forget_foreign_sessions,
     forget_network_lock,
@@ -62,6 +63,7 @@ def try_skeleton(
     _lay_out_kept(trial, kept)
     forget_network_lock(trial)  # it lies around the original
     forget_devices(trial)
+    forget_control_of_devices(trial)
     keep_orphans(trial)
     move_terminals(trial, lambda ours: range(max(ours) + len(ours) + 1))  # the sandbox has none but these
     make_room_for_deleted(trial)

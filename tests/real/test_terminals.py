@@ -8,6 +8,7 @@ import select
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -580,3 +581,31 @@ def test_a_terminal_outside_stays_one_terminal(crcli: Crcli, tmp_path: Path) -> 
     finally:
         os.close(driver)
         os.close(device)
+
+
+LEADER = """
+    import os, termios
+    console = os.open("console", os.O_RDONLY)
+    os.close(os.open("/dev/tty", os.O_RDONLY))  # so it controls this session
+    print("ready", flush=True)
+    for number in range(10):
+        with open("asked") as asked:
+            asked.read()  # until who asks has closed it: one look for one question
+        termios.tcgetattr(console)
+        print(f"has it {number}", flush=True)
+    """
+
+
+def test_a_console_is_not_hung_up_by_the_trial(tmp_path: Path, crcli: Crcli) -> None:
+    """Who has a console as its controlling terminal, and is left running, has it afterwards."""
+    os.mknod(tmp_path / "console", stat.S_IFCHR | 0o600, os.makedev(4, 63))
+    os.mkfifo(tmp_path / "asked")
+    try:
+        os.close(os.open(tmp_path / "console", os.O_RDONLY | os.O_NOCTTY))
+    except OSError as error:
+        pytest.skip(f"no virtual consoles here: {error}")
+    with spawn_python(LEADER, cwd=tmp_path) as program:
+        for number in range(2):
+            crcli.dump(program.pid, "--leave-running")
+            (tmp_path / "asked").write_text("")
+            program.wait_for(f"has it {number}")
