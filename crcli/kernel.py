@@ -11,6 +11,7 @@ import errno
 import os
 import signal as signals
 import struct
+import time
 from contextlib import contextmanager
 from fcntl import ioctl
 from typing import TYPE_CHECKING, NamedTuple
@@ -51,6 +52,7 @@ _PTRACE_GETEVENTMSG, _PTRACE_GETREGSET, _PTRACE_SETREGSET = 0x4201, 0x4204, 0x42
 _PTRACE_SEIZE, _PTRACE_INTERRUPT, _PTRACE_LISTEN = 0x4206, 0x4207, 0x4208
 _PTRACE_GETSIGMASK, _PTRACE_SETSIGMASK = 0x420A, 0x420B
 _PTRACE_O_TRACESYSGOOD, _PTRACE_O_TRACEEXIT, _PTRACE_EVENT_EXIT, _PTRACE_EVENT_STOP = 1, 0x40, 6, 128
+_PTRACE_O_SUSPEND_SECCOMP = 1 << 21
 _WALL = 0x4000_0000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -350,11 +352,16 @@ def go_on(pid: int, signal: int) -> None:
 GENERAL, XSTATE = 1, 0x202
 """Sets of registers of a thread, as ptrace(2) numbers them: NT_PRSTATUS, NT_X86_XSTATE."""
 _REGISTERS_LIMIT = 16 << 10
+_PROMPT_S = 0.0003
 
 
-def seize(tid: int) -> None:
-    """Become the tracer of a thread. PermissionError while it has another one."""
-    _checked(_libc.ptrace(_PTRACE_SEIZE, tid, None, _PTRACE_O_TRACESYSGOOD), "ptrace SEIZE")
+def seize(tid: int, *, past_filters: bool = False) -> None:
+    """Become the tracer of a thread. PermissionError while it has another one.
+
+    `past_filters`: as long as we are, its seccomp filters have no say. PermissionError where we have some.
+    """
+    options = _PTRACE_O_TRACESYSGOOD | (_PTRACE_O_SUSPEND_SECCOMP if past_filters else 0)
+    _checked(_libc.ptrace(_PTRACE_SEIZE, tid, None, options), "ptrace SEIZE")
 
 
 def interrupt(tid: int) -> None:
@@ -362,16 +369,33 @@ def interrupt(tid: int) -> None:
     _checked(_libc.ptrace(_PTRACE_INTERRUPT, tid, None, None), "ptrace INTERRUPT")
 
 
-def wait_for_thread(tid: int) -> tuple[int, bool]:
+def wait_for_thread(tid: int, limit_s: float | None = None) -> tuple[int, bool]:
     """Wait until a thread that we trace stops; return the stop's signal, and whether the thread is to get it.
 
-    SIGTRAP with 128 added is a system call. Raises ProcessLookupError when the thread ends.
+    SIGTRAP with 128 added is a system call. Raises ProcessLookupError when the thread ends, TimeoutError
+    when it has not stopped in so many seconds.
     """
-    _, status = os.waitpid(tid, _WALL)
+    if limit_s is None:
+        _, status = os.waitpid(tid, _WALL)
+    else:
+        status = _status_within(tid, limit_s)
     if not os.WIFSTOPPED(status):
         raise ProcessLookupError(errno.ESRCH, f"thread {tid} ended")
     number = os.WSTOPSIG(status)
     return number, not status >> 16 and number < 128
+
+
+def _status_within(tid: int, limit_s: float) -> int:
+    """A thread's wait status. Most stop in microseconds: only others are waited for in steps."""
+    began = time.monotonic()
+    while True:
+        found, status = os.waitpid(tid, _WALL | os.WNOHANG)
+        if found:
+            return status
+        waited_s = time.monotonic() - began
+        if waited_s > limit_s:
+            raise TimeoutError(errno.ETIMEDOUT, f"thread {tid} does not stop")
+        time.sleep(0 if waited_s < _PROMPT_S else _PROMPT_S)
 
 
 def go_on_to_system_call(tid: int) -> None:

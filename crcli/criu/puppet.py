@@ -144,11 +144,24 @@ class Seized(Puppet):
     """The same, for a thread that nobody traces yet: on leaving nobody does any more.
 
     Entering raises PermissionError when somebody else traces it, and still does after `patience_s`.
+    With `limit_s`, TimeoutError is raised, here and by calls, when it does not come to stand in so many
+    seconds: it waits in the kernel, or a frozen cgroup holds it up. With `past_filters` its seccomp filters,
+    which may kill it for a call, have no say in what it is made to call.
     """
 
-    def __init__(self, tid: int, machine: Machine, patience_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        tid: int,
+        machine: Machine,
+        patience_s: float = 0.0,
+        limit_s: float | None = None,
+        *,
+        past_filters: bool = False,
+    ) -> None:
         super().__init__(tid, machine, self._wait_for_it)
         self._patience_s = patience_s
+        self._limit_s = limit_s
+        self._past_filters = past_filters
         self._missed: set[int] = set()
 
     def __enter__(self) -> Puppet:
@@ -165,6 +178,8 @@ class Seized(Puppet):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if isinstance(error, TimeoutError):
+                self._stand_again()
             super().__exit__(kind, error, trace)
         finally:
             self._let_go()
@@ -173,14 +188,23 @@ class Seized(Puppet):
         end = time.monotonic() + self._patience_s
         while True:
             try:
-                return kernel.seize(self.tid)
+                return kernel.seize(self.tid, past_filters=self._past_filters)
             except PermissionError:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.0002)
 
+    def _stand_again(self) -> None:
+        """Have it stop where it is, if it is on its way with registers of ours."""
+        try:
+            kernel.blocked_signals(self.tid)
+        except ProcessLookupError:  # so it answers who does not stand
+            self._limit_s = None
+            kernel.interrupt(self.tid)
+            self._wait()
+
     def _wait_for_it(self) -> int:
-        number, is_signal = kernel.wait_for_thread(self.tid)
+        number, is_signal = kernel.wait_for_thread(self.tid, self._limit_s)
         if is_signal and number != signal.SIGTRAP:
             self._missed.add(number)
         return number

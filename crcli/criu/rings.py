@@ -5,14 +5,15 @@ for certain. What it keeps as the ring's descriptor becomes -1, as where the ker
 unmaps and closes the ring, and waits again. A loop that is too busy to be met waiting, or has never run, may
 be anybody's: then all threads of the process are stopped, and none of them may be at the loop.
 
-It is done by a process of its own, which a signal that ends crcli does not end in the middle.
+It is done by a process of its own, which a signal does not end in the middle, only between two tries.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from crcli import kernel
@@ -20,7 +21,7 @@ from crcli.criu.puppet import MACHINES, Ending, Seized
 from crcli.process.identity import read_proc
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from crcli.criu.puppet import Machine, Puppet
     from crcli.process.rings import EventRing
@@ -36,37 +37,57 @@ _AT_HAND, _BEFORE, _BEHIND = 2048, 1024, 256
 ring's descriptor (bytes)."""
 
 _INTERRUPTED = (1 << 64) - 4
-_STEP_S = 0.002
+_STEP_S, _STOP_S = 0.002, 0.5
+"""Between two tries, and how long a thread may take to come to stand (seconds): longer in a frozen cgroup."""
+_F_GETFD = 1
 _NONE = b"\xff\xff\xff\xff"
 
 
 def leave_rings(rings: Sequence[EventRing], limit_s: float) -> bool:
     """Have the loops of these rings do without them; say whether all do, within `limit_s` seconds.
 
-    Call it before any thread of ours is started. A loop that is not done goes on as before.
+    Call it before any thread of ours is started. A loop that is not done goes on as before. Nothing is under
+    way any more when it is interrupted.
     """
-    pid = kernel.quiet_fork()
-    if pid == 0:
-        _leave_and_exit(rings, time.monotonic() + limit_s)
-    _, status = os.waitpid(pid, 0)
+    pid = 0
+    try:
+        with kernel.signals_held():
+            pid = kernel.quiet_fork()
+            if pid == 0:
+                _leave_and_exit(rings, time.monotonic() + limit_s)
+        _, status = os.waitpid(pid, 0)
+    except BaseException:
+        _end(pid)
+        raise
     return os.waitstatus_to_exitcode(status) == 0
+
+
+def _end(pid: int) -> None:
+    """See the process off after the try that it is at."""
+    with suppress(ChildProcessError):
+        if pid and os.waitpid(pid, os.WNOHANG) == (0, 0):
+            os.kill(pid, signal.SIGTERM)
+            os.waitpid(pid, 0)
 
 
 def _leave_and_exit(rings: Sequence[EventRing], until: float) -> NoReturn:
     code = 1
+    signals: list[int] = []
     try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):
+            signal.signal(number, lambda number, _: signals.append(number))
         os.setsid()
         kernel.close_all_but()
         machine = MACHINES[os.uname().machine]
-        done = [_leave(ring, machine, until) for ring in rings]
+        done = [_leave(ring, machine, lambda: bool(signals) or time.monotonic() > until) for ring in rings]
         code = 0 if all(done) else 1
     finally:
         os._exit(code)
 
 
-def _leave(ring: EventRing, machine: Machine, until: float) -> bool:
+def _leave(ring: EventRing, machine: Machine, is_over: Callable[[], bool]) -> bool:
     while ring.is_there() and not _left(ring, machine):
-        if time.monotonic() > until:
+        if is_over():
             return False
         time.sleep(_STEP_S)
     return True
@@ -78,7 +99,7 @@ def _left(ring: EventRing, machine: Machine) -> bool:
         tids = sorted(map(int, os.listdir(f"/proc/{ring.pid}/task")))
         waiting = [tid for tid in tids if _waits_for(ring, tid)][:1]
         with ExitStack() as held:
-            puppets = [held.enter_context(Seized(tid, machine)) for tid in waiting or tids]
+            puppets = [held.enter_context(_seized(ring, tid, machine)) for tid in waiting or tids]
             if waiting:
                 is_away = _waits_for(ring, waiting[0])
             else:
@@ -91,6 +112,16 @@ def _left(ring: EventRing, machine: Machine) -> bool:
             return not ring.is_there()
     except (OSError, Ending):
         return False
+
+
+def _seized(ring: EventRing, tid: int, machine: Machine) -> Seized:
+    return Seized(tid, machine, limit_s=_STOP_S, past_filters=_is_filtered(ring.pid, tid))
+
+
+def _is_filtered(pid: int, tid: int) -> bool:
+    """Whether a thread has seccomp filters: even these calls may be what it is killed for."""
+    status = read_proc(f"/proc/{pid}/task/{tid}/status")
+    return b"\nSeccomp:\t" in status and b"\nSeccomp:\t0" not in status
 
 
 def _waits_for(ring: EventRing, tid: int) -> bool:
@@ -117,7 +148,8 @@ def _may_be_at(ring: EventRing, puppet: Puppet) -> bool:
 
 
 def _take_away(ring: EventRing, puppet: Puppet) -> None:
-    """From the first step on the loop does without; what comes then only makes it possible to save it."""
+    """From the second step on the loop does without; what comes then only makes it possible to save it."""
+    puppet.call(puppet.machine.nr_fcntl, ring.fd, _F_GETFD)  # it can make calls: no cgroup is frozen
     os.pwrite(puppet.memory, _NONE, ring.field)
     for start, size in ring.pieces:
         puppet.call(puppet.machine.nr_munmap, start, size)

@@ -416,8 +416,8 @@ class _Dump:
                 raise PreflightRefused(
                     f"{self.target.evidence.label(pid)} did not come to wait for events, so its event loop's "
                     "io_uring could not be taken from it",
-                    hint="try again when it is less busy, or start it where io_uring is off: set the sysctl "
-                    "kernel.io_uring_disabled=2",
+                    hint="try again when it is less busy (and thawed, if its cgroup is frozen), or start it "
+                    "where io_uring is off: set the sysctl kernel.io_uring_disabled=2",
                 )
 
     # A tree that uses GPUs is put to sleep by CUDA's driver before CRIU takes it: see gpu.py.

@@ -40,6 +40,9 @@ _MOST_SEARCHED = 1 << 30
 """So much of a process's memory is looked through for event loops (bytes): the heap first, or its beginning,
 then from small mappings to large ones."""
 
+_MOST_READS = 20
+"""How often a ring's fdinfo is read: it says little while somebody is at work in the ring."""
+
 _PLAIN = {"SqThread": "-1", "UserFiles": "0", "UserBufs": "0"}
 _EQUAL = (("SqHead", "SqTail"), ("SqHead", "CachedSqHead"), ("CqHead", "CqTail"), ("CqTail", "CachedCqTail"))
 
@@ -92,7 +95,7 @@ def _of_process(pid: int, held: list[OpenFile]) -> Iterator[EventRing]:
     except OSError:
         return
     try:
-        pieces = {file.fd: _pieces(lines, file.ino) for file in held if _is_plain(file.info)}
+        pieces = {file.fd: _pieces(lines, file.ino) for file in held if _is_plain(_whole_info(file))}
         heap = next((_span(line)[0] // PAGE for line in lines if line[5:] == [b"[heap]"]), 0)
         places = _places(pid, heap, {fd: found for fd, found in pieces.items() if found})
         for file in held:
@@ -104,6 +107,16 @@ def _of_process(pid: int, held: list[OpenFile]) -> Iterator[EventRing]:
         return
     finally:
         os.close(memory)
+
+
+def _whole_info(file: OpenFile) -> str:
+    """A ring's fdinfo, with what the kernel leaves out of it while somebody is in the ring."""
+    info = file.info
+    for _ in range(_MOST_READS):
+        if _PLAIN.keys() <= _fields(info).keys():
+            break
+        info = read_proc(f"/proc/{file.pid}/fdinfo/{file.fd}").decode(errors="replace")
+    return info
 
 
 def _is_plain(info: str) -> bool:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
+from crcli.criu.rings import leave_rings
+from crcli.process.files import open_files
+from crcli.process.rings import event_rings
 from tests.support.crcli import Crcli, launched, wait_until
 from tests.support.programs import Program, spawn_python
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytest.importorskip("uvloop")
 
@@ -73,6 +80,23 @@ LOOPS = """
         if number % 100000 == 0:
             print(number // 100000, flush=True)
         number += 1
+    """
+
+FILTERED = """
+    import asyncio, ctypes, struct, uvloop
+    def without_munmap():
+        steps = [(0x20, 0, 0, 0), (0x15, 0, 1, 11), (0x06, 0, 0, 0x80000000), (0x06, 0, 0, 0x7FFF0000)]
+        code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+        program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(code)))
+        libc = ctypes.CDLL(None)
+        assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program) == 0
+    async def main():
+        without_munmap()
+        for number in range(1 << 40):
+            print(number, flush=True)
+            await asyncio.sleep(0.01)
+    print("ready", flush=True)
+    uvloop.run(main())
     """
 
 
@@ -149,6 +173,87 @@ def test_a_program_that_job_control_has_stopped_stays_stopped(crcli: Crcli) -> N
         assert psutil.Process(program.pid).status() == "stopped"
         os.kill(program.pid, signal.SIGCONT)
         assert_goes_on(program)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="its filter names a system call by number")
+def test_a_program_whose_seccomp_filter_kills_it_for_a_call_lives(crcli: Crcli) -> None:
+    """What it is made to call is not its own doing."""
+    with spawn_python(FILTERED) as program:
+        needs_rings(program)
+        crcli.dump(program.pid, "--leave-running")
+        assert rings_of(program) == []
+        assert_goes_on(program)
+
+
+@contextmanager
+def frozen(program: Program) -> Iterator[None]:
+    """Within the block the program's cgroup (version 2) is frozen."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    roots = [fields[1] for fields in mounts if fields[2] == "cgroup2"]
+    if not roots:
+        pytest.skip("no cgroup2 is mounted here")
+    own = Path(f"/proc/{program.pid}/cgroup").read_text().splitlines()
+    path = next(line for line in own if line.startswith("0::"))[3:]
+    before = Path(f"{roots[0]}{path}")
+    group = before / f"crcli-test-{program.pid}"
+    try:
+        group.mkdir()
+        (group / "cgroup.procs").write_text(str(program.pid))
+        (group / "cgroup.freeze").write_text("1")
+    except OSError as error:
+        with suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"no cgroup can be frozen here: {error}")
+    try:
+        wait_until(lambda: "frozen 1" in (group / "cgroup.events").read_text(), "it runs on")
+        yield
+    finally:
+        (group / "cgroup.freeze").write_text("0")
+        (before / "cgroup.procs").write_text(str(program.pid))
+        group.rmdir()
+
+
+def test_a_frozen_program_is_left_as_it_is(crcli: Crcli) -> None:
+    """It can be made to do nothing, which is said after a while; thawed it goes on, and can be dumped."""
+    with spawn_python(COUNTER) as program:
+        needs_rings(program)
+        with frozen(program):
+            report = crcli.dump(program.pid, code=10)
+            assert "thaw" in report["error"]["hint"]
+            assert len(rings_of(program)) == 1
+        assert_goes_on(program)
+        crcli.dump(program.pid)
+
+
+def test_who_is_interrupted_leaves_nobody_traced() -> None:
+    """A signal ends the tries, and it is waited until they have ended."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise InterruptedError
+
+    with spawn_python(COUNTER) as program:
+        needs_rings(program)
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            with frozen(program):
+                rings = event_rings(open_files(program.pid))
+                assert len(rings) == 1
+                signal.setitimer(signal.ITIMER_REAL, 0.2)
+                with pytest.raises(InterruptedError):
+                    leave_rings(rings, 600)
+                assert "TracerPid:\t0" in Path(f"/proc/{program.pid}/status").read_text()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert_goes_on(program)
+
+
+def test_a_loop_is_known_while_it_is_at_work_in_its_ring() -> None:
+    """The kernel says little of a ring then, which is not taken for its nature."""
+    with spawn_python(SERVER) as program:
+        needs_rings(program)
+        for _ in range(400):
+            assert len(event_rings(open_files(program.pid))) == 1
 
 
 def test_node_is_dumped_with_its_loops(crcli: Crcli, tmp_path: Path) -> None:
