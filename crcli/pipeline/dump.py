@@ -225,6 +225,7 @@ def _dump_alone(
     with _failing_at_its_deadline(target), interruptible(_left_s(options, watch)) as interrupts:
         work = _Dump(options, target, watch, report, interrupts, progress, shared, lock)
         work.on_frozen = lambda: hooks.call("dump_frozen", target=work.described())
+        work.found = no_rounds
         work.plugins = [one for one in hooks.plugins if not one.error]
         shared.see_caller()
         try:
@@ -356,6 +357,8 @@ class _Dump:
         self.gpu: DumpSide | None = None
         self.network: int | None = None
         """The network of a tree that does not share ours, for as long as the dump lasts."""
+        self.found: tuple[Finding, ...] = ()
+        """What was found otherwise than by looking at the tree, or is not to be seen of it any more."""
         self.tree = target.evidence.tree
         """The tree as last seen: before the freeze it may still have grown, once frozen it is exact."""
 
@@ -405,12 +408,12 @@ class _Dump:
                 return
             from crcli.criu.rings import leave_rings
 
-            told = [finding for finding in self.report.findings if finding.name == "io-uring-left"]
+            told = [finding for finding in self.target.findings if finding.name == "io-uring-left"]
+            self.found = (*self.found, *told)
             with self.watch.phase("rings"):
                 left_s = seconds_left()
                 is_done = leave_rings(rings, _LOOPS_S if left_s is None else min(_LOOPS_S, left_s / 3))
                 self._look_again()
-            self.report.findings = (*self.report.findings, *told)
             if not is_done and self.target.evidence.event_rings:
                 pid = self.target.evidence.event_rings[0].pid
                 raise PreflightRefused(
@@ -706,18 +709,20 @@ class _Dump:
     def _find(self, findings: Iterable[Finding]) -> None:
         """Report what was found on the way."""
         for finding in findings:
+            self.found = (*self.found, finding)
             self.report.findings = (*self.report.findings, finding)
             self.progress.finding(finding)
 
     def _look_again(self) -> None:
-        """Callbacks have run: connections and files that the plan was made for may be closed by now."""
+        """Things that the plan was made for have changed: by callbacks, which close connections and files,
+        or by us."""
         fresh = look(self.options)
         if fresh.evidence.root.identity != self.target.evidence.root.identity:
             raise PreflightRefused(f"process {self.options.pid} ended before it could be frozen")
         self.target = replace(fresh, name=self.target.name, image_id=self.target.image_id)
         self.tree = fresh.evidence.tree
         self.report.processes = len(self.tree)
-        self.report.findings = (*fresh.findings, *(self.gpu.findings if self.gpu is not None else ()))
+        self.report.findings = (*fresh.findings, *self.found)
 
     def _notify_limit_s(self) -> float:
         """How long callbacks may take: a tenth of the time that is left, and nothing when that is short."""

@@ -82,6 +82,18 @@ LOOPS = """
         number += 1
     """
 
+NOTIFIED = """
+    import asyncio, uvloop
+    from crcli import notify
+    async def main():
+        notify.on_checkpoint(lambda: print("told", flush=True))
+        for number in range(1 << 40):
+            print(number, flush=True)
+            await asyncio.sleep(0.01)
+    print("ready", flush=True)
+    uvloop.run(main())
+    """
+
 FILTERED = """
     import asyncio, ctypes, struct, uvloop
     def without_munmap():
@@ -173,6 +185,17 @@ def test_a_program_that_job_control_has_stopped_stays_stopped(crcli: Crcli) -> N
         assert psutil.Process(program.pid).status() == "stopped"
         os.kill(program.pid, signal.SIGCONT)
         assert_goes_on(program)
+
+
+def test_what_was_found_is_told_though_it_is_looked_again(crcli: Crcli) -> None:
+    """It is looked at once more when its loops have left their rings, and when its callbacks have run."""
+    with spawn_python(NOTIFIED) as program:
+        needs_rings(program)
+        findings = crcli.dump(program.pid, "--leave-running", "--pre-copy", "auto")["findings"]
+        assert "told" in program.output.splitlines()
+        assert [one["name"] for one in findings].count("io-uring-left") == 1
+        again = crcli.dump(program.pid, "--leave-running", "--pre-copy", "auto")["findings"]
+        assert names_in({"findings": findings}) == {*names_in({"findings": again}), "io-uring-left"}
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="its filter names a system call by number")
