@@ -642,14 +642,15 @@ def root_elsewhere(evidence: Evidence) -> Iterator[Finding]:
 
 
 def stuck(evidence: Evidence) -> Iterator[Finding]:
-    """Tasks in uninterruptible sleep: CRIU waits for them and gives up (vfork parents are such)."""
+    """Tasks in uninterruptible sleep (vfork parents are such), or frozen: CRIU waits for them in vain."""
     if held := evidence.stuck:
         yield blocker(
             "uninterruptible",
             f"{first_of(held)} waits in the kernel and cannot be interrupted (a slow disk or network file "
-            "system, or a child of vfork that has not started its program yet)",
+            "system, a child of vfork that has not started its program yet, or a frozen cgroup)",
             process_list(held),
-            "try again when the operation is over; `cat /proc/PID/wchan` says what it waits for",
+            "try again when the operation is over, or the cgroup thawed; `cat /proc/PID/wchan` says what it "
+            "waits for",
         )
 
 

@@ -624,14 +624,36 @@ def _may_read_limits(pid: int) -> bool:
 
 
 def _stuck(tree: Tree) -> tuple[Process, ...]:
-    """Return the processes with a thread that waits in the kernel uninterruptibly, and has for a while."""
+    """Return the processes with a thread that waits in the kernel uninterruptibly, and has for a while, and
+    those whose cgroup is frozen (in version 1 they wait so too)."""
+    stuck = _frozen(tree)
     suspects = [(process.pid, tid) for process in tree for tid in process.uninterruptible]
-    if not suspects:
-        return ()
     before = {suspect: _standstill(*suspect) for suspect in suspects}
-    time.sleep(STUCK_AFTER_SECONDS)
-    stuck = {pid for pid, tid in suspects if before[pid, tid] == _standstill(pid, tid) != b""}
+    if suspects:
+        time.sleep(STUCK_AFTER_SECONDS)
+    stuck |= {pid for pid, tid in suspects if before[pid, tid] == _standstill(pid, tid) != b""}
     return tuple(process for process in tree if process.pid in stuck)
+
+
+def _frozen(tree: Tree) -> set[int]:
+    """The processes whose cgroup of version 2 is frozen; the root of a hierarchy cannot be."""
+    groups = {process.pid: _unified_group(process) for process in tree.living}
+    below = set(groups.values()) - {"/"}
+    roots = [mount.point for mount in mounts(os.getpid()) if mount.fstype == "cgroup2"] if below else []
+    frozen = {group for group in below if any(_is_frozen(f"{root}{group}") for root in roots)}
+    return {pid for pid, group in groups.items() if group in frozen}
+
+
+def _unified_group(process: Process) -> str:
+    lines = process.cgroups.splitlines()
+    return next((line[3:] for line in lines if line.startswith("0::")), "/")
+
+
+def _is_frozen(folder: str) -> bool:
+    try:
+        return b"frozen 1" in read_proc(f"{folder}/cgroup.events")
+    except OSError:
+        return False
 
 
 def _unfilled(tree: Tree, everybody: Iterable[Stat]) -> tuple[Process, ...]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import pytest
@@ -16,10 +15,8 @@ from crcli.criu.rings import leave_rings
 from crcli.process.files import open_files
 from crcli.process.rings import event_rings
 from tests.support.crcli import Crcli, launched, wait_until
+from tests.support.frozen import frozen
 from tests.support.programs import Program, spawn_python
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytest.importorskip("uvloop")
 
@@ -208,36 +205,8 @@ def test_a_program_whose_seccomp_filter_kills_it_for_a_call_lives(crcli: Crcli) 
         assert_goes_on(program)
 
 
-@contextmanager
-def frozen(program: Program) -> Iterator[None]:
-    """Within the block the program's cgroup (version 2) is frozen."""
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    roots = [fields[1] for fields in mounts if fields[2] == "cgroup2"]
-    if not roots:
-        pytest.skip("no cgroup2 is mounted here")
-    own = Path(f"/proc/{program.pid}/cgroup").read_text().splitlines()
-    path = next(line for line in own if line.startswith("0::"))[3:]
-    before = Path(f"{roots[0]}{path}")
-    group = before / f"crcli-test-{program.pid}"
-    try:
-        group.mkdir()
-        (group / "cgroup.procs").write_text(str(program.pid))
-        (group / "cgroup.freeze").write_text("1")
-    except OSError as error:
-        with suppress(OSError):
-            group.rmdir()
-        pytest.skip(f"no cgroup can be frozen here: {error}")
-    try:
-        wait_until(lambda: "frozen 1" in (group / "cgroup.events").read_text(), "it runs on")
-        yield
-    finally:
-        (group / "cgroup.freeze").write_text("0")
-        (before / "cgroup.procs").write_text(str(program.pid))
-        group.rmdir()
-
-
 def test_a_frozen_program_is_left_as_it_is(crcli: Crcli) -> None:
-    """It can be made to do nothing, which is said after a while; thawed it goes on, and can be dumped."""
+    """It can be made to do nothing, which is said; thawed it goes on, and can be dumped."""
     with spawn_python(COUNTER) as program:
         needs_rings(program)
         with frozen(program):

@@ -22,6 +22,7 @@ from crcli.process.gather import gather
 from crcli.process.identity import ProcessId
 from crcli.process.preflight import preflight
 from crcli.process.tree import Tree, refuse_bad_target, scan_tree
+from tests.support.frozen import frozen
 from tests.support.programs import Program, spawn_python, then_wait
 
 
@@ -365,6 +366,14 @@ def test_a_vfork_parent_blocks() -> None:
     with spawn_python(code) as program:
         time.sleep(0.5)
         assert_blocked(findings(program.pid), "uninterruptible")
+
+
+def test_a_program_in_a_frozen_cgroup_blocks() -> None:
+    """CRIU would wait for it, for minutes."""
+    with spawn_python(then_wait("")) as program:
+        with frozen(program):
+            assert_blocked(findings(program.pid), "uninterruptible")
+        assert "uninterruptible" not in findings(program.pid)
 
 
 def test_a_thread_inside_vfork_blocks_too() -> None:
