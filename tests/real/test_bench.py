@@ -17,7 +17,7 @@ from tests.bench.commands import BenchError, Subject
 from tests.bench.kinds import KINDS
 from tests.bench.memory import TreeMemory, fresh, own_ranges
 from tests.bench.ways import WAYS
-from tests.support.crcli import ROOT
+from tests.support.crcli import ROOT, wait_until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
@@ -80,6 +80,9 @@ def test_one_wrong_process_is_noticed(tmp_path: Path) -> None:
         subject.ask()
         last = subject.pids()[-1]
         assert last != subject.pid
+        (report,) = tmp_path.rglob(f"*.{len(subject.pids()) - 2}")
+        before = report.stat()
         os.kill(last, signal.SIGUSR1)
+        wait_until(lambda: report.stat() != before, "it does not change its memory")
         with pytest.raises(BenchError, match="not what it was"):
             subject.ask()
