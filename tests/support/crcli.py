@@ -158,7 +158,7 @@ def our_child_above(pid: int) -> int:
 
 
 def end(processes: list[psutil.Process]) -> None:
-    """Kill these processes and their descendants, and reap them: parents first, who may start new children."""
+    """Kill these processes and their descendants, parents first: they may start new ones. Reap them."""
     trees = (one for process in processes if process.is_running() for one in tree_of(process.pid))
     doomed = list(dict.fromkeys([*trees, *processes]))
     for one in doomed:
