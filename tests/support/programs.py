@@ -116,14 +116,17 @@ def spawn_python(
 
 
 def kill_all(pid: int) -> None:
-    """Kill a process, its descendants, and whatever else is in its session; wait until they are gone."""
-    doomed = {*_descendants(pid), *_session(pid)}
+    """Kill a process, its descendants, and whatever else is in its session; wait until they are gone.
+
+    Parents come first: a master would start new workers in the place of those that were killed.
+    """
+    doomed = dict.fromkeys([*_descendants(pid), *_session(pid)])
     for one in doomed:
         try:
             os.kill(one, signal.SIGKILL)
         except ProcessLookupError:
             pass
-    _wait_until_gone(doomed - {pid})
+    _wait_until_gone(doomed.keys() - {pid})
 
 
 def _descendants(pid: int) -> list[int]:
