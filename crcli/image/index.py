@@ -80,6 +80,7 @@ class KnownChunks:
         self._group_digests: list[bytes] = []
         self._pages: _Digests | None = None
         self._groups: _Digests | None = None
+        self._group_keys = b""
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -149,11 +150,16 @@ class KnownChunks:
         """Sort: `find_pages` and `find_groups` work from now on."""
         self._pages = _digests(self._page_digests)
         self._groups = _digests(self._group_digests)
+        self._group_keys = b"".join(digest[:8] for digest in self._group_digests)
         self._page_digests, self._group_digests = [], []
         if self._mixed:
             self._chunk_at = {
                 (pack, chunk.offset): number for number, (pack, chunk) in enumerate(self._chunks)
             }
+
+    def group_keys(self) -> bytes:
+        """The first 8 bytes of the digest of each known whole group, one after another."""
+        return self._group_keys
 
     def find_pages(self, digests: Sequence[bytes]) -> list[int | None]:
         """For each digest of a page its number among all known pages, or None."""

@@ -210,6 +210,19 @@ def test_a_group_whose_chunks_are_not_known_is_looked_for_page_by_page(store: Fi
     assert (found.counts.new, found.counts.reused, asked_for) == (15 * PAGE, PAGE, GROUP_PAGES)
 
 
+def test_the_keys_of_all_known_groups(store: FileStore) -> None:
+    """Those of groups that lie in one chunk, and of those that consist of several."""
+    memory = pages(1, 3 * GROUP_PAGES)
+    groups = [memory[at : at + GROUP_PAGES] for at in range(0, len(memory), GROUP_PAGES)]
+    taken(store, memory)
+    memory[GROUP_PAGES] = pages(2, 1)[0]
+    taken(store, memory)
+    groups.append(memory[GROUP_PAGES : 2 * GROUP_PAGES])
+    keys = load_known(store, "agent").group_keys()
+    expected = {blake3(b"".join(group)).digest()[:8] for group in groups}
+    assert (len(keys), {keys[at : at + 8] for at in range(0, len(keys), 8)}) == (8 * 4, expected)
+
+
 def test_mixed_groups_are_written_and_read() -> None:
     """Parts belong to groups in their order; tables that do not fit together are damage."""
     groups = [
