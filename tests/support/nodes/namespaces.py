@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -44,6 +45,8 @@ class NamespaceNode(Node):
         self.address = f"10.77.0.{number}"
         self._port = f"port-{number}"
         self.init_pid = 0
+        self._killed = False
+        self._ending = threading.Lock()
         command = ("unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
         first = (sys.executable, "-S", str(Path(__file__).with_name("init.py")))
         self._keeper = subprocess.Popen(
@@ -55,7 +58,9 @@ class NamespaceNode(Node):
             preexec_fn=lambda: kernel.die_with_parent(signal.SIGKILL),
         )
         assert self._keeper.stdout is not None
-        if self._keeper.stdout.readline() != b"ready\n":
+        with self._keeper.stdout as said:
+            ready = said.readline() == b"ready\n"
+        if not ready:
             self.kill()
             raise NodeFailed(f"{name} does not start")
         children = Path(f"/proc/{self._keeper.pid}/task/{self._keeper.pid}/children").read_text()
@@ -97,19 +102,21 @@ class NamespaceNode(Node):
         _ip("link", "set", self._port, "up")
 
     def is_alive(self) -> bool:
-        """Whether nobody has killed it yet."""
-        return self._keeper.poll() is None
+        """Whether nobody has begun to kill it: what runs there may end before the one who kills is done."""
+        return not self._killed and self._keeper.poll() is None
 
     def kill(self) -> None:
         """See Node: the kernel ends what is in a pid namespace with its first process, which it does last."""
-        first = os.pidfd_open(self.init_pid) if self.init_pid and self.is_alive() else -1
-        self._keeper.kill()
-        self._keeper.wait()
-        if self._keeper.stdout is not None:
-            self._keeper.stdout.close()
-        if first >= 0:
-            select.select([first], [], [], 10)
-            os.close(first)
+        self._killed = True
+        with self._ending:
+            if self._keeper.poll() is not None:
+                return
+            first = os.pidfd_open(self.init_pid) if self.init_pid else -1
+            self._keeper.kill()
+            self._keeper.wait()
+            if first >= 0:
+                select.select([first], [], [], 10)
+                os.close(first)
 
     def command_there(self) -> list[str]:
         """What runs there the line of the shell that is added to it, in its environment."""
