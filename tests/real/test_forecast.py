@@ -33,11 +33,17 @@ KINDS = {
         """,
     "one-line": "memory = b'the quick brown fox jumps over the lazy dog\\n' * (64 << 14)",
     "children": """
+        import signal
         memory = os.urandom(8 << 20)
+        told, tell = os.pipe()
         for _ in range(7):
             if os.fork() == 0:
                 own = os.urandom(2 << 20)
-                break
+                os.write(tell, b".")
+                while True:
+                    signal.pause()
+        for _ in range(7):
+            os.read(told, 1)  # the children have their memory before anybody says that he is ready
         """,
     "shared": """
         import mmap
