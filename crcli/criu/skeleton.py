@@ -336,8 +336,8 @@ def move_terminals(
 ) -> None:
     """Give pseudo-terminals numbers (N of /dev/pts/N) that CRIU can get for them, the same where possible.
 
-    The `spared` lowest free numbers are left to others (fewer than CRIU looks beyond). `free_here` says which
-    numbers new ones would get, ascending, as many as there could be need for.
+    The `spared` lowest free numbers are left to others, where CRIU gets at what is above them. `free_here`
+    says which numbers new ones would get, ascending, as many as there could be need for.
     """
     if "tty-info.img" not in images.names():
         return
@@ -360,10 +360,11 @@ def move_terminals(
 def _numbers_to_change(ours: Sequence[int], free: Sequence[int], spared: int) -> dict[int, int]:
     """New numbers for those of `ours` that CRIU cannot get, when it takes one after the other.
 
-    The kernel hands out the lowest: CRIU opens terminals until it has the number that it wants, but not more
-    than a few.
+    The kernel hands out the lowest: CRIU opens terminals until it has the number that it wants, but gives
+    up at once when that is far above the first.
     """
-    left = list(free[spared:])
+    in_reach = sum(number - free[0] < _REACH for number in free)
+    left = list(free[max(0, min(spared, in_reach - len(ours))) :])
     moved: dict[int, int] = {}
     for number in ours:
         if number in left and number - (free if spared else left)[0] < _REACH:

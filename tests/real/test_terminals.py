@@ -271,6 +271,20 @@ def test_a_terminal_far_from_the_lowest_number_comes_back(crcli: Crcli, tmp_path
         close(crowd)
 
 
+def test_a_low_number_that_is_given_back_at_the_last_moment_is_taken(crcli: Crcli, tmp_path: Path) -> None:
+    """From there the number that was free a moment ago is too far for CRIU: the tree gets a nearer one."""
+    crowd = [os.openpty() for _ in range(40)]
+    try:
+        with agent(tmp_path, "dash -i") as one:
+            image = crcli.dump(one.pid)["image"]
+            with when_a_terminal_is_given_back(lambda: close([crowd.pop(1)])):
+                one.pid = crcli.restore(image)["host_pid"]
+            assert len(crowd) == 39
+            use_jobs(one)
+    finally:
+        close(crowd)
+
+
 def test_a_number_that_lost_its_name_is_not_taken_for_free(crcli: Crcli, tmp_path: Path) -> None:
     """A terminal that only a background program has still open is not in /dev/pts, but in use."""
     crowd = [os.openpty() for _ in range(2)]
@@ -311,26 +325,43 @@ def taking_terminals(times: int, at_once: int = 1) -> Iterator[list[int]]:
     So often: whoever looks which number is free, to open that one later, then finds it taken. Yields the
     terminals that were taken.
     """
+    taken: list[int] = []
+
+    def take() -> None:
+        taken.extend(os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY) for _ in range(at_once))
+
+    try:
+        with when_a_terminal_is_given_back(take, times):
+            yield taken
+    finally:
+        for fd in taken:
+            os.close(fd)
+
+
+@contextmanager
+def when_a_terminal_is_given_back(act: Callable[[], object], times: int = 1) -> Iterator[None]:
+    """Until the end of the block, do this as soon as a terminal is given back, so often."""
     libc = ctypes.CDLL(None)
     watch = libc.inotify_init1(os.O_CLOEXEC)
     libc.inotify_add_watch(watch, b"/dev/pts", _DELETED)
-    taken: list[int] = []
     ending, end = os.pipe()
 
-    def take() -> None:
-        while len(taken) < times * at_once and watch in select.select([watch, ending], [], [])[0]:
+    def attend() -> None:
+        left = times
+        while left and watch in select.select([watch, ending], [], [])[0]:
             os.read(watch, 4096)
-            taken.extend(os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY) for _ in range(at_once))
+            act()
+            left -= 1
 
-    taker = threading.Thread(target=take)
-    taker.start()
+    attending = threading.Thread(target=attend)
+    attending.start()
     try:
-        yield taken
+        yield
     finally:
         os.close(end)
-        taker.join()
-        for fd in (watch, ending, *taken):
-            os.close(fd)
+        attending.join()
+        os.close(watch)
+        os.close(ending)
 
 
 def test_a_number_that_is_taken_at_the_last_moment_is_given_up(crcli: Crcli, tmp_path: Path) -> None:
