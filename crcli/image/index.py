@@ -13,21 +13,25 @@ import time
 from array import array
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from itertools import accumulate, compress, islice
+from operator import not_
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, peek_section, unpack_container
+from crcli.image.lookup import keys_of, sort_digests
 from crcli.image.names import IMAGES, INDEXES, image_at, index_key, is_id, manifest_key, pack_key, pages_key
-from crcli.image.tables import Chunk, Group, MixedGroup, read_chunks, read_groups, read_mixed, read_packs
+from crcli.image.tables import NO_PACK, ChunkTable, Groups, MixedGroups, read_groups, read_packs
 from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
 from crcli.memory.extents import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from crcli.image.lookup import Digests
+    from crcli.image.tables import Chunk
     from crcli.store.base import ObjectInfo, Store
 
 PAGE_LIMIT = 4 << 20
@@ -42,22 +46,41 @@ OTHERS_LIMIT = 32
 LINEAGES = 16
 """So many of the newest images of a name are asked what they consist of, where several trees share it."""
 
-_FEW_DIGESTS = 1 << 19
-"""Up to so many pages (2 GiB of memory) are looked up without numpy, whose import takes 0.1 s."""
-
+_PAGE_BITS = 16
+_LAST_PAGE = (1 << _PAGE_BITS) - 1
 _MIXED = 1 << 63
-"""Set in the place of a group whose pages come from several chunks."""
+"""The place of a group is one number, `chunk << _PAGE_BITS | page`, or, with this bit set, the number of one
+whose pages come from several chunks."""
 
 _READERS = 8
 _LISTED_AT_ONCE = 1000
 
 
-class Stretch(NamedTuple):
-    """Pages of a known chunk that follow one another; a chunk of None stands for zero pages."""
+Stretch = tuple[int | None, int, int]
+"""Pages of a known chunk that follow one another: the chunk, the first, how many. No chunk has zero pages."""
 
-    chunk: int | None
-    page: int
-    pages: int
+
+class Index(NamedTuple):
+    """What one index tells: its tables, and the digests of its pages in the order of its chunks."""
+
+    id: str
+    packs: list[bytes]
+    chunks: ChunkTable
+    digests: bytes
+    groups: Groups
+    mixed: MixedGroups
+
+    @property
+    def used_packs(self) -> set[bytes]:
+        """The packs that its chunks are in."""
+        return {self.packs[number] for number in set(self.chunks.packs)}
+
+    def pages(self) -> list[int]:
+        """How many pages each chunk has: none, where it is not memory."""
+        return [
+            raw // PAGE if memory else 0
+            for raw, memory in zip(self.chunks.raw, self.chunks.is_memory, strict=True)
+        ]
 
 
 class KnownChunks:
@@ -66,80 +89,85 @@ class KnownChunks:
     def __init__(self) -> None:
         self.newest_image = ""
         """The id of the newest image of the name that was asked for; empty where there is none."""
-        self._chunks: list[tuple[bytes, Chunk]] = []
+        self._indexes: list[Index] = []
         self._first_chunks: list[int] = []
-        self._indexes: list[str] = []
+        self._raw: list[int] = []
         self._blobs: dict[bytes, int] = {}
         self._memory_chunks: list[int] = []
         self._first_pages: list[int] = []
-        self._page_digests: list[bytes] = []
         self._page_count = 0
-        self._group_places = array("Q")  # chunk << 16 | page, or _MIXED | number in _mixed
-        self._mixed: list[tuple[list[bytes], MixedGroup]] = []
-        self._chunk_at: dict[tuple[bytes, int], int] = {}
+        self._group_places = array("Q")
         self._group_digests: list[bytes] = []
-        self._pages: _Digests | None = None
-        self._groups: _Digests | None = None
+        self._mixed: list[tuple[int, int]] = []  # its index, by number, and its own number there
+        self._chunk_at: dict[tuple[bytes, int], int] = {}
+        self._pages: Digests = sort_digests(b"")
+        self._groups: Digests = self._pages
         self._group_keys = b""
 
     def __len__(self) -> int:
-        return len(self._chunks)
+        return len(self._raw)
 
     @property
     def indexes(self) -> list[str]:
         """The ids of the dumps whose indexes told of these chunks."""
-        return self._indexes
+        return [index.id for index in self._indexes]
 
     def chunk(self, number: int) -> tuple[bytes, Chunk]:
         """The pack id and the record of one known chunk."""
-        return self._chunks[number]
+        at = self._owner(number)
+        chunk = self._indexes[at].chunks[number - self._first_chunks[at]]
+        return self._indexes[at].packs[chunk.pack], chunk
 
     def index_of(self, number: int) -> str:
         """The id of the dump whose index told of a known chunk."""
-        return self._indexes[bisect_right(self._first_chunks, number) - 1]
+        return self._indexes[self._owner(number)].id
+
+    def _owner(self, chunk: int) -> int:
+        return bisect_right(self._first_chunks, chunk) - 1
 
     def find_blob(self, digest: bytes) -> int | None:
         """The number of the known chunk with these contents (BLAKE3), if there is one."""
         return self._blobs.get(digest)
 
-    def add(
-        self,
-        index: str,
-        packs: list[bytes],
-        chunks: list[Chunk],
-        digests: bytes,
-        groups: Sequence[Group] = (),
-        mixed: Sequence[MixedGroup] = (),
-    ) -> None:
-        """Take in the index of a dump: its tables, and its pages' digests in the order of its chunks.
+    def add(self, index: Index) -> None:
+        """Take in the index of a dump."""
+        if not len(index.chunks):
+            return
+        first, pages = len(self), index.pages()
+        self._first_chunks.append(first)
+        self._indexes.append(index)
+        self._raw += index.chunks.raw
+        is_memory = index.chunks.is_memory
+        self._memory_chunks += compress(range(first, len(self)), is_memory)
+        self._first_pages += compress(accumulate(pages, initial=self._page_count), is_memory)
+        self._page_count += sum(pages)
+        for number in compress(range(len(pages)), map(not_, is_memory)):
+            self._blobs.setdefault(index.chunks[number].digest, first + number)
+        self._add_groups(index.groups, first)
+        self._add_mixed(index.mixed)
 
-        Raises ImageDamaged, with nothing taken in, when they do not fit together.
-        """
-        pages = [chunk.raw // PAGE if chunk.is_memory else 0 for chunk in chunks]
-        if sum(pages) * DIGEST != len(digests):
-            raise ImageDamaged("an index and its page digests do not fit together")
-        first = len(self._chunks)
-        if chunks:
-            self._first_chunks.append(first)
-            self._indexes.append(index)
-        for number, (chunk, count) in enumerate(zip(chunks, pages, strict=True), start=first):
-            self._chunks.append((packs[chunk.pack], chunk))
-            if chunk.is_memory:
-                self._memory_chunks.append(number)
-                self._first_pages.append(self._page_count)
-                self._page_count += count
-            else:
-                self._blobs.setdefault(chunk.digest, number)
-        self._page_digests.append(digests)
-        for group in groups:
-            if group.pages == GROUP_PAGES:
-                self._group_places.append(first + group.chunk << 16 | group.page)
-                self._group_digests.append(group.digest)
-        for several in mixed:
-            if several.pages == GROUP_PAGES:
-                self._group_places.append(_MIXED | len(self._mixed))
-                self._group_digests.append(several.digest)
-                self._mixed.append((packs, several))
+    def _add_groups(self, groups: Groups, first: int) -> None:
+        places = [
+            first + chunk << _PAGE_BITS | page
+            for chunk, page in zip(groups.chunks, groups.pages, strict=True)
+        ]
+        self._add_whole(places, groups.counts, groups.digests)
+
+    def _add_mixed(self, mixed: MixedGroups) -> None:
+        here, known = len(self._indexes) - 1, len(self._mixed)
+        self._mixed += ((here, number) for number in range(len(mixed)))
+        self._add_whole(
+            [_MIXED | number for number in range(known, len(self._mixed))], mixed.pages(), mixed.digests
+        )
+
+    def _add_whole(self, places: Sequence[int], counts: Sequence[int], digests: bytes) -> None:
+        """Add those of some groups that have as many pages as are looked for together: crcli's all do."""
+        if counts.count(GROUP_PAGES) < len(counts):
+            whole = [at for at, count in enumerate(counts) if count == GROUP_PAGES]
+            places = [places[at] for at in whole]
+            digests = b"".join(digests[at * DIGEST : (at + 1) * DIGEST] for at in whole)
+        self._group_places.extend(places)
+        self._group_digests.append(digests)
 
     @property
     def page_count(self) -> int:
@@ -148,14 +176,22 @@ class KnownChunks:
 
     def finish(self) -> None:
         """Sort: `find_pages` and `find_groups` work from now on."""
-        self._pages = _digests(self._page_digests)
-        self._groups = _digests(self._group_digests)
-        self._group_keys = b"".join(digest[:8] for digest in self._group_digests)
-        self._page_digests, self._group_digests = [], []
+        self._pages = sort_digests(b"".join(index.digests for index in self._indexes))
+        groups = b"".join(self._group_digests)
+        self._groups, self._group_keys = sort_digests(groups), keys_of(groups)
+        self._indexes = [index._replace(digests=b"") for index in self._indexes]
+        self._group_digests = []
         if self._mixed:
-            self._chunk_at = {
-                (pack, chunk.offset): number for number, (pack, chunk) in enumerate(self._chunks)
-            }
+            self._chunk_at = self._chunks_by_place()
+
+    def _chunks_by_place(self) -> dict[tuple[bytes, int], int]:
+        """The known chunks by the pack that each is in, and its offset there."""
+        found: dict[tuple[bytes, int], int] = {}
+        for first, index in zip(self._first_chunks, self._indexes, strict=True):
+            packs = map(index.packs.__getitem__, index.chunks.packs)
+            places = zip(packs, index.chunks.offsets, strict=True)
+            found.update(zip(places, range(first, first + len(index.chunks)), strict=True))
+        return found
 
     def group_keys(self) -> bytes:
         """The first 8 bytes of the digest of each known whole group, one after another."""
@@ -163,7 +199,7 @@ class KnownChunks:
 
     def find_pages(self, digests: Sequence[bytes]) -> list[int | None]:
         """For each digest of a page its number among all known pages, or None."""
-        return self._rows(self._pages, digests)
+        return self._pages.find(digests)
 
     def chunk_of(self, page: int) -> tuple[int, int, int]:
         """The chunk in which a known page is, and the numbers of its first page and of the one behind it."""
@@ -174,29 +210,33 @@ class KnownChunks:
     def find_groups(self, digests: Sequence[bytes]) -> list[tuple[int, int] | list[Stretch] | None]:
         """For each digest of a group where it is, or None: the known chunk and the page at which it begins,
         or all the chunks that it consists of."""
-        places = self._group_places
-        rows = self._rows(self._groups, digests)
         return [
             None
-            if row is None
-            else self._mixed_group(place & ~_MIXED)
-            if (place := places[row]) & _MIXED
-            else (place >> 16, place & 0xFFFF)
-            for row in rows
+            if place is None
+            else self.mixed_group(place)
+            if place & _MIXED
+            else (place >> _PAGE_BITS, place & _LAST_PAGE)
+            for place in self.find_group_places(digests)
         ]
 
-    def _mixed_group(self, number: int) -> list[Stretch] | None:
-        packs, group = self._mixed[number]
-        found: list[Stretch] = []
-        for pack, offset, page, pages in group.parts:
-            chunk = None if pack is None else self._chunk_at.get((packs[pack], offset), -1)
-            if chunk is not None and (chunk < 0 or self._chunks[chunk][1].raw < (page + pages) * PAGE):
-                return None  # of an index that is not known here
-            found.append(Stretch(chunk, page, pages))
-        return found
+    def find_group_places(self, digests: Sequence[bytes]) -> list[int | None]:
+        """For each digest of a group its place, see _MIXED, or None."""
+        places = self._group_places
+        return [None if row is None else places[row] for row in self._groups.find(digests)]
 
-    def _rows(self, table: _Digests | None, digests: Sequence[bytes]) -> list[int | None]:
-        return table.find(digests) if table is not None else [None] * len(digests)
+    def mixed_group(self, place: int) -> list[Stretch] | None:
+        """What a group consists of whose place has _MIXED set; None where not all of it is known here."""
+        at, number = self._mixed[place & ~_MIXED]
+        index, found = self._indexes[at], list[Stretch]()
+        for pack, offset, page, pages in index.mixed.parts(number):
+            if pack == NO_PACK:
+                found.append((None, page, pages))
+                continue
+            chunk = self._chunk_at.get((index.packs[pack], offset))
+            if chunk is None or self._raw[chunk] < (page + pages) * PAGE:
+                return None
+            found.append((chunk, page, pages))
+        return found
 
 
 class KnownPagesOf:
@@ -224,90 +264,36 @@ class KnownPagesOf:
     def find_groups(self, digests: Sequence[bytes]) -> list[Sequence[int] | None]:
         """See memory.classify.KnownPages."""
         found: list[Sequence[int] | None] = []
-        for where in self._known.find_groups(digests):
-            if where is None:
-                found.append(None)
-            elif isinstance(where, tuple):
-                first = self._place(*where)
-                found.append(range(first, first + GROUP_PAGES))
+        number_of, add = self._numbers.get, found.append
+        for place in self._known.find_group_places(digests):  # thousands a second: little is called here
+            if place is None:
+                add(None)
+            elif place & _MIXED:
+                add(self._places_of(self._known.mixed_group(place)))
             else:
-                found.append([place for part in where for place in self._places_in(*part)])
+                chunk, page = place >> _PAGE_BITS, place & _LAST_PAGE
+                number = number_of(chunk)
+                first = place_in(number, page) if number is not None else self._place(chunk, page)
+                add(range(first, first + GROUP_PAGES))
         return found
 
-    def _places_in(self, chunk: int | None, page: int, pages: int) -> Sequence[int]:
-        if chunk is None:
-            return [ZERO] * pages
-        first = self._place(chunk, page)
-        return range(first, first + pages)
+    def _places_of(self, stretches: Sequence[Stretch] | None) -> Sequence[int] | None:
+        if stretches is None:
+            return None
+        places: list[int] = []
+        for chunk, page, pages in stretches:
+            if chunk is None:
+                places += [ZERO] * pages
+            else:
+                first = self._place(chunk, page)
+                places += range(first, first + pages)
+        return places
 
     def _place(self, known: int, page: int) -> int:
         number = self._numbers.get(known)
         if number is None:
             number = self._numbers[known] = self._adopt(known)
         return place_in(number, page)
-
-
-class _Digests(Protocol):
-    """Digests that can be looked up."""
-
-    def find(self, digests: Sequence[bytes]) -> list[int | None]:
-        """For each digest the row in which it stands, or None."""
-        ...
-
-
-def _digests(parts: list[bytes]) -> _Digests:
-    joined = b"".join(parts)
-    return (_FewDigests if len(joined) <= _FEW_DIGESTS * DIGEST else _ManyDigests)(joined)
-
-
-class _FewDigests:
-    """Digests in a dictionary: 100 bytes for each, which is less trouble than to import numpy."""
-
-    def __init__(self, joined: bytes) -> None:
-        self._joined = joined
-        keys = _keys(joined)
-        self._rows = dict(
-            zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True)
-        )  # the first one wins
-
-    def find(self, digests: Sequence[bytes]) -> list[int | None]:
-        """See _Digests."""
-        joined = self._joined
-        rows = map(self._rows.get, _keys(b"".join(digests)))
-        return [
-            row if row is not None and joined.startswith(digest, row * DIGEST) else None
-            for row, digest in zip(rows, digests, strict=True)
-        ]
-
-
-def _keys(joined: bytes) -> list[int]:
-    """The first 8 bytes of each digest, as a number."""
-    return memoryview(joined).cast("Q")[:: DIGEST // 8].tolist()
-
-
-class _ManyDigests:
-    """Digests in an array, sorted by their first 8 bytes: 12 bytes more for each."""
-
-    def __init__(self, joined: bytes) -> None:
-        import numpy as np
-
-        self._np: Any = np
-        self._rows: Any = np.frombuffer(joined, dtype="<u8").reshape(-1, DIGEST // 8)
-        order = np.argsort(self._rows[:, 0], kind="stable")
-        self._order: Any = order.astype(np.uint32)
-        self._keys: Any = self._rows[order, 0]
-
-    def find(self, digests: Sequence[bytes]) -> list[int | None]:
-        """See _Digests."""
-        if not digests:
-            return []
-        np = self._np
-        asked = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, DIGEST // 8)
-        at = np.searchsorted(self._keys, asked[:, 0])
-        at[at == len(self._keys)] = 0
-        rows = self._order[at]
-        same = (self._rows[rows] == asked).all(axis=1)
-        return [row if here else None for row, here in zip(rows.tolist(), same.tolist(), strict=True)]
 
 
 def load_known(
@@ -393,22 +379,6 @@ def _indexes(head: dict[str, Any]) -> list[str]:
     return [one for one in found if isinstance(one, str) and is_id(one)] if isinstance(found, list) else []
 
 
-class _Index(NamedTuple):
-    """One index as it was read."""
-
-    id: str
-    packs: list[bytes]
-    chunks: list[Chunk]
-    digests: bytes
-    groups: list[Group]
-    mixed: list[MixedGroup]
-
-    @property
-    def used_packs(self) -> set[bytes]:
-        """The packs that its chunks are in."""
-        return {self.packs[number] for number in {chunk.pack for chunk in self.chunks}}
-
-
 class _Loading:
     """Indexes on their way into what is known, each once."""
 
@@ -422,17 +392,23 @@ class _Loading:
         """Read these indexes in this order, `most` of them, until enough pages are known."""
         new = [one for one in dict.fromkeys(ids) if one not in self._seen][:most]
         self._seen.update(new)
+        if len(new) <= 1 and self._known.page_count < self._limit:
+            self._take(map(self._read, new))
+            return
         with ThreadPoolExecutor(_READERS, "indexes") as threads:
             for at in range(0, len(new), _READERS):
                 if self._known.page_count >= self._limit:
                     return
-                found = list(filter(None, threads.map(self._read, new[at : at + _READERS])))
-                missing = self._missing({pack for index in found for pack in index.used_packs})
-                for index in found:
-                    if self._known.page_count < self._limit and not index.used_packs & missing:
-                        self._known.add(*index)
+                self._take(threads.map(self._read, new[at : at + _READERS]))
 
-    def _read(self, image_id: str) -> _Index | None:
+    def _take(self, read: Iterable[Index | None]) -> None:
+        found = [index for index in read if index is not None]
+        missing = self._missing({pack for index in found for pack in index.used_packs})
+        for index in found:
+            if self._known.page_count < self._limit and not index.used_packs & missing:
+                self._known.add(index)
+
+    def _read(self, image_id: str) -> Index | None:
         try:
             return _read_index(self._store, image_id)
         except (ImageDamaged, NotFound):
@@ -444,14 +420,17 @@ class _Loading:
         return {keys[key] for key in self._store.missing(keys)}
 
 
-def _read_index(store: Store, image_id: str) -> _Index:
+def _read_index(store: Store, image_id: str) -> Index:
     name = index_key(image_id)
     sections = unpack_container(store.get(name), ContainerKind.INDEX, name)
     packs = read_packs(sections["PACK"], name)
-    chunks = read_chunks(sections["CHNK"], len(packs), name)
-    digests = store.get(pages_key(image_id)) if any(chunk.is_memory for chunk in chunks) else b""
+    chunks = ChunkTable(sections["CHNK"], len(packs), name)
+    digests = store.get(pages_key(image_id)) if any(chunks.is_memory) else b""
     if blake3(digests).digest() != sections["PGHS"]:
         raise ImageDamaged(f"{pages_key(image_id)} is not what {name} says")
     groups = read_groups(sections.get("GRPS", b""), chunks, name)
-    mixed = read_mixed(sections.get("MGRP", b""), sections.get("MPRT", b""), len(packs), name)
-    return _Index(image_id, packs, chunks, digests, groups, mixed)
+    mixed = MixedGroups(sections.get("MGRP", b""), sections.get("MPRT", b""), len(packs), name)
+    index = Index(image_id, packs, chunks, digests, groups, mixed)
+    if sum(index.pages()) * DIGEST != len(digests):
+        raise ImageDamaged(f"{name} and its page digests do not fit together")
+    return index

@@ -11,14 +11,15 @@ import pytest
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound, StoreError
-from crcli.image import index, manifest
+from crcli.image import index, lookup, manifest
+from crcli.image.container import ContainerKind, pack_container, unpack_container
 from crcli.image.index import KnownPagesOf, load_known
-from crcli.image.names import index_key, manifest_key, new_image_id
+from crcli.image.names import index_key, manifest_key, new_image_id, pages_key
 from crcli.image.packs import ChunkReader, PackWriter
 from crcli.image.remove import remove
 from crcli.image.session import Session
-from crcli.image.tables import MixedGroup, MixedPart, read_mixed, write_mixed
-from crcli.memory.classify import GROUP_PAGES, Classified, Classifier, Run
+from crcli.image.tables import MixedGroup, MixedGroups, MixedPart, write_mixed
+from crcli.memory.classify import DIGEST, GROUP_PAGES, Classified, Classifier, Run
 from crcli.memory.extents import PAGE, ZERO_PAGE, Source, SpaceKey, SpaceKind
 from crcli.pipeline.knowing import Knowing
 from crcli.store.file import FileStore
@@ -141,6 +142,17 @@ def test_what_an_image_claims_is_not_trusted(
     load_known(store, "agent", wanted=20, is_same=lambda head: True)
 
 
+def test_an_index_that_does_not_fit_its_page_digests_is_left_out(store: FileStore) -> None:
+    """It costs chances to reuse, and no dump."""
+    (made, _), memory = generations(store, "agent", 2)
+    key, digests = index_key(made.id), store.get(pages_key(made.id))[:-DIGEST]
+    sections = unpack_container(store.get(key), ContainerKind.INDEX, key)
+    sections["PGHS"] = blake3(digests).digest()
+    store.put(pages_key(made.id), digests)
+    store.put(key, pack_container(ContainerKind.INDEX, sections))
+    assert sum(is_known(load_known(store, "agent", wanted=20), memory)) == 1
+
+
 # --- groups of pages that several chunks have --------------------------------------------------------------
 
 
@@ -181,12 +193,12 @@ def taken(store: FileStore, memory: Sequence[bytes]) -> tuple[Classified, int]:
     return found, pages_of.asked
 
 
-@pytest.mark.parametrize("few", [0, index._FEW_DIGESTS], ids=["many digests", "few"])
+@pytest.mark.parametrize("few", [0, lookup.FEW_DIGESTS], ids=["many digests", "few"])
 def test_a_group_of_which_pages_changed_is_found_whole_the_next_time(
     store: FileStore, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether its pages came from earlier dumps, from this one, or are zero; and only the new are stored."""
-    monkeypatch.setattr(index, "_FEW_DIGESTS", few)
+    monkeypatch.setattr(lookup, "FEW_DIGESTS", few)
     memory = [*pages(1, 3 * GROUP_PAGES), *[ZERO_PAGE] * 5, *pages(2, GROUP_PAGES - 5)]
     taken(store, memory)
     for generation in range(4):
@@ -230,8 +242,9 @@ def test_mixed_groups_are_written_and_read() -> None:
         MixedGroup(b"b" * 32, (MixedPart(0, 1 << 40, 3, 16),)),
     ]
     table, parts = write_mixed(groups)
-    assert read_mixed(table, parts, 2, "an index") == groups
-    assert groups[0].pages == groups[1].pages == GROUP_PAGES
+    read = MixedGroups(table, parts, 2, "an index")
+    assert list(read) == groups
+    assert read.pages() == [GROUP_PAGES, GROUP_PAGES]
     for damaged in (
         (table, parts, 1),
         (table[:-1], parts, 2),
@@ -239,7 +252,7 @@ def test_mixed_groups_are_written_and_read() -> None:
         (table[36:], parts, 2),
     ):
         with pytest.raises(ImageDamaged):
-            read_mixed(*damaged, "an index")
+            MixedGroups(*damaged, "an index")
 
 
 # --- read before the dump is announced ---------------------------------------------------------------------
