@@ -85,7 +85,7 @@ def list_entries(store: Store, name: str = "") -> list[Entry]:
 
 def _read(store: Store, ref: ImageRef, info: ObjectInfo) -> Entry | None:
     def read(offset: int, length: int) -> bytes:
-        return store.get_range(info.key, offset, length)
+        return bytes(store.get_range(info.key, offset, length))
 
     created = _time_of(ref.id)
     try:

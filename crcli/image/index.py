@@ -364,7 +364,7 @@ def _head(store: Store, name: str, image: ObjectInfo) -> dict[str, Any]:
     image_id = image.key.rpartition("/")[2]
 
     def read(offset: int, length: int) -> bytes:
-        return store.get_range(manifest_key(name, image_id), offset, length)
+        return bytes(store.get_range(manifest_key(name, image_id), offset, length))
 
     try:
         head = json.loads(peek_section(read, image.size, "META", ContainerKind.MANIFEST, image_id))

@@ -136,11 +136,11 @@ class Store(Protocol):
         """Read a whole object."""
         ...
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
-        """Read exactly `length` bytes at `offset`; a short object raises StoreError."""
+    def get_range(self, key: str, offset: int, length: int) -> Buffer:
+        """Read exactly `length` bytes at `offset`; a short object raises StoreError. They never change."""
         ...
 
-    def fetch_again(self, key: str, offset: int, length: int) -> bytes | None:
+    def fetch_again(self, key: str, offset: int, length: int) -> Buffer | None:
         """Read anew what `get_range` gave and was found damaged, if that came out of a cache; else None."""
         ...
 

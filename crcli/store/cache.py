@@ -116,7 +116,7 @@ class Cache:
             return None
         return data if len(data) == length else None
 
-    def add(self, name: str, offset: int, data: bytes) -> None:
+    def add(self, name: str, offset: int, data: Buffer) -> None:
         """Keep a piece of an object, if there is room and time for it."""
         self._later(len(data), self._write, name, offset, data)
 
@@ -234,7 +234,7 @@ class Cache:
                 with self._lock:
                     self._waiting_bytes -= size
 
-    def _write(self, name: str, offset: int, data: bytes) -> None:
+    def _write(self, name: str, offset: int, data: Buffer) -> None:
         if self._has_room(len(data)) and (file := self._opened(name, create=True)) is not None:
             _write_all(file.fd, offset, data)
 
@@ -413,7 +413,7 @@ def _note_use(fd: int) -> None:
         os.utime(fd)
 
 
-def _write_all(fd: int, offset: int, data: bytes) -> None:
+def _write_all(fd: int, offset: int, data: Buffer) -> None:
     view = memoryview(data)
     while view:
         done = os.pwrite(fd, view, offset)

@@ -126,7 +126,7 @@ class CachingStore:
         kept = recall(self.cache, self.name_of(key))
         return None if kept is None else kept[1]
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, offset: int, length: int) -> Buffer:
         """Read a part of an object, from the cache where it has all of it."""
         if not length or not key.startswith(self._kinds.in_pieces):
             return self._reached().get_range(key, offset, length)
@@ -136,7 +136,7 @@ class CachingStore:
         self.cache.add(self.name_of(key), offset, data)
         return data
 
-    def fetch_again(self, key: str, offset: int, length: int) -> bytes | None:
+    def fetch_again(self, key: str, offset: int, length: int) -> Buffer | None:
         """Read from the origin; what the cache has of the object is not to be trusted."""
         self.cache.drop(self.name_of(key))
         return self._reached().get_range(key, offset, length)

@@ -66,14 +66,17 @@ class QuickRequests:
 
         return self._try(read, key)
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes | None:
-        """Exactly `length` bytes (more than none) at `offset`. Raises NotFound like `get`."""
+    def get_range(self, key: str, offset: int, length: int) -> memoryview | None:
+        """Exactly `length` bytes (more than none) at `offset`. Raises NotFound like `get`.
+
+        They stay where obstore has put them: a copy would take as long as all else, with Python's lock held.
+        """
         path = self._prefix + check_key(key)
 
-        def read(store: S3Store) -> bytes | None:
+        def read(store: S3Store) -> memoryview | None:
             import obstore
 
-            data = obstore.get_range(store, path, start=offset, length=length).to_bytes()
+            data = memoryview(obstore.get_range(store, path, start=offset, length=length))
             return data if len(data) == length else None
 
         return self._try(read, key)

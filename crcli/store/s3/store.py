@@ -83,7 +83,7 @@ class S3Store:
         quick = None if self._bucket.is_connected else self._quick.get(key)
         return self._read(key, {}) if quick is None else quick
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, offset: int, length: int) -> Buffer:
         """Ask for exactly these bytes."""
         if length == 0:
             self.stat(key)
