@@ -6,6 +6,7 @@ import itertools
 import os
 import stat
 import struct
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -27,7 +28,7 @@ from crcli.memory.extents import PAGE, Extent, SpaceKey
 from crcli.memory.huge import Runs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from crcli.criu.needs import InetSocket
     from crcli.criu.workspace import Workspace
@@ -48,15 +49,14 @@ _ORDINARY = 1 << 0 | 1 << 9
 _ESTABLISHED_STATES = frozenset((1, 2, 3, 4, 5, 6, 8, 9, 11))
 
 
-def lay_out_memory(
-    images: Workspace,
-    early: Mapping[SpaceKey, list[Extent]],
-    fill: Callable[[Mapping[SpaceKey, tuple[int, dict[int, int]]]], None],
-) -> None:
-    """Write pagemaps and page files that hold the `early` extents.
+@contextmanager
+def laid_out_memory(
+    images: Workspace, early: Mapping[SpaceKey, list[Extent]]
+) -> Iterator[Mapping[SpaceKey, tuple[int, dict[int, int]]]]:
+    """Write pagemaps, and page files of zeros, that hold the `early` extents.
 
-    `fill` is called once with, for each space, a descriptor of its page file and the map from an extent's
-    first page to its offset in that file (bytes); it writes what is not zero.
+    Gives for each space a descriptor of its page file and the map from an extent's first page to its offset
+    in that file (bytes), for whoever writes what is not zero.
     """
     places: dict[SpaceKey, tuple[int, dict[int, int]]] = {}
     try:
@@ -68,7 +68,7 @@ def lay_out_memory(
                 at += extent.pages * PAGE
             write_pagemap(images, space, pages_id, ((e.start, e.pages) for e in extents))
             places[space] = (create_pages(images, pages_id, at // PAGE), offsets)
-        fill(places)
+        yield places
     finally:
         for fd, _ in places.values():
             os.close(fd)

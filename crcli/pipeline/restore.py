@@ -39,7 +39,7 @@ from crcli.criu.skeleton import (
     has_connections,
     hung_up_terminals,
     keep_orphans,
-    lay_out_memory,
+    laid_out_memory,
     make_room_for_deleted,
     mend_connections,
     move_terminals,
@@ -78,7 +78,7 @@ from crcli.process.terminals import TerminalTurn, free_terminals
 from crcli.process.tree import child_pids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
     from types import FrameType
 
     from crcli.cause import Cause
@@ -382,6 +382,7 @@ class _Restore:
         self.held.callback(self.replacements.close)
         self._move_in()
         place_files(self.manifest_here, self.reader, self._changed_files(), self.here, self._note)
+        self._begin_early()
         forget_sizes(self.images, {file.name for file in self.manifest.files})
         accept_growth(self.images, self._host_path)
         make_room_for_deleted(self.images, self._host_path)
@@ -406,7 +407,6 @@ class _Restore:
             self._leave_parent()
         if "net" not in own_namespaces(self.images.names()):
             free_lost_addresses(self.images, has_address)
-        self._fill_early(self.divided)
 
     def _ask_for_huge_pages(self) -> None:
         """What goes to GPUs as soon as it is here comes and goes in huge pages, where the kernel has them."""
@@ -485,30 +485,30 @@ class _Restore:
                 kernel_pages[pid] += wiped_on_fork(self.images, pid)
         return split(self.manifest.spaces, parents, kernel_pages, self.manifest.references)
 
-    def _fill_early(self, divided: Split) -> None:
-        wanted = targets(divided.early)
+    def _begin_early(self) -> None:
+        """Begin to fetch what CRIU must find, into files that have room for it."""
+        wanted = targets(self.divided.early)
+        places = self.held.enter_context(laid_out_memory(self.images, self.divided.early))
+        in_files = {
+            origin: [one._replace(start=places[one.space][1][one.start] // PAGE) for one in whither]
+            for origin, whither in wanted.items()
+        }
+        self.early_files = {space: fd for space, (fd, _) in places.items()}
+        self.early = Replay(in_files, self.memory.plan(wanted), self.memory.read, self._threads(wanted))
+        self.held.callback(self.early.abandon)  # nobody may write into a file that is closed
+        if not self._is_near(wanted):
+            self._begin_replay()  # a store far away is waited for: the rest is asked for right behind
 
-        def fill(places: Mapping[SpaceKey, tuple[int, dict[int, int]]]) -> None:
-            in_files = {
-                origin: [one._replace(start=places[one.space][1][one.start] // PAGE) for one in whither]
-                for origin, whither in wanted.items()
-            }
-            files = {space: fd for space, (fd, _) in places.items()}
-            is_near = self._is_near(wanted)
-            replay = Replay(in_files, self.memory.plan(wanted), self.memory.read, self._threads(wanted))
-            if not is_near:  # a store far away is waited for: let what comes later be asked for right behind
-                self._begin_replay()
-            try:
-                replay.write_to(files)
-            finally:
-                replay.abandon()  # nobody may write into a file that is closed
-
-        lay_out_memory(self.images, divided.early, fill)
+    def _finish_early(self) -> None:
+        """CRIU has its request, and finds out about this kernel, which takes it 50 ms where it may not keep
+        what it found: it reads no page before its "pre-restore" is answered."""
+        self.early.write_to(self.early_files)
+        self._begin_replay()
 
     def _begin_replay(self) -> None:
         """Begin to fetch what CRIU need not find, if that is to be here before the tree runs; once.
 
-        What is near is fetched while CRIU works: before, it would only hold CRIU up.
+        What is near is fetched when CRIU has its own: before, it would only hold that up.
         """
         if self.pager is not None or self.replay is not None:
             return
@@ -557,7 +557,7 @@ class _Restore:
         assert self.residence is not None
         with self.residence.criu as criu:
             answer = criu.request(
-                rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S, meanwhile=self._begin_replay
+                rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S, meanwhile=self._finish_early
             )
         if not answer.success:
             raise RestoreFailed("CRIU could not restore the tree")

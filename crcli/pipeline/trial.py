@@ -16,7 +16,7 @@ from crcli.criu.skeleton import (
     forget_network_lock,
     forget_sizes,
     keep_orphans,
-    lay_out_memory,
+    laid_out_memory,
     make_room_for_deleted,
     move_terminals,
     outside_sockets,
@@ -137,13 +137,10 @@ def _lay_out_kept(trial: Workspace, kept: Mapping[SpaceKey, list[tuple[int, byte
         space: [Extent(start, len(data) // PAGE, Source.CHUNK) for start, data in sorted(runs)]
         for space, runs in kept.items()
     }
-
-    def fill(places: Mapping[SpaceKey, tuple[int, dict[int, int]]]) -> None:
+    with laid_out_memory(trial, extents) as places:
         for space, (fd, offsets) in places.items():
             for start, data in kept[space]:
                 write_all(fd, memoryview(data), offsets[start])
-
-    lay_out_memory(trial, extents, fill)
 
 
 def _refusal(what: str, trial: Workspace, said: str = "") -> DumpFailed:
