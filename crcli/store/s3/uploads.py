@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import StoreError
@@ -13,6 +13,7 @@ from crcli.store.s3.creating import complete_upload, put_soon
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future, ThreadPoolExecutor
     from types import TracebackType
 
     from crcli.store.base import Buffer
@@ -35,8 +36,19 @@ class UploadThreads:
     """The threads that send parts, and the bound on how many parts they may hold."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(UPLOAD_THREADS, thread_name_prefix="s3-upload")
         self._slots = threading.BoundedSemaphore(PARTS_IN_FLIGHT)
+        self._making = threading.Lock()
+
+    @property
+    def _threads(self) -> ThreadPoolExecutor:
+        with self._making:
+            return self._made
+
+    @cached_property
+    def _made(self) -> ThreadPoolExecutor:
+        from concurrent.futures import ThreadPoolExecutor  # which who only reads need not import
+
+        return ThreadPoolExecutor(UPLOAD_THREADS, thread_name_prefix="s3-upload")
 
     def submit(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Run `task` in a thread."""
@@ -55,7 +67,8 @@ class UploadThreads:
 
     def close(self) -> None:
         """Wait for everything that was submitted; nothing more is taken."""
-        self._threads.shutdown(wait=True)
+        if "_made" in self.__dict__:
+            self._threads.shutdown(wait=True)
 
 
 class MultipartUpload:
