@@ -173,6 +173,10 @@ def restore(
         gpu_map=tuple(parse_pair(one, "--gpu-map") for one in gpu_map or ()),
         endpoint_url=chosen.endpoint_url,
     )
+    from crcli.pipeline.opening import Opening
+
+    # Lazily the memory is fetched by a process of its own, which is forked before there are threads.
+    opening = None if lazy else Opening(options)
     from crcli.pipeline import restore as story
     from crcli.pipeline.interrupts import answer_first
     from crcli.ui import reports
@@ -182,8 +186,8 @@ def restore(
     with showing(as_json) as progress:
         if wait:
             return story.restore_and_wait(
-                options, progress, lambda report: reports.show_restore(report, as_json)
+                options, progress, lambda report: reports.show_restore(report, as_json), opening
             )
-        report = story.restore(options, progress)
+        report = story.restore(options, progress, opening)
     reports.show_restore(report, as_json)
     return 0

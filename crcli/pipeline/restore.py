@@ -51,10 +51,8 @@ from crcli.guard.here import Here
 from crcli.guard.host import forced_paths, guard, guard_machine
 from crcli.guard.needs import Asked, cpu_promise, needs_of
 from crcli.guard.places import has_address
-from crcli.image.cached import load_near, open_cached
-from crcli.image.manifest import Manifest
 from crcli.image.names import parse_image
-from crcli.image.packs import NEAR_BYTES, READ_BYTES, ChunkReader
+from crcli.image.packs import NEAR_BYTES, READ_BYTES
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
 from crcli.memory.huge import HugeMemory, Runs, aligned, can_be_had, empty_blocks
@@ -62,6 +60,7 @@ from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets
 from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
+from crcli.pipeline.opening import Opening
 from crcli.pipeline.own_limits import limits_lifted, memory_short, see_file_size
 from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, namespace_depth, namespace_for
 from crcli.pipeline.place import Change, place_files, undo
@@ -162,17 +161,23 @@ class _PassedOn:
             self.handle(number, None)
 
 
-def restore(options: RestoreOptions, progress: Progress | None = None) -> RestoreReport:
+def restore(
+    options: RestoreOptions, progress: Progress | None = None, opening: Opening | None = None
+) -> RestoreReport:
     """Bring a tree back, detached from us; return when it runs and was still there a second later.
 
+    `opening` is its image, which is closed in any case, where that was begun to be opened before.
     Raises NotFound, ImageDamaged, GuardRefused (nothing started), RestoreFailed (nothing left running),
     StoreError, HostLacks.
     """
-    return bring_back(options, progress or Silent()).report
+    return bring_back(options, progress or Silent(), None, opening).report
 
 
 def restore_and_wait(
-    options: RestoreOptions, progress: Progress | None, running: Callable[[RestoreReport], None]
+    options: RestoreOptions,
+    progress: Progress | None,
+    running: Callable[[RestoreReport], None],
+    opening: Opening | None = None,
 ) -> int:
     """Bring a tree back, call `running` once it runs, stay until its root ends, and return its exit code.
 
@@ -182,7 +187,7 @@ def restore_and_wait(
     passed_on = _PassedOn()
     before = {number: signal.signal(number, passed_on.handle) for number in _PASSED_ON}
     try:
-        restored = bring_back(options, progress or Silent(), Stay(passed_on.handle))
+        restored = bring_back(options, progress or Silent(), Stay(passed_on.handle), opening)
         passed_on.to(restored.root)
         running(restored.report)
         with restored.relay.raw_terminal():
@@ -205,7 +210,9 @@ class Stay(Struct, frozen=True):
     bound: bool = False
 
 
-def bring_back(options: RestoreOptions, progress: Progress, stay: Stay | None = None) -> Restored:
+def bring_back(
+    options: RestoreOptions, progress: Progress, stay: Stay | None = None, opening: Opening | None = None
+) -> Restored:
     """Restore; again where another process took meanwhile what the tree was about to get.
 
     When that was a pid, once, in a pid namespace of its own; when it was the number of a terminal, a few
@@ -216,8 +223,9 @@ def bring_back(options: RestoreOptions, progress: Progress, stay: Stay | None = 
     spared = 0
     while True:
         try:
-            return _attempt(options, progress, stay, spared)
+            return _attempt(options, progress, stay, spared, opening)
         except RestoreFailed as error:
+            opening = None
             lost = error.cause.name if error.cause is not None else ""
             options = replace(options, image=error.image or options.image)
             if lost == "pid-taken" and options.pid_namespace == PidNamespace.AUTO:
@@ -229,14 +237,20 @@ def bring_back(options: RestoreOptions, progress: Progress, stay: Stay | None = 
 
 
 def _attempt(
-    options: RestoreOptions, progress: Progress, stay: Stay | None, spared_terminals: int
+    options: RestoreOptions,
+    progress: Progress,
+    stay: Stay | None,
+    spared_terminals: int,
+    opening: Opening | None,
 ) -> Restored:
     watch = Stopwatch(progress)
     kernel.become_subreaper()  # what CRIU leaves behind when it dies comes to us
     hooks = load_hooks()
     later = stay.later if stay is not None else None
     with limits_lifted(), interruptible(later=later) as interrupts, ExitStack() as held:
-        work = _Restore(options, watch, interrupts, held, hooks, stay, spared_terminals)
+        if opening is not None:
+            held.callback(opening.close)
+        work = _Restore(options, watch, interrupts, held, hooks, stay, spared_terminals, opening)
         try:
             restored = work.run()
         except BaseException as error:
@@ -261,9 +275,11 @@ class _Restore:
         hooks: Hooks,
         stay: Stay | None,
         spared_terminals: int,
+        opening: Opening | None,
     ) -> None:
         self.options = options
         self.spared_terminals = spared_terminals
+        self.opening = opening
         self.watch = watch
         self.interrupts = interrupts
         self.held = held
@@ -316,12 +332,13 @@ class _Restore:
     # The manifest is whole, and this host can take the image.
 
     def _load(self) -> None:
-        _, ref = parse_image(self.options.image)
-        store = self.store = open_cached(self.options.store, endpoint_url=self.options.endpoint_url)
-        self.held.callback(store.close)
-        self.manifest: Manifest = load_near(store, ref)
+        if self.opening is None:
+            self.opening = Opening(self.options)
+            self.held.callback(self.opening.close)
+        opened = self.opening.result()
+        store = self.store = opened.store
+        self.manifest, self.reader, self.skeleton = opened.manifest, opened.reader, opened.skeleton
         self.claim = WhoHolds(store, self.manifest.name)
-        self.reader = ChunkReader(store, self.manifest.packs, self.manifest.chunks)
         self.memory = MemoryReader(
             store, self.manifest, self.reader, self.options.weights_map, self.options.weights_folders
         )
@@ -339,7 +356,8 @@ class _Restore:
         see_file_size(PAGE * sum(extent.pages for extent in extents))
         self.workspace = self.held.enter_context(Workspace.create())
         self.images = self.logs = self.held.enter_context(self.workspace.folder("images"))
-        self._write_skeleton()
+        for name, data in self.skeleton.items():
+            self.images.write(name, data)
         self.here = Here()
         if self.options.ports:
             from crcli.pipeline.ports import remap_ports
@@ -459,12 +477,6 @@ class _Restore:
         self.changes.append(asdict(change))
         if self.residence is not None:
             self.residence.note(asdict(change))
-
-    def _write_skeleton(self) -> None:
-        wanted = {number for file in self.manifest.skeleton for number in file.chunks}
-        blobs = {n: raw for group in self.reader.plan(wanted) for n, raw in self.reader.read(group)}
-        for file in self.manifest.skeleton:
-            self.images.write(file.name, b"".join(blobs[number] for number in file.chunks))
 
     def _changed_files(self) -> ChangedFiles:
         asked = self.options.changed_files

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,8 @@ from crcli import kernel
 from crcli.criu import netlock
 from crcli.image import lease
 from crcli.image.lease import Lease
+from crcli.image.manifest import load
+from crcli.image.names import pack_key, parse_image
 from crcli.image.owner import describe_owner
 from crcli.store import open_store
 from tests.support.crcli import (
@@ -196,6 +199,35 @@ def test_a_dump_leaves_no_process_mount_or_table_behind(crcli: Crcli) -> None:
         assert {child.pid for child in children} == {program.pid}, children
         assert_none_stays(netlock.tables() - tables)
         assert _mounts() == mounts
+
+
+@pytest.mark.parametrize("how", ["--eager", "--lazy"])
+def test_memory_that_criu_needs_and_is_damaged(crcli: Crcli, how: str) -> None:
+    """It is found when CRIU already works: the restore ends with 22, and leaves no process and no mount."""
+    mounts, mine = _mounts(), _living()
+    with spawn_python(counter()) as program:
+        image = crcli.dump(program.pid)["image"]
+    folder = crcli.store.removeprefix("file://")
+    manifest = load(open_store(crcli.store), parse_image(image)[1])
+    for chunk in (chunk for chunk in manifest.chunks if chunk.is_memory):
+        with Path(folder, pack_key(manifest.packs[chunk.pack])).open("r+b") as pack:
+            pack.seek(chunk.offset + chunk.stored - 1)
+            byte = pack.read(1)[0]
+            pack.seek(chunk.offset + chunk.stored - 1)
+            pack.write(bytes([byte ^ 1]))
+    error = crcli.restore(image, how, code=22)["error"]
+    assert error["state"] == "untouched"
+    wait_until(lambda: not _living() - mine, "a process is left")
+    assert _mounts() == mounts
+
+
+def _living() -> set[psutil.Process]:
+    """What is below us, but for what has ended and is left for us to reap."""
+    living = set()
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            living |= {one} if one.status() != psutil.STATUS_ZOMBIE else set()
+    return living
 
 
 def _mounts() -> list[str]:
