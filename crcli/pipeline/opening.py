@@ -14,6 +14,7 @@ from msgspec import Struct
 from crcli.image.cached import load_near, open_cached
 from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
+from crcli.store.caching import CachingStore
 from crcli.threads import Worker
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class Opening:
         url, ref = parse_image(self._options.image)
         store = open_cached(url or self._options.store, endpoint_url=self._options.endpoint_url)
         self._store = store
+        if isinstance(store, CachingStore) and not self._options.lazy:
+            store.cache.put_off()  # until the tree runs
         manifest = load_near(store, ref)
         reader = ChunkReader(store, manifest.packs, manifest.chunks)
         wanted = {number for file in manifest.skeleton for number in file.chunks}

@@ -75,6 +75,7 @@ from crcli.process.processors import usable_processors
 from crcli.process.settings import give_back, give_core_filter
 from crcli.process.terminals import TerminalTurn, free_terminals
 from crcli.process.tree import child_pids
+from crcli.store.caching import CachingStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -590,6 +591,8 @@ class _Restore:
         if self.stay is not None:
             self.replacements.relay.start()  # it runs, and may write more than a pipe holds
         netlock.remove_for(str(self.manifest.meta.get("run_id", "")))
+        if isinstance(self.store, CachingStore):
+            self.store.cache.go_on()  # nobody waits for anything any more
         if self.pager is not None:
             self.pager.leave()
             if self.stay:

@@ -50,6 +50,9 @@ WAITING_BYTES = 32 << 20
 AT_ONCE_BYTES = 8 << 20
 """Less than this waits until the end: it is not written while a tree stands frozen or is on its way back."""
 
+PUT_OFF_BYTES = 96 << 20
+"""So much more may wait, and does, while writing is put off (bytes)."""
+
 LOOK_EVERY_BYTES = 32 << 20
 """After so much was written (bytes), the folder is looked through: others may write into it too."""
 
@@ -95,7 +98,7 @@ class Cache:
         self._until_look = 0
         self._waiting: queue.SimpleQueue[tuple[int, Callable[..., None], tuple[Any, ...]] | None]
         self._waiting = queue.SimpleQueue()
-        self._waiting_bytes = 0
+        self._waiting_bytes = self._put_off_bytes = 0
         self._writer: threading.Thread | None = None
 
     # Objects in pieces.
@@ -149,6 +152,16 @@ class Cache:
         return WholeWriter(self, name)
 
     # Both.
+
+    def put_off(self) -> None:
+        """Leave the processors to others: write nothing before `go_on`, unless much waits."""
+        self._put_off_bytes = PUT_OFF_BYTES
+
+    def go_on(self) -> None:
+        """Write what was put off, and whatever comes, as usual."""
+        self._put_off_bytes = 0
+        if not self._waiting.empty():
+            self._writing()
 
     def drop(self, name: str) -> None:
         """Keep an object no longer, nor what waits to be written of it."""
@@ -206,10 +219,10 @@ class Cache:
         if self._trouble:
             return False
         with self._lock:
-            if self._waiting_bytes + size > WAITING_BYTES:
+            if self._waiting_bytes + size > WAITING_BYTES + self._put_off_bytes:
                 return False
             self._waiting_bytes += size
-            is_much = self._waiting_bytes >= AT_ONCE_BYTES
+            is_much = self._waiting_bytes >= AT_ONCE_BYTES + self._put_off_bytes
         self._waiting.put((size, work, arguments))
         if is_much:
             self._writing()

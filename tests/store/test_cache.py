@@ -16,6 +16,7 @@ import pytest
 from crcli.main import main
 from crcli.store import cache as cache_module
 from crcli.store.cache import Cache
+from tests.support.crcli import wait_until
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -324,3 +325,20 @@ def test_processes_share_it_without_harm(folder: str) -> None:
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0, said
     assert Cache(folder).contents().bytes <= 16 * MIB
+
+
+def test_what_is_put_off_waits(folder: str, reader: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who needs the processors has nothing written, up to a bound; afterwards all of it is."""
+    monkeypatch.setattr(cache_module, "PUT_OFF_BYTES", 12 * MIB)
+    one = Cache(folder)
+    one.put_off()
+    for number in range(19):
+        one.add("pack", number * MIB, b"a" * MIB)
+    assert one._writer is None and not reader.holds("pack", 0, MIB)
+    one.go_on()
+    wait_until(lambda: all(reader.holds("pack", number * MIB, MIB) for number in range(19)), "not written")
+    one.put_off()
+    for number in range(20, 45):
+        one.add("pack", number * MIB, b"a" * MIB)
+    wait_until(lambda: reader.holds("pack", 20 * MIB, MIB), "much waits, and is not written")
+    one.close()

@@ -180,6 +180,7 @@ def test_readme_names_the_fields_of_reports() -> None:
         ),
         ("before the tree can take them | 256 MiB", replay.AHEAD_BYTES),
         ("cache of S3 (more is not kept) | 32 MiB", cache_of_host.WAITING_BYTES),
+        ("| 32 MiB, and 96 MiB more until a restored tree runs", cache_of_host.PUT_OFF_BYTES),
         ("packs of about 64 MiB", packs.PACK_BYTES),
     ],
 )
