@@ -36,8 +36,12 @@ CHUNK_PAGES = 64
 """Pages in one chunk at most (256 KiB): large enough to compress well and to fetch in one read."""
 
 DIGEST = 32
+KEY = 8
+"""So many bytes of a digest are enough to tell that it may be a known one."""
+
 ZERO_GROUP = ZERO_PAGE * GROUP_PAGES
 ZERO_GROUP_DIGEST = blake3(ZERO_GROUP).digest()
+ZERO_PAGE_DIGEST = blake3(ZERO_PAGE).digest()
 
 _TWIN_LIMIT = 1 << 18
 """New pages of this dump that are remembered for finding their twins (about 50 MB when full)."""
@@ -172,11 +176,13 @@ class Seen(NamedTuple):
     """What is known of a block that was looked at before.
 
     `found` is what stands in files of weights; `digests` are those of its whole groups, by first page, but
-    for groups of which pages were found.
+    for groups of which pages were found; `pages` are those of single pages, where they were seen to be asked
+    for.
     """
 
     digests: Mapping[int, bytes]
     found: Sequence[Found]
+    pages: Mapping[int, bytes]
 
 
 class Ahead(NamedTuple):
@@ -231,10 +237,13 @@ class Classifier:
         heads, pages = _divide(runs, places if files else None)
         groups = self._place_groups(memory, heads, places, ahead.seen.digests if ahead is not None else {})
         pages += [page for head in groups for page in range(head, head + GROUP_PAGES)]
+        given = ahead.seen.pages if ahead is not None else {}
         if ahead is not None:
-            ahead.fetch(_ranges(sorted(pages)))
-        unknown = self._place_pages(memory, pages, places)
+            ahead.fetch(_ranges(sorted(page for page in pages if page not in given)))
+        unknown = self._place_pages(memory, pages, places, given)
         chunks = self._claim(unknown, groups, places)
+        if ahead is not None:
+            ahead.fetch(_ranges(sorted(given.keys() & {page for chunk in chunks for page in chunk.pages})))
         for chunk in chunks:
             self._sink.add(
                 chunk.number,
@@ -298,15 +307,21 @@ class Classifier:
                     places[head : head + GROUP_PAGES] = there
         return digests
 
-    def _place_pages(self, memory: bytearray, pages: list[int], places: list[int]) -> dict[int, bytes]:
-        """Place the pages that are zero or known; return the digests of the others."""
+    def _place_pages(
+        self, memory: bytearray, pages: list[int], places: list[int], given: Mapping[int, bytes]
+    ) -> dict[int, bytes]:
+        """Place the pages that are zero or known; return the digests of the others.
+
+        Those that are `given` were hashed before.
+        """
         view, is_zero = memoryview(memory), memory.startswith
         digests: dict[int, bytes] = {}
         for page in pages:
-            if is_zero(ZERO_PAGE, page * PAGE):
+            digest = given.get(page)
+            if digest == ZERO_PAGE_DIGEST or (digest is None and is_zero(ZERO_PAGE, page * PAGE)):
                 places[page] = ZERO
             else:
-                digests[page] = blake3(view[page * PAGE : (page + 1) * PAGE]).digest()
+                digests[page] = digest or blake3(view[page * PAGE : (page + 1) * PAGE]).digest()
         if self.known is not None:
             found = self.known.find(list(digests.values()))
             for page, place in zip(list(digests), found, strict=True):

@@ -157,9 +157,12 @@ class Intake:
         """Pages of which CRIU says that they are as the round before sent them."""
         self._kept_before: dict[SpaceKey, list[tuple[int, bytes]]] = {}
 
-    def learn(self, known: KnownPages) -> None:
-        """Take note of what the store has, before the first page comes."""
+    def learn(self, known: KnownPages, group_keys: bytes = b"") -> None:
+        """Take note of what the store has, before the first page comes; of its groups the first bytes of their
+        digests, so that it is known ahead which are to be looked into."""
         self._classifier.known = known
+        if self._lookahead is not None:
+            self._lookahead.learn(group_keys)
 
     def _start_workers(self) -> None:
         try:

@@ -1,4 +1,5 @@
-"""Processes that look at blocks of pages before the workers do: they hash groups, and find weights.
+"""Processes that look at blocks of pages before the workers do: they hash groups, and find weights. Once they
+were told what the store has, they also hash the single pages of groups that it does not have.
 
 That is most of the work on a tree that was dumped before, or whose memory stands in files. Threads that do it
 wait for Python's lock in between, and make the one that receives wait: processes do not. Where there are
@@ -17,6 +18,7 @@ import signal
 import struct
 import threading
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from blake3 import blake3
@@ -26,6 +28,7 @@ from crcli.memory.classify import (
     BLOCK_PAGES,
     DIGEST,
     GROUP_PAGES,
+    KEY,
     ZERO_GROUP,
     ZERO_GROUP_DIGEST,
     Found,
@@ -39,7 +42,7 @@ from crcli.memory.weights.references import Piece
 from crcli.memory.weights.views import View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Sequence, Set
     from types import TracebackType
 
     from crcli.memory.weights.match import Matcher
@@ -69,11 +72,17 @@ _FOUND_AT = _DIGESTS_AT + _MOST_GROUPS * DIGEST
 _FOUND_ROOM = 8 << 10
 """For what is found of weights (bytes): 400 pieces. A block of which there is more is left to the workers."""
 
-_RECORD = _FOUND_AT + _FOUND_ROOM
+_PAGES_AT = _FOUND_AT + _FOUND_ROOM
+_MOST_CHANGED = 16
+"""Of so many groups in a block the pages are hashed: where more of them changed, the workers do the rest."""
+
+_GROUP_PAGES_OF = struct.Struct(f"<H{GROUP_PAGES * DIGEST}s")
+_RECORD = -(-(_PAGES_AT + _COUNT.size + _MOST_CHANGED * _GROUP_PAGES_OF.size) // PAGE) * PAGE
 _NUMBER = struct.Struct("<I")
 _MOST_WRITTEN = 1024
 """Numbers written to a pipe at once: so many the kernel never parts."""
 
+_POPULATED = mmap.MAP_SHARED | mmap.MAP_POPULATE
 _COVERED = bytes(DIGEST)
 """In place of the digest of a group of which pages were found in files."""
 
@@ -89,6 +98,7 @@ class Lookahead:
         the workers begin. Raises OSError where there is no room for what is asked and answered."""
         self._room = min(limit // _LEAST_BLOCK_BYTES + 1, _MOST_BLOCKS)
         self._shared = mmap.mmap(-1, self._room * _RECORD)
+        self._known = os.memfd_create("known")
         self._runs: list[Sequence[Run]] = []
         self._handed = 0
         self._has_begun = at_once
@@ -101,7 +111,7 @@ class Lookahead:
         self._answers, answers = os.pipe()
         self.pids: list[int] = []
         try:
-            self._fork(count, lambda: _run(fd, self._shared, matcher, tasks, answers))
+            self._fork(count, lambda: _run(fd, self._shared, self._known, matcher, tasks, answers))
         except BaseException:  # a signal or a deadline: nobody would end those that have begun
             self.close()
             raise
@@ -120,6 +130,12 @@ class Lookahead:
             if pid == 0:
                 run()
             self.pids.append(pid)
+
+    def learn(self, keys: bytes) -> None:
+        """Take note of the groups that the store has, by the first bytes of their digests (KnownChunks), before
+        the first block is asked for."""
+        with suppress(OSError):  # no memory: the workers hash pages
+            os.write(self._known, keys)
 
     def ask(self, offset: int, runs: Sequence[Run]) -> int | None:
         """Have a block looked at that begins at `offset` (bytes), and stays as it is until `next` gives it
@@ -174,7 +190,9 @@ class Lookahead:
             number = self._done.popleft() if is_done else self._last_waiting()
             self._given.add(number)
         if is_done:
-            return number, self._seen(number)
+            seen = self._seen(number)
+            self._shared.madvise(mmap.MADV_REMOVE, number * _RECORD, _RECORD)
+            return number, seen
         self._shared[number * _RECORD + _TAKEN_AT] = 1
         return number, None
 
@@ -198,6 +216,7 @@ class Lookahead:
         return Seen(
             {head: digest for head, digest in zip(heads, digests, strict=True) if digest != _COVERED},
             _unpack_found(self._shared, at + _FOUND_AT),
+            _unpack_pages(self._shared, at + _PAGES_AT),
         )
 
     def close(self) -> None:
@@ -208,6 +227,7 @@ class Lookahead:
         if self._tasks >= 0:
             os.close(self._tasks)
             os.close(self._answers)
+            os.close(self._known)
             self._shared.close()
         self._tasks, self.pids = -1, []
 
@@ -220,15 +240,17 @@ class Lookahead:
         self.close()
 
 
-def _run(fd: int, shared: mmap.mmap, matcher: Matcher | None, tasks: int, answers: int) -> NoReturn:
+def _run(
+    fd: int, shared: mmap.mmap, known: int, matcher: Matcher | None, tasks: int, answers: int
+) -> NoReturn:
     """What a process does."""
     try:
         kernel.die_with_parent(signal.SIGKILL)
         files = [file.fd for file in matcher.files] if matcher is not None else []
-        kernel.close_all_but(fd, tasks, answers, *files)
+        kernel.close_all_but(fd, known, tasks, answers, *files)
         gc.disable()  # it would touch, and so copy, all of the memory that is our parent's too
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        looking = _Looking(fd, shared, matcher)
+        looking = _Looking(fd, shared, known, matcher)
         while task := os.read(tasks, _NUMBER.size):
             if looking.look(*_NUMBER.unpack(task)):
                 os.write(answers, task)
@@ -239,12 +261,13 @@ def _run(fd: int, shared: mmap.mmap, matcher: Matcher | None, tasks: int, answer
 class _Looking:
     """One process at work."""
 
-    def __init__(self, fd: int, shared: mmap.mmap, matcher: Matcher | None) -> None:
+    def __init__(self, fd: int, shared: mmap.mmap, known: int, matcher: Matcher | None) -> None:
         self._fd = fd
         self._shared = shared
         self._matcher = matcher
         self._block = bytearray(BLOCK_PAGES * PAGE if matcher is not None else 0)
-        self._group = bytearray(_GROUP_BYTES)
+        self._known_fd = known
+        self._known: frozenset[bytes] | None = None
 
     def look(self, number: int) -> bool:
         """Look at a block; return whether all of it was seen, and is in its record."""
@@ -254,29 +277,60 @@ class _Looking:
             return False
         places = range(at + _ASKED.size, at + _ASKED.size + count * _RUN.size, _RUN.size)
         runs = [_unpack_run(self._shared, place) for place in places]
+        size = (runs[-1].at + runs[-1].pages) * PAGE
         found: list[Found] = []
         if self._matcher is not None:
-            block, size = self._block, (runs[-1].at + runs[-1].pages) * PAGE
+            block = self._block
             if os.preadv(self._fd, [memoryview(block)[:size]], offset) != size:
                 return False
             found += find_weights(self._matcher, block, runs)
-        return _pack_found(self._shared, at + _FOUND_AT, found) and self._hash_groups(at, offset, runs, found)
-
-    def _hash_groups(self, at: int, offset: int, runs: Sequence[Run], found: Sequence[Found]) -> bool:
-        """Each is read by itself: so much stays in the processor's cache until it is hashed."""
+        if not _pack_found(self._shared, at + _FOUND_AT, found):
+            return False
         covered = {page for one in found for page in range(one.at, one.at + one.pages)}
-        group = self._group
-        for place, head in enumerate(heads_of(runs)):
+        try:
+            window = mmap.mmap(self._fd, size, _POPULATED, mmap.PROT_READ, offset=offset)
+        except (OSError, ValueError):  # no address space
+            return False
+        with window, memoryview(window) as view:
+            return self._hash(at, window, view, heads_of(runs), covered)
+
+    def _hash(
+        self, at: int, window: mmap.mmap, view: memoryview, heads: Sequence[int], covered: Set[int]
+    ) -> bool:
+        """Note the digests of groups where they lie, and those of pages of groups that the store does not
+        have: so near behind, these are still in the processor's cache."""
+        known = self._keys()
+        changed: list[tuple[int, bytes]] = []
+        for place, head in enumerate(heads):
             if self._shared[at + _TAKEN_AT]:
                 return False
             digest = _COVERED
             if covered.isdisjoint(range(head, head + GROUP_PAGES)):
-                if os.preadv(self._fd, [group], offset + head * PAGE) != _GROUP_BYTES:
-                    return False
-                digest = ZERO_GROUP_DIGEST if group.startswith(ZERO_GROUP) else blake3(group).digest()
+                digest = _digest_of_group(window, view, head * PAGE)
+                if known and digest[:KEY] not in known and digest != ZERO_GROUP_DIGEST:
+                    if len(changed) < _MOST_CHANGED:
+                        changed.append((head, _digests_of_pages(view, head * PAGE)))
             where = at + _DIGESTS_AT + place * DIGEST
             self._shared[where : where + DIGEST] = digest
+        _pack_pages(self._shared, at + _PAGES_AT, changed)
         return True
+
+    def _keys(self) -> frozenset[bytes]:
+        """What the store has; empty where that is nothing, or not known."""
+        if self._known is None:
+            keys = os.pread(self._known_fd, os.fstat(self._known_fd).st_size, 0)
+            self._known = frozenset(keys[at : at + KEY] for at in range(0, len(keys), KEY))
+        return self._known
+
+
+def _digest_of_group(window: mmap.mmap, view: memoryview, begin: int) -> bytes:
+    if window[begin] == 0 and window[begin : begin + _GROUP_BYTES] == ZERO_GROUP:
+        return ZERO_GROUP_DIGEST
+    return blake3(view[begin : begin + _GROUP_BYTES]).digest()
+
+
+def _digests_of_pages(view: memoryview, begin: int) -> bytes:
+    return b"".join(blake3(view[at : at + PAGE]).digest() for at in range(begin, begin + _GROUP_BYTES, PAGE))
 
 
 def _unpack_run(shared: mmap.mmap, at: int) -> Run:
@@ -309,3 +363,21 @@ def _unpack_found(shared: mmap.mmap, at: int) -> list[Found]:
             Found(first, pages, tuple(Piece(file, View(view), *rest) for file, view, *rest in pieces), digest)
         )
     return found
+
+
+def _pack_pages(shared: mmap.mmap, at: int, changed: Sequence[tuple[int, bytes]]) -> None:
+    """Note the digests of the pages of groups, by the first page of each, from `at` on."""
+    _COUNT.pack_into(shared, at, len(changed))
+    for number, group in enumerate(changed):
+        _GROUP_PAGES_OF.pack_into(shared, at + _COUNT.size + number * _GROUP_PAGES_OF.size, *group)
+
+
+def _unpack_pages(shared: mmap.mmap, at: int) -> dict[int, bytes]:
+    """The digests that were noted, by page."""
+    (count,) = _COUNT.unpack_from(shared, at)
+    at += _COUNT.size
+    return {
+        head + page: digests[page * DIGEST : (page + 1) * DIGEST]
+        for head, digests in _GROUP_PAGES_OF.iter_unpack(shared[at : at + count * _GROUP_PAGES_OF.size])
+        for page in range(GROUP_PAGES)
+    }

@@ -548,7 +548,7 @@ class _Dump:
         self._date_after(known.newest_image)
         self.writer.learn(known, self.target.image_id)
         if known.page_count:
-            self.intake.learn(KnownPagesOf(known, self.writer.adopt))
+            self.intake.learn(KnownPagesOf(known, self.writer.adopt), known.group_keys())
         return known
 
     def _date_after(self, newest: str) -> None:
