@@ -132,9 +132,9 @@ class Lookahead:
             self.pids.append(pid)
 
     def learn(self, keys: bytes) -> None:
-        """Take note of the groups that the store has, by the first bytes of their digests (KnownChunks), before
-        the first block is asked for."""
-        with suppress(OSError):  # no memory: the workers hash pages
+        """Take note of the groups that the store has, by the first KEY bytes of their digests, one after
+        another. Comes before the first block is asked for, if at all."""
+        with suppress(OSError):  # no memory: the workers hash the pages of others
             os.write(self._known, keys)
 
     def ask(self, offset: int, runs: Sequence[Run]) -> int | None:
@@ -307,16 +307,16 @@ class _Looking:
             digest = _COVERED
             if covered.isdisjoint(range(head, head + GROUP_PAGES)):
                 digest = _digest_of_group(window, view, head * PAGE)
-                if known and digest[:KEY] not in known and digest != ZERO_GROUP_DIGEST:
-                    if len(changed) < _MOST_CHANGED:
-                        changed.append((head, _digests_of_pages(view, head * PAGE)))
+                is_known = not known or digest[:KEY] in known or digest == ZERO_GROUP_DIGEST
+                if not is_known and len(changed) < _MOST_CHANGED:
+                    changed.append((head, _digests_of_pages(view, head * PAGE)))
             where = at + _DIGESTS_AT + place * DIGEST
             self._shared[where : where + DIGEST] = digest
         _pack_pages(self._shared, at + _PAGES_AT, changed)
         return True
 
     def _keys(self) -> frozenset[bytes]:
-        """What the store has; empty where that is nothing, or not known."""
+        """The keys of the groups that the store has; none where it is not known, so that all may be there."""
         if self._known is None:
             keys = os.pread(self._known_fd, os.fstat(self._known_fd).st_size, 0)
             self._known = frozenset(keys[at : at + KEY] for at in range(0, len(keys), KEY))

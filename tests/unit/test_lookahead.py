@@ -17,7 +17,16 @@ from blake3 import blake3
 
 from crcli import kernel
 from crcli.memory import lookahead as lookahead_module
-from crcli.memory.classify import BLOCK_PAGES, GROUP_PAGES, ZERO_GROUP_DIGEST, Run, Seen, find_weights
+from crcli.memory.classify import (
+    BLOCK_PAGES,
+    GROUP_PAGES,
+    KEY,
+    ZERO_GROUP_DIGEST,
+    ZERO_PAGE_DIGEST,
+    Run,
+    Seen,
+    find_weights,
+)
 from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import MOST_RUNS, Lookahead
@@ -99,14 +108,46 @@ def test_it_says_what_blake3_says(overflow: MemoryFile, lookahead: Lookahead) ->
     wait_for(lookahead, 1)
     heads = (7, 8 + GROUP_PAGES, 8 + 2 * GROUP_PAGES)
     digests = {head: blake3(raw[head * PAGE :][:GROUP_BYTES]).digest() for head in heads}
-    assert lookahead.next() == (number, Seen(digests, []))
+    assert lookahead.next() == (number, Seen(digests, [], {}))
     assert blake3(bytes(GROUP_BYTES)).digest() == ZERO_GROUP_DIGEST
+
+
+def test_pages_of_groups_that_the_store_does_not_have_are_hashed_too(
+    overflow: MemoryFile, lookahead: Lookahead
+) -> None:
+    """Of up to sixteen such groups in a block, each page, zeros too; of none that is known or all zeros."""
+    raw = bytearray(os.urandom(20 * GROUP_BYTES))
+    raw[2 * GROUP_BYTES : 3 * GROUP_BYTES] = bytes(GROUP_BYTES)
+    raw[5 * PAGE : 6 * PAGE] = bytes(PAGE)
+    os.pwrite(overflow.fd, raw, 0)
+    known = blake3(raw[GROUP_BYTES : 2 * GROUP_BYTES]).digest()
+    lookahead.learn(known[:KEY] + b"anything")
+    lookahead.ask(0, runs_of(20 * GROUP_PAGES))
+    wait_for(lookahead, 1)
+    _, seen = lookahead.next()
+    heads = [0, *range(3 * GROUP_PAGES, 18 * GROUP_PAGES, GROUP_PAGES)]
+    pages = [page for head in heads for page in range(head, head + GROUP_PAGES)]
+    assert seen is not None
+    assert seen.pages == {page: blake3(raw[page * PAGE :][:PAGE]).digest() for page in pages}
+    assert seen.pages[5] == ZERO_PAGE_DIGEST
+    assert len(seen.digests) == 20
+
+
+def test_what_was_given_out_takes_no_memory(overflow: MemoryFile, lookahead: Lookahead) -> None:
+    """What is noted of blocks is bounded by how far they are ahead of the workers, not by the tree."""
+    os.pwrite(overflow.fd, os.urandom(GROUP_BYTES), 0)
+    for _ in range(3):
+        lookahead.ask(0, runs_of(GROUP_PAGES))
+    wait_for(lookahead, 3)
+    taken = [lookahead.next() for _ in range(3)]
+    assert all(seen is not None for _, seen in taken)
+    assert not any(lookahead._shared[: 3 * lookahead_module._RECORD])
 
 
 def test_each_block_is_given_out_once(overflow: MemoryFile, lookahead: Lookahead) -> None:
     """What is done comes first; before that the last ones, which are not worked on any more."""
     os.pwrite(overflow.fd, bytes(3 * GROUP_BYTES), 0)
-    zeros = Seen({0: ZERO_GROUP_DIGEST}, [])
+    zeros = Seen({0: ZERO_GROUP_DIGEST}, [], {})
     first, second, third = (lookahead.ask(at * GROUP_BYTES, runs_of(GROUP_PAGES)) for at in range(3))
     assert lookahead.next() == (third, None)
     wait_for(lookahead, 2)
@@ -198,7 +239,7 @@ def test_weights_are_found_as_the_workers_find_them(overflow: MemoryFile, tmp_pa
         lookahead.ask(0, runs)
         wait_for(lookahead, 1)
         _, seen = lookahead.next()
-    assert seen == Seen({48: blake3(raw[48 * PAGE :]).digest()}, expected_ones)
+    assert seen == Seen({48: blake3(raw[48 * PAGE :]).digest()}, expected_ones, {})
 
 
 def test_of_what_has_too_many_pieces_the_workers_learn_themselves(
@@ -269,10 +310,12 @@ def test_the_intake_hashes_no_group_again(overflow: MemoryFile, lookahead: Looka
     assert rebuilt(spaces, before.chunks) == expected([sent])
 
 
+@pytest.mark.parametrize("told", [True, False])
 def test_of_a_group_that_changed_only_the_changed_page_is_stored(
-    overflow: MemoryFile, lookahead: Lookahead
+    overflow: MemoryFile, lookahead: Lookahead, told: bool
 ) -> None:
-    """What is read and stored of a repeat is bounded by what has changed, and the next finds all of it."""
+    """What is read and stored of a repeat is bounded by what has changed, and the next finds all of it. Who was
+    told what the store has reads no more than what is stored."""
     sent, before = pages_for(blocks=2), KeepingSink()
     with MemoryFile(LIMIT) as other, Lookahead(other.fd, LIMIT) as first:
         received(other, sent, before, first).finish()
@@ -280,6 +323,8 @@ def test_of_a_group_that_changed_only_the_changed_page_is_stored(
     contents[100], contents[BLOCK_PAGES + 500] = 77_777, 0
     again = Sent(A, 0, tuple(contents))
     later = KeepingSink()
+    if told:
+        lookahead.learn(b"".join(digest[:KEY] for digest in digests_of(sent.bytes, GROUP_PAGES)))
     taking = received(overflow, again, later, lookahead, known=KnownFrom(before, first=100))
     wait_for(lookahead, 2)
     read: list[int] = []
@@ -291,7 +336,7 @@ def test_of_a_group_that_changed_only_the_changed_page_is_stored(
 
     with patch.object(os, "preadv", reading):
         spaces, counts = taking.finish()
-    assert sum(read) == 2 * GROUP_BYTES
+    assert sum(read) == (PAGE if told else 2 * GROUP_BYTES)
     assert counts.new == PAGE and sum(map(len, later.chunks.values())) == PAGE
     assert len(later.mixed) == 2
     assert set(later.mixed) <= set(digests_of(again.bytes, GROUP_PAGES))
@@ -328,7 +373,7 @@ def test_what_is_done_too_late_is_not_given_out_again(overflow: MemoryFile, look
     time.sleep(0.05)
     with patch.object(lookahead, "_hear"):
         assert lookahead.next() == (second, None)
-    assert lookahead.next() == (first, Seen({0: ZERO_GROUP_DIGEST}, []))
+    assert lookahead.next() == (first, Seen({0: ZERO_GROUP_DIGEST}, [], {}))
     assert _done(lookahead) == 0
 
 
