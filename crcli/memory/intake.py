@@ -158,8 +158,8 @@ class Intake:
         self._kept_before: dict[SpaceKey, list[tuple[int, bytes]]] = {}
 
     def learn(self, known: KnownPages, group_keys: bytes = b"") -> None:
-        """Take note of what the store has, before the first page comes. `group_keys` are the first bytes of its
-        groups' digests, by which it is seen ahead of which groups the pages will be asked for."""
+        """Take note of what the store has, before the first page comes. `group_keys` are the first bytes of
+        its groups' digests, by which it is seen ahead of which groups the pages will be asked for."""
         self._classifier.known = known
         if self._lookahead is not None:
             self._lookahead.learn(group_keys)

@@ -314,8 +314,8 @@ def test_the_intake_hashes_no_group_again(overflow: MemoryFile, lookahead: Looka
 def test_of_a_group_that_changed_only_the_changed_page_is_stored(
     overflow: MemoryFile, lookahead: Lookahead, told: bool
 ) -> None:
-    """What is read and stored of a repeat is bounded by what has changed, and the next finds all of it. Who was
-    told what the store has reads no more than what is stored."""
+    """What is read and stored of a repeat is bounded by what has changed, and the next finds all of it. Who
+    was told what the store has reads no more than what is stored."""
     sent, before = pages_for(blocks=2), KeepingSink()
     with MemoryFile(LIMIT) as other, Lookahead(other.fd, LIMIT) as first:
         received(other, sent, before, first).finish()
