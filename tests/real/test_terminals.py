@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 
+from crcli.criu.binary import criu_command
 from crcli.process import terminals
 from tests.support.crcli import Crcli, end, tree_of, wait_until
-from tests.support.faults import Attempt, network_of_our_own
+from tests.support.faults import Attempt, network_of_our_own, state_of
 from tests.support.programs import Program, spawn_python
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
@@ -527,9 +528,10 @@ def test_a_dump_that_fails_late_leaves_terminals_as_they_were(how: str, shell: s
         os.close(device)
         before = _flags(one.pid), _flags(one.shell)
         store = f"file://{tmp_path}/store"
-        attempt = Attempt(tmp_path, ("dump", str(one.pid), "--store", store))
-        assert attempt.wait_for(lambda: _how(one.shell, 0) & os.O_NONBLOCK), attempt.describe()
-        assert attempt.wait_for(lambda: _stop(attempt.deep_criu())), attempt.describe()
+        words = {"CRCLI_CRIU": _criu_that_stops_in_the_trial(tmp_path / "criu")}
+        attempt = Attempt(tmp_path, ("dump", str(one.pid), "--store", store), words)
+        assert attempt.wait_for(lambda: state_of(attempt.deep_criu()) == "T"), attempt.describe()
+        assert _how(one.shell, 0) & os.O_NONBLOCK
         FAILURES[how](attempt)
         attempt.end()
         assert attempt.code != 0 and (_flags(one.pid), _flags(one.shell)) == before
@@ -542,11 +544,14 @@ def test_a_dump_that_fails_late_leaves_terminals_as_they_were(how: str, shell: s
         use_jobs(one)
 
 
-def _stop(trial: int) -> bool:
-    """Stop the CRIU of the trial, if there is one yet: the one that dumps waits for crcli then."""
-    if trial:
-        os.kill(trial, signal.SIGSTOP)
-    return trial != 0
+def _criu_that_stops_in_the_trial(path: Path) -> str:
+    """Write a CRIU that stops itself before it does anything in another network; the one that dumps waits
+    for crcli then."""
+    ours = os.readlink("/proc/thread-self/ns/net")
+    stop = f'[ "$(readlink /proc/self/ns/net)" = "{ours}" ] || kill -STOP $$'
+    path.write_text(f'#!/bin/sh\n{stop}\nexec {shlex.join(criu_command())} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
 
 
 KILLER = """
