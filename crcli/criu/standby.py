@@ -312,8 +312,10 @@ class _Watch:
             self._free()
         elif self.outcome == "killed":
             self._unlock_if_alone()
-        elif self.kills and self.is_alone:
-            give_back_unread(Workspace(self.images_fd), self.root)  # nobody else does, and the tree runs on
+        elif self.kills:
+            # The tree runs on. A crcli that gave this back has done so before it let CRIU go: then nothing is
+            # left to give. Whether it lives says nothing: CRIU may hear of its death sooner than we do.
+            give_back_unread(Workspace(self.images_fd), self.root)
 
     def _unlock_if_alone(self) -> None:
         """Do for a killed tree what crcli would do, had it lived."""

@@ -8,6 +8,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from crcli.criu import standby
 from crcli.criu.binary import criu_command
 from crcli.process import terminals
 from tests.support.crcli import Crcli, end, tree_of, wait_until
@@ -542,6 +544,25 @@ def test_a_dump_that_fails_late_leaves_terminals_as_they_were(how: str, shell: s
         one.type("", "42\r\n", "> ")
         one.type(" done\n", "\r\nhalf done\r\n", "> ")
         use_jobs(one)
+
+
+def test_what_was_taken_is_given_back_before_crcli_is_seen_to_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRIU hears that crcli was killed, and ends, while the standby's own connection to it is still open."""
+    given_back: list[int] = []
+    monkeypatch.setattr(standby, "give_back_unread", lambda images, root: given_back.append(root))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    images = os.open(tmp_path, os.O_RDONLY)
+    try:
+        watch = standby._Watch(theirs, os.getpid(), images, standby._Before({}, {}), kills=True)
+        watch._hear()
+        watch._after_end()
+    finally:
+        ours.close()
+        theirs.close()
+        os.close(images)
+    assert given_back == [os.getpid()]
 
 
 def _criu_that_stops_in_the_trial(path: Path) -> str:
