@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, peek_section, unpack_container
-from crcli.image.lookup import keys_of, sort_digests
+from crcli.image.lookup import SeveralDigests, TabledDigests, keys_of, read_table, sort_digests
 from crcli.image.names import IMAGES, INDEXES, image_at, index_key, is_id, manifest_key, pack_key, pages_key
 from crcli.image.tables import NO_PACK, ChunkTable, Groups, MixedGroups, read_groups, read_packs
 from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
@@ -52,6 +52,9 @@ _MIXED = 1 << 63
 """The place of a group is one number, `chunk << _PAGE_BITS | page`, or, with this bit set, the number of one
 whose pages come from several chunks."""
 
+_MOST_TABLES = 3
+"""So many stored tables are looked into for a page, one after another: what more indexes tell is sorted."""
+
 _READERS = 8
 _LISTED_AT_ONCE = 1000
 
@@ -69,6 +72,8 @@ class Index(NamedTuple):
     digests: bytes
     groups: Groups
     mixed: MixedGroups
+    table: memoryview | None
+    """By which the digests are found; few have none."""
 
     @property
     def used_packs(self) -> set[bytes]:
@@ -89,6 +94,8 @@ class KnownChunks:
     def __init__(self) -> None:
         self.newest_image = ""
         """The id of the newest image of the name that was asked for; empty where there is none."""
+        self.wanted = 0
+        """How many pages whoever asked has."""
         self._indexes: list[Index] = []
         self._first_chunks: list[int] = []
         self._raw: list[int] = []
@@ -137,11 +144,8 @@ class KnownChunks:
         self._first_chunks.append(first)
         self._indexes.append(index)
         self._raw += index.chunks.raw
-        is_memory = index.chunks.is_memory
-        self._memory_chunks += compress(range(first, len(self)), is_memory)
-        self._first_pages += compress(accumulate(pages, initial=self._page_count), is_memory)
         self._page_count += sum(pages)
-        for number in compress(range(len(pages)), map(not_, is_memory)):
+        for number in compress(range(len(pages)), map(not_, index.chunks.is_memory)):
             self._blobs.setdefault(index.chunks[number].digest, first + number)
         self._add_groups(index.groups, first)
         self._add_mixed(index.mixed)
@@ -176,13 +180,30 @@ class KnownChunks:
 
     def finish(self) -> None:
         """Sort: `find_pages` and `find_groups` work from now on."""
-        self._pages = sort_digests(b"".join(index.digests for index in self._indexes))
+        self._sort_pages()
         groups = b"".join(self._group_digests)
         self._groups, self._group_keys = sort_digests(groups), keys_of(groups)
-        self._indexes = [index._replace(digests=b"") for index in self._indexes]
+        self._indexes = [index._replace(digests=b"", table=None) for index in self._indexes]
         self._group_digests = []
         if self._mixed:
             self._chunk_at = self._chunks_by_place()
+
+    def _sort_pages(self) -> None:
+        """Number the pages, those of the largest tables first, and have their digests be found."""
+        indexes = list(zip(self._first_chunks, self._indexes, strict=True))
+        indexes.sort(key=lambda one: len(one[1].digests) if one[1].table else 0, reverse=True)
+        count = 0
+        for first, index in indexes:
+            numbers, pages = range(first, first + len(index.chunks)), index.pages()
+            self._memory_chunks += compress(numbers, index.chunks.is_memory)
+            self._first_pages += compress(accumulate(pages, initial=count), index.chunks.is_memory)
+            count += sum(pages)
+        tabled = [
+            TabledDigests(index.digests, index.table) for _, index in indexes[:_MOST_TABLES] if index.table
+        ]
+        others = b"".join(index.digests for _, index in indexes[len(tabled) :])
+        parts = [*tabled, sort_digests(others)] if others else tabled
+        self._pages = parts[0] if len(parts) == 1 else SeveralDigests(parts, map(len, tabled))
 
     def _chunks_by_place(self) -> dict[tuple[bytes, int], int]:
         """The known chunks by the pack that each is in, and its offset there."""
@@ -312,6 +333,7 @@ def load_known(
     cannot be read, is left out: it only costs chances to reuse.
     """
     known = KnownChunks()
+    known.wanted = wanted or 0
     loading = _Loading(store, known, limit)
     same_name = [info for info in _newest(store, f"{IMAGES}{name}/", LINEAGES) if image_at(info.key)]
     known.newest_image = same_name[0].key.rpartition("/")[2] if same_name else ""
@@ -430,7 +452,8 @@ def _read_index(store: Store, image_id: str) -> Index:
         raise ImageDamaged(f"{pages_key(image_id)} is not what {name} says")
     groups = read_groups(sections.get("GRPS", b""), chunks, name)
     mixed = MixedGroups(sections.get("MGRP", b""), sections.get("MPRT", b""), len(packs), name)
-    index = Index(image_id, packs, chunks, digests, groups, mixed)
+    table = read_table(sections["PTAB"], name) if "PTAB" in sections else None
+    index = Index(image_id, packs, chunks, digests, groups, mixed, table)
     if sum(index.pages()) * DIGEST != len(digests):
         raise ImageDamaged(f"{name} and its page digests do not fit together")
     return index

@@ -19,15 +19,15 @@ from blake3 import blake3
 from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.codec import Codec, compress, decompress
 from crcli.image.container import ContainerKind, pack_container
+from crcli.image.lookup import TableMaker
 from crcli.image.names import index_key, pack_key, pages_key
 from crcli.image.tables import (
+    NO_PACK,
     PACK_ID,
     Chunk,
-    Group,
-    MixedGroup,
-    MixedPart,
+    MixedFields,
+    pack_group,
     write_chunks,
-    write_groups,
     write_mixed,
     write_packs,
 )
@@ -92,7 +92,7 @@ class PackWriter:
         self._packs: list[bytes] = []
         self._chunks: list[Chunk] = []
         self._new: list[int] = []
-        self._groups: list[Group] = []
+        self._groups = bytearray()
         self._mixed: dict[bytes, array[int]] = {}
         self._references: list[Reference] = []
         self._reference_numbers: dict[Reference, int] = {}
@@ -103,6 +103,7 @@ class PackWriter:
         self._pack_size = 0
         self._pages: ObjectWriter | None = None
         self._pages_hash = blake3()
+        self._page_table = TableMaker()
         self._committer = ThreadPoolExecutor(2, "pack-commit")
         self._commits: list[Future[None]] = []
         self.stored_bytes = 0
@@ -112,6 +113,7 @@ class PackWriter:
         """Take note of what the store has, and of what the image is called; nothing was added before."""
         self._known = known
         self._image_id = image_id
+        self._page_table.expect(known.wanted)
 
     @property
     def packs(self) -> list[bytes]:
@@ -206,7 +208,7 @@ class PackWriter:
                     pack = self._foreign_packs[pack_id] = len(self._packs)
                     self._packs.append(pack_id)
                 number = self._adopted[known] = len(self._chunks)
-                self._chunks.append(chunk._replace(pack=pack))
+                self._chunks.append(Chunk(pack, *chunk[1:]))
             return number
 
     def seal(self) -> None:
@@ -242,30 +244,30 @@ class PackWriter:
         if not self._new:
             return b""
         mixed, parts = write_mixed(self._mixed_groups())
-        return pack_container(
-            ContainerKind.INDEX,
-            {
-                "PACK": write_packs(self._packs),
-                "CHNK": write_chunks(self._chunks[number] for number in self._new),
-                "PGHS": self._pages_hash.digest(),
-                "GRPS": write_groups(self._groups),
-                "MGRP": mixed,
-                "MPRT": parts,
-            },
-        )
+        sections: dict[str, Buffer] = {
+            "PACK": write_packs(self._packs),
+            "CHNK": write_chunks(self._chunks[number] for number in self._new),
+            "PGHS": self._pages_hash.digest(),
+            "GRPS": bytes(self._groups),
+            "MGRP": mixed,
+            "MPRT": parts,
+        }
+        if table := self._page_table.table():
+            sections["PTAB"] = table
+        return pack_container(ContainerKind.INDEX, sections)
 
-    def _mixed_groups(self) -> Iterator[MixedGroup]:
+    def _mixed_groups(self) -> Iterator[tuple[bytes, list[MixedFields]]]:
         """The mixed groups as others can read them: chunks are named by where they are."""
-        for digest, parts in self._mixed.items():
-            pairs = zip(parts[::2], parts[1::2], strict=True)
-            yield MixedGroup(digest, tuple(self._mixed_part(place, pages) for place, pages in pairs))
-
-    def _mixed_part(self, place: int, pages: int) -> MixedPart:
-        if place == ZERO:
-            return MixedPart(None, 0, 0, pages)
-        location = Location.of(place)
-        chunk = self._chunks[location.chunk]
-        return MixedPart(chunk.pack, chunk.offset, location.page, pages)
+        chunks = self._chunks
+        for digest, flat in self._mixed.items():
+            parts: list[MixedFields] = []
+            for place, pages in zip(flat[::2], flat[1::2], strict=True):
+                if place == ZERO:
+                    parts.append((NO_PACK, 0, 0, pages))
+                else:
+                    number, page = Location.of(place)
+                    parts.append((chunks[number].pack, chunks[number].offset, page, pages))
+            yield digest, parts
 
     def _see_packs(self) -> None:
         """Make sure that all packs of the image are in the store."""
@@ -298,10 +300,8 @@ class PackWriter:
             self._chunks[number] = Chunk(
                 self._pack_number, len(raw), self._pack_size, len(stored), codec, is_memory, digest
             )
-            self._groups += (
-                Group(len(self._new), place * GROUP_PAGES, GROUP_PAGES, digest)
-                for place, digest in enumerate(group_digests)
-            )
+            for place, group in enumerate(group_digests):
+                self._groups += pack_group(len(self._new), place * GROUP_PAGES, GROUP_PAGES, group)
             self._new.append(number)
             self._pack_size += len(stored)
             self.stored_bytes += len(stored)
@@ -331,6 +331,7 @@ class PackWriter:
             self._pages = self._store.writer(pages_key(self._image_id))
         self._pages.write(digests)
         self._pages_hash.update(digests)
+        self._page_table.add(digests)
         self.stored_bytes += len(digests)
 
     def _raise_failed_commits(self) -> None:

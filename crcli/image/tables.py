@@ -52,17 +52,9 @@ class Chunk(NamedTuple):
     digest: bytes
 
 
-class Group(NamedTuple):
-    """Pages of a chunk that one digest finds: `pages` of them, from page `page` of chunk `chunk` on."""
-
-    chunk: int
-    page: int
-    pages: int
-    digest: bytes
-
-
 class Groups(NamedTuple):
-    """Groups as columns: see `Group`. `digests` are those of all, one after another."""
+    """Pages of a chunk that one digest finds, as columns: of so many groups the chunk, the first page in it,
+    how many there are, and the digests of all, one after another."""
 
     chunks: Sequence[int]
     pages: Sequence[int]
@@ -70,23 +62,9 @@ class Groups(NamedTuple):
     digests: bytes
 
 
-class MixedPart(NamedTuple):
-    """Pages of a mixed group: `pages` of them, from page `page` on of the chunk at `offset` in a pack.
-
-    `pack` indexes the pack table beside this table; it is None for zero pages.
-    """
-
-    pack: int | None
-    offset: int
-    page: int
-    pages: int
-
-
-class MixedGroup(NamedTuple):
-    """Pages of several chunks that one digest finds."""
-
-    digest: bytes
-    parts: tuple[MixedPart, ...]
+MixedFields = tuple[int, int, int, int]
+"""Pages of a mixed group: the number of a pack, the offset in it of a chunk, the first page, how many there
+are. NO_PACK stands for the pack of zero pages."""
 
 
 def write_chunks(chunks: Iterable[Chunk]) -> bytes:
@@ -144,9 +122,9 @@ class ChunkTable:
         return Chunk(pack, raw, offset, stored, Codec(codec), bool(memory), digest)
 
 
-def write_groups(groups: Iterable[Group]) -> bytes:
-    """Encode a table of groups."""
-    return b"".join(_GROUP.pack(*group) for group in groups)
+def pack_group(chunk: int, page: int, pages: int, digest: bytes) -> bytes:
+    """A record of a table of groups: see `Groups`."""
+    return _GROUP.pack(chunk, page, pages, digest)
 
 
 def read_groups(data: bytes, chunks: ChunkTable, name: str) -> Groups:
@@ -163,14 +141,14 @@ def read_groups(data: bytes, chunks: ChunkTable, name: str) -> Groups:
     return Groups(of, pages, counts, _digests(data, _GROUP, 8, "Q"))
 
 
-def write_mixed(groups: Iterable[MixedGroup]) -> tuple[bytes, bytes]:
-    """Encode mixed groups: their table, and the parts of all in that order."""
-    table, parts = bytearray(), bytearray()
-    for group in groups:
-        table += _MIXED.pack(len(group.parts), group.digest)
-        for pack, offset, page, pages in group.parts:
-            parts += _MIXED_PART.pack(NO_PACK if pack is None else pack, offset, page, pages)
-    return bytes(table), bytes(parts)
+def write_mixed(groups: Iterable[tuple[bytes, Sequence[MixedFields]]]) -> tuple[bytes, bytes]:
+    """Encode mixed groups, each its digest and its parts: their table, and the parts of all in that order."""
+    table, rows = bytearray(), bytearray()
+    for digest, parts in groups:
+        table += _MIXED.pack(len(parts), digest)
+        for part in parts:
+            rows += _MIXED_PART.pack(*part)
+    return bytes(table), bytes(rows)
 
 
 class MixedGroups:
@@ -193,16 +171,8 @@ class MixedGroups:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, number: int) -> MixedGroup:
-        digest = self.digests[number * _DIGEST : (number + 1) * _DIGEST]
-        parts = (MixedPart(None if pack == NO_PACK else pack, *rest) for pack, *rest in self.parts(number))
-        return MixedGroup(digest, tuple(parts))
-
-    def __iter__(self) -> Iterator[MixedGroup]:
-        return map(self.__getitem__, range(len(self)))
-
-    def parts(self, number: int) -> Iterator[tuple[int, int, int, int]]:
-        """What one group consists of: the fields of its parts, with NO_PACK for the pack of zero pages."""
+    def parts(self, number: int) -> Iterator[MixedFields]:
+        """What one group consists of."""
         size = _MIXED_PART.size
         return _MIXED_PART.iter_unpack(self._rows[self._ends[number] * size : self._ends[number + 1] * size])
 

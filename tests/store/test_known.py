@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from crcli.image.names import index_key, manifest_key, new_image_id, pages_key
 from crcli.image.packs import ChunkReader, PackWriter
 from crcli.image.remove import remove
 from crcli.image.session import Session
-from crcli.image.tables import MixedGroup, MixedGroups, MixedPart, write_mixed
+from crcli.image.tables import NO_PACK, MixedGroups, write_mixed
 from crcli.memory.classify import DIGEST, GROUP_PAGES, Classified, Classifier, Run
 from crcli.memory.extents import PAGE, ZERO_PAGE, Source, SpaceKey, SpaceKind
 from crcli.pipeline.knowing import Knowing
@@ -142,6 +143,66 @@ def test_what_an_image_claims_is_not_trusted(
     load_known(store, "agent", wanted=20, is_same=lambda head: True)
 
 
+@pytest.fixture
+def few_are_tabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexes have tables of few pages."""
+    monkeypatch.setattr(lookup, "WORTH_A_TABLE", 4)
+
+
+@pytest.mark.usefixtures("few_are_tabled")
+@pytest.mark.parametrize("tables", [0, 1, 3])
+def test_pages_are_found_by_tables_that_were_stored(
+    store: FileStore, tables: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those of indexes without one, and of more than are looked into: each in its own chunk."""
+    monkeypatch.setattr(index, "_MOST_TABLES", tables)
+    memory: list[bytes] = []
+    for seed, count in enumerate((5, 70, 1, 6, 20), 1):
+        memory += pages(seed, count)
+        make_image(store, "agent", memory)
+    known = load_known(store, "agent")
+    found = known.find_pages([blake3(page).digest() for page in [*memory, *pages(9, 3)]])
+    assert found[len(memory) :] == [None] * 3
+    reader = {}
+    for page, at in zip(memory, found, strict=False):
+        assert at is not None
+        chunk, first, _ = known.chunk_of(at)
+        pack, record = known.chunk(chunk)
+        if chunk not in reader:
+            ((_, raw),) = ChunkReader(store, [pack], [record._replace(pack=0)]).read([0])
+            reader[chunk] = bytes(raw)
+        assert reader[chunk][(at - first) * PAGE : (at - first + 1) * PAGE] == page
+
+
+@pytest.mark.usefixtures("few_are_tabled")
+@pytest.mark.parametrize("table", [b"", bytes(12), b"\1\0\0\0" * 8], ids=["empty", "no power of 2", "full"])
+def test_a_table_in_which_no_search_ends_is_not_read(store: FileStore, table: bytes) -> None:
+    """The index is left out, as any other that is damaged."""
+    (made,), memory = generations(store, "agent", 1)
+    key = index_key(made.id)
+    sections = unpack_container(store.get(key), ContainerKind.INDEX, key)
+    assert len(sections["PTAB"]) == 4 * 32
+    store.put(key, pack_container(ContainerKind.INDEX, sections | {"PTAB": table}))
+    assert not any(is_known(load_known(store, "agent", wanted=20), memory))
+
+
+@pytest.mark.usefixtures("few_are_tabled")
+def test_a_table_that_lies_only_costs_chances(store: FileStore) -> None:
+    """What it leads to is compared in full."""
+    (made,), memory = generations(store, "agent", 1)
+    key = index_key(made.id)
+    sections = unpack_container(store.get(key), ContainerKind.INDEX, key)
+    lies = struct.pack("<32I", *range(1, 32), 0)
+    store.put(key, pack_container(ContainerKind.INDEX, sections | {"PTAB": lies}))
+    known = load_known(store, "agent", wanted=20)
+    digests = [blake3(page).digest() for page in memory]
+    assert all(
+        at is None or at == digests.index(one)
+        for at, one in zip(known.find_pages(digests), digests, strict=True)
+    )
+    assert not any(is_known(known, pages(7, 20)))
+
+
 def test_an_index_that_does_not_fit_its_page_digests_is_left_out(store: FileStore) -> None:
     """It costs chances to reuse, and no dump."""
     (made, _), memory = generations(store, "agent", 2)
@@ -238,18 +299,19 @@ def test_the_keys_of_all_known_groups(store: FileStore) -> None:
 def test_mixed_groups_are_written_and_read() -> None:
     """Parts belong to groups in their order; tables that do not fit together are damage."""
     groups = [
-        MixedGroup(b"a" * 32, (MixedPart(1, 8, 0, 15), MixedPart(None, 0, 0, 1))),
-        MixedGroup(b"b" * 32, (MixedPart(0, 1 << 40, 3, 16),)),
+        (b"a" * 32, [(1, 8, 0, 15), (NO_PACK, 0, 0, 1)]),
+        (b"b" * 32, [(0, 1 << 40, 3, 16)]),
     ]
-    table, parts = write_mixed(groups)
-    read = MixedGroups(table, parts, 2, "an index")
-    assert list(read) == groups
+    table, rows = write_mixed(groups)
+    read = MixedGroups(table, rows, 2, "an index")
+    assert [list(read.parts(number)) for number in range(len(read))] == [parts for _, parts in groups]
+    assert read.digests == b"a" * 32 + b"b" * 32
     assert read.pages() == [GROUP_PAGES, GROUP_PAGES]
     for damaged in (
-        (table, parts, 1),
-        (table[:-1], parts, 2),
-        (table, parts[:-16], 2),
-        (table[36:], parts, 2),
+        (table, rows, 1),
+        (table[:-1], rows, 2),
+        (table, rows[:-16], 2),
+        (table[36:], rows, 2),
     ):
         with pytest.raises(ImageDamaged):
             MixedGroups(*damaged, "an index")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from crcli.image import lookup
-from crcli.image.lookup import keys_of, sort_digests
+from crcli.image.lookup import SeveralDigests, TabledDigests, TableMaker, keys_of, read_table, sort_digests
 
 DIGESTS = st.builds(
     lambda head, tail: head.to_bytes(8, "little") + tail.to_bytes(24, "big"),
@@ -36,6 +36,49 @@ def test_what_is_there_is_found_and_nothing_else(few: int, there: list[bytes], a
             assert digest not in rows or keys.count(digest[:8]) > 1
         else:
             assert there[row] == digest
+
+
+@given(
+    there=st.lists(st.lists(DIGESTS, max_size=20), max_size=5),
+    asked=st.lists(DIGESTS, max_size=60),
+    expected=st.integers(0, 200),
+    tail=st.lists(DIGESTS, max_size=20),
+)
+def test_tables_find_what_is_there_and_nothing_else(
+    there: list[list[bytes]], asked: list[bytes], expected: int, tail: list[bytes]
+) -> None:
+    """As a plain dictionary would answer, whether or not it was known how many would come; behind them stand
+    others that have no table."""
+    joined = [digest for part in there for digest in part]
+    assume(joined)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup, "WORTH_A_TABLE", 1)
+        maker = TableMaker()
+        maker.expect(expected)
+        for part in there:
+            maker.add(b"".join(part))
+        table = read_table(maker.table(), "a table")
+    tabled = TabledDigests(b"".join(joined), table)
+    rows, asked = first_rows(joined), [*asked, *joined]
+    found = tabled.find(asked)
+    assert [row is not None for row in found] == [digest in rows for digest in asked]
+    assert all(row is None or joined[row] == digest for digest, row in zip(asked, found, strict=True))
+    both = SeveralDigests([tabled, sort_digests(b"".join(tail))], [len(joined)])
+    for digest, row in zip(asked, both.find(asked), strict=True):
+        assert (digest in rows) <= (row is not None)
+        assert row is None or [*joined, *tail][row] == digest
+
+
+def test_a_table_of_too_many_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one of too few."""
+    monkeypatch.setattr(lookup, "WORTH_A_TABLE", 2)
+    monkeypatch.setattr(lookup, "TABLE_LIMIT", 3)
+    maker, sizes = TableMaker(), []
+    maker.expect(10)
+    for number in range(6):
+        maker.add(bytes([number]) * 32)
+        sizes.append(len(maker.table()))
+    assert [size > 0 for size in sizes] == [False, True, True, False, False, False]
 
 
 @given(st.lists(DIGESTS, max_size=60))
