@@ -55,6 +55,8 @@ whose pages come from several chunks."""
 _MOST_TABLES = 3
 """So many stored tables are looked into for a page, one after another: what more indexes tell is sorted."""
 
+_NO_GROUPS = Groups((), (), (), b"")
+
 _READERS = 8
 _LISTED_AT_ONCE = 1000
 
@@ -183,7 +185,9 @@ class KnownChunks:
         self._sort_pages()
         groups = b"".join(self._group_digests)
         self._groups, self._group_keys = sort_digests(groups), keys_of(groups)
-        self._indexes = [index._replace(digests=b"", table=None) for index in self._indexes]
+        self._indexes = [
+            index._replace(digests=b"", groups=_NO_GROUPS, table=None) for index in self._indexes
+        ]
         self._group_digests = []
         if self._mixed:
             self._chunk_at = self._chunks_by_place()

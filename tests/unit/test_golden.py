@@ -16,7 +16,7 @@ import zstandard
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged
-from crcli.image import tables
+from crcli.image import lookup, tables
 from crcli.image.catalog import list_entries
 from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.manifest import Manifest, list_images, load
@@ -339,6 +339,27 @@ def test_a_second_reader_finds_mixed_groups(tmp_path: Path) -> None:
         body = (tmp_path / "packs" / packs[pack][:2] / packs[pack]).read_bytes()[offset : offset + stored]
         found += restored(codec, body, raw, proof)[4096 * page : 4096 * (page + length)]
     assert count == len(parts) == 4 and found == b"".join(memory) and blake3(found).digest() == digest
+
+
+def test_a_second_reader_finds_page_digests_by_their_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search as FORMAT.md has it ends at the row of each digest, and at none for others."""
+    monkeypatch.setattr(lookup, "WORTH_A_TABLE", 1)
+    ref = make_image(FileStore(str(tmp_path)), "agent", pages(1, 300))
+    sections = take_apart((tmp_path / f"indexes/{ref.id}.index").read_bytes())
+    table = struct.unpack("<512I", sections.bodies["PTAB"])
+    listed = (tmp_path / f"indexes/{ref.id}.pages").read_bytes()
+    digests = [listed[at : at + 32] for at in range(0, len(listed), 32)]
+
+    def search(digest: bytes) -> int | None:
+        entry = int.from_bytes(digest[:4], "little") % len(table)
+        while table[entry] and digests[table[entry] - 1] != digest:
+            entry = (entry + 1) % len(table)
+        return table[entry] - 1 if table[entry] else None
+
+    assert list(map(search, digests)) == list(range(300))
+    assert {search(blake3(page).digest()) for page in pages(2, 300)} == {None}
 
 
 @pytest.mark.parametrize(("number", "count"), [(0, 5), (1, 2)])
