@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from crcli.process.identity import read_proc
+from crcli.process.maps import areas
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -152,11 +152,9 @@ def contexts(criu: int) -> list[Context]:
 
 def code(pid: int) -> Iterator[tuple[int, int, bool]]:
     """The mappings of code of a process, first to last, and whether they are CRIU's. Raises OSError."""
-    for line in read_proc(f"/proc/{pid}/maps").splitlines():
-        span, flags, _ = line.split(maxsplit=2)
-        if b"x" in flags:
-            start, _, end = span.partition(b"-")
-            yield int(start, 16), int(end, 16), MEMORY_FILE.encode() in line
+    for area in areas(pid, holding=b"x"):
+        if b"x" in area.permissions:
+            yield *area.bounds, MEMORY_FILE.encode() in area.name
 
 
 def read_memory(pid: int, address: int, length: int) -> bytes:
@@ -182,8 +180,6 @@ def _is_criu_text(content: bytes) -> bool:
 
 
 def _heap(pid: int) -> Iterator[tuple[int, int]]:
-    for line in read_proc(f"/proc/{pid}/maps").splitlines():
-        span, flags, _, _, inode, *name = line.split(maxsplit=5)
-        if flags == b"rw-p" and inode == b"0" and name in ([], [b"[heap]"]):
-            start, _, end = span.partition(b"-")
-            yield int(start, 16), int(end, 16)
+    for area in areas(pid, holding=b" rw-p "):
+        if area.permissions == b"rw-p" and area.inode == b"0" and area.name in (b"", b"[heap]"):
+            yield area.bounds

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from crcli import kernel
+from crcli.process.maps import areas
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -112,9 +113,8 @@ class Puppet:
 
     def _system_call_instruction(self) -> int:
         """The address of one in the kernel's own code that each process has mapped (vdso)."""
-        with open(f"/proc/{self.tid}/maps", encoding="utf-8", errors="surrogateescape") as file:
-            line = next((line for line in file if line.rstrip().endswith("[vdso]")), "0-0")
-        start, end = (int(word, 16) for word in line.split()[0].split("-"))
+        named = areas(self.tid, holding=b"[vdso]")
+        start, end = next((area.bounds for area in named if area.name == b"[vdso]"), (0, 0))
         code = os.pread(self.memory, end - start, start)
         at = code.find(self.machine.instruction)
         if at < 0:

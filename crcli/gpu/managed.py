@@ -13,17 +13,23 @@ the checkpoint that it is not supported; the process then runs on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from crcli.process.identity import read_proc
+from crcli.process.maps import areas, flagged_areas
 from crcli.process.tree import PID_GONE
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+    from crcli.process.maps import Area
 
 _DEVICE = b"/dev/nvidia-uvm"
 _WINDOW_END = 1 << 40
 """Above every address that CUDA reserves for its own mappings, below every address of mmap's choosing."""
 
-_WIPED_ON_FORK = b"wf"
+WIPED_ON_FORK = b"wf"
+"""A flag of an area (madvise(2), MADV_WIPEONFORK)."""
+
 _POOL_BYTES, _MOST_POOLS = 2 << 20, 16
 
 
@@ -45,9 +51,9 @@ def managed_bytes(pid: int) -> int:
     The detailed map, which the kernel walks all page tables for, is read only where there is a suspicion.
     """
     try:
-        suspects = {piece for piece in pieces(read_proc(f"/proc/{pid}/maps")) if not piece.is_reserved}
+        suspects = {piece for piece in pieces(areas(pid, holding=_DEVICE)) if not piece.is_reserved}
         if suspects:
-            suspects -= set(wiped_on_fork(read_proc(f"/proc/{pid}/smaps")))
+            suspects -= set(pieces(flagged_areas(pid, WIPED_ON_FORK)))
     except PID_GONE:
         return 0
     return _told_apart(suspects)
@@ -60,31 +66,8 @@ def _told_apart(suspects: Collection[Piece]) -> int:
     return 0 if may_be_pools else sum(sizes)
 
 
-def pieces(maps: bytes) -> Iterator[Piece]:
-    """Return the mappings of the device that its driver has made, from the text of /proc/PID/maps."""
-    for line in maps.splitlines():
-        if (found := _piece(line)) is not None:
-            yield found
-
-
-def wiped_on_fork(smaps: bytes) -> Iterable[Piece]:
-    """Return those of them that a fork empties, from the text of /proc/PID/smaps."""
-    current: Piece | None = None
-    for line in smaps.splitlines():
-        if line.startswith(b"VmFlags:"):
-            if current is not None and _WIPED_ON_FORK in line.split():
-                yield current
-            current = None
-        elif b"-" in line.split(b" ", 1)[0]:
-            current = _piece(line)
-
-
-def _piece(line: bytes) -> Piece | None:
-    """Parse `206600000-206800000 rw-s 206600000 00:05 41200  /dev/nvidia-uvm`."""
-    fields = line.split(None, 5)
-    if len(fields) < 6 or fields[5].rstrip() != _DEVICE:
-        return None
-    start, _, end = fields[0].partition(b"-")
-    if int(fields[2], 16) != int(start, 16):
-        return None
-    return Piece(int(start, 16), int(end, 16))
+def pieces(listed: Iterable[Area]) -> Iterator[Piece]:
+    """Return those of these areas that are the device's, and that its driver has made."""
+    for area in listed:
+        if area.name == _DEVICE and int(area.offset, 16) == area.start:
+            yield Piece(*area.bounds)

@@ -22,6 +22,7 @@ from crcli.findings import Finding, gravest_first
 from crcli.gpu.facts import CudaProcess, CudaState, Gpu, GpuHost
 from crcli.gpu.managed import managed_bytes
 from crcli.process.identity import read_proc
+from crcli.process.maps import areas
 from crcli.process.memory_room import too_tight
 from crcli.process.wording import and_more, blocker, first_of, note, places, process_list, who
 
@@ -88,11 +89,10 @@ def left_open(pid: int) -> str:
     """
     try:
         links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-        maps = read_proc(f"/proc/{pid}/maps").decode(errors="replace").splitlines()
+        mapped = [area.path for area in areas(pid, holding=DEVICE_PREFIX.encode())]
     except OSError:
         return ""
-    paths = links + [line.split(None, 5)[5] for line in maps if DEVICE_PREFIX in line]
-    return next((path for path in paths if path.startswith(DEVICE_PREFIX)), "")
+    return next((path for path in links + mapped if path.startswith(DEVICE_PREFIX)), "")
 
 
 def _is_library(path: str, name: str = _DRIVER_LIBRARY) -> bool:

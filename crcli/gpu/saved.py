@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from crcli.memory.extents import PAGE
-from crcli.process.identity import read_proc
+from crcli.process.maps import areas
 from crcli.process.tree import PID_GONE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+
+_WRITABLE = frozenset((b"rw-p", b"rwxp"))
 
 Spans = list[tuple[int, int]]
 """Ascending, disjoint runs of memory, each as (first page number, pages)."""
@@ -23,18 +25,16 @@ Spans = list[tuple[int, int]]
 def ordinary_memory(pid: int) -> Spans:
     """Return where a process has private memory of no file that it can write to; nothing when it is gone."""
     try:
-        return list(_ordinary(read_proc(f"/proc/{pid}/maps")))
+        found = areas(pid)
     except PID_GONE:
         return []
-
-
-def _ordinary(maps: bytes) -> Iterator[tuple[int, int]]:
-    for line in maps.splitlines():
-        span, permissions, _, _, inode, *name = line.split(None, 5)
-        is_writable = permissions.startswith(b"rw") and permissions.endswith(b"p")
-        if is_writable and inode == b"0" and (not name or name[0].startswith(b"[anon")):
-            start, _, end = span.partition(b"-")
-            yield int(start, 16) // PAGE, (int(end, 16) - int(start, 16)) // PAGE
+    spans: Spans = []
+    for area in found:
+        is_ordinary = area.permissions in _WRITABLE and area.inode == b"0"
+        if is_ordinary and (not area.padded_name or area.name.startswith(b"[anon")):
+            start, end = area.bounds
+            spans.append((start // PAGE, (end - start) // PAGE))
+    return spans
 
 
 def added(before: Sequence[tuple[int, int]], after: Sequence[tuple[int, int]]) -> Spans:

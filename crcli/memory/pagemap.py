@@ -15,12 +15,16 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from crcli.memory.extents import PAGE
+from crcli.process.maps import areas
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_USER_END = 1 << 47 - 12
-"""The first page number that is the kernel's own (its vsyscall page lies there)."""
+_USER_END = 1 << 47
+"""The first address that is the kernel's own (its vsyscall page lies there)."""
+
+_READABLE = frozenset((b"r--p", b"r-xp", b"rw-p", b"rwxp", b"-w-p", b"-wxp", b"--xp"))
+"""The permissions of private areas that hold anything: what may only be written to, or run, can be read."""
 
 _SENT = re.compile(rb"[\x40-\x43\x80-\x83]+")
 """Runs of top bytes of pagemap entries: in memory (0x80) or swapped out (0x40), and not of a file (0x20),
@@ -106,20 +110,13 @@ class AddressSpace:
     @cached_property
     def _private(self) -> list[tuple[int, int]]:
         found = []
-        with open(f"/proc/{self.pid}/maps", "rb") as maps:
-            for line in maps:
-                span, permissions, _, _, _, *name = line.split(None, 5)
-                start, end = _pages(span)
-                is_kernels = bool(name) and name[0].startswith((b"[v", b"[uprobes"))
-                is_readable = permissions[3:4] == b"p" and permissions[:3] != b"---"
-                if is_readable and not is_kernels and end <= _USER_END:
-                    found.append((start, end))
+        for area in areas(self.pid):
+            if area.permissions in _READABLE:
+                start, end = area.bounds
+                is_kernels = area.padded_name and area.name.startswith((b"[v", b"[uprobes"))
+                if end <= _USER_END and not is_kernels:
+                    found.append((start // PAGE, end // PAGE))
         return found
-
-
-def _pages(span: bytes) -> tuple[int, int]:
-    start, _, end = span.partition(b"-")
-    return int(start, 16) // PAGE, int(end, 16) // PAGE
 
 
 @cache

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from crcli.process.identity import read_proc
+from crcli.process.maps import Area, areas
 from crcli.process.tree import PID_GONE
 
 DELETED = " (deleted)"
@@ -248,16 +249,13 @@ def read_open_file(pid: int, fd: int) -> OpenFile | None:
 
 def mappings(pid: int) -> tuple[Mapping, ...]:
     """Return the files that a process has mapped, one record per file."""
+    pieces: dict[tuple[bytes, bytes, bytes], list[Area]] = {}
     try:
-        raw = read_proc(f"/proc/{pid}/maps")
+        for area in areas(pid, named=True):
+            pieces.setdefault(area[3:], []).append(area)  # device, inode and name
     except PID_GONE:
         return ()
-    pieces: dict[tuple[bytes, bytes, bytes], list[tuple[bytes, bytes]]] = {}
-    for line in raw.splitlines():
-        fields = line.split(None, 5)
-        if len(fields) == 6 and (not fields[5].startswith(b"[") or fields[5] == b"[uprobes]"):
-            pieces.setdefault((fields[5], fields[3], fields[4]), []).append((fields[0], fields[1]))
-    return tuple(_mapping(pid, *file, parts) for file, parts in pieces.items())
+    return tuple(_mapping(pid, found) for found in pieces.values() if _is_file(found[0].name))
 
 
 def mounts(pid: int) -> tuple[Mount, ...]:
@@ -339,23 +337,27 @@ def _nameless_memory() -> int:
 _NAMESPACE_LINKS = frozenset(("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"))
 
 
-def _mapping(pid: int, name: bytes, device: bytes, inode: bytes, parts: list[tuple[bytes, bytes]]) -> Mapping:
-    target = os.fsdecode(name.replace(rb"\012", b"\n"))
-    address = parts[0][0].decode()
+def _is_file(name: bytes) -> bool:
+    return not name.startswith(b"[") or name == b"[uprobes]"
+
+
+def _mapping(pid: int, pieces: list[Area]) -> Mapping:
+    first = pieces[0]
+    target, address = first.path, first.span.decode()
     deleted, nlink, size = target.endswith(DELETED), -1, -1
-    file = FileId(parse_device(device.decode(), base=16), int(inode))
+    file = mapped_file(first)
     if deleted and _is_at(pid, target, file):
         deleted = False
     elif deleted:
-        nlink, size = _mapped_file(pid, address)
-    permissions = b"".join(permission for _, permission in parts)
+        nlink, size = _links_and_size(pid, address)
+    permissions = b"".join(piece.permissions for piece in pieces)
     return Mapping(
         pid=pid,
         path=target.removesuffix(DELETED) if deleted else target,
         dev=file.dev,
         ino=file.ino,
         permissions="".join(letter for letter in "rwxsp" if letter.encode() in permissions),
-        bytes=sum(_span(piece) for piece, _ in parts),
+        bytes=sum(piece.size for piece in pieces),
         address=address,
         deleted=deleted,
         nlink=nlink,
@@ -363,7 +365,12 @@ def _mapping(pid: int, name: bytes, device: bytes, inode: bytes, parts: list[tup
     )
 
 
-def _mapped_file(pid: int, address: str) -> tuple[int, int]:
+def mapped_file(area: Area) -> FileId:
+    """Return the file of an area, as the kernel names it there (see `Mapping.id`)."""
+    return FileId(parse_device(area.device.decode(), base=16), int(area.inode))
+
+
+def _links_and_size(pid: int, address: str) -> tuple[int, int]:
     """Return links and size of a mapped file that has no path any more; (-1, -1) when we may not look."""
     try:
         status = os.stat(f"/proc/{pid}/map_files/{address}")
@@ -379,11 +386,6 @@ def _is_at(pid: int, path: str, file: FileId) -> bool:
     except OSError:
         return False
     return FileId(status.st_dev, status.st_ino) == file
-
-
-def _span(address: bytes) -> int:
-    start, _, end = address.partition(b"-")
-    return int(end, 16) - int(start, 16)
 
 
 def parse_device(text: str, base: int) -> int:

@@ -55,6 +55,7 @@ from crcli.process.files import (
     open_files,
 )
 from crcli.process.identity import Stat, read_proc
+from crcli.process.maps import flagged_areas
 from crcli.process.outside import Outside, Outsider
 from crcli.process.relatives import relatives
 from crcli.process.rings import event_rings
@@ -592,10 +593,9 @@ def _locks_when_touched(process: Process) -> bool:
     if not process.locked_bytes:
         return False
     try:
-        lines = read_proc(f"/proc/{process.pid}/smaps").splitlines()
+        return next(flagged_areas(process.pid, b"lf"), None) is not None
     except OSError:
         return False
-    return any(line.startswith(b"VmFlags:") and b"lf" in line.split() for line in lines)
 
 
 def _timers(tree: Tree) -> dict[int, int]:
@@ -668,10 +668,9 @@ def _unfilled(tree: Tree, everybody: Iterable[Stat]) -> tuple[Process, ...]:
 
 def _has_missing_pages(pid: int) -> bool:
     try:
-        lines = read_proc(f"/proc/{pid}/smaps").splitlines()
+        return next(flagged_areas(pid, b"um"), None) is not None
     except PID_GONE:
         return False
-    return any(line.startswith(b"VmFlags:") and b"um" in line.split() for line in lines)
 
 
 def _standstill(pid: int, tid: int) -> bytes:

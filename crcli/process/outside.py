@@ -10,11 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Set
 from typing import NamedTuple
 
-from crcli.process.files import FileId, parse_device
+from crcli.process.files import FileId, mapped_file
 from crcli.process.identity import read_proc, read_stat
+from crcli.process.maps import areas
 from crcli.process.tree import Tree
-
-_SHARED = ord("s")
 
 
 class Outsider(NamedTuple):
@@ -102,11 +101,9 @@ def _file_behind(pid: int, fd: int) -> FileId | None:
 def _mapped_shared(pid: int) -> set[FileId]:
     """Return what a process has mapped MAP_SHARED; nothing of one that we may not look into."""
     try:
-        lines = read_proc(f"/proc/{pid}/maps").splitlines()
+        return {mapped_file(area) for area in areas(pid, holding=b"s ") if area.is_shared}
     except OSError:
         return set()
-    shared = (line.split(None, 5) for line in lines if line[line.index(b" ") + 4] == _SHARED)
-    return {FileId(parse_device(fields[3].decode(), 16), int(fields[4])) for fields in shared}
 
 
 def _mapper(pid: int) -> Outsider | None:

@@ -20,11 +20,13 @@ from msgspec import Struct
 from crcli.memory.extents import PAGE
 from crcli.memory.pagemap import AddressSpace
 from crcli.process.identity import read_proc
+from crcli.process.maps import areas
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from crcli.process.files import OpenFile
+    from crcli.process.maps import Area
 
 LINK = "anon_inode:[io_uring]"
 _QUEUES, _ENTRIES = 0, 0x1000_0000
@@ -90,13 +92,13 @@ def event_rings(files: Iterable[OpenFile]) -> tuple[EventRing, ...]:
 
 def _of_process(pid: int, held: list[OpenFile]) -> Iterator[EventRing]:
     try:
-        lines = [line.split(None, 5) for line in read_proc(f"/proc/{pid}/maps").splitlines()]
+        listed = list(areas(pid))
         memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return
     try:
-        pieces = {file.fd: _pieces(lines, file.ino) for file in held if _is_plain(_whole_info(file))}
-        heap = next((_span(line)[0] // PAGE for line in lines if line[5:] == [b"[heap]"]), 0)
+        pieces = {file.fd: _pieces(listed, file.ino) for file in held if _is_plain(_whole_info(file))}
+        heap = next((area.start // PAGE for area in listed if area.name == b"[heap]"), 0)
         places = _places(pid, heap, {fd: found for fd, found in pieces.items() if found})
         for file in held:
             fields = places.get(file.fd, [])
@@ -137,16 +139,11 @@ def _fields(info: str) -> dict[str, str]:
     return {key: value.strip() for key, _, value in pairs}
 
 
-def _pieces(lines: list[list[bytes]], ino: int) -> dict[int, tuple[int, int]]:
+def _pieces(listed: list[Area], ino: int) -> dict[int, tuple[int, int]]:
     """Where a ring is mapped, by the offset of each piece; nothing if one is mapped twice."""
-    found = [line for line in lines if int(line[4]) == ino and line[5:] and line[5].strip() == LINK.encode()]
-    pieces = {int(line[2], 16): _span(line) for line in found}
+    found = [area for area in listed if int(area.inode) == ino and area.name == LINK.encode()]
+    pieces = {int(area.offset, 16): (area.start, area.size) for area in found}
     return pieces if len(pieces) == len(found) and pieces.keys() == {_QUEUES, _ENTRIES} else {}
-
-
-def _span(line: list[bytes]) -> tuple[int, int]:
-    start, _, end = line[0].partition(b"-")
-    return int(start, 16), int(end, 16) - int(start, 16)
 
 
 def _places(pid: int, heap: int, rings: dict[int, dict[int, tuple[int, int]]]) -> dict[int, list[int]]:

@@ -9,11 +9,12 @@ import pytest
 
 from crcli.gpu import preflight
 from crcli.gpu.facts import CudaProcess, CudaState, GpuHost
-from crcli.gpu.managed import Piece, _told_apart, pieces, wiped_on_fork
+from crcli.gpu.managed import WIPED_ON_FORK, Piece, _told_apart, pieces
 from crcli.gpu.preflight import candidates
 from crcli.process import memory_room
 from crcli.process.evidence import Evidence
 from crcli.process.gather import gather
+from crcli.process.maps import parse_maps, parse_smaps
 from crcli.process.memory_room import Room, too_tight
 from crcli.process.tree import refuse_bad_target, scan_tree
 from tests.support.programs import spawn_python, then_wait
@@ -78,9 +79,9 @@ PYTORCH = b"""\
 200400000-202400000 rw-s 00000000 00:05 18625                            /dev/nvidiactl
 206400000-206600000 rw-s 00000000 00:05 18625                            /dev/nvidiactl
 206600000-206800000 rw-s 206600000 00:05 41200                           /dev/nvidia-uvm
-206e00000-300200000 ---p 00000000 00:00 0
-10000000000-10104000000 ---p 00000000 00:00 0
-"""
+206e00000-300200000 ---p 00000000 00:00 0|
+10000000000-10104000000 ---p 00000000 00:00 0|
+""".replace(b"|", b" ")
 """Of the memory map of an ordinary PyTorch process: one pool of semaphores, no managed memory."""
 
 MANAGED = b"7ea03a000000-7ea03a200000 rw-s 7ea03a000000 00:05 41200    /dev/nvidia-uvm\n"
@@ -95,13 +96,14 @@ VmFlags: rd wr sh mr mw me ms dc de mm
 
 def test_semaphores_of_cuda_are_not_taken_for_managed_memory() -> None:
     """What CUDA maps of /dev/nvidia-uvm in its own window is told from what cudaMallocManaged maps."""
-    assert [piece.is_reserved for piece in pieces(PYTORCH + MANAGED)] == [True, False]
+    assert [piece.is_reserved for piece in pieces(parse_maps(PYTORCH + MANAGED))] == [True, False]
 
 
 def test_a_pool_outside_the_window_is_known_by_its_flag() -> None:
     """Newer drivers have their pools emptied on fork, and managed memory left out."""
-    both, (pool,) = list(pieces(POOL_ON_HIGH)), wiped_on_fork(POOL_ON_HIGH)
-    assert len(both) == 2 and pool == both[0]
+    (pool,) = pieces(parse_smaps(POOL_ON_HIGH, WIPED_ON_FORK))
+    (other,) = pieces(parse_smaps(POOL_ON_HIGH, b"dc"))
+    assert pool.end == other.start
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_a_few_pieces_as_large_as_pools_may_be_pools(sizes: list[int], managed: 
 def test_other_devices_and_offsets_are_no_managed_memory() -> None:
     """NVIDIA's driver maps the device at the offset that is the address, or not at all."""
     odd = MANAGED.replace(b"s 7ea03a000000", b"s 00000000") + MANAGED.replace(b"-uvm", b"-uvm-tools")
-    assert list(pieces(odd)) == []
+    assert list(pieces(parse_maps(odd))) == []
 
 
 def test_room_is_that_of_the_tightest_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

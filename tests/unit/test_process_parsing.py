@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import socket
 import struct
+from pathlib import Path
 
 import pytest
 
+from crcli.gpu.saved import ordinary_memory
 from crcli.process import sockets
 from crcli.process.asking import device_of_tty_nr
 from crcli.process.files import Kind, Lock, Mount, OpenFile, _mount, is_tty, mappings, mounts, open_files
 from crcli.process.gather import _pts_index
 from crcli.process.identity import ProcessId, identify, parse_stat
+from crcli.process.maps import areas, flagged_areas, parse_maps
 from crcli.process.sockets import Address, State
 
 STAT = (
@@ -143,6 +147,57 @@ def test_mappings_come_one_per_file() -> None:
     ]
     assert len(found) == 1
     assert found[0].executable and found[0].has_name and found[0].bytes > 0
+
+
+ODD_NAMES = [
+    "line\nfeed",
+    "carriage\rreturn",
+    "\v\f\x1c",
+    "blanks  ",
+    "gone (deleted)",
+    "\udcff",
+    "a 00:00 0 ",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_mapped_file_is_found_whatever_its_name(tmp_path: Path, name: str) -> None:
+    """Names may hold anything; whether the file has been deleted is another matter."""
+    path = tmp_path / name
+    path.write_bytes(bytes(4096))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ):
+        file_id = os.fstat(file.fileno()).st_ino
+        for deleted in (False, True):
+            (found,) = [one for one in mappings(os.getpid()) if one.ino == file_id]
+            assert (found.path, found.deleted, found.bytes) == (str(path), deleted, 4096)
+            listed = list(areas(os.getpid()))
+            assert all(area.size > 0 and len(area.permissions) == 4 for area in listed)
+            assert [one.inode for one in listed if one.path.startswith(str(path))] == [b"%d" % file_id]
+            ordinary_memory(os.getpid())
+            path.unlink(missing_ok=True)
+
+
+def test_areas_are_looked_up_by_what_stands_in_their_lines() -> None:
+    """Of those that hold something no line is missed, also the first and the last, and none is cut."""
+    raw = Path("/proc/self/maps").read_bytes()
+    everything = list(parse_maps(raw))
+    for part in (raw.split(b"-")[0], b"[stack]", b"p ", b"[nothing]"):
+        wanted = [area for area in everything if part in b" ".join(area)]
+        assert list(parse_maps(raw, holding=part)) == wanted
+    named = [area.name for area in parse_maps(raw, named=True)]
+    assert named == [area.name for area in everything if area.name]
+    assert all(area.bounds == (area.start, area.start + area.size) for area in everything)
+
+
+def test_an_area_is_found_by_its_flag() -> None:
+    """smaps says of each area what madvise(2) was told."""
+    with mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        first = ctypes.c_char.from_buffer(memory)
+        address = ctypes.addressof(first)
+        del first
+        found = {area.start for area in flagged_areas(os.getpid(), b"wf")}
+        memory.madvise(18)  # MADV_WIPEONFORK
+        assert {area.start for area in flagged_areas(os.getpid(), b"wf")} - found == {address}
 
 
 def test_mounts_are_read_with_their_odd_names() -> None:
