@@ -42,3 +42,20 @@ class Worker(threading.Thread):
     def is_alive(self) -> bool:
         """Whether it was started, and has not ended."""
         return self.ident is not None and not self._is_over
+
+
+def start_workers(
+    into: list[Worker], count: int, work: Callable[[], object], name: str, end: Callable[[], object]
+) -> None:
+    """Add so many threads to the list, `name-0` and so on, that do this work.
+
+    Where no more threads can be had, those of the list are ended, by `end`, and RuntimeError is raised.
+    """
+    try:
+        for number in range(count):
+            worker = Worker(work, name=f"{name}-{number}")
+            worker.start()
+            into.append(worker)
+    except RuntimeError:
+        end()
+        raise

@@ -35,7 +35,7 @@ from crcli.memory.classify import (
 from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, coalesce
 from crcli.memory.pagemap import PageRun
 from crcli.memory.replay import AMOUNT_EVERY_S
-from crcli.threads import Worker
+from crcli.threads import Worker, start_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
@@ -165,14 +165,7 @@ class Intake:
             self._lookahead.learn(group_keys)
 
     def _start_workers(self) -> None:
-        try:
-            for number in range(self._worker_count):
-                worker = Worker(self._work, name=f"intake-{number}")
-                worker.start()
-                self._workers.append(worker)
-        except RuntimeError:  # no more threads here
-            self.close()
-            raise
+        start_workers(self._workers, self._worker_count, self._work, "intake", self.close)
 
     # A dump in rounds.
 

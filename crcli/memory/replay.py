@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey, SpaceKind
 from crcli.memory.weights.views import source_bytes
 from crcli.memory.writing import write_all
-from crcli.threads import Worker
+from crcli.threads import Worker, start_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -202,14 +202,7 @@ class Replay:
         self._failure: BaseException | None = None
         count = min(threads, len(plan))
         self._threads: list[Worker] = []
-        try:
-            for number in range(count):
-                thread = Worker(self._work, name=f"replay-{number}")
-                thread.start()
-                self._threads.append(thread)
-        except RuntimeError:  # no more threads here
-            self.abandon()
-            raise
+        start_workers(self._threads, count, self._work, "replay", self.abandon)
 
     def write_to(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from crcli.threads import Worker
+from crcli.threads import Worker, start_workers
 
 
 class _Interrupted(Exception):
@@ -63,3 +63,24 @@ def test_one_that_was_not_started_cannot_be_waited_for() -> None:
     """It would never end."""
     with pytest.raises(RuntimeError):
         Worker(print).join()
+
+
+def test_those_begun_are_ended_when_no_more_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is left at work for somebody who does not come to be."""
+    start, may_end, begun = threading.Thread.start, threading.Event(), []
+
+    def start_two(thread: threading.Thread) -> None:
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def end() -> None:
+        may_end.set()
+        for worker in begun:
+            worker.join()
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    with pytest.raises(RuntimeError, match="new thread"):
+        start_workers(begun, 3, may_end.wait, "some", end)
+    assert [worker.name for worker in begun] == ["some-0", "some-1"]
+    assert not any(worker.is_alive() for worker in begun)
