@@ -68,7 +68,6 @@ from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
 from crcli.pipeline.stdio import Replacements, replace_links
 from crcli.plugins.loader import load_hooks
-from crcli.plugins.spec import RestoreTarget, failure_of
 from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
 from crcli.process.processors import usable_processors
@@ -89,6 +88,7 @@ if TYPE_CHECKING:
     from crcli.pipeline.pager import Pager
     from crcli.pipeline.stages import Progress, RestoreOptions
     from crcli.plugins.loader import Hooks
+    from crcli.plugins.spec import RestoreTarget
     from crcli.store.base import Store
 
 CRIU_LIMIT_S = float(os.environ.get("CRCLI_RESTORE_LIMIT", "120"))
@@ -257,6 +257,8 @@ def _attempt(
         except BaseException as error:
             raised = work.failure(error)
             if work.described is not None:
+                from crcli.plugins.spec import failure_of
+
                 hooks.call("restore_failed", target=work.described, failure=failure_of(raised))
             raise raised from error
     hooks.call("restore_finished", target=work.described, report=restored.report.as_json())
@@ -373,9 +375,7 @@ class _Restore:
             needs = needs_below(self.options.root, needs)
         self.manifest_here = needs.manifest
         guard_machine(needs, self.here)
-        self.described = RestoreTarget(
-            f"{self.manifest.name}@{self.manifest.id}", self.options.store, self.manifest.meta
-        )
+        self._describe_target()
         self.hooks.call("restore_before", target=self.described)
         if self.gpu is not None:
             self.gpu.tell(self.here)
@@ -663,9 +663,15 @@ class _Restore:
             self.init = self.residence.init
         self.host = host_pids(self.init, [member.pid for member in self.members])
         self.processes = [identify(self.host[member.pid]) for member in self.members if member.alive]
-        if self.described is not None:
-            told = self.described
-            self.described = RestoreTarget(told.image, told.store, told.meta, dict(self.host))
+        self._describe_target()
+
+    def _describe_target(self) -> None:
+        """Say what plug-ins are told of it, where there are any."""
+        if not self.hooks.is_empty:
+            from crcli.plugins.spec import RestoreTarget
+
+            image = f"{self.manifest.name}@{self.manifest.id}"
+            self.described = RestoreTarget(image, self.options.store, self.manifest.meta, dict(self.host))
 
     def _fill_late(self) -> None:
         """The tree is whole but for these pages, and stands still: write them."""

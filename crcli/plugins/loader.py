@@ -16,7 +16,7 @@ from msgspec.structs import asdict
 
 from crcli.errors import CrcliError
 from crcli.findings import Finding, Severity
-from crcli.plugins import spec
+from crcli.plugins.names import GROUP, PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +54,11 @@ class Hooks:
         ]
         self._manager = manager
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody is there to be called."""
+        return self._manager is None
+
     def call(self, hook: str, **arguments: Any) -> None:
         """Call a hook of the contract, without its prefix: `hooks.call("dump_frozen", target=target)`.
 
@@ -61,10 +66,10 @@ class Hooks:
         crcli implements itself comes first.
         """
         if hook in _BUILT_IN:
-            getattr(import_module(_BUILT_IN[hook]), spec.PREFIX + hook)(**arguments)
+            getattr(import_module(_BUILT_IN[hook]), PREFIX + hook)(**arguments)
         if self._manager is None:
             return
-        for implementation in getattr(self._manager.hook, spec.PREFIX + hook).get_hookimpls():
+        for implementation in getattr(self._manager.hook, PREFIX + hook).get_hookimpls():
             try:
                 implementation.function(*(arguments[name] for name in implementation.argnames))
             except CrcliError as error:
@@ -85,7 +90,7 @@ def load_hooks() -> Hooks:
         return Hooks([])
     from importlib.metadata import entry_points
 
-    return _load(sorted(entry_points(group=spec.GROUP), key=lambda entry: entry.name))
+    return _load(sorted(entry_points(group=GROUP), key=lambda entry: entry.name))
 
 
 def _any_installed() -> bool:
@@ -107,7 +112,7 @@ def _packages(place: str) -> Iterator[str]:
 def _names_group(folder: str) -> bool:
     try:
         with open(os.path.join(folder, "entry_points.txt"), "rb") as file:
-            return f"[{spec.GROUP}]".encode() in file.read()
+            return f"[{GROUP}]".encode() in file.read()
     except OSError:
         return False
 
@@ -134,8 +139,10 @@ def _load(entries: list[EntryPoint]) -> Hooks:
 
 def _declare(manager: Any, marker: Any) -> None:
     """Tell pluggy of the contract, which is written without it."""
+    from crcli.plugins import spec
+
     for name, function in vars(spec).items():
-        if name.startswith(spec.PREFIX):
+        if name.startswith(PREFIX):
             marker(function)
     manager.add_hookspecs(spec)
 

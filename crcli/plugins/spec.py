@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 # What hooks are given are dataclasses, crcli's own records structs (see pyproject.toml): a plug-in takes them
 # apart with what it finds in the standard library.
 
-GROUP = "crcli.plugins"
-PREFIX = "crcli_"
-
 
 @dataclass(frozen=True)
 class DumpTarget:

@@ -28,7 +28,7 @@ from crcli.notice.file import FileAppears
 from crcli.notice.hook import HttpHook
 from crcli.notice.signals import NAMES, OnSignal
 from crcli.notice.slurm import _local
-from crcli.plugins import load_hooks, spec
+from crcli.plugins import load_hooks, names
 from crcli.plugins.loader import Hooks
 from tests.support.notices import ENOUGH_S, Reported, free_port, handlers, next_of, watching
 
@@ -841,7 +841,7 @@ def install(folder: Path, code: str) -> None:
     info = folder / "pager-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pager\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{spec.GROUP}]\npager = {module}\n")
+    (info / "entry_points.txt").write_text(f"[{names.GROUP}]\npager = {module}\n")
 
 
 @pytest.fixture

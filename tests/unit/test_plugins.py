@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from crcli.errors import CrcliError, GuardRefused
-from crcli.plugins import DumpTarget, load_hooks, spec
+from crcli.plugins import DumpTarget, load_hooks, names
 from crcli.plugins.spec import Failure, failure_of
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         info = place / f"{name}-1.5.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
-        (info / "entry_points.txt").write_text(f"[{spec.GROUP}]\n{name} = {module}\n")
+        (info / "entry_points.txt").write_text(f"[{names.GROUP}]\n{name} = {module}\n")
 
     return do
 
