@@ -16,6 +16,8 @@ from crcli.memory.classify import DIGEST
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from crcli.store.base import Buffer
+
 KEY = 8
 """The first bytes of a digest by which it is looked up."""
 
@@ -77,14 +79,14 @@ class TableMaker:
     def _has_room(self) -> bool:
         return len(self._keys) * 4 <= len(self._table) * 3
 
-    def table(self) -> bytes:
+    def table(self) -> Buffer:
         """The table of all; empty where they are too few, or too many."""
         if not WORTH_A_TABLE <= len(self._keys) <= TABLE_LIMIT:
             return b""
         if not self._has_room() or len(self._keys) * 4 < len(self._table):
             self._table = _empty_table(len(self._keys))
             _fill(self._table, self._keys, 0)
-        return self._table.tobytes()
+        return memoryview(self._table).cast("B")
 
 
 def _empty_table(count: int) -> array[int]:

@@ -57,7 +57,7 @@ def test_tables_find_what_is_there_and_nothing_else(
         maker.expect(expected)
         for part in there:
             maker.add(b"".join(part))
-        table = read_table(maker.table(), "a table")
+        table = read_table(bytes(maker.table()), "a table")
     tabled = TabledDigests(b"".join(joined), table)
     rows, asked = first_rows(joined), [*asked, *joined]
     found = tabled.find(asked)
