@@ -29,6 +29,7 @@ from crcli.memory.extents import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from concurrent.futures import Future
 
     from crcli.image.lookup import Digests
     from crcli.image.tables import Chunk
@@ -418,14 +419,13 @@ class _Loading:
         """Read these indexes in this order, `most` of them, until enough pages are known."""
         new = [one for one in dict.fromkeys(ids) if one not in self._seen][:most]
         self._seen.update(new)
-        if len(new) <= 1 and self._known.page_count < self._limit:
-            self._take(map(self._read, new))
-            return
-        with ThreadPoolExecutor(_READERS, "indexes") as threads:
+        with ThreadPoolExecutor(2 * _READERS, "indexes") as threads:
             for at in range(0, len(new), _READERS):
                 if self._known.page_count >= self._limit:
                     return
-                self._take(threads.map(self._read, new[at : at + _READERS]))
+                some = new[at : at + _READERS]
+                pages = [threads.submit(self._store.get, pages_key(one)) for one in some]
+                self._take(threads.map(self._read, some, pages))
 
     def _take(self, read: Iterable[Index | None]) -> None:
         found = [index for index in read if index is not None]
@@ -434,9 +434,9 @@ class _Loading:
             if self._known.page_count < self._limit and not index.used_packs & missing:
                 self._known.add(index)
 
-    def _read(self, image_id: str) -> Index | None:
+    def _read(self, image_id: str, pages: Future[bytes]) -> Index | None:
         try:
-            return _read_index(self._store, image_id)
+            return _read_index(self._store, image_id, pages)
         except (ImageDamaged, NotFound):
             return None
 
@@ -446,17 +446,18 @@ class _Loading:
         return {keys[key] for key in self._store.missing(keys)}
 
 
-def _read_index(store: Store, image_id: str) -> Index:
+def _read_index(store: Store, image_id: str, pages: Future[bytes]) -> Index:
+    """Read one index. Its page digests, the largest part, are on their way: some indexes have none."""
     name = index_key(image_id)
     sections = unpack_container(store.get(name), ContainerKind.INDEX, name)
     packs = read_packs(sections["PACK"], name)
     chunks = ChunkTable(sections["CHNK"], len(packs), name)
-    digests = store.get(pages_key(image_id)) if any(chunks.is_memory) else b""
-    if blake3(digests).digest() != sections["PGHS"]:
-        raise ImageDamaged(f"{pages_key(image_id)} is not what {name} says")
     groups = read_groups(sections.get("GRPS", b""), chunks, name)
     mixed = MixedGroups(sections.get("MGRP", b""), sections.get("MPRT", b""), len(packs), name)
     table = read_table(sections["PTAB"], name) if "PTAB" in sections else None
+    digests = pages.result() if any(chunks.is_memory) else b""
+    if blake3(digests).digest() != sections["PGHS"]:
+        raise ImageDamaged(f"{pages_key(image_id)} is not what {name} says")
     index = Index(image_id, packs, chunks, digests, groups, mixed, table)
     if sum(index.pages()) * DIGEST != len(digests):
         raise ImageDamaged(f"{name} and its page digests do not fit together")
