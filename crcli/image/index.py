@@ -437,7 +437,7 @@ class _Loading:
     def _read(self, image_id: str, pages: Future[bytes]) -> Index | None:
         try:
             return _read_index(self._store, image_id, pages)
-        except (ImageDamaged, NotFound):
+        except (ImageDamaged, NotFound, KeyError, ValueError):  # also one that lacks a section
             return None
 
     def _missing(self, packs: set[bytes]) -> set[bytes]:
@@ -461,4 +461,6 @@ def _read_index(store: Store, image_id: str, pages: Future[bytes]) -> Index:
     index = Index(image_id, packs, chunks, digests, groups, mixed, table)
     if sum(index.pages()) * DIGEST != len(digests):
         raise ImageDamaged(f"{name} and its page digests do not fit together")
+    if max(index.pages(), default=0) > _LAST_PAGE + 1:
+        raise ImageDamaged(f"{name} has a chunk of more pages than an extent can name")
     return index

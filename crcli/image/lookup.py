@@ -31,6 +31,15 @@ TABLE_LIMIT = 4 << 20
 """A table of more digests than this (those of 16 GiB) would take too much memory, of who makes it too."""
 
 
+_FARTHEST = 256
+"""An entry stands at most so many behind where it should; one for which there is no room there is left out.
+Only a page that was stored again and again comes to that: each search for a place for it would pass all of
+its others (20000 of them took 23 s)."""
+
+_LONGEST = 1024
+"""A stored table with so many entries in use one after another is none of ours: searches would take long."""
+
+
 class Digests(Protocol):
     """Digests that can be looked up. Called from several threads."""
 
@@ -94,19 +103,24 @@ def _empty_table(count: int) -> array[int]:
 
 
 def _fill(table: array[int], keys: array[int], begin: int) -> None:
-    """Enter the rows from `begin` on."""
+    """Enter the rows from `begin` on, where there is room for them."""
     last = len(table) - 1
     for row, key in enumerate(keys[begin:], begin + 1):
         slot = key & last
-        while table[slot]:
-            slot = slot + 1 & last
-        table[slot] = row
+        end = slot + _FARTHEST
+        while table[slot & last] and slot < end:
+            slot += 1
+        if slot < end:
+            table[slot & last] = row
 
 
 def read_table(data: bytes, name: str) -> memoryview:
-    """A table that was stored; raise ImageDamaged when it is none in which a search comes to an end."""
-    if len(data) < 4 or len(data) & (len(data) - 1) or 0 not in (table := memoryview(data).cast("I")):
+    """A table that was stored; raise ImageDamaged when it is none in which a search soon comes to an end."""
+    if len(data) < 4 or len(data) & (len(data) - 1):
         raise ImageDamaged(f"{name}: the table of page digests is none")
+    table = memoryview(data).cast("I")
+    if not all(0 in table[at : at + _LONGEST] for at in range(0, len(table), _LONGEST)):
+        raise ImageDamaged(f"{name}: the table of page digests has too few free entries")
     return table
 
 

@@ -109,7 +109,7 @@ class ChunkTable:
         unknown = set(_column(data, _CHUNK, 20, "H").tolist()).difference(Codec)
         if unknown:
             raise ImageDamaged(f"{name}: no codec has the number {min(unknown)}")
-        if max(self.packs, default=0) >= max(packs, 1):
+        if max(self.packs, default=-1) >= packs:
             raise ImageDamaged(f"{name} names a pack that it does not list")
 
     def __len__(self) -> int:

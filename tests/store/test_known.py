@@ -214,6 +214,34 @@ def test_an_index_that_does_not_fit_its_page_digests_is_left_out(store: FileStor
     assert sum(is_known(load_known(store, "agent", wanted=20), memory)) == 1
 
 
+@pytest.mark.parametrize("lacks", ["PACK", "CHNK", "PGHS", "the packs"])
+def test_an_index_without_what_it_needs_is_left_out(store: FileStore, lacks: str) -> None:
+    """A section, or the packs that its chunks are in."""
+    (made,), memory = generations(store, "agent", 1)
+    key = index_key(made.id)
+    sections = unpack_container(store.get(key), ContainerKind.INDEX, key)
+    if lacks == "the packs":
+        sections["PACK"] = b""
+    else:
+        del sections[lacks]
+    store.put(key, pack_container(ContainerKind.INDEX, sections))
+    assert not any(is_known(load_known(store, "agent", wanted=20), memory))
+
+
+def test_an_index_of_a_chunk_that_no_extent_can_name_all_of_is_left_out(store: FileStore) -> None:
+    """Others may write larger ones than we do: a page far behind in one was taken for one of the next."""
+    (made,), memory = generations(store, "agent", 1)
+    key, more = index_key(made.id), 1 << 16
+    sections = unpack_container(store.get(key), ContainerKind.INDEX, key)
+    chunks = bytearray(sections["CHNK"])
+    struct.pack_into("<I", chunks, 4, (1 + more) * PAGE)
+    digests = store.get(pages_key(made.id)) + bytes(more * DIGEST)
+    sections |= {"CHNK": bytes(chunks), "PGHS": blake3(digests).digest()}
+    store.put(pages_key(made.id), digests)
+    store.put(key, pack_container(ContainerKind.INDEX, sections))
+    assert not any(is_known(load_known(store, "agent", wanted=20), memory))
+
+
 # --- groups of pages that several chunks have --------------------------------------------------------------
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from blake3 import blake3
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from crcli.errors import ImageDamaged
 from crcli.image import lookup
 from crcli.image.lookup import SeveralDigests, TabledDigests, TableMaker, keys_of, read_table, sort_digests
 
@@ -79,6 +81,30 @@ def test_a_table_of_too_many_is_not_made(monkeypatch: pytest.MonkeyPatch) -> Non
         maker.add(bytes([number]) * 32)
         sizes.append(len(maker.table()))
     assert [size > 0 for size in sizes] == [False, True, True, False, False, False]
+
+
+def test_a_page_that_was_stored_again_and_again_takes_few_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each search for a place for it, and many for others, would pass all of its entries."""
+    monkeypatch.setattr(lookup, "WORTH_A_TABLE", 1)
+    maker, same = TableMaker(), b"x" * 32
+    others = [blake3(bytes([number >> 8, number & 255])).digest() for number in range(3000)]
+    maker.expect(6000)
+    for one in others:
+        maker.add(same + one)
+    table = read_table(bytes(maker.table()), "a table")
+    assert sum(map(bool, table)) <= len(others) + lookup._FARTHEST
+    joined = b"".join(same + one for one in others)
+    found = TabledDigests(joined, table).find([same, *others[::-1]])
+    expected = [0, *range(2 * len(others) - 1, 0, -2)]
+    assert all(row in (None, there) for row, there in zip(found, expected, strict=True))
+    assert found[0] == 0 and found.count(None) < len(others) / 20
+
+
+@pytest.mark.parametrize("entries", [1 << 10, 1 << 14])
+def test_a_table_in_which_searches_would_take_long_is_none(entries: int) -> None:
+    """One free entry ends each of them, but thousands of steps for each page would hold up a dump."""
+    with pytest.raises(ImageDamaged):
+        read_table(b"\1\0\0\0" * (2 * entries - 1) + bytes(4), "a table")
 
 
 @given(st.lists(DIGESTS, max_size=60))
