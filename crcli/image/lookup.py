@@ -11,15 +11,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 from crcli.errors import ImageDamaged
-from crcli.memory.classify import DIGEST
+from crcli.memory.classify import DIGEST, KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from crcli.store.base import Buffer
-
-KEY = 8
-"""The first bytes of a digest by which it is looked up."""
 
 FEW_DIGESTS = 1 << 19
 """Up to so many (those of 2 GiB of pages) are looked up without numpy, whose import takes 0.1 s."""
