@@ -21,6 +21,11 @@ def main() -> int:
     except (MemoryError, SystemError):  # during the imports: what comes later is reported with what it did
         os.write(2, _NO_MEMORY)
         return 40
+    except ImportError as error:
+        if "failed to map segment" not in str(error):
+            raise
+        os.write(2, _NO_MEMORY)
+        return 40
 
 
 def _main() -> int:

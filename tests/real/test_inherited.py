@@ -102,9 +102,12 @@ def test_too_little_memory_is_told_with_its_remedy(
         assert_goes_on(program)
 
 
-def test_not_even_memory_to_start_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "error", [MemoryError(), ImportError("mmap.so: failed to map segment from shared object")]
+)
+def test_not_even_memory_to_start_is_told(capfd: pytest.CaptureFixture[str], error: Exception) -> None:
     """Where modules cannot be imported for want of memory, a line says so, and the exit code (40)."""
-    with patch.object(starting, "_main", side_effect=MemoryError):
+    with patch.object(starting, "_main", side_effect=error):
         assert starting.main() == 40
     assert "ulimit -d" in capfd.readouterr().err
 
