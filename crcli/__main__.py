@@ -18,11 +18,8 @@ def main() -> int:
     """Run this process's command line and return its exit code."""
     try:
         return _main()
-    except (MemoryError, SystemError):  # during the imports: what comes later is reported with what it did
-        os.write(2, _NO_MEMORY)
-        return 40
-    except ImportError as error:
-        if "failed to map segment" not in str(error):
+    except (MemoryError, SystemError, ImportError) as error:  # what comes after imports is reported there
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
             raise
         os.write(2, _NO_MEMORY)
         return 40

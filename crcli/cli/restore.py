@@ -173,6 +173,7 @@ def restore(
         gpu_map=tuple(parse_pair(one, "--gpu-map") for one in gpu_map or ()),
         endpoint_url=chosen.endpoint_url,
     )
+    from crcli.pipeline import own_limits  # noqa: F401  # it says so where the thread leaves imports no room
     from crcli.pipeline.opening import Opening
 
     # Lazily the memory is fetched by a process of its own, which is forked before there are threads.

@@ -88,7 +88,8 @@ def memory_short(error: BaseException) -> HostLacks | None:
     Its state of the tree is the error's.
     """
     no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
-    if not isinstance(error, MemoryError) and not no_thread:
+    no_module = isinstance(error, ImportError) and "failed to map segment" in str(error)
+    if not isinstance(error, MemoryError) and not no_thread and not no_module:
         return None
     return _too_little("threads" if no_thread else "memory", getattr(error, "state", TreeState.UNTOUCHED))
 

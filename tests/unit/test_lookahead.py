@@ -323,9 +323,10 @@ def test_of_a_group_that_changed_only_the_changed_page_is_stored(
     contents[100], contents[BLOCK_PAGES + 500] = 77_777, 0
     again = Sent(A, 0, tuple(contents))
     later = KeepingSink()
+    known = KnownFrom(before, first=100)
+    taking = received(overflow, again, later, lookahead, known=known)
     if told:
-        lookahead.learn(b"".join(digest[:KEY] for digest in digests_of(sent.bytes, GROUP_PAGES)))
-    taking = received(overflow, again, later, lookahead, known=KnownFrom(before, first=100))
+        taking.learn(known, b"".join(digest[:KEY] for digest in digests_of(sent.bytes, GROUP_PAGES)))
     wait_for(lookahead, 2)
     read: list[int] = []
     preadv = os.preadv
