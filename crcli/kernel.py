@@ -263,6 +263,7 @@ def quiet_fork() -> int:
     if pid == 0:
         for name in ("INT", "TERM", "HUP", "QUIT", "ALRM", "CHLD", "TSTP", "TTIN", "TTOU"):
             signals.signal(signals.Signals[f"SIG{name}"], signals.SIG_DFL)
+        signals.set_wakeup_fd(-1)  # it is the parent's that would wake
         signals.pthread_sigmask(signals.SIG_SETMASK, ())
     else:
         signals.pthread_sigmask(signals.SIG_SETMASK, before)

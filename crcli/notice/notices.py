@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from crcli.notice.base import Notice, Surroundings, Urgency, grace_of, note
 from crcli.notice.choose import choose
-from crcli.notice.signals import taken
+from crcli.notice.signals import forget_wakeups, taken, woken_by_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,8 +36,12 @@ class Notices:
     anything has begun. `grace_s` is how long there is after a notice that does not say so itself (default:
     $CRCLI_GRACE). `found` is told, from any thread, what went wrong with a source; `findings` keeps it.
 
-    Enter and leave in the main thread: signals can be taken nowhere else. Threads that others start should
-    block `signals`, or one may be delivered to them while the main thread waits.
+    `fd` is for whoever waits for other things too: readable while there is a notice, and from a signal on until
+    `get` is next called. Python runs a signal's handler in the main thread only, and the kernel may give the
+    signal to any other (one that is just being started, say), or to the main thread right before it waits:
+    neither ends that wait. Whoever waits in the main thread, for any signal, waits for `fd` too.
+
+    Enter and leave in the main thread: signals can be taken nowhere else.
     """
 
     def __init__(
@@ -59,14 +63,23 @@ class Notices:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._waiting: deque[Notice] = deque()
+        self._told = -1
+        """Readable while there is a notice."""
+        self._wakeups = -1
+        """Readable when a signal has come."""
         self._unsaved: list[Notice] = []
         self._exit = ExitStack()
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
-        self.fd = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         with ExitStack() as undo:
+            self._told = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             undo.callback(self._close)
+            self._wakeups = undo.enter_context(woken_by_signals())
+            either = undo.enter_context(select.epoll())
+            for fd in (self._told, self._wakeups):
+                either.register(fd, select.EPOLLIN)
+            self.fd = either.fileno()
             self.signals = undo.enter_context(taken(self.sources, self._report))
             undo.callback(self._stop)
             for source in self.sources:
@@ -85,14 +98,16 @@ class Notices:
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         while True:
+            forget_wakeups(self._wakeups)
             try:
-                os.eventfd_read(self.fd)
+                os.eventfd_read(self._told)
                 return self._waiting.popleft()
             except BlockingIOError:
                 pass
-            left_ms = None if until is None else max(0.0, until - time.monotonic()) * 1000
-            if not poll.poll(left_ms) and left_ms is not None:
+            left_ms = None if until is None else (until - time.monotonic()) * 1000
+            if left_ms is not None and left_ms <= 0:
                 return None
+            poll.poll(left_ms)
 
     def deafen(self) -> None:
         """From here on, also after the block, the signals that were notices are ignored.
@@ -117,8 +132,7 @@ class Notices:
 
     def _watch(self, source: Source) -> None:
         """The life of a source's thread."""
-        # The kernel may give a signal to any thread that does not block it, and the main thread would not
-        # wake from its wait: Python runs handlers there only.
+        # They are for the main thread, and whatever a source waits in is not to be interrupted.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             source.watch(self._tell, self._stopped)
@@ -129,13 +143,13 @@ class Notices:
 
     def _tell(self, notice: Notice) -> None:
         with self._lock:
-            if self.fd < 0:
+            if self._told < 0:
                 return
             if notice.urgency is Urgency.LEAVE:
                 self._unsaved.append(notice)
                 notice = replace(notice, on_saved=self._saved)
             self._waiting.append(notice)
-            os.eventfd_write(self.fd, 1)
+            os.eventfd_write(self._told, 1)
 
     def _saved(self) -> None:
         """Tell everybody who gave notice, not only whom the dump was for: several often say the same."""
@@ -164,5 +178,5 @@ class Notices:
 
     def _close(self) -> None:
         with self._lock:
-            fd, self.fd = self.fd, -1
-        os.close(fd)
+            told, self._told, self.fd = self._told, -1, -1
+        os.close(told)

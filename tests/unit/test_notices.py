@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from crcli import kernel
 from crcli.errors import UsageError
 from crcli.notice import Notice, Notices, Source, SourceKind, Surroundings, Urgency
 from crcli.notice.base import Tell, grace_of, note, nothing, seconds
@@ -261,6 +262,47 @@ def test_a_waiting_main_thread_is_woken() -> None:
         timer.start()
         assert next_of(notices).reason == "SIGUSR1"
         timer.join()
+
+
+def test_a_signal_that_another_thread_gets_is_heard() -> None:
+    """The kernel may give a signal to a thread that is being started: the main thread, which waits for it by
+    `get` or by `fd`, is woken all the same. The signals of a forked child do not wake it."""
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    try:
+        with Notices(["sigusr1"], environ={}) as notices:
+            threading.Timer(0.1, signal.pthread_kill, (other.ident, signal.SIGUSR1)).start()
+            assert next_of(notices).reason == "SIGUSR1"
+            threading.Timer(0.1, signal.pthread_kill, (other.ident, signal.SIGUSR1)).start()
+            assert select.select([notices.fd], [], [], ENOUGH_S)[0]
+            assert next_of(notices).reason == "SIGUSR1"
+            if not (child := kernel.quiet_fork()):
+                signal.raise_signal(signal.SIGUSR1)
+                os._exit(0)
+            os.waitpid(child, 0)
+            assert not select.select([notices.fd], [], [], 0)[0]
+    finally:
+        over.set()
+        other.join()
+
+
+def test_who_is_woken_by_signals_is_so_again_afterwards() -> None:
+    """The descriptor that Python writes signals into is what it was, unless somebody has set another."""
+    reads, writes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        for before in (-1, writes):
+            signal.set_wakeup_fd(before)
+            with Notices(["none"], environ={}):
+                pass
+            assert signal.set_wakeup_fd(-1) == before
+        with Notices(["none"], environ={}):
+            signal.set_wakeup_fd(writes)
+        assert signal.set_wakeup_fd(-1) == writes
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(reads)
+        os.close(writes)
 
 
 def test_a_blocked_signal_is_unblocked_and_blocked_again() -> None:
