@@ -37,9 +37,9 @@ class Notices:
     $CRCLI_GRACE). `found` is told, from any thread, what went wrong with a source; `findings` keeps it.
 
     `fd` is for whoever waits for other things too: readable while there is a notice, and from a signal on
-    until `get` is next called. Python runs a signal's handler in the main thread only, and the kernel may give the
-    signal to any other (one that is just being started, say), or to the main thread right before it waits:
-    neither ends that wait. Whoever waits in the main thread, for any signal, waits for `fd` too.
+    until `get` is next called. Python runs a signal's handler in the main thread only, and the kernel may
+    give the signal to another (one that is just being started, say), or to the main thread right before it
+    waits: neither ends that wait. Whoever waits in the main thread, for any signal, waits for `fd` too.
 
     Enter and leave in the main thread: signals can be taken nowhere else.
     """
