@@ -14,7 +14,7 @@ from array import array
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, compress, islice
-from operator import not_
+from operator import add, not_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blake3 import blake3
@@ -28,11 +28,11 @@ from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
 from crcli.memory.extents import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from crcli.image.lookup import Digests
-    from crcli.image.tables import Chunk
+    from crcli.image.tables import Chunk, MixedFields
     from crcli.store.base import ObjectInfo, Store
 
 PAGE_LIMIT = 4 << 20
@@ -49,9 +49,13 @@ LINEAGES = 16
 
 _PAGE_BITS = 16
 _LAST_PAGE = (1 << _PAGE_BITS) - 1
+_OFFSET_BITS = 64
+"""The place of a chunk is one number: that of its pack and, in so many bits, the offset there."""
+
 _MIXED = 1 << 63
-"""The place of a group is one number, `chunk << _PAGE_BITS | page`, or, with this bit set, the number of one
-whose pages come from several chunks."""
+_INDEX_BITS = 32
+"""The place of a group is one number, `chunk << _PAGE_BITS | page`, or, with this bit set, says which one it
+is of those whose pages come from several chunks: `index << _INDEX_BITS | number`."""
 
 _MOST_TABLES = 3
 """So many stored tables are looked into for a page, one after another: what more indexes tell is sorted."""
@@ -60,10 +64,6 @@ _NO_GROUPS = Groups((), (), (), b"")
 
 _READERS = 8
 _LISTED_AT_ONCE = 1000
-
-
-Stretch = tuple[int | None, int, int]
-"""Pages of a known chunk that follow one another: the chunk, the first, how many. No chunk has zero pages."""
 
 
 class Index(NamedTuple):
@@ -101,21 +101,22 @@ class KnownChunks:
         """How many pages whoever asked has."""
         self._indexes: list[Index] = []
         self._first_chunks: list[int] = []
-        self._raw: list[int] = []
+        self.raw: list[int] = []
+        """The sizes of the known chunks once decompressed (bytes)."""
         self._blobs: dict[bytes, int] = {}
         self._memory_chunks: list[int] = []
         self._first_pages: list[int] = []
         self._page_count = 0
         self._group_places = array("Q")
-        self._group_digests: list[bytes] = []
-        self._mixed: list[tuple[int, int]] = []  # its index, by number, and its own number there
-        self._chunk_at: dict[tuple[bytes, int], int] = {}
+        self.chunk_at: dict[int, int] = {}
+        """The known chunks by their places: see _OFFSET_BITS. Only where there are mixed groups."""
+        self._pack_places: list[list[int]] = []  # of the packs of each index
         self._pages: Digests = sort_digests(b"")
         self._groups: Digests = self._pages
         self._group_keys = b""
 
     def __len__(self) -> int:
-        return len(self._raw)
+        return len(self.raw)
 
     @property
     def indexes(self) -> list[str]:
@@ -146,35 +147,10 @@ class KnownChunks:
         first, pages = len(self), index.pages()
         self._first_chunks.append(first)
         self._indexes.append(index)
-        self._raw += index.chunks.raw
+        self.raw += index.chunks.raw
         self._page_count += sum(pages)
         for number in compress(range(len(pages)), map(not_, index.chunks.is_memory)):
             self._blobs.setdefault(index.chunks[number].digest, first + number)
-        self._add_groups(index.groups, first)
-        self._add_mixed(index.mixed)
-
-    def _add_groups(self, groups: Groups, first: int) -> None:
-        places = [
-            first + chunk << _PAGE_BITS | page
-            for chunk, page in zip(groups.chunks, groups.pages, strict=True)
-        ]
-        self._add_whole(places, groups.counts, groups.digests)
-
-    def _add_mixed(self, mixed: MixedGroups) -> None:
-        here, known = len(self._indexes) - 1, len(self._mixed)
-        self._mixed += ((here, number) for number in range(len(mixed)))
-        self._add_whole(
-            [_MIXED | number for number in range(known, len(self._mixed))], mixed.pages(), mixed.digests
-        )
-
-    def _add_whole(self, places: Sequence[int], counts: Sequence[int], digests: bytes) -> None:
-        """Add those of some groups that have as many pages as are looked for together: crcli's all do."""
-        if counts.count(GROUP_PAGES) < len(counts):
-            whole = [at for at, count in enumerate(counts) if count == GROUP_PAGES]
-            places = [places[at] for at in whole]
-            digests = b"".join(digests[at * DIGEST : (at + 1) * DIGEST] for at in whole)
-        self._group_places.extend(places)
-        self._group_digests.append(digests)
 
     @property
     def page_count(self) -> int:
@@ -184,14 +160,29 @@ class KnownChunks:
     def finish(self) -> None:
         """Sort: `find_pages` and `find_groups` work from now on."""
         self._sort_pages()
-        groups = b"".join(self._group_digests)
-        self._groups, self._group_keys = sort_digests(groups), keys_of(groups)
+        self._sort_groups()
         self._indexes = [
             index._replace(digests=b"", groups=_NO_GROUPS, table=None) for index in self._indexes
         ]
-        self._group_digests = []
-        if self._mixed:
-            self._chunk_at = self._chunks_by_place()
+        if any(len(index.mixed) for index in self._indexes):
+            self._place_chunks()
+
+    def _sort_groups(self) -> None:
+        """Number the groups, and have their digests be found. Those that were noted last come first: what an
+        earlier dump noted of the same group may be of pages that are known no more."""
+        digests = list[bytes]()
+        for at in sorted(range(len(self._indexes)), key=lambda at: self._indexes[at].id, reverse=True):
+            index, first = self._indexes[at], self._first_chunks[at]
+            mixed = _MIXED | at << _INDEX_BITS
+            for places, counts, some in (
+                (range(mixed, mixed + len(index.mixed)), index.mixed.pages(), index.mixed.digests),
+                (_places_of(index.groups, first), index.groups.counts, index.groups.digests),
+            ):
+                whole, digests_of = _whole(places, counts, some)
+                self._group_places.extend(whole)
+                digests.append(digests_of)
+        groups = b"".join(digests)
+        self._groups, self._group_keys = sort_digests(groups), keys_of(groups)
 
     def _sort_pages(self) -> None:
         """Number the pages, those of the largest tables first, and have their digests be found."""
@@ -210,14 +201,14 @@ class KnownChunks:
         parts = [*tabled, sort_digests(others)] if others else tabled
         self._pages = parts[0] if len(parts) == 1 else SeveralDigests(parts, map(len, tabled))
 
-    def _chunks_by_place(self) -> dict[tuple[bytes, int], int]:
-        """The known chunks by the pack that each is in, and its offset there."""
-        found: dict[tuple[bytes, int], int] = {}
+    def _place_chunks(self) -> None:
+        """Have chunks be found by where they are: one number, of the pack and the offset in it."""
+        packs: dict[bytes, int] = {}
         for first, index in zip(self._first_chunks, self._indexes, strict=True):
-            packs = map(index.packs.__getitem__, index.chunks.packs)
-            places = zip(packs, index.chunks.offsets, strict=True)
-            found.update(zip(places, range(first, first + len(index.chunks)), strict=True))
-        return found
+            here = [packs.setdefault(pack, len(packs) << _OFFSET_BITS) for pack in index.packs]
+            places = map(add, map(here.__getitem__, index.chunks.packs), index.chunks.offsets)
+            self.chunk_at.update(zip(places, range(first, first + len(index.chunks)), strict=True))
+            self._pack_places.append(here)
 
     def group_keys(self) -> bytes:
         """The first 8 bytes of the digest of each known whole group, one after another."""
@@ -233,36 +224,16 @@ class KnownChunks:
         end = self._first_pages[owner] if owner < len(self._first_pages) else self._page_count
         return self._memory_chunks[owner - 1], self._first_pages[owner - 1], end
 
-    def find_groups(self, digests: Sequence[bytes]) -> list[tuple[int, int] | list[Stretch] | None]:
-        """For each digest of a group where it is, or None: the known chunk and the page at which it begins,
-        or all the chunks that it consists of."""
-        return [
-            None
-            if place is None
-            else self.mixed_group(place)
-            if place & _MIXED
-            else (place >> _PAGE_BITS, place & _LAST_PAGE)
-            for place in self.find_group_places(digests)
-        ]
-
-    def find_group_places(self, digests: Sequence[bytes]) -> list[int | None]:
+    def find_groups(self, digests: Sequence[bytes]) -> list[int | None]:
         """For each digest of a group its place, see _MIXED, or None."""
         places = self._group_places
         return [None if row is None else places[row] for row in self._groups.find(digests)]
 
-    def mixed_group(self, place: int) -> list[Stretch] | None:
-        """What a group consists of whose place has _MIXED set; None where not all of it is known here."""
-        at, number = self._mixed[place & ~_MIXED]
-        index, found = self._indexes[at], list[Stretch]()
-        for pack, offset, page, pages in index.mixed.parts(number):
-            if pack == NO_PACK:
-                found.append((None, page, pages))
-                continue
-            chunk = self._chunk_at.get((index.packs[pack], offset))
-            if chunk is None or self._raw[chunk] < (page + pages) * PAGE:
-                return None
-            found.append((chunk, page, pages))
-        return found
+    def mixed_group(self, place: int) -> tuple[list[int], Iterator[MixedFields]]:
+        """The parts of a group whose place has _MIXED set, and what makes a place of a chunk, see `chunk_at`,
+        of an offset in one of the packs that they name by number."""
+        at, number = divmod(place & ~_MIXED, 1 << _INDEX_BITS)
+        return self._pack_places[at], self._indexes[at].mixed.parts(number)
 
 
 class KnownPagesOf:
@@ -271,7 +242,8 @@ class KnownPagesOf:
     def __init__(self, known: KnownChunks, adopt: Callable[[int], int]) -> None:
         self._known = known
         self._adopt = adopt
-        self._numbers: dict[int, int] = {}
+        self._firsts = [NOWHERE] * len(known)
+        """The place here of the first page of each known chunk that was adopted."""
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
         """See memory.classify.KnownPages."""
@@ -283,43 +255,64 @@ class KnownPagesOf:
                 continue
             if not first <= page < end:  # most pages are of the chunk of the one before
                 chunk, first, end = self._known.chunk_of(page)
-                place = self._place(chunk, 0)
+                place = self._first(chunk)
             places.append(place + page - first)
         return places
 
     def find_groups(self, digests: Sequence[bytes]) -> list[Sequence[int] | None]:
         """See memory.classify.KnownPages."""
         found: list[Sequence[int] | None] = []
-        number_of, add = self._numbers.get, found.append
-        for place in self._known.find_group_places(digests):  # thousands a second: little is called here
+        firsts, add = self._firsts, found.append
+        for place in self._known.find_groups(digests):  # thousands a second: little is called here
             if place is None:
                 add(None)
             elif place & _MIXED:
-                add(self._places_of(self._known.mixed_group(place)))
+                add(self._places_of(place))
             else:
                 chunk, page = place >> _PAGE_BITS, place & _LAST_PAGE
-                number = number_of(chunk)
-                first = place_in(number, page) if number is not None else self._place(chunk, page)
-                add(range(first, first + GROUP_PAGES))
+                first = firsts[chunk] if firsts[chunk] != NOWHERE else self._first(chunk)
+                add(range(first + page, first + page + GROUP_PAGES))
         return found
 
-    def _places_of(self, stretches: Sequence[Stretch] | None) -> Sequence[int] | None:
-        if stretches is None:
-            return None
+    def _places_of(self, mixed: int) -> Sequence[int] | None:
+        """The places of the pages of a mixed group; None where not all of it is known here."""
         places: list[int] = []
-        for chunk, page, pages in stretches:
-            if chunk is None:
+        packs, parts = self._known.mixed_group(mixed)
+        chunk_at, raw, firsts = self._known.chunk_at.get, self._known.raw, self._firsts
+        for pack, offset, page, pages in parts:  # a hundred thousand a second
+            if pack == NO_PACK:
                 places += [ZERO] * pages
+                continue
+            chunk = chunk_at(packs[pack] + offset)
+            if chunk is None or raw[chunk] < (page + pages) * PAGE:
+                return None
+            first = (firsts[chunk] if firsts[chunk] != NOWHERE else self._first(chunk)) + page
+            if pages == 1:
+                places.append(first)
             else:
-                first = self._place(chunk, page)
                 places += range(first, first + pages)
         return places
 
-    def _place(self, known: int, page: int) -> int:
-        number = self._numbers.get(known)
-        if number is None:
-            number = self._numbers[known] = self._adopt(known)
-        return place_in(number, page)
+    def _first(self, chunk: int) -> int:
+        """The place here of the first page of a known chunk, which is adopted."""
+        if self._firsts[chunk] == NOWHERE:
+            self._firsts[chunk] = place_in(self._adopt(chunk), 0)
+        return self._firsts[chunk]
+
+
+def _places_of(groups: Groups, first: int) -> list[int]:
+    """The places of groups in chunks that are known by their number here and `first`."""
+    return [
+        first + chunk << _PAGE_BITS | page for chunk, page in zip(groups.chunks, groups.pages, strict=True)
+    ]
+
+
+def _whole(places: Sequence[int], counts: Sequence[int], digests: bytes) -> tuple[Sequence[int], bytes]:
+    """Those of some groups that have as many pages as are looked for together: crcli's all do."""
+    if counts.count(GROUP_PAGES) == len(counts):
+        return places, digests
+    whole = [at for at, count in enumerate(counts) if count == GROUP_PAGES]
+    return [places[at] for at in whole], b"".join(digests[at * DIGEST : (at + 1) * DIGEST] for at in whole)
 
 
 def load_known(

@@ -11,7 +11,6 @@ import os
 import threading
 from array import array
 from collections import Counter
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -31,14 +30,13 @@ from crcli.image.tables import (
     write_mixed,
     write_packs,
 )
-from crcli.memory.classify import GROUP_PAGES, ZERO, Location
+from crcli.memory.classify import GROUP_PAGES, ZERO, Location, stretches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from crcli.image.index import KnownChunks
-    from crcli.memory.classify import Part
     from crcli.memory.weights.references import Reference
     from crcli.store.base import Buffer, ObjectWriter, Store
 
@@ -93,7 +91,8 @@ class PackWriter:
         self._chunks: list[Chunk] = []
         self._new: list[int] = []
         self._groups = bytearray()
-        self._mixed: dict[bytes, array[int]] = {}
+        self._mixed: dict[bytes, None] = {}
+        self._mixed_places = array("q")
         self._references: list[Reference] = []
         self._reference_numbers: dict[Reference, int] = {}
         self._adopted: dict[int, int] = {}
@@ -186,9 +185,13 @@ class PackWriter:
         raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self._append(number, raw, page_digests, group_digests, is_memory=True, hurry=hurry)
 
-    def note_mixed(self, digest: bytes, parts: Sequence[Part]) -> None:
-        """Note a group whose pages come from several places; see memory.classify.ChunkSink."""
-        self._mixed[digest] = array("q", chain.from_iterable(parts))
+    def note_mixed(self, groups: Iterable[tuple[bytes, Sequence[int]]]) -> None:
+        """Note groups whose pages come from several places; see memory.classify.ChunkSink."""
+        with self._lock:
+            for digest, places in groups:
+                if digest not in self._mixed:
+                    self._mixed[digest] = None
+                    self._mixed_places.extend(places)
 
     def add_blob(self, raw: Buffer) -> int:
         """Store one chunk that is not memory, unless the store has it; give its number."""
@@ -259,14 +262,15 @@ class PackWriter:
     def _mixed_groups(self) -> Iterator[tuple[bytes, list[MixedFields]]]:
         """The mixed groups as others can read them: chunks are named by where they are."""
         chunks = self._chunks
-        for digest, flat in self._mixed.items():
+        for number, digest in enumerate(self._mixed):
+            places = self._mixed_places[number * GROUP_PAGES : (number + 1) * GROUP_PAGES]
             parts: list[MixedFields] = []
-            for place, pages in zip(flat[::2], flat[1::2], strict=True):
-                if place == ZERO:
-                    parts.append((NO_PACK, 0, 0, pages))
+            for begin, end in stretches(places):
+                if places[begin] == ZERO:
+                    parts.append((NO_PACK, 0, 0, end - begin))
                 else:
-                    number, page = Location.of(place)
-                    parts.append((chunks[number].pack, chunks[number].offset, page, pages))
+                    chunk, page = Location.of(places[begin])
+                    parts.append((chunks[chunk].pack, chunks[chunk].offset, page, end - begin))
             yield digest, parts
 
     def _see_packs(self) -> None:

@@ -75,13 +75,6 @@ def place_in(chunk: int, page: int) -> int:
     return chunk << _CHUNK_SHIFT | page
 
 
-class Part(NamedTuple):
-    """Pages of a group that follow one another in a chunk from `place` on, or zero pages."""
-
-    place: int
-    pages: int
-
-
 class KnownPages(Protocol):
     """What the store has already. Called from several threads."""
 
@@ -117,8 +110,8 @@ class ChunkSink(Protocol):
         """
         ...
 
-    def note_mixed(self, digest: bytes, parts: Sequence[Part]) -> None:
-        """Note a group that consists of these parts, so that a later dump finds it by this digest."""
+    def note_mixed(self, groups: Iterable[tuple[bytes, Sequence[int]]]) -> None:
+        """Note groups whose pages have these places, so that a later dump finds each by its digest."""
         ...
 
     def refer(self, reference: Reference) -> int:
@@ -146,9 +139,9 @@ class MemoryCounts(Struct, frozen=True):
 
 
 class Classified(NamedTuple):
-    """What became of a block: its extents, the counts, and the files of weights that were found in it."""
+    """What became of a block: the extents of each run, the counts, the files of weights that were found."""
 
-    extents: list[tuple[SpaceKey, Extent]]
+    extents: list[tuple[SpaceKey, list[Extent]]]
     counts: MemoryCounts
     files: frozenset[int]
 
@@ -252,9 +245,9 @@ class Classifier:
                 [groups[head] for head in chunk.groups],
                 hurry=hurry,
             )
-        for head in set(groups).difference(*(chunk.groups for chunk in chunks)):
-            self._sink.note_mixed(groups[head], _parts(places[head : head + GROUP_PAGES]))
-        extents = [(run.space, extent) for run in runs for extent in _extents(run, places)]
+        mixed = set(groups).difference(*(chunk.groups for chunk in chunks))
+        self._sink.note_mixed((groups[head], places[head : head + GROUP_PAGES]) for head in mixed)
+        extents = [(run.space, _extents(run, places)) for run in runs]
         counts = _count(places, sum(len(chunk.pages) for chunk in chunks), bool(files))
         return Classified(extents, counts, frozenset(files))
 
@@ -267,12 +260,12 @@ class Classifier:
         if len(seen.found) == 1 and seen.found[0].pages == pages:
             (found,) = seen.found
             place = _WEIGHTS | self._refer(found) << _CHUNK_SHIFT
-            extents = [(run.space, _extent(run, run.at, run.at + run.pages, place + run.at)) for run in runs]
+            extents = [(run.space, [_extent(run.start, run.pages, place + run.at, run.lazy)]) for run in runs]
             counts = MemoryCounts(total=pages * PAGE, weights=pages * PAGE)
             return Classified(extents, counts, frozenset(piece.file for piece in found.pieces))
         zeros = [digest == ZERO_GROUP_DIGEST for digest in seen.digests.values()]
         if len(zeros) * GROUP_PAGES == pages and all(zeros):
-            extents = [(run.space, _extent(run, run.at, run.at + run.pages, ZERO)) for run in runs]
+            extents = [(run.space, [_extent(run.start, run.pages, ZERO, run.lazy)]) for run in runs]
             return Classified(extents, MemoryCounts(total=pages * PAGE, zero=pages * PAGE), frozenset())
         return None
 
@@ -418,31 +411,33 @@ def heads_of(runs: Sequence[Run]) -> list[int]:
     return _divide(runs, None)[0]
 
 
-def _stretches(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+def stretches(places: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Where, in these places, each stretch of pages that follow one another begins and ends."""
     steps = enumerate(map(sub, places[1:], places), 1)
     ends = [at for at, step in steps if step != 1 and (step or places[at] != ZERO)]
     return zip([0, *ends], [*ends, len(places)], strict=True)
 
 
-def _parts(places: Sequence[int]) -> list[Part]:
-    """The parts that a group with these places consists of."""
-    return [Part(places[begin], end - begin) for begin, end in _stretches(places)]
-
-
 def _extents(run: Run, places: list[int]) -> list[Extent]:
     """One run's pages as extents, neighbours of one source joined."""
-    own = places[run.at : run.at + run.pages]
-    return [_extent(run, run.at + begin, run.at + end, own[begin]) for begin, end in _stretches(own)]
+    own, start, lazy = places[run.at : run.at + run.pages], run.start, run.lazy
+    new, chunk, last = tuple.__new__, Source.CHUNK, (1 << _CHUNK_SHIFT) - 1
+    return [
+        # Of a tree that was dumped often there are tens of thousands, hardly any of another source: the
+        # constructor of a named tuple takes three times as long.
+        new(Extent, (start + begin, end - begin, chunk, place >> _CHUNK_SHIFT, place & last, lazy))
+        if 0 <= (place := own[begin]) < _WEIGHTS
+        else _extent(start + begin, end - begin, place, lazy)
+        for begin, end in stretches(own)
+    ]
 
 
-def _extent(run: Run, begin: int, end: int, place: int) -> Extent:
-    start = run.start + begin - run.at
+def _extent(start: int, pages: int, place: int, lazy: bool) -> Extent:
     if place == ZERO:
-        return Extent(start, end - begin, Source.ZERO, 0, 0, run.lazy)
+        return Extent(start, pages, Source.ZERO, 0, 0, lazy)
     source = Source.WEIGHTS if place & _WEIGHTS else Source.CHUNK
     number, page = divmod(place & ~_WEIGHTS, 1 << _CHUNK_SHIFT)
-    return Extent(start, end - begin, source, number, page, run.lazy)
+    return Extent(start, pages, source, number, page, lazy)
 
 
 def _count(places: Sequence[int], new: int, with_weights: bool) -> MemoryCounts:

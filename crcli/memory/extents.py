@@ -7,7 +7,10 @@ shared-memory object; CRIU names both by number, and so do we.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PAGE = 4096
 ZERO_PAGE = bytes(PAGE)
@@ -67,20 +70,29 @@ class Origin(NamedTuple):
 def coalesce(extents: list[Extent]) -> list[Extent]:
     """Sort by address and join neighbours that continue one another."""
     extents.sort()
+    return join([extent] for extent in extents)
+
+
+def join(runs: Iterable[list[Extent]]) -> list[Extent]:
+    """The extents of runs that ascend, as those of each do; the last of one and the first of the next are
+    joined where they continue one another, as those of a run are already."""
     joined: list[Extent] = []
-    for extent in extents:
-        last = joined[-1] if joined else None
-        if (
-            last is not None
-            and last.end == extent.start
-            and last.source == extent.source
-            and last.lazy == extent.lazy
-            and (
-                extent.source == Source.ZERO
-                or (last.chunk == extent.chunk and last.offset + last.pages == extent.offset)
-            )
-        ):
-            joined[-1] = last._replace(pages=last.pages + extent.pages)
+    for run in runs:
+        if joined and _continues(joined[-1], run[0]):
+            joined[-1] = joined[-1]._replace(pages=joined[-1].pages + run[0].pages)
+            joined += run[1:]
         else:
-            joined.append(extent)
+            joined += run
     return joined
+
+
+def _continues(last: Extent, extent: Extent) -> bool:
+    return (
+        last.end == extent.start
+        and last.source == extent.source
+        and last.lazy == extent.lazy
+        and (
+            extent.source == Source.ZERO
+            or (last.chunk == extent.chunk and last.offset + last.pages == extent.offset)
+        )
+    )

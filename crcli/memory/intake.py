@@ -32,7 +32,7 @@ from crcli.memory.classify import (
     MemoryCounts,
     Run,
 )
-from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, coalesce
+from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, join
 from crcli.memory.pagemap import PageRun
 from crcli.memory.replay import AMOUNT_EVERY_S
 from crcli.threads import Worker, start_workers
@@ -141,7 +141,7 @@ class Intake:
         self._spill_end = 0
         self._pipe: tuple[int, int] | None = None
         self._lock = threading.Lock()
-        self._spaces: dict[SpaceKey, list[Extent]] = {}
+        self._spaces: dict[SpaceKey, list[list[Extent]]] = {}
         self._counts = MemoryCounts()
         self._failure: BaseException | None = None
         self.kept: dict[SpaceKey, list[tuple[int, bytes]]] = {}
@@ -185,8 +185,7 @@ class Intake:
         self.flush()
         self.close()
         self._raise_failure()
-        spaces = {space: coalesce(extents) for space, extents in self._spaces.items()}
-        taken = Taken(spaces, self.inherited, self._counts)
+        taken = Taken(self._joined(), self.inherited, self._counts)
         self._kept_before, self.kept = self.kept, {}
         self._spaces, self.inherited, self._counts = {}, {}, MemoryCounts()
         self._kept_pages = self._received = 0
@@ -290,7 +289,11 @@ class Intake:
         self._raise_failure()
         self._believe_or_store()
         self.close()
-        return {space: coalesce(extents) for space, extents in self._spaces.items()}, self._counts
+        return self._joined(), self._counts
+
+    def _joined(self) -> dict[SpaceKey, list[Extent]]:
+        """Every space's extents: those of each run ascend, and no page was in two."""
+        return {space: join(sorted(runs)) for space, runs in self._spaces.items()}
 
     def _believe_or_store(self) -> None:
         """Take what was found in files that are still as they were; store what was found in others."""
@@ -489,8 +492,8 @@ class Intake:
     def _accept(self, found: Classified) -> None:
         with self._lock:
             self._counts += found.counts
-            for space, extent in found.extents:
-                self._spaces.setdefault(space, []).append(extent)
+            for space, extents in found.extents:
+                self._spaces.setdefault(space, []).append(extents)
 
 
 def _within(kept: list[tuple[int, bytes]], run: PageRun) -> Iterator[tuple[int, bytes]]:

@@ -257,23 +257,28 @@ class CountingKnown(KnownPagesOf):
 
 
 def taken(store: FileStore, memory: Sequence[bytes]) -> tuple[Classified, int]:
-    """Take this memory into the store, as one process's from page 0 on, and see that it can be had again.
+    """Put an image of this memory into the store, as one process's from page 0 on, and see that it can be
+    had again.
 
     Returns what was made of it, and how many single pages were looked for.
     """
     store.warm(for_writing=True)
-    known = load_known(store, "agent")
-    writer = PackWriter(store, new_image_id(), known)
+    known = load_known(store, "agent", wanted=len(memory), is_same=lambda head: True)
+    image_id = new_image_id(known.newest_image)
+    writer = PackWriter(store, image_id, known)
     try:
         pages_of = CountingKnown(known, writer.adopt)
         space = SpaceKey(SpaceKind.PROCESS, 1)
         classifier = Classifier(pages_of, writer)
         found = classifier.classify(bytearray(b"".join(memory)), [Run(space, 0, len(memory), True, 0)])
+        spaces, meta = dict(found.extents), {"indexes": writer.indexes()}
+        made = manifest.Manifest("agent", image_id, writer.packs, writer.chunks, spaces, [], [], meta)
         writer.seal()
+        manifest.publish(store, made)
     finally:
         writer.close()
     reader = ChunkReader(store, writer.packs, writer.chunks)
-    for _, extent in found.extents:
+    for extent in (extent for _, extents in found.extents for extent in extents):
         raw = bytes(extent.pages * PAGE)
         if extent.source == Source.CHUNK:
             ((_, chunk),) = reader.read([extent.chunk])
@@ -309,6 +314,23 @@ def test_a_group_whose_chunks_are_not_known_is_looked_for_page_by_page(store: Fi
     store.delete(first.key)
     found, asked_for = taken(store, memory)
     assert (found.counts.new, found.counts.reused, asked_for) == (15 * PAGE, PAGE, GROUP_PAGES)
+
+
+def test_of_what_was_noted_twice_the_later_counts(store: FileStore) -> None:
+    """Of one group two dumps noted of which chunks it consists, and the first dump brought in more, so that
+    its index is read first: it names a chunk of which nobody knows any more."""
+    memory = pages(1, 3 * GROUP_PAGES)
+    taken(store, memory)
+    memory[0] = pages(2, 1)[0]
+    taken(store, memory)
+    second = max(info.key for info in store.list("indexes/") if info.key.endswith(".index"))
+    memory[1], memory[GROUP_PAGES : GROUP_PAGES + 8] = pages(3, 1)[0], pages(4, 8)
+    taken(store, memory)
+    store.delete(second)
+    found, asked_for = taken(store, memory)
+    assert (found.counts.new, asked_for) == (PAGE, GROUP_PAGES)
+    found, asked_for = taken(store, memory)
+    assert (found.counts.new, asked_for) == (0, 0)
 
 
 def test_the_keys_of_all_known_groups(store: FileStore) -> None:

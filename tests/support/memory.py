@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from blake3 import blake3
 
 from crcli.kernel import punch_hole
-from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, Part, place_in
+from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
 from crcli.memory.weights.references import Reference
 from crcli.store.base import Buffer
@@ -43,7 +43,7 @@ class KeepingSink:
     chunks: dict[int, bytes] = field(default_factory=dict)
     page_digests: dict[int, list[bytes]] = field(default_factory=dict)
     group_digests: dict[int, list[bytes]] = field(default_factory=dict)
-    mixed: dict[bytes, Sequence[Part]] = field(default_factory=dict)
+    mixed: dict[bytes, Sequence[int]] = field(default_factory=dict)
     references: list[Reference] = field(default_factory=list)
     reserved: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -73,11 +73,12 @@ class KeepingSink:
             self.page_digests[number] = list(page_digests)
             self.group_digests[number] = list(group_digests)
 
-    def note_mixed(self, digest: bytes, parts: Sequence[Part]) -> None:
+    def note_mixed(self, groups: Iterable[tuple[bytes, Sequence[int]]]) -> None:
         """See ChunkSink."""
-        assert sum(part.pages for part in parts) == GROUP_PAGES
-        with self._lock:
-            self.mixed[digest] = parts
+        for digest, places in groups:
+            assert len(places) == GROUP_PAGES
+            with self._lock:
+                self.mixed[digest] = places
 
     def refer(self, reference: Reference) -> int:
         """See ChunkSink."""
@@ -108,13 +109,9 @@ class KnownFrom:
         ]
 
     def _mixed(self, digest: bytes) -> list[int] | None:
-        if (parts := self.sink.mixed.get(digest)) is None:
+        if (places := self.sink.mixed.get(digest)) is None:
             return None
-        return [
-            ZERO if part.place == ZERO else place_in(self.first, 0) + part.place + number
-            for part in parts
-            for number in range(part.pages)
-        ]
+        return [ZERO if place == ZERO else place_in(self.first, 0) + place for place in places]
 
     def _found(
         self, digests: Sequence[bytes], table: Mapping[int, list[bytes]], step: int
