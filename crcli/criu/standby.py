@@ -78,6 +78,7 @@ class Standby:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._report: AfterDeath | None = None
         self._listener: threading.Thread | None = None
+        self._watching = threading.Event()
         self._poked = threading.Event()
         self._pid = kernel.quiet_fork()
         if self._pid == 0:
@@ -87,13 +88,19 @@ class Standby:
     def watch(self, criu: int, on_death: Callable[[], None], *, kills: bool = False) -> None:
         """Begin to watch the CRIU with this pid; call `on_death` (in another thread) should it be killed.
 
-        `kills` says whether it is to kill the tree: then it takes what is unread in terminals.
+        The tree is not to be touched before `wait_until_watching` has returned. `kills` says whether CRIU is
+        to kill the tree: then it takes what is unread in terminals.
         """
         self._send({"criu": criu, "kills": kills})
         arguments = (bytearray(_MESSAGE_LIMIT), on_death)  # the thread needs no memory that it might not get
         listener = threading.Thread(target=self._listen, args=arguments, name="standby", daemon=True)
         listener.start()
         self._listener = listener
+
+    def wait_until_watching(self) -> None:
+        """Return once CRIU may touch the tree: its death would be seen. Or nobody watches (it was killed, or
+        may trace nobody), and CRIU works as well."""
+        self._watching.wait()
 
     def settle(self, outcome: str, members: Iterable[ProcessId], keep_lock: bool) -> None:
         """Tell what is to become of the tree, right before CRIU is told so: the image is durable.
@@ -160,6 +167,9 @@ class Standby:
     def _listen(self, text: bytearray, on_death: Callable[[], None]) -> None:
         while size := self._control.recv_into(text):
             told = json.loads(text[:size])
+            if "watching" in told:
+                self._watching.set()
+                continue
             if "poked" in told:
                 self._poked.set()
                 continue
@@ -167,6 +177,7 @@ class Standby:
             self._report = AfterDeath(told["finished"], held, lost)
             self._poked.set()
             on_death()
+        self._watching.set()
         self._poked.set()
 
 
@@ -217,6 +228,7 @@ class _Watch:
         for pid in (os.getpid(), criu):
             kernel.go_first(pid)
         kernel.trace_exit(criu)
+        self._say({"watching": criu})
         report = None
         stop = kernel.wait_for_stop(criu)
         while stop is not None:
@@ -240,7 +252,13 @@ class _Watch:
             self.recalled.give_back()
             report["lost"] = [pair for pair in report["held"] if pair[0] in self.recalled.lost]
         if report is not None:
-            self.control.send(json.dumps(report).encode())
+            self._say(report)
+
+    def _say(self, word: dict[str, Any]) -> None:
+        try:
+            self.control.send(json.dumps(word).encode())
+        except OSError:
+            pass  # crcli was killed: there is all the more to watch over
 
     def _poke(self, criu: int) -> Stop | None:
         """Have CRIU, which has stopped for us, change the registers; return a stop on its way out, if any."""
@@ -265,7 +283,7 @@ class _Watch:
             return stop
         except OSError:
             pass  # those threads see their call interrupted
-        self.control.send(json.dumps({"poked": len(pokes)}).encode())
+        self._say({"poked": len(pokes)})
         return None
 
     def _hear(self) -> None:

@@ -794,6 +794,7 @@ class _Dump:
             self.overflow.measure_again()  # others take memory too; that of GPUs lies in the host's by now
             with self.watch.phase("turn"):
                 self.shared.take_turn()
+            self.standby.wait_until_watching()
             self._check_identity()
             if self.options.outcome != Outcome.KILLED:
                 self.waited_ms = waited_ms(process.pid for process in self.tree)

@@ -21,6 +21,7 @@ import pytest
 
 from crcli import kernel
 from crcli.criu import netlock
+from crcli.process.tree import child_pids
 from tests.support.crcli import COMMAND_LIMIT_SECONDS, wait_until
 from tests.support.faults import Attempt, Looks, Victim, end_marked, network_of_our_own, victim
 from tests.support.programs import Program, spawn_python
@@ -242,6 +243,28 @@ def test_everything_killed_at_once_loses_nothing(tree: Victim, tmp_path: Path) -
     attempt.send(signal.SIGKILL)
     os.kill(criu, signal.SIGKILL)
     dumps.assert_nothing_lost(attempt)
+
+
+def test_a_tree_is_not_touched_before_somebody_stands_by(tree: Victim, tmp_path: Path) -> None:
+    """A standby that gets no processor for a while: the tree runs until it does, whoever is killed then."""
+    dumps = Dumps(tree, tmp_path)
+    for ending in (Attempt.kill_criu, lambda attempt: None):
+        attempt = dumps.begin()
+        attempt.wait_for(lambda attempt=attempt: standby_of(attempt))
+        standby = standby_of(attempt)
+        os.kill(standby, signal.SIGSTOP)
+        attempt.wait_for(attempt.criu)
+        time.sleep(1)
+        assert tree.state() in ("S", "R"), "the tree was touched, and nobody stood by"
+        ending(attempt)
+        os.kill(standby, signal.SIGCONT)
+        dumps.assert_nothing_lost(attempt)
+    assert attempt.code == 0, attempt.describe()
+
+
+def standby_of(attempt: Attempt) -> int:
+    """The pid of the command's standby, the only child with a session of its own; 0 when there is none."""
+    return next((pid for pid in child_pids(attempt.pid) if os.getsid(pid) == pid), 0)
 
 
 @pytest.mark.parametrize("outcome", ["--leave-running", "--leave-stopped"])
