@@ -176,16 +176,21 @@ class Lease:
     def release(self) -> None:
         """Stop renewing, and let the next claimer have the name at once. The job must not run any more.
 
-        A store that does not answer is not waited for longer than others would wait anyway.
+        A store that does not answer is not waited for much longer than others would wait anyway.
         """
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._in_flight == 0, self._ttl_s / RENEWALS)
+        self._wait_for_attempts()
         if not self._is_lost:
             letting_go = threading.Thread(target=self._let_go, name="lease-release", daemon=True)
             letting_go.start()
             letting_go.join(self._ttl_s)
+            self._wait_for_attempts()  # what came after our last word takes it back: each says it once more
+
+    def _wait_for_attempts(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._in_flight == 0, self._ttl_s / RENEWALS)
 
     # The number is ours, or another's.
 
@@ -243,7 +248,7 @@ class Lease:
 
     def _start(self, work: Callable[[], None]) -> None:
         with self._changed:
-            if self._in_flight >= _IN_FLIGHT:
+            if self._is_over or self._in_flight >= _IN_FLIGHT:
                 return
             self._in_flight += 1
         threading.Thread(target=self._do, args=(work,), name="lease-renewal", daemon=True).start()
@@ -259,6 +264,13 @@ class Lease:
                 self._changed.notify_all()
 
     def _attempt(self) -> None:
+        try:
+            self._renew_or_claim()
+        finally:
+            if self._is_over and not self._is_lost:
+                self._let_go()
+
+    def _renew_or_claim(self) -> None:
         state = self.state
         if state == LeaseState.HELD:
             self._renew()
@@ -288,10 +300,16 @@ class Lease:
         if not self._is_ours(number) or self._is_superseded(number):
             self._lose()
             return
-        while (later := read_claim(self._store, self.name, number + 1)) is not None and self._wrote(later):
-            number += 1  # created by us in an attempt of which we have heard nothing
-        if later is None:
+        number = self._last_of_ours()
+        if read_claim(self._store, self.name, number + 1) is None:
             self._create(number + 1)
+
+    def _last_of_ours(self) -> int:
+        """The number, or a later one: created by us in an attempt that we took for failed."""
+        number = self.number
+        while (later := read_claim(self._store, self.name, number + 1)) is not None and self._wrote(later):
+            number += 1
+        return number
 
     def _is_ours(self, number: int) -> bool:
         found = read_claim(self._store, self.name, number)
@@ -315,8 +333,9 @@ class Lease:
 
     def _let_go(self) -> None:
         try:
-            if self._is_ours(self.number):
-                self._store.put(lease_key(self.name, self.number), self._text(released=True))
+            number = self._last_of_ours()
+            if self._is_ours(number):
+                self._store.put(lease_key(self.name, number), self._text(released=True))
         except StoreError:
             pass  # it lapses by itself
 

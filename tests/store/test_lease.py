@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,9 @@ SOON_S = 60.0
 SETTLE_S = 1.0
 QUICK, SLOW = 2.0, 6.0
 """How long leases are good for in tests that wait for their end (seconds): in folders, in all others."""
+
+LONG = 600.0
+"""How long they are good for where nobody waits for that: no disk is so slow that they lapse."""
 
 two_stores = pytest.mark.parametrize("place", ["file", "moto"], indirect=True)
 some_stores = pytest.mark.parametrize("place", ["file", "moto", "swift"], indirect=True)
@@ -242,7 +245,7 @@ def test_claim_release_claim(store: Store) -> None:
 @some_stores
 def test_a_living_holder_is_not_followed(store: Store, holder: Callable[..., Holder]) -> None:
     """A claim is refused (exit 23) once the holder is seen to live, and says who that is."""
-    other = holder(ttl_s=8, here=True)
+    other = holder(ttl_s=LONG, here=True)
     number = other.claims()
     with pytest.raises(NameClaimed, match="job is claimed by a test on") as caught:
         Lease.claim(store, "job", "another")
@@ -282,7 +285,7 @@ def test_a_holder_that_was_killed_is_followed(
 @some_stores
 def test_a_holder_that_ended_here_is_followed_at_once(store: Store, holder: Callable[..., Holder]) -> None:
     """Nobody waits for a process of this host that is seen to have ended, however long its lease."""
-    other = holder(ttl_s=600, here=True)
+    other = holder(ttl_s=LONG, here=True)
     number = other.claims()
     other.end()
     assert claimed_by(store, "job") is None
@@ -313,7 +316,7 @@ def test_a_job_that_outlives_its_holder_keeps_the_name(
 @some_stores
 def test_waiting_for_a_name(store: Store, holder: Callable[..., Holder]) -> None:
     """With a time to wait, a claimer gets the name when its living holder lets go."""
-    other = holder(ttl_s=8, here=True)
+    other = holder(ttl_s=LONG, here=True)
     number = other.claims()
     threading.Timer(0.5, lambda: other.release()).start()
     assert Lease.claim(store, "job", "another", wait_s=SOON_S).number > number
@@ -406,6 +409,39 @@ def test_a_renewal_that_takes_too_long_does_not_count(tmp_path: Path) -> None:
     before = lease.good_until
     lease._renew()
     assert (lease.good_until, lease.state) == (before, LeaseState.LAPSED)
+
+
+@pytest.mark.parametrize("has_lapsed", [False, True], ids=["renewal", "claim"])
+def test_what_was_under_way_does_not_take_a_release_back(tmp_path: Path, has_lapsed: bool) -> None:
+    """The name is free once it was let go, though a slow store writes an earlier renewal after that, or a
+    claim that is too late to count."""
+    inner = open_store(f"file://{tmp_path}/store")
+    is_held_up, goes_on = threading.Event(), threading.Event()
+
+    @contextmanager
+    def around(what: str) -> Iterator[None]:
+        is_first = what.startswith("put") and threading.current_thread().name == "lease-renewal"
+        if is_first and not is_held_up.is_set():
+            is_held_up.set()
+            assert goes_on.wait(SOON_S)
+        yield
+
+    lease = Lease.claim(WatchedStore(inner, around), "job", "a test", ttl_s=1)
+    if has_lapsed:
+        lease.good_until = 0.0
+    lease.keep(lambda state: None)
+    assert is_held_up.wait(SOON_S)
+    releasing = threading.Thread(target=lease.release)
+    releasing.start()
+    wait_for(lambda: (found := newest_claim(inner, "job")) is not None and found.is_released)
+    if has_lapsed:
+        time.sleep(1)
+    goes_on.set()
+    releasing.join(SOON_S)
+    wait_for(lambda: lease._in_flight == 0)
+    found = newest_claim(inner, "job")
+    assert found is not None and found.is_released
+    assert found.number == (2 if has_lapsed else 1)
 
 
 def test_a_lapsed_holder_and_a_claimer_cannot_both_go_on(

@@ -96,6 +96,10 @@ class Journalled(Lease):
 
     journal = -1
 
+    def __init__(self, *arguments: Any) -> None:
+        self._given_up: set[int] = set()
+        super().__init__(*arguments)
+
     @property
     def good_until(self) -> float:
         """As it was set."""
@@ -108,7 +112,9 @@ class Journalled(Lease):
             self._note(good_until=value)
 
     def _let_go(self) -> None:
-        self._note(released=True)
+        if self.number not in self._given_up:  # said once more, it is over since it was said first
+            self._given_up.add(self.number)
+            self._note(released=True)
         super()._let_go()
 
     def _note(self, **what: Any) -> None:
