@@ -5,28 +5,27 @@ from __future__ import annotations
 import fcntl
 import socket
 import termios
-import threading
 import time
 from typing import TYPE_CHECKING
 
 from crcli.criu.page_server import receive_pages
+from crcli.threads import Worker
 
 if TYPE_CHECKING:
     from crcli.memory.intake import Intake
 
 
-class Receiver(threading.Thread):
+class Receiver(Worker):
     """Takes CRIU's pages into the intake."""
 
     def __init__(self, channel: socket.socket, intake: Intake) -> None:
-        super().__init__(name="pages", daemon=True)
+        super().__init__(self._take, name="pages")
         self._channel = channel
         self._intake = intake
         self._failure: BaseException | None = None
         self._moved_at = time.monotonic()
 
-    def run(self) -> None:
-        """What the thread does."""
+    def _take(self) -> None:
         try:
             receive_pages(self._channel, self._intake, self._moved)
         except BaseException as error:

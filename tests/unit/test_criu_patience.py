@@ -12,9 +12,10 @@ from typing import Any, cast
 
 import pytest
 
-from crcli.criu.rpc import CriuProcess, CriuTimeout, rpc
+from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.memory.extents import PAGE
 from crcli.memory.intake import Intake, receive_exactly
+from crcli.pipeline.interrupts import interruptible
 from crcli.pipeline.receiver import Receiver
 
 LIMIT_S = 0.5
@@ -101,6 +102,22 @@ def test_the_limit_begins_anew_with_each_page() -> None:
         sender.start()
         assert answered_after(3 * LIMIT_S, receiver.idle_since).success
         sender.join()
+
+
+def test_a_wait_that_is_cut_short_is_no_end() -> None:
+    """CRIU is killed while its last pages are waited for: the thread is known to take them still, and it has
+    ended before what it writes into is closed."""
+    intake = Slow()
+    with receiving(intake) as (receiver, criu):
+        criu.sendall(header(_ADD_PRESENT, 1, 0x10000) + bytes(PAGE))
+        killed = CriuDied("killed")
+        with interruptible() as interrupts, pytest.raises(CriuDied):
+            threading.Timer(0.1, interrupts.abort, [killed]).start()
+            receiver.join()
+        assert receiver.is_alive()
+        intake.may.set()
+        receiver.end()
+        assert intake.taken.is_set() and not receiver.is_alive()
 
 
 def test_a_criu_that_does_nothing_is_given_up() -> None:
