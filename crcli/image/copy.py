@@ -23,6 +23,7 @@ from crcli.image.names import (
     ImageRef,
     index_key,
     manifest_key,
+    merged_key,
     pack_key,
     pages_key,
     weights_key,
@@ -148,7 +149,8 @@ def _copy_weights(
 def _copy_index(source: Store, target: Store, image_id: str) -> int:
     """Copy what tells later dumps of the image's chunks, if it is there; return its size."""
     copied = 0
-    for key in (pages_key(image_id), index_key(image_id)):  # the index last: it vouches for the other
+    keys = (pages_key(image_id), index_key(image_id), merged_key(image_id))
+    for key in keys:  # an index after its pages: it vouches for them
         try:
             data = source.get(key)
         except NotFound:

@@ -14,6 +14,12 @@ chunk's pack is being removed. The order of steps rules that out:
 6. Manifests again: a dump that ended between 2 and 5 has published by now; what it refers to is spared.
 7. The rest is removed.
 
+Merged indexes stay although they tell of doomed packs, as long as an image names them: without them the next
+dump would store anew what they tell of. A dump believes what they tell of a pack only where a manifest
+refers to that pack too. It sees, once it has published, that this manifest is still there; or else that no
+collection is at work (see `may_miss`). In the one case step 6 found that manifest, or step 5 the dump; in the
+other the next collection finds the dump's own.
+
 Killed at any point it leaves a store in which every image is whole, and can be run again.
 """
 
@@ -29,12 +35,22 @@ from msgspec.structs import asdict
 
 from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.container import ContainerKind, unpack_container
-from crcli.image.names import IMAGES, INDEXES, PACKS, SESSIONS, WEIGHTS, image_at, pack_key
+from crcli.image.names import (
+    IMAGES,
+    INDEXES,
+    PACKS,
+    SESSIONS,
+    WEIGHTS,
+    image_at,
+    merged_key,
+    pack_key,
+)
+from crcli.image.peek import ManifestPeek, ids_in
 from crcli.image.session import Announcement, announced
 from crcli.image.tables import read_chunks, read_packs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from crcli.store.base import ObjectInfo, Store
 
@@ -105,6 +121,12 @@ def collect_garbage(store: Store, *, dry_run: bool = False, grace_s: float = GRA
     return report
 
 
+def may_miss(store: Store, manifests: Sequence[str], now: Callable[[], float]) -> bool:
+    """Whether one of these manifests is gone while a collection is at work that may not have read it. `now`
+    asks for the time by the store's clock."""
+    return bool(store.missing(manifests) and announced(store, COLLECTIONS, now())[0])
+
+
 def _check(ours: Collecting) -> None:
     """Raise StoreError when others may have taken us for dead: nothing more may be removed then."""
     if ours.lapsed:
@@ -131,6 +153,7 @@ class _Collection:
         self._check = check
         self._manifests: set[str] = set()
         self._referenced: set[str] = set()
+        self._merged: set[str] = set()
         self._packs: dict[str, ObjectInfo] = {}
         self._doomed: set[str] = set()
 
@@ -164,20 +187,25 @@ class _Collection:
 
     def _read_manifests(self) -> None:
         """Note what the manifests, and files of weights, that were not read yet refer to."""
-        listed = [info.key for prefix in (IMAGES, WEIGHTS) for info in self._store.list(prefix)]
-        new = [key for key in listed if key not in self._manifests]
+        listed = [info for prefix in (IMAGES, WEIGHTS) for info in self._store.list(prefix)]
+        new = [info for info in listed if info.key not in self._manifests]
         with ThreadPoolExecutor(_THREADS, "gc") as threads:
-            for packs in threads.map(self._packs_of, new):
-                self._referenced.update(packs)
-        self._manifests.update(new)
+            for packs, merged in threads.map(self._needs_of, new):
+                self._referenced.update(map(pack_key, packs))
+                self._merged.update(map(merged_key, merged))
+        self._manifests.update(info.key for info in new)
 
-    def _packs_of(self, manifest: str) -> list[str]:
+    def _needs_of(self, info: ObjectInfo) -> tuple[list[bytes], list[str]]:
+        """The packs that a manifest refers to, and the ids of the merged indexes that it names."""
+        manifest = info.key
         try:
-            kind = ContainerKind.WEIGHTS if manifest.startswith(WEIGHTS) else ContainerKind.MANIFEST
-            sections = unpack_container(self._store.get(manifest), kind, manifest)
-            return [pack_key(pack) for pack in read_packs(sections["PACK"], manifest)]
+            if manifest.startswith(WEIGHTS):
+                sections = unpack_container(self._store.get(manifest), ContainerKind.WEIGHTS, manifest)
+                return read_packs(sections["PACK"], manifest), []
+            peek = ManifestPeek(self._store, manifest, info.size)
+            return peek.packs(), ids_in(peek.head.get("merged"))
         except NotFound:
-            return []  # removed since it was listed
+            return [], []  # removed since it was listed
         except (ImageDamaged, KeyError) as error:
             is_image = image_at(manifest) is not None
             raise ImageDamaged(
@@ -230,10 +258,22 @@ class _Collection:
         self._report.sessions_removed = len(self._dead_sessions)
         if not self._report.deferred:
             self._remove(self._lone_digests(now))
+            self._remove(self._needless_merged(now))
         try:
             self._report.leftovers_removed = self._store.sweep(max(self._grace_s, _SWEEP_S))
         except StoreError as error:
             self._report.notes.append(f"unfinished uploads could not be looked for: {error.message}")
+
+    def _needless_merged(self, now: float) -> list[str]:
+        """Merged indexes that no image names. Those that one names tell of packs that it refers to: whoever
+        reads them asks for no others, so that what they tell of doomed packs harms nobody."""
+        return [
+            info.key
+            for info in self._store.list(INDEXES)
+            if info.key.endswith(".merged")
+            and info.key not in self._merged
+            and now - info.modified >= self._grace_s
+        ]
 
     def _lone_digests(self, now: float) -> list[str]:
         """Page digests whose index is not there: of a dump that was killed, or a collection that was."""

@@ -8,7 +8,6 @@ digest and then compared in full.
 
 from __future__ import annotations
 
-import json
 import time
 from array import array
 from bisect import bisect_right
@@ -20,15 +19,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound
-from crcli.image.container import ContainerKind, peek_section, unpack_container
+from crcli.image.container import ContainerKind, unpack_container
 from crcli.image.lookup import SeveralDigests, TabledDigests, keys_of, read_table, sort_digests
-from crcli.image.names import IMAGES, INDEXES, image_at, index_key, is_id, manifest_key, pack_key, pages_key
+from crcli.image.names import IMAGES, INDEXES, IndexRef, image_at, manifest_key, pack_key, pages_key
+from crcli.image.peek import ManifestPeek, ids_in
 from crcli.image.tables import NO_PACK, ChunkTable, Groups, MixedGroups, read_groups, read_packs
 from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
 from crcli.memory.extents import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Set
     from concurrent.futures import Future
 
     from crcli.image.lookup import Digests
@@ -69,7 +69,7 @@ _LISTED_AT_ONCE = 1000
 class Index(NamedTuple):
     """What one index tells: its tables, and the digests of its pages in the order of its chunks."""
 
-    id: str
+    ref: IndexRef
     packs: list[bytes]
     chunks: ChunkTable
     digests: bytes
@@ -82,6 +82,22 @@ class Index(NamedTuple):
     def used_packs(self) -> set[bytes]:
         """The packs that its chunks are in."""
         return {self.packs[number] for number in set(self.chunks.packs)}
+
+    def of_packs(self, packs: Set[bytes]) -> Index:
+        """What it tells of the chunks in these packs."""
+        if self.used_packs <= packs:
+            return self
+        records, kept = self.chunks.of_packs({at for at, pack in enumerate(self.packs) if pack in packs})
+        row = {number: at for at, number in enumerate(kept)}
+        ends = list(accumulate(self.pages(), initial=0))
+        digests = b"".join(self.digests[ends[at] * DIGEST : ends[at + 1] * DIGEST] for at in kept)
+        groups = self.groups.of_chunks(row)
+        return self._replace(
+            chunks=ChunkTable(records, len(self.packs), self.ref.key),
+            digests=digests,
+            groups=groups,
+            table=None,
+        )
 
     def pages(self) -> list[int]:
         """How many pages each chunk has: none, where it is not memory."""
@@ -111,6 +127,13 @@ class KnownChunks:
         self.chunk_at: dict[int, int] = {}
         """The known chunks by their places: see _OFFSET_BITS. Only where there are mixed groups."""
         self._pack_places: list[list[int]] = []  # of the packs of each index
+        self._page_digests: list[tuple[int, bytes]] = []  # by the number of the first page
+        self._group_digests = b""
+        self.found_mixed: set[int] = set()
+        """The places of the mixed groups that were found."""
+        self.vouched_by: list[str] = []
+        """The keys of the manifests that refer to the packs of which merged indexes told: who relies on that
+        sees in the end that they are still there, see crcli.image.gc."""
         self._pages: Digests = sort_digests(b"")
         self._groups: Digests = self._pages
         self._group_keys = b""
@@ -119,9 +142,17 @@ class KnownChunks:
         return len(self.raw)
 
     @property
-    def indexes(self) -> list[str]:
-        """The ids of the dumps whose indexes told of these chunks."""
-        return [index.id for index in self._indexes]
+    def told_by(self) -> list[str]:
+        """The keys of the indexes that told of these chunks."""
+        return [index.ref.key for index in self._indexes]
+
+    def chunks_of(self, refs: Iterable[IndexRef]) -> set[int]:
+        """The chunks that some indexes told of."""
+        wanted, found = set(refs), set[int]()
+        for first, index in zip(self._first_chunks, self._indexes, strict=True):
+            if index.ref in wanted:
+                found.update(range(first, first + len(index.chunks)))
+        return found
 
     def chunk(self, number: int) -> tuple[bytes, Chunk]:
         """The pack id and the record of one known chunk."""
@@ -129,9 +160,9 @@ class KnownChunks:
         chunk = self._indexes[at].chunks[number - self._first_chunks[at]]
         return self._indexes[at].packs[chunk.pack], chunk
 
-    def index_of(self, number: int) -> str:
-        """The id of the dump whose index told of a known chunk."""
-        return self._indexes[self._owner(number)].id
+    def index_of(self, number: int) -> IndexRef:
+        """The index that told of a known chunk."""
+        return self._indexes[self._owner(number)].ref
 
     def _owner(self, chunk: int) -> int:
         return bisect_right(self._first_chunks, chunk) - 1
@@ -171,7 +202,7 @@ class KnownChunks:
         """Number the groups, and have their digests be found. Those that were noted last come first: what an
         earlier dump noted of the same group may be of pages that are known no more."""
         digests = list[bytes]()
-        for at in sorted(range(len(self._indexes)), key=lambda at: self._indexes[at].id, reverse=True):
+        for at in sorted(range(len(self._indexes)), key=lambda at: self._indexes[at].ref, reverse=True):
             index, first = self._indexes[at], self._first_chunks[at]
             mixed = _MIXED | at << _INDEX_BITS
             for places, counts, some in (
@@ -181,7 +212,7 @@ class KnownChunks:
                 whole, digests_of = _whole(places, counts, some)
                 self._group_places.extend(whole)
                 digests.append(digests_of)
-        groups = b"".join(digests)
+        groups = self._group_digests = b"".join(digests)
         self._groups, self._group_keys = sort_digests(groups), keys_of(groups)
 
     def _sort_pages(self) -> None:
@@ -198,6 +229,9 @@ class KnownChunks:
             TabledDigests(index.digests, index.table) for _, index in indexes[:_MOST_TABLES] if index.table
         ]
         others = b"".join(index.digests for _, index in indexes[len(tabled) :])
+        starts = accumulate((len(index.digests) // DIGEST for _, index in indexes), initial=0)
+        digests = [*(index.digests for _, index in indexes[: len(tabled)]), others]
+        self._page_digests = list(zip(starts, digests, strict=False))
         parts = [*tabled, sort_digests(others)] if others else tabled
         self._pages = parts[0] if len(parts) == 1 else SeveralDigests(parts, map(len, tabled))
 
@@ -209,6 +243,38 @@ class KnownChunks:
             places = map(add, map(here.__getitem__, index.chunks.packs), index.chunks.offsets)
             self.chunk_at.update(zip(places, range(first, first + len(index.chunks)), strict=True))
             self._pack_places.append(here)
+
+    def page_digests(self, chunks: Iterable[int]) -> Iterator[bytes]:
+        """For each of these chunks the digests of its pages, one after another."""
+        first_pages = dict(zip(self._memory_chunks, self._first_pages, strict=True))
+        starts = [start for start, _ in self._page_digests]
+        for chunk in chunks:
+            if (first := first_pages.get(chunk)) is not None:
+                start, digests = self._page_digests[bisect_right(starts, first) - 1]
+                at, pages = first - start, self.raw[chunk] // PAGE
+                yield digests[at * DIGEST : (at + pages) * DIGEST]
+
+    def whole_groups(self, chunks: Container[int]) -> Iterator[tuple[int, int, bytes]]:
+        """The known groups that lie in one of these chunks: which one, the first page, the digest."""
+        for row, place in enumerate(self._group_places):
+            if place < _MIXED and place >> _PAGE_BITS in chunks:
+                yield place >> _PAGE_BITS, place & _LAST_PAGE, self._group_digest(row)
+
+    def found_mixed_groups(
+        self, refs: Container[IndexRef]
+    ) -> list[tuple[Sequence[bytes], Iterable[tuple[bytes, bytes]]]]:
+        """The mixed groups of some indexes that were found: see `tables.join_mixed`."""
+        found: dict[int, list[tuple[bytes, bytes]]] = {}
+        for row, place in enumerate(self._group_places):
+            if place in self.found_mixed:
+                at, number = divmod(place & ~_MIXED, 1 << _INDEX_BITS)
+                if self._indexes[at].ref in refs:
+                    parts = self._indexes[at].mixed.rows(number)
+                    found.setdefault(at, []).append((self._group_digest(row), parts))
+        return [(self._indexes[at].packs, groups) for at, groups in found.items()]
+
+    def _group_digest(self, row: int) -> bytes:
+        return self._group_digests[row * DIGEST : (row + 1) * DIGEST]
 
     def group_keys(self) -> bytes:
         """The first 8 bytes of the digest of each known whole group, one after another."""
@@ -291,6 +357,7 @@ class KnownPagesOf:
                 places.append(first)
             else:
                 places += range(first, first + pages)
+        self._known.found_mixed.add(mixed)
         return places
 
     def _first(self, chunk: int) -> int:
@@ -335,14 +402,15 @@ def load_known(
     loading = _Loading(store, known, limit)
     same_name = [info for info in _newest(store, f"{IMAGES}{name}/", LINEAGES) if image_at(info.key)]
     known.newest_image = same_name[0].key.rpartition("/")[2] if same_name else ""
-    loading.take(_lineages(store, name, same_name[:LINEAGES], is_same)[:SAME_NAME_LIMIT])
+    lineages = _lineages(store, name, same_name[:LINEAGES], is_same)
+    loading.vouch(lineages)
+    loading.take([ref for image in lineages for ref in image.indexes][:SAME_NAME_LIMIT])
     if wanted is None or known.page_count < wanted:
-        loading.take([info.key.rpartition("/")[2] for info in same_name[:SAME_NAME_LIMIT]])
+        loading.take([IndexRef(info.key.rpartition("/")[2]) for info in same_name[:SAME_NAME_LIMIT]])
     if wanted is None or known.page_count < wanted:
         least = None if others is None else 2 * (others + SAME_NAME_LIMIT)  # an index and its pages
         keys = [info.key.removeprefix(INDEXES) for info in _newest(store, INDEXES, least)]
-        ids = [key.removesuffix(".index") for key in keys if key.endswith(".index")]
-        loading.take(ids, others)
+        loading.take([IndexRef(key[: -len(".index")]) for key in keys if key.endswith(".index")], others)
     known.finish()
     return known
 
@@ -363,40 +431,47 @@ def _newest(store: Store, prefix: str, least: int | None) -> list[ObjectInfo]:
     return sorted(found, key=lambda info: info.key, reverse=True)
 
 
+class _Lineage(NamedTuple):
+    """What the image at `key` says of what it consists of: its JSON head, and, where that names merged
+    indexes, the packs that it refers to; both empty where it cannot be read."""
+
+    key: str
+    head: dict[str, Any]
+    packs: Sequence[bytes]
+
+    @property
+    def indexes(self) -> list[IndexRef]:
+        """The indexes that tell of it, those of most first; of an image that does not say so, its own."""
+        return [
+            *(IndexRef(one) for one in ids_in(self.head.get("indexes", [self.head.get("id")]))),
+            *(IndexRef(one, is_merged=True) for one in ids_in(self.head.get("merged"))),
+        ]
+
+
 def _lineages(
     store: Store, name: str, images: Sequence[ObjectInfo], is_same: Callable[[dict[str, Any]], bool]
-) -> list[str]:
-    """The ids of the dumps that brought in what these images consist of, by how much of them that is.
+) -> list[_Lineage]:
+    """What these images consist of.
 
     The newest is most often of the same tree, and then all that is needed.
     """
-    newest = [_head(store, name, info) for info in images[:1]]
-    if any(map(is_same, newest)):
-        return _indexes(newest[0])
+    newest = [_lineage(store, name, info) for info in images[:1]]
+    if any(is_same(one.head) for one in newest):
+        return newest
     with ThreadPoolExecutor(_READERS, "lineage") as threads:
-        heads = newest + list(threads.map(lambda info: _head(store, name, info), images[1:]))
-    same = [head for head in heads if is_same(head)][:1]
-    return [image_id for head in same + heads for image_id in _indexes(head)]
+        all_ = newest + list(threads.map(lambda info: _lineage(store, name, info), images[1:]))
+    same = [one for one in all_ if is_same(one.head)][:1]
+    return same + all_
 
 
-def _head(store: Store, name: str, image: ObjectInfo) -> dict[str, Any]:
-    """An image's JSON head; empty where it cannot be read."""
+def _lineage(store: Store, name: str, image: ObjectInfo) -> _Lineage:
     image_id = image.key.rpartition("/")[2]
-
-    def read(offset: int, length: int) -> bytes:
-        return bytes(store.get_range(manifest_key(name, image_id), offset, length))
-
+    key = manifest_key(name, image_id)
     try:
-        head = json.loads(peek_section(read, image.size, "META", ContainerKind.MANIFEST, image_id))
-        return head if isinstance(head, dict) else {}
-    except (ImageDamaged, NotFound, ValueError):
-        return {}
-
-
-def _indexes(head: dict[str, Any]) -> list[str]:
-    """Which dumps' indexes tell of an image; of one that does not say so, its own."""
-    found = head.get("indexes", [head.get("id")])
-    return [one for one in found if isinstance(one, str) and is_id(one)] if isinstance(found, list) else []
+        peek = ManifestPeek(store, key, image.size)
+        return _Lineage(key, peek.head, peek.packs() if "merged" in peek.head else ())
+    except (ImageDamaged, NotFound):
+        return _Lineage(key, {}, ())
 
 
 class _Loading:
@@ -406,30 +481,43 @@ class _Loading:
         self._store = store
         self._known = known
         self._limit = limit
-        self._seen: set[str] = set()
+        self._seen: set[IndexRef] = set()
+        self._vouched: set[bytes] = set()
 
-    def take(self, ids: Sequence[str], most: int | None = None) -> None:
+    def vouch(self, images: Iterable[_Lineage]) -> None:
+        """Take the word of images for the packs that they need, of which merged indexes tell."""
+        for image in images:
+            if image.packs and image.key not in self._known.vouched_by:
+                self._known.vouched_by.append(image.key)
+                self._vouched.update(image.packs)
+
+    def take(self, refs: Sequence[IndexRef], most: int | None = None) -> None:
         """Read these indexes in this order, `most` of them, until enough pages are known."""
-        new = [one for one in dict.fromkeys(ids) if one not in self._seen][:most]
+        new = [one for one in dict.fromkeys(refs) if one not in self._seen][:most]
         self._seen.update(new)
         with ThreadPoolExecutor(2 * _READERS, "indexes") as threads:
             for at in range(0, len(new), _READERS):
                 if self._known.page_count >= self._limit:
                     return
                 some = new[at : at + _READERS]
-                pages = [threads.submit(self._store.get, pages_key(one)) for one in some]
+                pages = [
+                    None if one.is_merged else threads.submit(self._store.get, pages_key(one.id))
+                    for one in some
+                ]
                 self._take(threads.map(self._read, some, pages))
 
     def _take(self, read: Iterable[Index | None]) -> None:
         found = [index for index in read if index is not None]
         missing = self._missing({pack for index in found for pack in index.used_packs})
         for index in found:
+            if index.ref.is_merged:
+                index = index.of_packs(self._vouched - missing)
             if self._known.page_count < self._limit and not index.used_packs & missing:
                 self._known.add(index)
 
-    def _read(self, image_id: str, pages: Future[bytes]) -> Index | None:
+    def _read(self, ref: IndexRef, pages: Future[bytes] | None) -> Index | None:
         try:
-            return _read_index(self._store, image_id, pages)
+            return _read_index(self._store, ref, pages)
         except (ImageDamaged, NotFound, KeyError, ValueError):  # also one that lacks a section
             return None
 
@@ -439,19 +527,23 @@ class _Loading:
         return {keys[key] for key in self._store.missing(keys)}
 
 
-def _read_index(store: Store, image_id: str, pages: Future[bytes]) -> Index:
-    """Read one index. Its page digests, the largest part, are on their way: some indexes have none."""
-    name = index_key(image_id)
+def _read_index(store: Store, ref: IndexRef, pages: Future[bytes] | None) -> Index:
+    """Read one index. Its page digests, the largest part, are on their way: some indexes have none, and in
+    those that were merged they stand beside the rest."""
+    name = ref.key
     sections = unpack_container(store.get(name), ContainerKind.INDEX, name)
     packs = read_packs(sections["PACK"], name)
     chunks = ChunkTable(sections["CHNK"], len(packs), name)
     groups = read_groups(sections.get("GRPS", b""), chunks, name)
     mixed = MixedGroups(sections.get("MGRP", b""), sections.get("MPRT", b""), len(packs), name)
     table = read_table(sections["PTAB"], name) if "PTAB" in sections else None
-    digests = pages.result() if any(chunks.is_memory) else b""
-    if blake3(digests).digest() != sections["PGHS"]:
-        raise ImageDamaged(f"{pages_key(image_id)} is not what {name} says")
-    index = Index(image_id, packs, chunks, digests, groups, mixed, table)
+    if pages is None:
+        digests = sections["PGDS"]
+    else:
+        digests = pages.result() if any(chunks.is_memory) else b""
+        if blake3(digests).digest() != sections["PGHS"]:
+            raise ImageDamaged(f"{pages_key(ref.id)} is not what {name} says")
+    index = Index(ref, packs, chunks, digests, groups, mixed, table)
     if sum(index.pages()) * DIGEST != len(digests):
         raise ImageDamaged(f"{name} and its page digests do not fit together")
     if max(index.pages(), default=0) > _LAST_PAGE + 1:

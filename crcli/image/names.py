@@ -6,6 +6,7 @@ import os
 import re
 import time
 from calendar import timegm
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -18,6 +19,19 @@ _ID = re.compile(r"\d{8}T\d{6}\d{3}-[0-9a-f]{6}\Z")
 IMAGES, INDEXES, PACKS, SESSIONS = "images/", "indexes/", "packs/", "sessions/"
 WEIGHTS, PINS = "weights/", "pins/"
 LEASES = "leases/"
+
+
+class IndexRef(NamedTuple):
+    """What tells of chunks in the store: the index of what a dump brought in, or what that dump merged of
+    earlier indexes."""
+
+    id: str
+    is_merged: bool = False
+
+    @property
+    def key(self) -> str:
+        """Where it is."""
+        return merged_key(self.id) if self.is_merged else index_key(self.id)
 
 
 class ImageRef(Struct, frozen=True):
@@ -115,6 +129,11 @@ def index_key(image_id: str) -> str:
 def pages_key(image_id: str) -> str:
     """Where the page digests that belong to an index are."""
     return f"{INDEXES}{image_id}.pages"
+
+
+def merged_key(image_id: str) -> str:
+    """Where it is what a dump merged of earlier indexes."""
+    return f"{INDEXES}{image_id}.merged"
 
 
 def pack_key(pack: bytes) -> str:

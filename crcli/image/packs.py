@@ -19,7 +19,8 @@ from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.codec import Codec, compress, decompress
 from crcli.image.container import ContainerKind, pack_container
 from crcli.image.lookup import TableMaker
-from crcli.image.names import index_key, pack_key, pages_key
+from crcli.image.merging import choose, merge
+from crcli.image.names import IndexRef, index_key, merged_key, pack_key, pages_key
 from crcli.image.tables import (
     NO_PACK,
     PACK_ID,
@@ -103,6 +104,7 @@ class PackWriter:
         self._pages: ObjectWriter | None = None
         self._pages_hash = blake3()
         self._page_table = TableMaker()
+        self._merging: list[IndexRef] = []
         self._committer = ThreadPoolExecutor(2, "pack-commit")
         self._commits: list[Future[None]] = []
         self.stored_bytes = 0
@@ -146,25 +148,36 @@ class PackWriter:
         """The numbers, in the pack table, of the packs that this image wrote itself."""
         return sorted(set(range(len(self._packs))).difference(self._foreign_packs.values()))
 
-    def indexes(self) -> list[str]:
-        """The ids of the dumps that brought in what this image consists of, those of most bytes first.
+    def indexes(self) -> dict[str, list[str]]:
+        """The ids of the dumps whose indexes, and whose `merged` ones, tell of what this image consists of,
+        those of most bytes first: all that a later dump reads to know it. Nothing more is added.
 
-        What a later dump reads to know all of it. Left out are dumps of which so little is left that storing
-        it again costs less than reading their indexes at every dump to come.
+        Left out are those of which so little is left that storing it again costs less than reading them at
+        every dump to come.
         """
-        bytes_of: Counter[str] = Counter()
+        bytes_of = self._bytes_of_indexes()
+        self._merging = choose(bytes_of) if self._new else []
+        if merged := sum(map(bytes_of.pop, self._merging)):
+            bytes_of[IndexRef(self._image_id, is_merged=True)] = merged
+        bytes_of[IndexRef(self._image_id)] = sum(self._chunks[number].raw for number in self._new)
+        left = sum(bytes_of.values()) * (1 - _NEGLIGIBLE)
+        found: list[IndexRef] = []
+        for ref, size in bytes_of.most_common(_MOST_INDEXES):
+            if size == 0 or (left <= 0 and len(found) >= _FEW_INDEXES):
+                break
+            found.append(ref)
+            left -= size
+        merged_ids = [ref.id for ref in found if ref.is_merged]
+        own = {"indexes": [ref.id for ref in found if not ref.is_merged]}
+        return {**own, "merged": merged_ids} if merged_ids else own
+
+    def _bytes_of_indexes(self) -> Counter[IndexRef]:
+        """How many bytes of what was adopted each index told of."""
+        bytes_of: Counter[IndexRef] = Counter()
         for known, number in self._adopted.items():
             assert self._known is not None
             bytes_of[self._known.index_of(known)] += self._chunks[number].raw
-        bytes_of[self._image_id] += sum(self._chunks[number].raw for number in self._new)
-        left = sum(bytes_of.values()) * (1 - _NEGLIGIBLE)
-        found: list[str] = []
-        for image_id, size in bytes_of.most_common(_MOST_INDEXES):
-            if size == 0 or (left <= 0 and len(found) >= _FEW_INDEXES):
-                break
-            found.append(image_id)
-            left -= size
-        return found
+        return bytes_of
 
     def reserve(self) -> int:
         """Give a number to a chunk that is about to be added; see memory.classify.ChunkSink."""
@@ -223,15 +236,15 @@ class PackWriter:
         written afterwards makes a new one. Raises NotFound then.
         """
         self.end()
-        index = self._index()  # while the packs are on their way
+        written = self._written_indexes()  # while the packs are on their way
         for commit in self._commits:
             commit.result()
         self._commits.clear()
         seen = self._committer.submit(self._see_packs)
-        if index:
-            # A thread's: ours may be interrupted, which a store's client need not notice.
-            self._committer.submit(self._store.put, index_key(self._image_id), index).result()
-            self.stored_bytes += len(index)
+        # Threads': ours may be interrupted, which a store's client need not notice.
+        for put in [self._committer.submit(self._store.put, *one) for one in written]:
+            put.result()
+        self.stored_bytes += sum(len(data) for _, data in written)
         seen.result()
 
     def end(self) -> None:
@@ -242,10 +255,17 @@ class PackWriter:
         if pages is not None:
             self._commits.append(self._committer.submit(pages.commit))
 
+    def _written_indexes(self) -> list[tuple[str, bytes]]:
+        """The index of what is new, where something is, and what is merged of others; with their keys."""
+        written = [(index_key(self._image_id), self._index())] if self._new else []
+        if self._merging:
+            assert self._known is not None
+            merged = merge(self._known, self._merging, self._adopted, self._chunks, self._packs)
+            written.append((merged_key(self._image_id), merged))
+        return written
+
     def _index(self) -> bytes:
-        """The index of what is new; empty where nothing is."""
-        if not self._new:
-            return b""
+        """The index of what is new."""
         mixed, parts = write_mixed(self._mixed_groups())
         sections: dict[str, Buffer] = {
             "PACK": write_packs(self._packs),

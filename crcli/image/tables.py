@@ -6,6 +6,7 @@ All numbers are little-endian. FORMAT.md describes the same records for other re
 from __future__ import annotations
 
 import struct
+from array import array
 from itertools import accumulate, pairwise
 from operator import add, le
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,7 +18,7 @@ from crcli.memory.weights.references import Piece, Reference
 from crcli.memory.weights.views import View
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 PACK_ID = 16
 
@@ -60,6 +61,16 @@ class Groups(NamedTuple):
     pages: Sequence[int]
     counts: Sequence[int]
     digests: bytes
+
+    def of_chunks(self, rows: Mapping[int, int]) -> Groups:
+        """Those in some chunks, which get other numbers."""
+        kept = [at for at, chunk in enumerate(self.chunks) if chunk in rows]
+        return Groups(
+            [rows[self.chunks[at]] for at in kept],
+            [self.pages[at] for at in kept],
+            [self.counts[at] for at in kept],
+            b"".join(self.digests[at * _DIGEST : (at + 1) * _DIGEST] for at in kept),
+        )
 
 
 MixedFields = tuple[int, int, int, int]
@@ -115,6 +126,12 @@ class ChunkTable:
     def __len__(self) -> int:
         return len(self.raw)
 
+    def of_packs(self, packs: Container[int]) -> tuple[bytes, list[int]]:
+        """The records of the chunks that are in these packs, and their numbers."""
+        size = _CHUNK.size
+        kept = [number for number, pack in enumerate(self.packs) if pack in packs]
+        return b"".join(self._data[number * size : (number + 1) * size] for number in kept), kept
+
     def __getitem__(self, number: int) -> Chunk:
         pack, raw, offset, stored, codec, memory, digest = _CHUNK.unpack_from(
             self._data, number * _CHUNK.size
@@ -151,6 +168,26 @@ def write_mixed(groups: Iterable[tuple[bytes, Sequence[MixedFields]]]) -> tuple[
     return bytes(table), bytes(rows)
 
 
+def join_mixed(
+    of_indexes: Iterable[tuple[Sequence[bytes], Iterable[tuple[bytes, bytes]]]], numbers: Mapping[bytes, int]
+) -> tuple[bytes, bytes]:
+    """Encode mixed groups as `write_mixed` does that stand in indexes: of each index its packs, and of each
+    group its digest and its parts as they are stored there. `numbers` are those of the packs from now on."""
+    table, rows = bytearray(), bytearray()
+    for packs, groups in of_indexes:
+        own = bytearray()
+        for digest, parts in groups:
+            table += _MIXED.pack(len(parts) // _MIXED_PART.size, digest)
+            own += parts
+        new = {number: numbers[pack] for number, pack in enumerate(packs) if pack in numbers}
+        new[NO_PACK] = NO_PACK
+        step = _MIXED_PART.size // 4
+        column = memoryview(own).cast("I")[::step]
+        column[:] = memoryview(array("I", map(new.__getitem__, column.tolist())))
+        rows += own
+    return bytes(table), bytes(rows)
+
+
 class MixedGroups:
     """Mixed groups as they were stored: the parts of one are unpacked when they are asked for."""
 
@@ -173,8 +210,12 @@ class MixedGroups:
 
     def parts(self, number: int) -> Iterator[MixedFields]:
         """What one group consists of."""
+        return _MIXED_PART.iter_unpack(self.rows(number))
+
+    def rows(self, number: int) -> bytes:
+        """The parts of one group, as they are stored."""
         size = _MIXED_PART.size
-        return _MIXED_PART.iter_unpack(self._rows[self._ends[number] * size : self._ends[number + 1] * size])
+        return self._rows[self._ends[number] * size : self._ends[number + 1] * size]
 
     def pages(self) -> list[int]:
         """How many pages there are in each group."""

@@ -341,6 +341,8 @@ class _Dump:
         self.nice = 0
         """The nice value of our thread while no tree stands still."""
         self.store: Store | None = None
+        self.vouched_by: list[str] = []
+        """The manifests of earlier images on whose word we rely."""
         self.published = False
         self.is_holding = False
         self.criu_pid = 0
@@ -547,6 +549,7 @@ class _Dump:
         known = self.knowing.finish()
         self._date_after(known.newest_image)
         self.writer.learn(known, self.target.image_id)
+        self.vouched_by = known.vouched_by
         if known.page_count:
             self.intake.learn(KnownPagesOf(known, self.writer.adopt), known.group_keys())
         return known
@@ -930,10 +933,18 @@ class _Dump:
             raise Interrupted(signal.SIGALRM)
 
     def _withdraw_if_lapsed(self, store: Store) -> None:
-        """Take the image back when a collection may have taken us for dead, and removed what it refers to."""
-        if self.session.lapsed:
+        """Take the image back when a collection may have removed what it refers to: because it took us for
+        dead, or because the images are gone by which we believed what is there."""
+        if self.session.lapsed or self._may_be_missed(store):
             remove(store, ImageRef(self.target.name, self.target.image_id))
             raise StoreError("the store did not answer for too long", hint="run the dump again")
+
+    def _may_be_missed(self, store: Store) -> bool:
+        if not self.vouched_by:
+            return False
+        from crcli.image.gc import may_miss
+
+        return may_miss(store, self.vouched_by, self.session.store_time)
 
     def _count(self, counts: MemoryCounts) -> None:
         self.report.memory_bytes = counts.total
@@ -957,7 +968,7 @@ class _Dump:
             "run_id": self.run_id,
             "own_packs": self.writer.own_packs(),
             "counts": asdict(counts),
-            "indexes": self.writer.indexes(),
+            **self.writer.indexes(),
             "frozen_ms": self.report.frozen_ms,
             "phases": dict(self.watch.phases),
             "opened": self.hashing.add_to(named_files(self.images)),

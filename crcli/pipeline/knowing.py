@@ -11,7 +11,6 @@ import threading
 from typing import TYPE_CHECKING
 
 from crcli.errors import CrcliError
-from crcli.image.names import index_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +38,6 @@ class Knowing(threading.Thread):
     def finish(self) -> KnownChunks:
         """Return what the store has, now that it is told of the dump. Raises StoreError."""
         self.join()
-        if self._known is None or self._store.missing(map(index_key, self._known.indexes)):
+        if self._known is None or self._store.missing(self._known.told_by):
             self._known = self._read()
         return self._known

@@ -345,7 +345,7 @@ def test_an_unreadable_manifest_stops_the_collection(directory: FileStore) -> No
     """What a damaged image refers to is not guessed: nothing at all is removed."""
     remove(directory, make_image(directory, "old", pages(1, 2)))
     broken = make_image(directory, "broken", pages(2, 2))
-    flip(path_of(directory, manifest_key(broken.name, broken.id)), 300)
+    flip(path_of(directory, manifest_key(broken.name, broken.id)), 100)  # where the packs are said to stand
     before = keys(directory)
     with pytest.raises(ImageDamaged, match="nothing was removed"):
         collect_garbage(directory, grace_s=0)

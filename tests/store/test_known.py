@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,13 @@ import pytest
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound, StoreError
-from crcli.image import index, lookup, manifest
+from crcli.image import index, lookup, manifest, merging
 from crcli.image.container import ContainerKind, pack_container, unpack_container
+from crcli.image.gc import Collecting, collect_garbage, may_miss
 from crcli.image.index import KnownPagesOf, load_known
-from crcli.image.names import index_key, manifest_key, new_image_id, pages_key
+from crcli.image.names import IndexRef, index_key, manifest_key, merged_key, new_image_id, pages_key
 from crcli.image.packs import ChunkReader, PackWriter
+from crcli.image.peek import ManifestPeek
 from crcli.image.remove import remove
 from crcli.image.session import Session
 from crcli.image.tables import NO_PACK, MixedGroups, write_mixed
@@ -271,7 +274,7 @@ def taken(store: FileStore, memory: Sequence[bytes]) -> tuple[Classified, int]:
         space = SpaceKey(SpaceKind.PROCESS, 1)
         classifier = Classifier(pages_of, writer)
         found = classifier.classify(bytearray(b"".join(memory)), [Run(space, 0, len(memory), True, 0)])
-        spaces, meta = dict(found.extents), {"indexes": writer.indexes()}
+        spaces, meta = dict(found.extents), dict[str, Any](writer.indexes())
         made = manifest.Manifest("agent", image_id, writer.packs, writer.chunks, spaces, [], [], meta)
         writer.seal()
         manifest.publish(store, made)
@@ -331,6 +334,113 @@ def test_of_what_was_noted_twice_the_later_counts(store: FileStore) -> None:
     assert (found.counts.new, asked_for) == (PAGE, GROUP_PAGES)
     found, asked_for = taken(store, memory)
     assert (found.counts.new, asked_for) == (0, 0)
+
+
+# --- what many dumps brought in ----------------------------------------------------------------------------
+
+
+def grown(store: FileStore, dumps: int) -> tuple[list[bytes], list[tuple[Classified, int]]]:
+    """Images of a process of 64 groups that changes one page between two, each time in another group; what it
+    has at last, and what became of each."""
+    memory = pages(1, 64 * GROUP_PAGES)
+    made = [taken(store, memory)]
+    for number in range(1, dumps):
+        memory[number * GROUP_PAGES % len(memory) + number % 5] = pages(100 + number, 1)[0]
+        made.append(taken(store, memory))
+    return memory, made
+
+
+def newest_head(store: FileStore) -> dict[str, Any]:
+    """The JSON head of the newest image."""
+    info = max(store.list("images/agent/"), key=lambda info: info.key)
+    return ManifestPeek(store, info.key, info.size).head
+
+
+def test_after_many_dumps_few_indexes_tell_of_all(store: FileStore) -> None:
+    """Each dump still stores what changed, and looks for the pages of the group that did, no others."""
+    memory, made = grown(store, 70)
+    for found, asked_for in made[1:]:
+        assert (found.counts.new, asked_for) == (PAGE, GROUP_PAGES)
+    head = newest_head(store)
+    assert len(head["indexes"]) + len(head["merged"]) <= merging.MOST_SEPARATE + 2
+    assert sum(asked(store, "agent", len(memory)).values()) < 5 * merging.MOST_SEPARATE
+    assert all(is_known(load_known(store, "agent", wanted=0, is_same=lambda head: True), memory))
+
+
+def test_what_was_merged_is_found_as_it_was(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole groups in chunks of earlier dumps, mixed ones, single pages, and with a table to find them by."""
+    monkeypatch.setattr(lookup, "WORTH_A_TABLE", 4)
+    memory = pages(1, 8 * GROUP_PAGES)
+    taken(store, memory)
+    for number in range(merging.MOST_SEPARATE):
+        memory += pages(10 + number, GROUP_PAGES + number)
+        memory[number * GROUP_PAGES + 3] = pages(50 + number, 1)[0]
+        memory[number * GROUP_PAGES + 5] = ZERO_PAGE
+        taken(store, memory)
+    (merged_id,) = newest_head(store)["merged"]
+    assert "PTAB" in unpack_container(store.get(merged_key(merged_id)), ContainerKind.INDEX, "merged")
+    found, asked_for = taken(store, memory)
+    assert (found.counts.new, asked_for) == (0, len(memory) % GROUP_PAGES)
+
+
+def test_a_merged_index_is_believed_of_packs_that_an_image_refers_to(store: FileStore) -> None:
+    """It outlives some of the packs that it tells of: these are passed over, and the rest is known."""
+    memory, _ = grown(store, merging.MOST_SEPARATE + 1)
+    first = memory[:]
+    for number in range(1, 4):  # nothing is left of what three dumps brought in
+        memory[number * GROUP_PAGES + number % 5] = pages(200 + number, 1)[0]
+    taken(store, memory)
+    images = sorted(info.key for info in store.list("images/agent/"))
+    for key in images[:-1]:
+        store.delete(key)
+    assert collect_garbage(store, grace_s=0).packs_removed == 3
+    known = load_known(store, "agent", wanted=0, is_same=lambda head: True)
+    assert all(is_known(known, memory))
+    assert is_known(known, first).count(False) == 3
+    assert known.vouched_by == images[-1:]
+    assert taken(store, memory)[0].counts.new == 0
+
+
+def test_merged_indexes_that_no_image_names_are_removed(store: FileStore) -> None:
+    """By a collection, which leaves alone those that one names."""
+    memory, _ = grown(store, 4 * merging.MOST_SEPARATE)
+    there = {info.key for info in store.list("indexes/") if info.key.endswith(".merged")}
+    for key in sorted(info.key for info in store.list("images/agent/"))[:-1]:
+        store.delete(key)
+    named = set(map(merged_key, newest_head(store)["merged"]))
+    collect_garbage(store, grace_s=0)
+    left = {info.key for info in store.list("indexes/") if info.key.endswith(".merged")}
+    assert named < there
+    assert left == named
+    assert all(is_known(load_known(store, "agent", wanted=0, is_same=lambda head: True), memory))
+
+
+def test_who_believed_an_image_that_is_gone_is_told_of_a_collection(store: FileStore) -> None:
+    """One that is at work may have removed packs that nobody but this image referred to."""
+    taken(store, pages(1, GROUP_PAGES))
+    (image,) = (info.key for info in store.list("images/agent/"))
+    with Collecting(store):
+        assert not may_miss(store, [image], time.time)
+        store.delete(image)
+        assert may_miss(store, [image], time.time)
+    assert not may_miss(store, [image], time.time)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([100, 1, 1, 1, 1, 1, 1], 0),  # few enough
+        ([100, 1, 1, 1, 1, 1, 1, 1], 7),
+        ([100, 8, 1, 1, 1, 1, 1, 1, 1], 7),  # what was merged waits
+        ([100, 7, 1, 1, 1, 1, 1, 1, 1], 8),  # until as much has come
+        ([128, 64, 32, 16, 8, 4, 2, 1], 4),  # at least half
+    ],
+)
+def test_the_smallest_indexes_are_merged(sizes: list[int], expected: int) -> None:
+    """So many that few are left, and as long as one is not larger than all before it."""
+    refs = {IndexRef(str(number)): size for number, size in enumerate(sizes)}
+    chosen = merging.choose(refs)
+    assert sorted(refs[ref] for ref in chosen) == sorted(sizes)[:expected]
 
 
 def test_the_keys_of_all_known_groups(store: FileStore) -> None:

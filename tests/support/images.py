@@ -37,6 +37,7 @@ def make_image(store: Store, name: str, memory: Sequence[bytes], file: bytes = b
         try:
             extents = add_memory(writer, KnownPagesOf(known, writer.adopt), memory)
             blob = writer.add_blob(file)
+            indexes = writer.indexes()
             writer.seal()
             manifest = Manifest(
                 name=name,
@@ -52,7 +53,7 @@ def make_image(store: Store, name: str, memory: Sequence[bytes], file: bytes = b
                     "tree": [{"pid": 4711, "comm": "agent", "argv": ["agent", "--serve"]}],
                     "members": [{"pid": 4711, "ppid": 1, "comm": "agent", "alive": True}],
                     "counts": {"total": len(memory) * PAGE, "zero": 0, "reused": 0, "new": 0},
-                    "indexes": writer.indexes(),
+                    **indexes,
                     "run_id": "",
                     "frozen_ms": 1.0,
                     "phases": {"take": 1.0},
