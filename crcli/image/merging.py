@@ -6,6 +6,9 @@ group of pages with one of these in it be looked for page by page. So a dump tha
 chunks of many writes, beside its own index, what the small ones among them tell of the chunks that are still
 in use. As files in a log-structured store do, what was merged grows, and is merged more seldom.
 
+Left out are chunks of which hardly a page is in use: these pages are stored again by the next dump. Otherwise
+an image would come to need many times what it maps, all of which a restore fetches, and `gc` has to keep.
+
 What is merged tells of packs that other dumps wrote: see FORMAT.md for why it may be believed.
 """
 
@@ -18,6 +21,7 @@ from crcli.image.lookup import TableMaker
 from crcli.image.names import IndexRef
 from crcli.image.tables import join_mixed, pack_group, write_chunks, write_packs
 from crcli.memory.classify import DIGEST, GROUP_PAGES
+from crcli.memory.extents import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,6 +32,12 @@ if TYPE_CHECKING:
 
 MOST_SEPARATE = 8
 """With fewer indexes nothing is merged."""
+
+_LEAST_IN_USE = 1 / 4
+"""A chunk of which less is in use is left out."""
+
+_MOST_AGAIN = 1 / 32
+"""But no more at a time than this share of all pages in use: the next dump should take no longer for it."""
 
 
 def choose(sizes: Mapping[IndexRef, int]) -> list[IndexRef]:
@@ -50,13 +60,15 @@ def merge(
     adopted: Mapping[int, int],
     chunks: Sequence[Chunk],
     packs: Sequence[bytes],
+    in_use: Mapping[int, int],
 ) -> bytes:
     """The object that tells what `chosen` tell of the chunks that an image refers to.
 
-    `adopted` are those chunks by their numbers among the known, `chunks` and `packs` the image's tables.
+    `adopted` are those chunks by their numbers among the known, `chunks` and `packs` the image's tables, and
+    `in_use` says how many pages the image has of each chunk of memory.
     """
-    of = known.chunks_of(chosen)
-    taken = sorted(number for number in adopted if number in of)
+    of = known.chunks_of(chosen).intersection(adopted)
+    taken = sorted(of.difference(_hardly_used({number: adopted[number] for number in of}, chunks, in_use)))
     row = {number: at for at, number in enumerate(taken)}
     digests = b"".join(known.page_digests(taken))
     table = TableMaker()
@@ -78,3 +90,20 @@ def merge(
     if found_by := table.table():
         sections["PTAB"] = found_by
     return pack_container(ContainerKind.INDEX, sections)
+
+
+def _hardly_used(adopted: Mapping[int, int], chunks: Sequence[Chunk], in_use: Mapping[int, int]) -> set[int]:
+    """The known chunks of which hardly a page is in use, those with least first; not too many."""
+    shares = {
+        known: in_use[number] * PAGE / chunks[number].raw
+        for known, number in adopted.items()
+        if chunks[number].is_memory and number in in_use
+    }
+    left = sum(in_use.values()) * _MOST_AGAIN
+    found = set[int]()
+    for known, share in sorted(shares.items(), key=lambda item: item[1]):
+        left -= in_use[adopted[known]]
+        if share >= _LEAST_IN_USE or left < 0:
+            break
+        found.add(known)
+    return found

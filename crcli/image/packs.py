@@ -32,12 +32,14 @@ from crcli.image.tables import (
     write_packs,
 )
 from crcli.memory.classify import GROUP_PAGES, ZERO, Location, stretches
+from crcli.memory.extents import Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from crcli.image.index import KnownChunks
+    from crcli.memory.extents import Extent
     from crcli.memory.weights.references import Reference
     from crcli.store.base import Buffer, ObjectWriter, Store
 
@@ -105,6 +107,7 @@ class PackWriter:
         self._pages_hash = blake3()
         self._page_table = TableMaker()
         self._merging: list[IndexRef] = []
+        self._in_use: Counter[int] = Counter()
         self._committer = ThreadPoolExecutor(2, "pack-commit")
         self._commits: list[Future[None]] = []
         self.stored_bytes = 0
@@ -148,15 +151,20 @@ class PackWriter:
         """The numbers, in the pack table, of the packs that this image wrote itself."""
         return sorted(set(range(len(self._packs))).difference(self._foreign_packs.values()))
 
-    def indexes(self) -> dict[str, list[str]]:
+    def indexes(self, memory: Iterable[Extent]) -> dict[str, list[str]]:
         """The ids of the dumps whose indexes, and whose `merged` ones, tell of what this image consists of,
-        those of most bytes first: all that a later dump reads to know it. Nothing more is added.
+        those of most bytes first: all that a later dump reads to know it. Nothing more is added, and
+        `memory` is all that the image maps.
 
         Left out are those of which so little is left that storing it again costs less than reading them at
         every dump to come.
         """
         bytes_of = self._bytes_of_indexes()
         self._merging = choose(bytes_of) if self._new else []
+        if self._merging:
+            for extent in memory:
+                if extent.source == Source.CHUNK:
+                    self._in_use[extent.chunk] += extent.pages
         if merged := sum(map(bytes_of.pop, self._merging)):
             bytes_of[IndexRef(self._image_id, is_merged=True)] = merged
         bytes_of[IndexRef(self._image_id)] = sum(self._chunks[number].raw for number in self._new)
@@ -260,7 +268,7 @@ class PackWriter:
         written = [(index_key(self._image_id), self._index())] if self._new else []
         if self._merging:
             assert self._known is not None
-            merged = merge(self._known, self._merging, self._adopted, self._chunks, self._packs)
+            merged = merge(self._known, self._merging, self._adopted, self._chunks, self._packs, self._in_use)
             written.append((merged_key(self._image_id), merged))
         return written
 

@@ -12,6 +12,7 @@ import signal
 import time
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -87,12 +88,13 @@ from crcli.process.tree_lock import TreeLock
 from crcli.process.waits import waited_ms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from crcli.criu.options import DumpPlan
     from crcli.image.index import KnownChunks
     from crcli.image.manifest import StoredFile
+    from crcli.memory.extents import Extent, SpaceKey
     from crcli.pipeline.gpu import DumpSide
     from crcli.pipeline.plan import OutsideLink
     from crcli.pipeline.stages import DumpOptions, Progress
@@ -898,7 +900,7 @@ class _Dump:
             spaces=spaces,
             skeleton=self.skeleton,
             files=self.files,
-            meta=self._meta(counts),
+            meta=self._meta(counts, spaces),
             weights=weights,
             references=references,
         )
@@ -952,7 +954,7 @@ class _Dump:
         self.report.weights_bytes = counts.weights
         self.report.reused_bytes = counts.reused
 
-    def _meta(self, counts: MemoryCounts) -> dict[str, Any]:
+    def _meta(self, counts: MemoryCounts, spaces: Mapping[SpaceKey, Sequence[Extent]]) -> dict[str, Any]:
         members = read_tree(self.images)
         return {
             "crcli": crcli.__version__,
@@ -968,7 +970,7 @@ class _Dump:
             "run_id": self.run_id,
             "own_packs": self.writer.own_packs(),
             "counts": asdict(counts),
-            **self.writer.indexes(),
+            **self.writer.indexes(chain.from_iterable(spaces.values())),
             "frozen_ms": self.report.frozen_ms,
             "phases": dict(self.watch.phases),
             "opened": self.hashing.add_to(named_files(self.images)),

@@ -274,7 +274,8 @@ def taken(store: FileStore, memory: Sequence[bytes]) -> tuple[Classified, int]:
         space = SpaceKey(SpaceKind.PROCESS, 1)
         classifier = Classifier(pages_of, writer)
         found = classifier.classify(bytearray(b"".join(memory)), [Run(space, 0, len(memory), True, 0)])
-        spaces, meta = dict(found.extents), dict[str, Any](writer.indexes())
+        spaces = dict(found.extents)
+        meta = dict[str, Any](writer.indexes(spaces[space]))
         made = manifest.Manifest("agent", image_id, writer.packs, writer.chunks, spaces, [], [], meta)
         writer.seal()
         manifest.publish(store, made)
@@ -399,6 +400,19 @@ def test_a_merged_index_is_believed_of_packs_that_an_image_refers_to(store: File
     assert is_known(known, first).count(False) == 3
     assert known.vouched_by == images[-1:]
     assert taken(store, memory)[0].counts.new == 0
+
+
+def test_chunks_of_which_hardly_a_page_is_left_are_given_up(store: FileStore) -> None:
+    """These pages are stored once more, so that an image does not come to need ever more than it maps."""
+    memory = pages(1, 64 * GROUP_PAGES)
+    taken(store, memory)
+    for number in range(60):
+        memory[-28:] = pages(100 + number, 30)  # of what the dump before brought in two pages are left
+        taken(store, memory)
+    info = max(store.list("images/agent/"), key=lambda info: info.key)
+    image = manifest.Manifest.decode(store.get(info.key), info.key)
+    in_vain = sum(chunk.raw for chunk in image.chunks) // PAGE - len(memory)
+    assert in_vain < 28 * 3 * merging.MOST_SEPARATE  # of the 28 * 60 pages that are in use no more
 
 
 def test_merged_indexes_that_no_image_names_are_removed(store: FileStore) -> None:

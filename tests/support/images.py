@@ -37,7 +37,7 @@ def make_image(store: Store, name: str, memory: Sequence[bytes], file: bytes = b
         try:
             extents = add_memory(writer, KnownPagesOf(known, writer.adopt), memory)
             blob = writer.add_blob(file)
-            indexes = writer.indexes()
+            indexes = writer.indexes(extents)
             writer.seal()
             manifest = Manifest(
                 name=name,
