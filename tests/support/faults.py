@@ -604,9 +604,10 @@ def _files(pid: int) -> dict[str, str]:
 
 
 def _locks(pids: list[int]) -> list[str]:
-    """The file locks that these processes hold."""
+    """The file locks that these processes hold, each once: the kernel lists one twice when others, before it
+    in a list that is read piece by piece, come meanwhile."""
     words = (line.split() for line in Path("/proc/locks").read_text().splitlines())
-    return sorted(" ".join(line[1:6]) for line in words if line[1] != "->" and int(line[4]) in pids)
+    return sorted({" ".join(line[1:6]) for line in words if line[1] != "->" and int(line[4]) in pids})
 
 
 def _maps(pid: int) -> set[str]:
