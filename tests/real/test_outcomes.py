@@ -37,6 +37,7 @@ from tests.support.crcli import (
     tree_of,
     wait_until,
 )
+from tests.support.faults import network_of_our_own
 from tests.support.programs import Program, spawn_python, then_wait
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
@@ -95,11 +96,6 @@ def untraced(pid: int) -> bool:
     return "TracerPid:\t0\n" in status and "State:\tT" not in status and "State:\tt" not in status
 
 
-def assert_none_stays(tables: set[str]) -> None:
-    """Assert that these filter tables go away: those of others who dump meanwhile do."""
-    wait_until(lambda: not tables & netlock.tables(), f"still there: {tables}")
-
-
 def tables_in(network: int) -> set[str]:
     """CRIU's filter tables in the network of this descriptor."""
 
@@ -145,8 +141,7 @@ def test_nothing_is_imported_while_a_tree_stands_still(crcli: Crcli) -> None:
 
 def test_leave_stopped_leaves_it_stopped(crcli: Crcli) -> None:
     """The tree stands still until it gets SIGCONT, and goes on then; no filter of CRIU's is left."""
-    tables = netlock.tables()
-    with spawn_python(counter()) as program:
+    with network_of_our_own(), spawn_python(counter()) as program:
         report = crcli.dump(program.pid, "--leave-stopped")
         assert report["outcome"] == "stopped"
         assert psutil.Process(program.pid).status() == psutil.STATUS_STOPPED
@@ -155,7 +150,7 @@ def test_leave_stopped_leaves_it_stopped(crcli: Crcli) -> None:
         assert counted(program) == numbers
         os.kill(program.pid, signal.SIGCONT)
         assert_goes_on(program)
-        assert_none_stays(netlock.tables() - tables)
+        assert netlock.tables() == set()
 
 
 @pytest.mark.parametrize("outcome", [(), ("--leave-stopped",), ("--leave-running",)])
@@ -191,13 +186,13 @@ def test_a_dry_run_touches_nothing(crcli: Crcli, tmp_path: Path) -> None:
 
 def test_a_dump_leaves_no_process_mount_or_table_behind(crcli: Crcli) -> None:
     """After dump and restore this process has no child but the tree, the kernel no table or mount of ours."""
-    tables, mounts = netlock.tables(), _mounts()
+    mounts = _mounts()
     mine = set(psutil.Process().children(recursive=True))
-    with spawn_python(counter()) as program:
+    with network_of_our_own(), spawn_python(counter()) as program:
         crcli.move(program.pid)
         children = set(psutil.Process().children(recursive=True)) - mine
         assert {child.pid for child in children} == {program.pid}, children
-        assert_none_stays(netlock.tables() - tables)
+        assert netlock.tables() == set()
         assert _mounts() == mounts
 
 
