@@ -480,6 +480,7 @@ class _Asked:
         """The dump has ended and was answered."""
         self._is_busy = self._is_stopped = False
         self._until = None
+        signal.setitimer(signal.ITIMER_REAL, 0)  # one that came when nothing could be interrupted
 
     def look_before(self) -> None:
         """See _AskedShared."""

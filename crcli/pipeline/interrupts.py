@@ -46,6 +46,7 @@ class Interrupts:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
+        _hush(number)
         if self._past_return:
             if self._later is not None and self._instead is None:
                 self._later(number, frame)
@@ -59,6 +60,9 @@ _JOB_CONTROL = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 LONGEST_S = 1e9
 """Longer times count as this (seconds, 31 years): the kernel's timers take no more of them."""
+
+_AGAIN_S = 0.1
+"""How soon a deadline that nobody has heard is rung in again (seconds)."""
 
 _answers_first = False
 
@@ -108,8 +112,18 @@ def interruptible(
 
 
 def ring_in(seconds: float) -> None:
-    """Set the deadline of the block: SIGALRM comes then, in a moment where that is past."""
-    signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 0.001), LONGEST_S))
+    """Set the deadline of the block: SIGALRM comes then, in a moment where that is past, until it is heard.
+
+    One that the kernel gives to another thread, or to the main thread right before it waits, does not end
+    that wait, and Python handles signals in the main thread only.
+    """
+    signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 0.001), LONGEST_S), _AGAIN_S)
+
+
+def _hush(number: int) -> None:
+    """A deadline that was heard need not be rung in any more."""
+    if number == signal.SIGALRM:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def seconds_left() -> float | None:
@@ -130,7 +144,12 @@ def noted(note: Callable[[int], None], deadline_s: float | None = None) -> Itera
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
         if number not in _FOR_PEOPLE or signal.getsignal(number) is not signal.SIG_IGN
     ]
-    before = {number: signal.signal(number, lambda number, _: note(number)) for number in numbers}
+
+    def hear(number: int, _: FrameType | None) -> None:
+        _hush(number)
+        note(number)
+
+    before = {number: signal.signal(number, hear) for number in numbers}
     stops = {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_CONTROL}
     if deadline_s is not None:
         ring_in(deadline_s)
