@@ -12,12 +12,13 @@ import os
 import signal as signals
 import struct
 import time
+from array import array
 from contextlib import contextmanager
 from fcntl import ioctl
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 CLONE_NEWNS = 0x0002_0000
 CLONE_NEWIPC = 0x0800_0000
@@ -456,6 +457,19 @@ def write_memory(pid: int, at: int, address: int, size: int) -> int:
     """process_vm_writev(2): copy `size` bytes at our `address` to `at` in a process; return how many."""
     ours, theirs = _Vector(address, size), _Vector(at, size)
     written = _libc.process_vm_writev(pid, ctypes.byref(ours), _ONE, ctypes.byref(theirs), _ONE, _NO_FLAGS)
+    return _checked(written, f"process_vm_writev {pid}")
+
+
+def write_scattered(pid: int, address: int, parts: Sequence[tuple[int, int, int]]) -> int:
+    """process_vm_writev(2) of many parts: where each begins (bytes behind our `address`), where it goes in
+    the process, how large it is. Return how many bytes were copied: up to the first that could not be."""
+    ours, theirs = array("Q", bytes(16 * len(parts))), array("Q", bytes(16 * len(parts)))
+    begins, places, sizes = (array("Q", column) for column in zip(*parts, strict=True))
+    ours[::2], theirs[::2] = array("Q", [address + begin for begin in begins]), places
+    ours[1::2] = theirs[1::2] = sizes
+    count = ctypes.c_ulong(len(parts))
+    vectors = (ctypes.c_void_p(one.buffer_info()[0]) for one in (ours, theirs))
+    written = _libc.process_vm_writev(pid, next(vectors), count, next(vectors), count, _NO_FLAGS)
     return _checked(written, f"process_vm_writev {pid}")
 
 

@@ -15,7 +15,7 @@ from crcli.findings import Finding, Severity
 from crcli.gpu.facts import Gpu, GpuHost
 from crcli.gpu.mapping import MappingRefused, choose_mapping, describe
 from crcli.guard.wording import blocker, change, note
-from crcli.memory.extents import PAGE, Source
+from crcli.memory.extents import distinct_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -148,9 +148,7 @@ def host_memory(needs: Needs, here: Here) -> Iterator[Finding]:
     on_gpus = sum(memory_used(needs.meta.get("gpu") or {}).values())
     if not on_gpus:
         return
-    extents = {extent for extents in needs.manifest.spaces.values() for extent in extents}
-    zeros = PAGE * sum(extent.pages for extent in extents if extent.source == Source.ZERO)
-    others = PAGE * sum(extent.pages for extent in extents if extent.source != Source.ZERO)
+    zeros, others = distinct_bytes(needs.manifest.spaces)
     needed = others + min(on_gpus, zeros)
     if others <= here.spare_memory < needed:  # without GPU memory it would fit: else `memory` has said it
         yield blocker(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from crcli.guard import cpu
 from crcli.guard.wording import blocker, change, note
-from crcli.memory.extents import PAGE, Source
+from crcli.memory.extents import distinct_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,11 +131,7 @@ def criu(needs: Needs, here: Here) -> Iterator[Finding]:
 
 def memory(needs: Needs, here: Here) -> Iterator[Finding]:
     """All pages that are not zero must fit; what processes have alike at one address they may share."""
-    needed = PAGE * sum(
-        extent.pages
-        for extent in {extent for extents in needs.manifest.spaces.values() for extent in extents}
-        if extent.source != Source.ZERO
-    )
+    _, needed = distinct_bytes(needs.manifest.spaces)
     if needed > here.spare_memory:
         yield blocker(
             "memory",

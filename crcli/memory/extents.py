@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
 PAGE = 4096
 ZERO_PAGE = bytes(PAGE)
@@ -96,3 +96,21 @@ def _continues(last: Extent, extent: Extent) -> bool:
             or (last.chunk == extent.chunk and last.offset + last.pages == extent.offset)
         )
     )
+
+
+def distinct_bytes(spaces: Mapping[SpaceKey, Sequence[Extent]]) -> tuple[int, int]:
+    """How much memory is zeros, and how much is other (bytes): what several spaces have alike counts once."""
+    zeros, others = 0, 0
+    seen: set[tuple[int, ...]] = set()
+    for extents in spaces.values():
+        for start, pages, source, number, offset, _ in extents:
+            if len(spaces) > 1:
+                key = (start, pages, int(source), number, offset)
+                if key in seen:
+                    continue
+                seen.add(key)
+            if source == Source.ZERO:
+                zeros += pages
+            else:
+                others += pages
+    return zeros * PAGE, others * PAGE

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey, SpaceKind
 from crcli.memory.weights.views import source_bytes
-from crcli.memory.writing import write_all
+from crcli.memory.writing import write_all, write_scattered
 from crcli.threads import Worker, start_workers
 
 if TYPE_CHECKING:
@@ -33,6 +33,13 @@ AMOUNT_EVERY_S = 0.25
 FILL_IN_BYTES = int(os.environ.get("CRCLI_FILL_IN_BYTES", 256 << 20))
 """How much memory a process must have (bytes) for it to be filled in rather than written: for less, the
 arrangements take longer than they save. Only one process's is: children share pages with their parents."""
+
+FILL_IN_PAGES = 16
+"""And so many pages must lie together on average: to fill in a few takes longer than to write them, by
+hundreds at a time."""
+
+_SCATTERED = 4
+"""Where more parts of a chunk than this are wanted, they are written at once."""
 
 _TOUCHED_AT_ONCE = 32
 """Huge pages that one thread brings in one go."""
@@ -146,6 +153,9 @@ def _divide(extents: Sequence[Extent], runs: Sequence[Run]) -> tuple[list[Extent
             continue
         while at < len(runs) and runs[at].start + runs[at].pages <= extent.start:
             at += 1
+        if at == len(runs) or runs[at].start >= extent.end:  # most are whole: there may be many
+            outside.append(extent)
+            continue
         position, run = extent.start, at
         while position < extent.end:
             if run < len(runs) and runs[run].start <= position:
@@ -166,13 +176,19 @@ def part(extent: Extent, start: int, end: int) -> Extent:
 
 def targets(spaces: Mapping[SpaceKey, Iterable[Extent]]) -> dict[Origin, list[Target]]:
     """For each chunk and reference, where its pages go."""
-    found: dict[Origin, list[Target]] = {}
+    chunks: dict[int, list[Target]] = {}
+    references: dict[int, list[Target]] = {}
     for space, extents in spaces.items():
-        for extent in extents:
-            if extent.source != Source.ZERO:
-                target = Target(space, extent.start, extent.offset, extent.pages)
-                found.setdefault(Origin(extent.source, extent.chunk), []).append(target)
-    return found
+        for start, pages, source, number, offset, _ in extents:  # a hundred thousand: little is called here
+            if source != Source.ZERO:
+                of_source = chunks if source == Source.CHUNK else references
+                target = Target(space, start, offset, pages)
+                if (there := of_source.get(number)) is not None:
+                    there.append(target)
+                else:
+                    of_source[number] = [target]
+    found = {Origin(Source.CHUNK, number): listed for number, listed in chunks.items()}
+    return found | {Origin(Source.WEIGHTS, number): listed for number, listed in references.items()}
 
 
 class Replay:
@@ -196,6 +212,7 @@ class Replay:
         self._lock = threading.Lock()
         self._held = 0
         self._memories: Mapping[SpaceKey, int] = {}
+        self._pids: Mapping[SpaceKey, int] = {}
         self._missing: Mapping[SpaceKey, Userfault] = {}
         self._huge: Mapping[SpaceKey, HugeMemory] = {}
         self.written_bytes = 0
@@ -210,8 +227,10 @@ class Replay:
         amount: Callable[[int, int], None] = lambda done, total: None,
         missing: Mapping[SpaceKey, Userfault] | None = None,
         huge: Mapping[SpaceKey, HugeMemory] | None = None,
+        pids: Mapping[SpaceKey, int] | None = None,
     ) -> None:
-        """Write everything into these `/proc/PID/mem` descriptors; return when all of it is there.
+        """Write everything into these files, the `/proc/PID/mem` of the processes `pids` where there are
+        these; return when all of it is there.
 
         Memory that is `missing` is filled in instead, where it can be. Of memory that is `huge`, and not
         missing, the kernel brings also what is zeros. `amount` is told now and then how many bytes are
@@ -220,6 +239,8 @@ class Replay:
         self._memories = memories
         self._missing = missing or {}
         self._huge = huge or {}
+        special = self._missing.keys() | self._huge.keys()
+        self._pids = {space: pid for space, pid in (pids or {}).items() if space not in special}
         for one in self._huge.values():
             for at in range(0, len(one.empty), _TOUCHED_AT_ONCE):
                 self._touches.put((one, one.empty[at : at + _TOUCHED_AT_ONCE]))
@@ -285,7 +306,10 @@ class Replay:
         if self._stop.is_set():
             return
         view = memoryview(raw)
-        for target in self._wanted[origin]:
+        wanted: Sequence[Target] = self._wanted[origin]
+        if len(wanted) > _SCATTERED:
+            wanted = self._scatter(view, wanted)
+        for target in wanted:
             piece = view[target.offset * PAGE : (target.offset + target.pages) * PAGE]
             if (huge := self._huge.get(target.space)) is None:
                 self._put(target.space, piece, target.start)
@@ -296,8 +320,22 @@ class Replay:
                         huge.write(part, start)
                     else:
                         self._put(target.space, part, start)
-            with self._lock:
-                self.written_bytes += target.pages * PAGE
+        with self._lock:
+            self.written_bytes += sum(target.pages for target in self._wanted[origin]) * PAGE
+
+    def _scatter(self, view: memoryview, wanted: Sequence[Target]) -> Sequence[Target]:
+        """Write the parts that go into processes, those of each at once; return the others."""
+        parts: dict[SpaceKey, list[tuple[int, int, int]]] = {}
+        others: list[Target] = []
+        for target in wanted:
+            space, start, offset, pages = target
+            if space in self._pids:
+                parts.setdefault(space, []).append((offset * PAGE, start * PAGE, pages * PAGE))
+            else:
+                others.append(target)
+        for space, some in parts.items():
+            write_scattered(self._pids[space], self._memories[space], view, some)
+        return others
 
     def _put(self, space: SpaceKey, piece: memoryview, start: int) -> None:
         memory = self._memories[space]

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+from bisect import bisect_right
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from crcli import kernel
+from crcli.memory.buffers import address_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_MOST_PARTS = 1024
+"""So many parts the kernel takes at once."""
 
 
 def write_all(fd: int, piece: memoryview, at: int) -> None:
@@ -14,3 +26,32 @@ def write_all(fd: int, piece: memoryview, at: int) -> None:
             raise ProcessLookupError(errno.ESRCH, "the process ended whose memory was to be written")
         piece = piece[done:]
         at += done
+
+
+def write_scattered(pid: int, memory: int, raw: memoryview, parts: Sequence[tuple[int, int, int]]) -> None:
+    """Write parts of `raw` into a process that stands still: where each begins, where it goes, how large it
+    is (bytes). Hundreds take one call.
+
+    What the program has made read-only, and all where the host allows no such call, goes through its
+    `/proc/PID/mem`, the descriptor `memory`. ProcessLookupError when it has ended.
+    """
+    with address_of(raw) as address:
+        while parts:
+            some = parts[:_MOST_PARTS]
+            ends = [*accumulate(size for _, _, size in some)]
+            try:
+                done = kernel.write_scattered(pid, address, some)
+            except OSError as error:
+                done = 0
+                if error.errno != errno.EFAULT:
+                    some = some[:0]
+            if not some:
+                for begin, at, size in parts:
+                    write_all(memory, raw[begin : begin + size], at)
+                return
+            whole = bisect_right(ends, done)
+            if whole < len(some):
+                begin, at, size = some[whole]
+                write_all(memory, raw[begin : begin + size], at)
+                whole += 1
+            parts = parts[whole:]

@@ -56,7 +56,7 @@ from crcli.image.packs import NEAR_BYTES, READ_BYTES
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
 from crcli.memory.huge import HugeMemory, Runs, aligned, can_be_had, empty_blocks
-from crcli.memory.replay import FILL_IN_BYTES, Replay, Split, split, targets
+from crcli.memory.replay import FILL_IN_BYTES, FILL_IN_PAGES, Replay, Split, split, targets
 from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
@@ -601,8 +601,10 @@ class _Restore:
 
     def _is_handed_over(self) -> bool:
         """Whether memory is filled in before the tree runs, rather than written."""
-        late = sum(extent.pages for extents in self.divided.late.values() for extent in extents) * PAGE
-        if late < FILL_IN_BYTES or len(self.members) > 1 or self.options.root:
+        count = sum(map(len, self.divided.late.values()))
+        late = sum(extent.pages for extents in self.divided.late.values() for extent in extents)
+        is_worth = late * PAGE >= FILL_IN_BYTES and late >= FILL_IN_PAGES * count
+        if not is_worth or len(self.members) > 1 or self.options.root:
             return False
         from crcli.memory.userfault import is_available
 
@@ -691,7 +693,8 @@ class _Restore:
                 }
                 for space in huge.keys() & missing.keys():
                     missing[space].leave(huge[space].runs)
-                self.replay.write_to(memories, self.watch.progress.amount, missing, huge)
+                pids = {space: self.host[space.number] for space in memories}
+                self.replay.write_to(memories, self.watch.progress.amount, missing, huge, pids)
             except BaseException:
                 self.held.push(files.pop_all())  # threads may still write there, until `failure` ends them
                 raise

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import mmap
 import os
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from unittest.mock import patch
+from random import Random
+from unittest.mock import Mock, patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crcli.memory import replay
-from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey, SpaceKind, coalesce
+from crcli import kernel
+from crcli.memory import replay, writing
+from crcli.memory.buffers import address_of
+from crcli.memory.extents import (
+    PAGE,
+    Extent,
+    Origin,
+    Source,
+    SpaceKey,
+    SpaceKind,
+    coalesce,
+    distinct_bytes,
+)
 from crcli.memory.replay import Replay, split, targets
+from crcli.memory.writing import write_scattered
 from tests.support.memory import page, rebuilt
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 PARENT, CHILD, OTHER = (SpaceKey(SpaceKind.PROCESS, pid) for pid in (1, 2, 3))
 SHARED = SpaceKey(SpaceKind.SHARED, 9)
@@ -223,3 +242,88 @@ def test_memory_of_a_process_that_ended_is_not_waited_for() -> None:
             replay.write_all(memory, memoryview(bytes(PAGE)), 0x10000)
     finally:
         os.close(memory)
+
+
+@contextmanager
+def own_memory(pages: int) -> Iterator[tuple[mmap.mmap, int, int]]:
+    """Memory of our own, the number of its first page, and a descriptor to write it by; every ninth page is
+    read-only."""
+    descriptor = os.open("/proc/self/mem", os.O_WRONLY)
+    area = mmap.mmap(-1, pages * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        with address_of(memoryview(area)) as address:
+            for number in range(0, pages, 9):
+                assert libc.mprotect(address + number * PAGE, PAGE, mmap.PROT_READ) == 0
+            yield area, address // PAGE, descriptor
+    finally:
+        os.close(descriptor)
+
+
+def scattered(first: int, pages: int) -> list[Extent]:
+    """Each page from another place."""
+    shuffled = Random(5).sample(range(pages), pages)
+    return [
+        Extent(first + at, 1, Source.CHUNK, place // 64, place % 64)
+        for at, place in zip(range(pages), shuffled, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("most", [1024, 7, 1])
+@pytest.mark.parametrize("refusal", [0, errno.EPERM, errno.ENOSYS])
+def test_what_lies_scattered_is_written_too(most: int, refusal: int) -> None:
+    """Into memory of which some is read-only, and where the host does not allow the call for many parts."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(refusal, "no")
+
+    with (
+        own_memory(256) as (area, first, descriptor),
+        patch.object(writing, "_MOST_PARTS", most),
+        patch.object(kernel, "write_scattered", refuse if refusal else kernel.write_scattered),
+    ):
+        spaces = {OTHER: scattered(first, 256)}
+        wanted = targets(spaces)
+        work = Replay(wanted, [list(wanted)], lambda group: ((one, CHUNKS[one]) for one in group), 2)
+        work.write_to({OTHER: descriptor}, pids={OTHER: os.getpid()})
+        there = {(OTHER, first + at): (area[at * PAGE : (at + 1) * PAGE], True) for at in range(256)}
+        assert there == rebuilt(spaces, by_number(CHUNKS))
+    assert work.written_bytes == 256 * PAGE
+
+
+def test_what_lies_scattered_takes_few_calls() -> None:
+    """One for all parts of a chunk, and nothing is written page by page."""
+    chunk = CHUNKS[FIRST]
+    parts = [(at * PAGE, at) for at in range(0, 64, 2)]
+    with own_memory(65) as (area, first, descriptor), patch.object(writing, "write_all") as page_by_page:
+        whither = [(begin, (first + 1 + at % 8) * PAGE, PAGE) for begin, at in parts]
+        calls = Mock(wraps=kernel.write_scattered)
+        with patch.object(kernel, "write_scattered", calls):
+            write_scattered(os.getpid(), descriptor, memoryview(chunk), whither)
+        assert area[PAGE : 2 * PAGE] == chunk[56 * PAGE : 57 * PAGE]
+    assert calls.call_count == 1
+    page_by_page.assert_not_called()
+
+
+def test_scattered_memory_of_a_process_that_ended_is_not_waited_for() -> None:
+    """As for memory that lies together."""
+    child = subprocess.Popen(["sleep", "60"])
+    memory = os.open(f"/proc/{child.pid}/mem", os.O_WRONLY)
+    try:
+        child.kill()
+        child.wait()
+        with pytest.raises(ProcessLookupError):
+            write_scattered(child.pid, memory, memoryview(bytes(PAGE)), [(0, 0x10000, PAGE)])
+    finally:
+        os.close(memory)
+
+
+def test_memory_that_is_shared_counts_once() -> None:
+    """What two spaces have alike at one address, zeros and others; not what only one of them has."""
+    alike = [Extent(0, 3, Source.CHUNK, 1, 0), Extent(8, 2, Source.ZERO)]
+    spaces = {
+        PARENT: [*alike, Extent(20, 1, Source.CHUNK, 1, 0)],
+        CHILD: [*alike, Extent(20, 1, Source.WEIGHTS, 1, 0)],
+    }
+    assert distinct_bytes(spaces) == (2 * PAGE, 5 * PAGE)
+    assert distinct_bytes({OTHER: spaces[PARENT]}) == (2 * PAGE, 4 * PAGE)
+    assert distinct_bytes({}) == (0, 0)
