@@ -16,9 +16,10 @@ chunk's pack is being removed. The order of steps rules that out:
 
 Merged indexes stay although they tell of doomed packs, as long as an image names them: without them the next
 dump would store anew what they tell of. A dump believes what they tell of a pack only where a manifest
-refers to that pack too. It sees, once it has published, that this manifest is still there; or else that no
-collection is at work (see `may_miss`). In the one case step 6 found that manifest, or step 5 the dump; in the
-other the next collection finds the dump's own.
+refers to that pack too, and sees, once it is announced, that this manifest is still there. It sees that again
+once it has published; or else that no collection is at work, and then that all packs are there (see
+`may_miss`). In the one case step 6 found that manifest, or step 5 the dump; in the other those that were at
+work meanwhile have removed what they had to remove, and the next finds the dump's own manifest.
 
 Killed at any point it leaves a store in which every image is whole, and can be run again.
 """
@@ -121,10 +122,16 @@ def collect_garbage(store: Store, *, dry_run: bool = False, grace_s: float = GRA
     return report
 
 
-def may_miss(store: Store, manifests: Sequence[str], now: Callable[[], float]) -> bool:
-    """Whether one of these manifests is gone while a collection is at work that may not have read it. `now`
-    asks for the time by the store's clock."""
-    return bool(store.missing(manifests) and announced(store, COLLECTIONS, now())[0])
+def may_miss(
+    store: Store, manifests: Sequence[str], packs: Iterable[bytes], now: Callable[[], float]
+) -> bool:
+    """Whether one of these manifests is gone, and a collection that may not have read it is at work, or has
+    removed one of `packs`, which a manifest that was published since needs. `now` asks for the time by the
+    store's clock."""
+    if not store.missing(manifests):
+        return False
+    # In this order: what ends between the two has removed what it had to.
+    return bool(announced(store, COLLECTIONS, now())[0] or store.missing(map(pack_key, packs)))
 
 
 def _check(ours: Collecting) -> None:

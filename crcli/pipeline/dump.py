@@ -946,7 +946,7 @@ class _Dump:
             return False
         from crcli.image.gc import may_miss
 
-        return may_miss(store, self.vouched_by, self.session.store_time)
+        return may_miss(store, self.vouched_by, self.writer.packs, self.session.store_time)
 
     def _count(self, counts: MemoryCounts) -> None:
         self.report.memory_bytes = counts.total

@@ -2,7 +2,7 @@
 
 Only a dump that has announced itself (see crcli.image.session) may rely on what a store has: `gc` removes
 what nobody may have seen. The reading need not wait for that: it begins at once, and what was read counts if
-the store, once it was told of the dump, still has it.
+the store, once it was told of the dump, still has it: the indexes, and the manifests that vouched for them.
 """
 
 from __future__ import annotations
@@ -38,6 +38,6 @@ class Knowing(threading.Thread):
     def finish(self) -> KnownChunks:
         """Return what the store has, now that it is told of the dump. Raises StoreError."""
         self.join()
-        if self._known is None or self._store.missing(self._known.told_by):
+        if self._known is None or self._store.missing([*self._known.told_by, *self._known.vouched_by]):
             self._known = self._read()
         return self._known

@@ -15,9 +15,18 @@ from blake3 import blake3
 from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image import index, lookup, manifest, merging
 from crcli.image.container import ContainerKind, pack_container, unpack_container
+from crcli.image.copy import copy
 from crcli.image.gc import Collecting, collect_garbage, may_miss
 from crcli.image.index import KnownPagesOf, load_known
-from crcli.image.names import IndexRef, index_key, manifest_key, merged_key, new_image_id, pages_key
+from crcli.image.names import (
+    ImageRef,
+    IndexRef,
+    index_key,
+    manifest_key,
+    merged_key,
+    new_image_id,
+    pages_key,
+)
 from crcli.image.packs import ChunkReader, PackWriter
 from crcli.image.peek import ManifestPeek
 from crcli.image.remove import remove
@@ -35,7 +44,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from crcli.image.index import KnownChunks
-    from crcli.image.names import ImageRef
 
 
 @pytest.fixture
@@ -430,14 +438,72 @@ def test_merged_indexes_that_no_image_names_are_removed(store: FileStore) -> Non
 
 
 def test_who_believed_an_image_that_is_gone_is_told_of_a_collection(store: FileStore) -> None:
-    """One that is at work may have removed packs that nobody but this image referred to."""
+    """One that is at work may have removed packs that nobody but this image referred to, and one that was may
+    have done so already."""
     taken(store, pages(1, GROUP_PAGES))
     (image,) = (info.key for info in store.list("images/agent/"))
+    packs = [bytes.fromhex(info.key.rpartition("/")[2]) for info in store.list("packs/")]
     with Collecting(store):
-        assert not may_miss(store, [image], time.time)
+        assert not may_miss(store, [image], packs, time.time)
         store.delete(image)
-        assert may_miss(store, [image], time.time)
-    assert not may_miss(store, [image], time.time)
+        assert may_miss(store, [image], packs, time.time)
+    assert not may_miss(store, [image], packs, time.time)
+    collect_garbage(store, grace_s=0)
+    assert may_miss(store, [image], packs, time.time)
+
+
+def test_an_image_by_which_packs_are_believed_must_be_there_when_the_dump_is_announced(
+    store: FileStore,
+) -> None:
+    """A collection that is at work by then may have found it gone, and did not see the dump."""
+    grown(store, merging.MOST_SEPARATE + 1)
+    knowing = Knowing(store, lambda: load_known(store, "agent", wanted=0, is_same=lambda head: True))
+    knowing.start()
+    knowing.join()
+    newest = max(info.key for info in store.list("images/agent/"))
+    store.delete(newest)
+    with Session(store, "dump"):
+        known = knowing.finish()
+    assert newest not in known.vouched_by
+    assert known.newest_image < newest.rpartition("/")[2]
+
+
+def test_a_chunk_of_which_two_indexes_tell_has_one_number(store: FileStore) -> None:
+    """Its own and one that was merged, where older images are asked too; and it is merged once."""
+    grown(store, 2 * merging.MOST_SEPARATE)
+    known = load_known(store, "agent", wanted=None)
+    places = Counter((pack, chunk.offset) for pack, chunk in map(known.chunk, range(len(known))))
+    assert max(places.values()) > 1
+    writer = PackWriter(store, new_image_id(), known)
+    try:
+        for number in range(len(known)):
+            writer.adopt(number)
+        assert len(set(writer.chunks)) == len(writer.chunks) == len(places)
+        adopted = {known: writer.adopt(known) for known in range(len(known))}
+        refs = set(map(known.index_of, adopted))
+        merged = merging.merge(known, list(refs), adopted, writer.chunks, writer.packs, Counter())
+        sections = unpack_container(merged, ContainerKind.INDEX, "merged")
+        assert len(sections["CHNK"]) == 56 * len(places)
+    finally:
+        writer.close()
+
+
+def test_a_copy_takes_along_what_tells_of_its_image(store: FileStore, tmp_path: Path) -> None:
+    """Also what an earlier dump merged; and what is merged where the dump stored no memory."""
+    memory, _ = grown(store, merging.MOST_SEPARATE + 2)
+    head = newest_head(store)
+    assert head["id"] not in head["merged"]
+    target = FileStore(tmp_path / "other")
+    copy(store, ImageRef("agent", head["id"]), target)
+    there = {info.key for info in target.list("indexes/")}
+    assert set(map(merged_key, head["merged"])) <= there
+    told = is_known(load_known(target, "agent", wanted=0, is_same=lambda head: True), memory)
+    assert told.count(True) >= merging.MOST_SEPARATE - 1
+    (merging_id,) = head["merged"]
+    store.delete(pages_key(merging_id))
+    again = FileStore(tmp_path / "again")
+    copy(store, ImageRef("agent", merging_id), again)
+    assert merged_key(merging_id) in {info.key for info in again.list("indexes/")}
 
 
 @pytest.mark.parametrize(
