@@ -67,8 +67,10 @@ def merge(
     `adopted` are those chunks by their numbers among the known, `chunks` and `packs` the image's tables, and
     `in_use` says how many pages the image has of each chunk of memory.
     """
-    of = known.chunks_of(chosen).intersection(adopted)
-    taken = sorted(of.difference(_hardly_used({number: adopted[number] for number in of}, chunks, in_use)))
+    of = {adopted[number]: number for number in known.chunks_of(chosen) if number in adopted}.values()
+    taken = sorted(
+        set(of).difference(_hardly_used({number: adopted[number] for number in of}, chunks, in_use))
+    )
     row = {number: at for at, number in enumerate(taken)}
     digests = b"".join(known.page_digests(taken))
     table = TableMaker()

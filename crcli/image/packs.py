@@ -99,6 +99,7 @@ class PackWriter:
         self._references: list[Reference] = []
         self._reference_numbers: dict[Reference, int] = {}
         self._adopted: dict[int, int] = {}
+        self._adopted_as: dict[Chunk, int] = {}
         self._foreign_packs: dict[bytes, int] = {}
         self._pack: ObjectWriter | None = None
         self._pack_number = 0
@@ -231,8 +232,11 @@ class PackWriter:
                 if (pack := self._foreign_packs.get(pack_id)) is None:
                     pack = self._foreign_packs[pack_id] = len(self._packs)
                     self._packs.append(pack_id)
-                number = self._adopted[known] = len(self._chunks)
-                self._chunks.append(Chunk(pack, *chunk[1:]))
+                # Of one chunk an index may tell, and another that was merged from it.
+                here = Chunk(pack, *chunk[1:])
+                number = self._adopted[known] = self._adopted_as.setdefault(here, len(self._chunks))
+                if number == len(self._chunks):
+                    self._chunks.append(here)
             return number
 
     def seal(self) -> None:
