@@ -29,6 +29,7 @@ from crcli.image.names import (
     weights_key,
 )
 from crcli.image.packs import check_chunk
+from crcli.image.peek import ids_in
 from crcli.image.session import STALE_AFTER_S, Session, announced
 from crcli.image.weights import PushedFile
 from crcli.store.base import is_there
@@ -90,7 +91,7 @@ def copy(
             if report.was_there:
                 return report
             _Copy(source, target, manifest.packs, manifest.chunks, report, on_bytes).packs()
-            report.copied_bytes += _copy_index(source, target, full.id)
+            report.copied_bytes += _copy_indexes(source, target, manifest)
             _publish(target, key, data, full, session)
             report.copied_bytes += len(data)
     report.total_ms = round((time.monotonic() - began) * 1000, 2)
@@ -146,15 +147,17 @@ def _copy_weights(
         report.copied_bytes += len(pushed.table)
 
 
-def _copy_index(source: Store, target: Store, image_id: str) -> int:
-    """Copy what tells later dumps of the image's chunks, if it is there; return its size."""
+def _copy_indexes(source: Store, target: Store, manifest: Manifest) -> int:
+    """Copy what tells later dumps of the image's chunks, as far as it is there; return its size. Indexes of
+    other dumps tell of packs that the target may lack; of merged ones only what it has is believed."""
     copied = 0
-    keys = (pages_key(image_id), index_key(image_id), merged_key(image_id))
-    for key in keys:  # an index after its pages: it vouches for them
+    merged = {manifest.id, *ids_in(manifest.meta.get("merged"))}
+    # An index after its pages: it vouches for them.
+    for key in (pages_key(manifest.id), index_key(manifest.id), *map(merged_key, sorted(merged))):
         try:
             data = source.get(key)
         except NotFound:
-            break
+            continue  # of a dump without new memory there are no pages
         target.put(key, data)
         copied += len(data)
     return copied
