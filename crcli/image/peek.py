@@ -26,7 +26,7 @@ class ManifestPeek:
         self._read = cache(lambda offset, length: bytes(store.get_range(key, offset, length)))
         try:
             head = json.loads(self._section("META"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ImageDamaged(f"{key} has a head that is no JSON") from error
         if not isinstance(head, dict):
             raise ImageDamaged(f"{key} has a head that is no object")

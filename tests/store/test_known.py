@@ -609,3 +609,14 @@ def test_a_store_that_cannot_be_read(store: FileStore) -> None:
     knowing.start()
     with pytest.raises(StoreError, match="no answer"):
         knowing.finish()
+
+
+def test_a_head_that_is_nested_too_deep_is_damage(store: FileStore) -> None:
+    """No dump of that name ends because of it."""
+    store.warm(for_writing=True)
+    key = manifest_key("agent", new_image_id())
+    data = pack_container(ContainerKind.MANIFEST, {"META": b"[" * 200_000})
+    store.put(key, data)
+    with pytest.raises(ImageDamaged):
+        ManifestPeek(store, key, len(data))
+    assert len(load_known(store, "agent")) == 0
