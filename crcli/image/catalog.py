@@ -5,7 +5,6 @@ from __future__ import annotations
 import calendar
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
@@ -13,6 +12,7 @@ from msgspec import Struct, field
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, peek_section
 from crcli.image.manifest import list_images
+from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
     from crcli.image.names import ImageRef
@@ -78,7 +78,7 @@ def list_entries(store: Store, name: str = "") -> list[Entry]:
     An image whose manifest cannot be read is in the list too, with its damage.
     """
     images = [found for found in list_images(store) if not name or found[0].name == name]
-    with ThreadPoolExecutor(_READERS, "ls") as readers:
+    with asking(_READERS, "ls", store) as readers:
         entries = readers.map(lambda found: _read(store, *found), images)
         return [entry for entry in entries if entry is not None]
 

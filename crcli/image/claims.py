@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from crcli.errors import NotFound, StoreError
 from crcli.image.names import LEASES, lease_key
 from crcli.image.owner import Sight, sight_of
+from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
     from crcli.store.base import Store
@@ -141,8 +142,6 @@ def is_held_by(store: Store, name: str, nonce: str) -> bool:
 
 def all_claims(store: Store) -> list[Claim]:
     """Who holds which name, in the order of names; see `claimed_by`."""
-    from concurrent.futures import ThreadPoolExecutor
-
     newest: dict[str, int] = {}
     for info in store.list(LEASES):
         name, _, number = info.key.removeprefix(LEASES).partition("/")
@@ -153,7 +152,7 @@ def all_claims(store: Store) -> list[Claim]:
         claim = newest_claim(store, name, newest[name])
         return _standing(store, claim) if claim is not None else None
 
-    with ThreadPoolExecutor(_READERS, "leases") as readers:
+    with asking(_READERS, "leases", store) as readers:
         return [claim for claim in readers.map(standing, sorted(newest)) if claim is not None]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -33,6 +32,7 @@ from crcli.image.peek import ids_in
 from crcli.image.session import STALE_AFTER_S, Session, announced
 from crcli.image.weights import PushedFile
 from crcli.store.base import is_there
+from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -200,7 +200,7 @@ class _Copy:
         """Copy the packs that the target lacks."""
         there = {info.key: info.size for info in self._target.list(PACKS)}
         keys = [pack_key(pack) for pack in self._packs]
-        with ThreadPoolExecutor(_THREADS, "copy") as threads:
+        with asking(_THREADS, "copy", self._source, self._target) as threads:
             sizes = list(threads.map(self._size, keys))
             missing = [n for n, key in enumerate(keys) if there.get(key) != sizes[n]]
             self._total = sum(sizes[n] for n in missing)

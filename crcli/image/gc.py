@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
@@ -49,6 +48,7 @@ from crcli.image.names import (
 from crcli.image.peek import ManifestPeek, ids_in
 from crcli.image.session import Announcement, announced
 from crcli.image.tables import read_chunks, read_packs
+from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -145,7 +145,7 @@ def _remove_all(store: Store, keys: Iterable[str], check: Callable[[], None]) ->
         check()
         store.delete(key)
 
-    with ThreadPoolExecutor(_THREADS, "gc") as threads:
+    with asking(_THREADS, "gc", store) as threads:
         for _ in threads.map(remove, keys):
             pass
 
@@ -196,7 +196,7 @@ class _Collection:
         """Note what the manifests, and files of weights, that were not read yet refer to."""
         listed = [info for prefix in (IMAGES, WEIGHTS) for info in self._store.list(prefix)]
         new = [info for info in listed if info.key not in self._manifests]
-        with ThreadPoolExecutor(_THREADS, "gc") as threads:
+        with asking(_THREADS, "gc", self._store) as threads:
             for packs, merged in threads.map(self._needs_of, new):
                 self._referenced.update(map(pack_key, packs))
                 self._merged.update(map(merged_key, merged))
@@ -229,7 +229,7 @@ class _Collection:
     def _hide_doomed(self) -> None:
         """Step 4: remove the indexes by which a dump would learn of doomed packs."""
         listed = [info.key for info in self._store.list(INDEXES) if info.key.endswith(".index")]
-        with ThreadPoolExecutor(_THREADS, "gc") as threads:
+        with asking(_THREADS, "gc", self._store) as threads:
             telling = [
                 key for key, tells in zip(listed, threads.map(self._tells, listed), strict=True) if tells
             ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_right
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, compress, islice
 from operator import add, not_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +25,7 @@ from crcli.image.peek import ManifestPeek, ids_in
 from crcli.image.tables import NO_PACK, ChunkTable, Groups, MixedGroups, read_groups, read_packs
 from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
 from crcli.memory.extents import PAGE
+from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Set
@@ -458,7 +458,7 @@ def _lineages(
     newest = [_lineage(store, name, info) for info in images[:1]]
     if any(is_same(one.head) for one in newest):
         return newest
-    with ThreadPoolExecutor(_READERS, "lineage") as threads:
+    with asking(_READERS, "lineage", store) as threads:
         all_ = newest + list(threads.map(lambda info: _lineage(store, name, info), images[1:]))
     same = [one for one in all_ if is_same(one.head)][:1]
     return same + all_
@@ -495,7 +495,7 @@ class _Loading:
         """Read these indexes in this order, `most` of them, until enough pages are known."""
         new = [one for one in dict.fromkeys(refs) if one not in self._seen][:most]
         self._seen.update(new)
-        with ThreadPoolExecutor(2 * _READERS, "indexes") as threads:
+        with asking(2 * _READERS, "indexes", self._store) as threads:
             for at in range(0, len(new), _READERS):
                 if self._known.page_count >= self._limit:
                     return

@@ -33,6 +33,7 @@ from crcli.image.tables import (
 )
 from crcli.memory.classify import GROUP_PAGES, ZERO, Location, stretches
 from crcli.memory.extents import Source
+from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -412,8 +413,6 @@ class ChunkReader:
 
         What this host has is not asked for in the store.
         """
-        from concurrent.futures import ThreadPoolExecutor
-
         ends: dict[str, int] = {}
         for group in self.plan(wanted):
             key, offset, length = span(self._packs, self._chunks, group)
@@ -428,7 +427,7 @@ class ChunkReader:
             if size < ends[key]:
                 raise ImageDamaged(f"{key} is cut short", hint="use another image")
 
-        with ThreadPoolExecutor(max(1, min(_STATS_AT_ONCE, len(ends)))) as threads:
+        with asking(max(1, min(_STATS_AT_ONCE, len(ends))), "packs", self._store) as threads:
             for _ in threads.map(look, ends):
                 pass
 

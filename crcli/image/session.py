@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 from crcli.errors import NotFound, StoreError
 from crcli.image.names import SESSIONS
 from crcli.image.owner import Sight, clock, describe_owner, sight_of
+from crcli.store.leaving import is_of_a_signal
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -69,6 +70,8 @@ class Announcement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if is_of_a_signal(error):
+            self._store.give_up()  # it goes stale by itself
         self._over.set()
         self._beat.join()
         if self.lapsed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
@@ -17,6 +16,7 @@ from crcli.image.names import pack_key
 from crcli.image.packs import ChunkReader
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKind
+from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,7 +88,7 @@ class _Verification:
         readable = self._chunks_within_packs()
         total = sum(self._manifest.chunks[number].stored for number in readable)
         bad: dict[int, str] = {}
-        with ThreadPoolExecutor(_READERS, "verify") as readers:
+        with asking(_READERS, "verify", self._store) as readers:
             for read_bytes, damage in readers.map(self._read_group, self._reader.plan(readable)):
                 self._report.stored_bytes += read_bytes
                 self._on_bytes(self._report.stored_bytes, total)
@@ -121,7 +121,7 @@ class _Verification:
         by_pack: dict[int, list[int]] = defaultdict(list)
         for number, chunk in enumerate(self._manifest.chunks):
             by_pack[chunk.pack].append(number)
-        with ThreadPoolExecutor(_READERS, "verify") as askers:
+        with asking(_READERS, "verify", self._store) as askers:
             sizes = dict(zip(by_pack, askers.map(self._size_of, by_pack), strict=True))
         readable: list[int] = []
         for pack, numbers in by_pack.items():

@@ -26,6 +26,7 @@ from crcli.memory.weights.files import WeightsFile, files_below
 from crcli.memory.weights.references import found_bytes
 from crcli.memory.weights.views import View, apply, source_bytes
 from crcli.store.base import is_there
+from crcli.store.leaving import left_by_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,28 +78,31 @@ def push(store: Store, path: str, on_bytes: Callable[[int, int], None] = lambda 
         with Session(store, name) as session:
             writer = PackWriter(store, name, load_known(store, "weights", others=None))
             try:
-                again, chunks = blake3(), list[int]()
-                for block in _blocks(file, on_bytes):
-                    again.update(block)
-                    chunks.append(writer.add_blob(block))
-                writer.seal()
-                table = pack_container(
-                    ContainerKind.WEIGHTS,
-                    {
-                        "META": json.dumps({"name": os.path.basename(path), "size": file.size}).encode(),
-                        "PACK": write_packs(writer.packs),
-                        "CHNK": write_chunks(writer.chunks[number] for number in chunks),
-                    },
-                )
-                if again.hexdigest() != digest:
-                    raise StoreError(f"{file.path} changed while it was read", hint="push it again")
-                if session.lapsed:
-                    raise StoreError("the store did not answer for too long", hint="push it again")
-                try:
-                    store.put(key, table, if_absent=True)
-                except ObjectExists:
-                    pass  # somebody else has pushed the same file
-                return Pushed(file.path, digest, file.size, writer.stored_bytes + len(table), was_there=False)
+                with left_by_signals(store):
+                    again, chunks = blake3(), list[int]()
+                    for block in _blocks(file, on_bytes):
+                        again.update(block)
+                        chunks.append(writer.add_blob(block))
+                    writer.seal()
+                    table = pack_container(
+                        ContainerKind.WEIGHTS,
+                        {
+                            "META": json.dumps({"name": os.path.basename(path), "size": file.size}).encode(),
+                            "PACK": write_packs(writer.packs),
+                            "CHNK": write_chunks(writer.chunks[number] for number in chunks),
+                        },
+                    )
+                    if again.hexdigest() != digest:
+                        raise StoreError(f"{file.path} changed while it was read", hint="push it again")
+                    if session.lapsed:
+                        raise StoreError("the store did not answer for too long", hint="push it again")
+                    try:
+                        store.put(key, table, if_absent=True)
+                    except ObjectExists:
+                        pass  # somebody else has pushed the same file
+                    return Pushed(
+                        file.path, digest, file.size, writer.stored_bytes + len(table), was_there=False
+                    )
             finally:
                 writer.close()
     finally:

@@ -386,6 +386,8 @@ class _Dump:
                     if self.options.outcome == Outcome.RUNNING:
                         self.lock.release()
                     self._finish()
+                if self.store is not None:
+                    self.store.give_up()  # what is left is to clear away there
             except BaseException:
                 self.interrupts.past_return()
                 self.shared.end_turn()
@@ -908,7 +910,7 @@ class _Dump:
         self.writer.seal()
         self._see_that_the_name_is_ours(self.store)
         self._see_time_left(len(manifest.chunks) + sum(map(len, spaces.values())))
-        self.interrupts.past_return()
+        self.interrupts.past_return(self.store.give_up)  # nothing to be undone, but not to be waited for long
         self.report.stored_bytes = self.writer.stored_bytes + publish(self.store, manifest, encoded)
         self._withdraw_if_lapsed(self.store)
         self.published = True
@@ -925,7 +927,7 @@ class _Dump:
             )
 
     def _see_time_left(self, records: int) -> None:
-        """Raise Interrupted when the deadline leaves no time for the manifest, which nothing interrupts: it
+        """Raise Interrupted when the deadline leaves no time for the manifest, which is only hurried: it
         has so many records, and goes to the store as fast as all that went there since the freeze."""
         left_s = seconds_left()
         if left_s is None:

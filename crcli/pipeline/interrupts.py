@@ -29,14 +29,19 @@ class Interrupts:
         self._past_return = False
         self._later = later
         self._instead: BaseException | None = None
+        self._hurry: Callable[[], None] | None = None
 
     @property
     def are_over(self) -> bool:
         """Whether nothing can interrupt any more."""
         return self._raised or self._past_return
 
-    def past_return(self) -> None:
-        """From here on the work is finished, or undone, whatever comes: signals are ignored, or `later`'s."""
+    def past_return(self, hurry: Callable[[], None] | None = None) -> None:
+        """From here on the work is finished, or undone, whatever comes: signals are ignored, or `later`'s.
+
+        They are told to `hurry` as well, which runs in a thread of its own.
+        """
+        self._hurry = hurry
         self._past_return = True
 
     def abort(self, error: BaseException) -> None:
@@ -48,6 +53,9 @@ class Interrupts:
         """The signal handler."""
         _hush(number)
         if self._past_return:
+            hurry, self._hurry = self._hurry, None
+            if hurry is not None:  # not in the middle of whatever the main thread does, and holds locks for
+                threading.Thread(target=hurry, name="hurry", daemon=True).start()
             if self._later is not None and self._instead is None:
                 self._later(number, frame)
         elif not self._raised:

@@ -56,6 +56,9 @@ COMM = "crcli-pager"
 _MISSING, _HOLD, _WHOLE = b"missing", b"hold", b"whole"
 _MESSAGE_LIMIT = 1 << 20
 _END_LIMIT_S = 10.0
+_OWN_END_S = 0.5
+"""How long a pager with nothing to do may take to end (seconds) until it is killed: its store may hang."""
+
 _PATIENCE_S = (0.5, 30.0)
 """How long the pager waits before it asks a store again that failed (seconds): at first, and at most."""
 
@@ -193,7 +196,7 @@ class Pager:
     def close(self) -> None:
         """Return when it has ended: it does unless it was told to `go`, or its tree is dead."""
         self.leave()
-        end = time.monotonic() + _END_LIMIT_S
+        end = time.monotonic() + _OWN_END_S
         try:
             while os.waitpid(self.pid, os.WNOHANG) == (0, 0):
                 if time.monotonic() > end:

@@ -169,7 +169,8 @@ class Store(Protocol):
         ...
 
     def give_up(self) -> None:
-        """End all patience: what fails from now on is not tried again."""
+        """End all patience: what fails from now on is not tried again, and whoever waits for a store that
+        keeps silent goes on a second later, with StoreUnreachable. What the store does of it is not known."""
         ...
 
     def reopened(self) -> Store:

@@ -19,6 +19,9 @@ Result = TypeVar("Result")
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 8.0
 
+_LOOK_EVERY_S = 0.1
+"""How often a pause that two may end looks whether the other did (seconds)."""
+
 
 class Retrier:
     """Repeats operations whose failures pass.
@@ -63,5 +66,10 @@ class Retrier:
         self._stopped.set()
 
     def _is_stopped_within(self, pause: float, given_up: threading.Event | None) -> bool:
-        (given_up or self._stopped).wait(0 if self._stopped.is_set() else pause)
-        return self._stopped.is_set() or (given_up is not None and given_up.is_set())
+        end = time.monotonic() + pause
+        while not self._stopped.is_set() and not (given_up is not None and given_up.is_set()):
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            (given_up or self._stopped).wait(left if given_up is None else min(left, _LOOK_EVERY_S))
+        return True

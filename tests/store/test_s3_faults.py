@@ -15,6 +15,7 @@ from crcli.store.s3 import S3Store
 from crcli.store.s3 import client as client_module
 from tests.support.faulty_proxy import (
     FaultyProxy,
+    Trickle,
     answer,
     damage_request,
     hold_until,
@@ -219,6 +220,60 @@ def test_close_does_not_wait_out_patience(behind: Behind) -> None:
     store.close()
     thread.join(60)
     assert errors and not thread.is_alive()
+
+
+ASKED: dict[str, Callable[[Store], object]] = {
+    "get": lambda store: store.get("key"),
+    "range": lambda store: store.get_range("key", 1, 2),
+    "list": lambda store: list(store.list("folder/")),
+    "stat": lambda store: store.stat("key"),
+    "missing": lambda store: store.missing(["key", "other"]),
+    "put": lambda store: store.put("new", b"value"),
+    "claim": lambda store: store.put("new", b"value", if_absent=True),
+    "upload": lambda store: store.put("large", bytes(20 * MIB)),
+    "delete": lambda store: store.delete("key"),
+    "warm": lambda store: store.warm(),
+}
+
+
+@pytest.mark.parametrize("is_quick", [False, True], ids=["botocore", "obstore"])
+@pytest.mark.parametrize("what", ASKED)
+def test_a_store_that_is_given_up_is_not_waited_for(behind: Behind, what: str, is_quick: bool) -> None:
+    """Who waits for an answer that has begun and does not end goes on, and the store can be closed."""
+    store = behind.open(is_quick=is_quick)
+    trickle = Trickle()
+    behind.proxy.inject(trickle, times=float("inf"))
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            ASKED[what](store)
+        except StoreError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    assert trickle.begun.wait(60)
+    store.give_up()
+    thread.join(60)
+    assert errors and not thread.is_alive()
+    store.close()
+
+
+def test_a_pause_of_an_upload_ends_when_the_store_is_given_up(
+    behind: Behind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the pause has an end of its own."""
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 10_000)
+    monkeypatch.setattr(retrying, "LONGEST_PAUSE_S", 10_000)
+    monkeypatch.setattr(retrying.random, "uniform", lambda _, high: high)
+    store = behind.open(patience_s=100_000)
+    behind.proxy.inject(answer(503, "SlowDown"), method="POST", times=float("inf"))
+    with store.writer("large") as writer:
+        writer.write(bytes(20 * MIB))
+        while not behind.proxy.count("POST"):
+            time.sleep(0.01)
+    store.close()
 
 
 def test_credentials_are_not_retried(s3: Callable[[str], S3Server], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,35 @@ def hold_until(released: threading.Event) -> Callable[[Exchange], None]:
     return fault
 
 
+class Trickle:
+    """A fault: the store answers for ever, a byte now and then, so that no client's patience ends by itself.
+
+    `begun` is set once a request waits for the end of such an answer; the first `but` requests are passed on.
+    """
+
+    _EVERY_S = 0.2
+
+    def __init__(self, but: int = 0) -> None:
+        self.begun = threading.Event()
+        self._but = but
+        self._lock = threading.Lock()
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Answer so, until the client has gone."""
+        with self._lock:
+            self._but -= 1
+            is_spared = self._but >= 0
+        if is_spared:
+            pass_on(exchange)
+            return
+        exchange.read_body()
+        exchange.handler.wfile.write(b"HTTP/1.1 200 OK\r\nx-slow: ")
+        self.begun.set()
+        while True:
+            exchange.handler.wfile.write(b".")
+            time.sleep(self._EVERY_S)
+
+
 class Throttle:
     """A fault: all requests together bring so many bytes a second, as over a slow line."""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from crcli.store.s3.body import Body
+    from crcli.store.s3.calls import Calls
     from crcli.store.s3.client import Connection
     from crcli.store.s3.settings import S3Settings
 
@@ -26,10 +27,11 @@ FIRST_CONTACT_PATIENCE_S = 10.0
 class Bucket:
     """The objects of the bucket `name` whose keys begin with `prefix` (empty, or ending in a slash)."""
 
-    def __init__(self, name: str, prefix: str, settings: S3Settings) -> None:
+    def __init__(self, name: str, prefix: str, settings: S3Settings, calls: Calls) -> None:
         self.name = name
         self.prefix = prefix
         self.settings = settings
+        self._calls = calls
         self._retrier = Retrier()
         self._making = threading.Lock()
         self._has_answered = False
@@ -37,6 +39,9 @@ class Bucket:
     @property
     def connection(self) -> Connection:
         """The client, made by whoever asks first."""
+        return self._connection if self.is_connected else self._calls.make(self._made)
+
+    def _made(self) -> Connection:
         with self._making:
             return self._connection
 
@@ -105,7 +110,7 @@ class Bucket:
         from crcli.store.s3.errors import FOREIGN
 
         try:
-            return self._retrier.call(attempt, self._patience, given_up)
+            return self._retrier.call(lambda: self._calls.make(attempt), self._patience, given_up)
         except FOREIGN as error:
             raise self._translated(error, key) from error
 
@@ -126,8 +131,9 @@ class Bucket:
         return translate(error, Place(self.name, self.prefix, endpoint_url), key)
 
     def give_up(self) -> None:
-        """End all patience: what fails from now on is not tried again."""
+        """End all patience: what fails from now on is not tried again, and silence not waited for."""
         self._retrier.stop()
+        self._calls.give_up()
 
     def close(self) -> None:
         """Close the connections."""

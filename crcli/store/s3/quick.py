@@ -2,9 +2,9 @@
 
 botocore works for 150 ms before it sends its first request: a third of the time in which a small tree is
 back, a tenth of what the repeated dump of a large one takes. obstore, a client in Rust, needs 15. It knows
-few of the AWS tools' settings, tells a store's answer as text only, and lets no signal through while it
-waits. So it is used only where the settings are plain, waits for a few seconds at most, and whatever it
-cannot do is asked again through botocore, which explains it, and from then on does all.
+few of the AWS tools' settings, and tells a store's answer as text only. So it is used only where the settings
+are plain, waits for a few seconds at most, and whatever it cannot do is asked again through botocore, which
+explains it, and from then on does all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
-from crcli.errors import NotFound
+from crcli.errors import NotFound, StoreUnreachable
 from crcli.store.base import ObjectInfo, check_key, is_key
 from crcli.store.s3.plain import plain_access
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Config, S3Store
 
     from crcli.store.base import Buffer
+    from crcli.store.s3.calls import Calls
     from crcli.store.s3.settings import S3Settings
 
 Result = TypeVar("Result")
@@ -41,10 +42,11 @@ _used_by = 0
 class QuickRequests:
     """A bucket's objects below `prefix`. Every method returns None for what is not to be had so."""
 
-    def __init__(self, bucket: str, prefix: str, settings: S3Settings) -> None:
+    def __init__(self, bucket: str, prefix: str, settings: S3Settings, calls: Calls) -> None:
         self._bucket = bucket
         self._prefix = prefix
         self._settings = settings
+        self._calls = calls
         self._making = threading.Lock()
         self._store: S3Store | None = None
         self._is_aws = False
@@ -141,9 +143,9 @@ class QuickRequests:
 
         return self._try(delete, key)
 
-    def reopened(self) -> QuickRequests:
+    def reopened(self, calls: Calls) -> QuickRequests:
         """The same, open again after `close`, with the client, if it was of use."""
-        again = QuickRequests(self._bucket, self._prefix, self._settings)
+        again = QuickRequests(self._bucket, self._prefix, self._settings, calls)
         again._store, again._is_aws = self._store, self._is_aws
         return again
 
@@ -160,10 +162,12 @@ class QuickRequests:
         if store is None:
             return None
         try:
-            return read(store)
+            return self._calls.make(lambda: read(store))
         except FileNotFoundError as error:
             if _is_absent(error):
                 raise NotFound(f"no object {key} in s3://{self._bucket}/{self._prefix}".rstrip("/")) from None
+        except StoreUnreachable:
+            raise  # nobody waits any more
         except Exception:
             pass  # its words are worth less than botocore's, who will be asked next
         self._is_over = True

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.errors import StoreError
 from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key, is_there
+from crcli.store.leaving import asking
 from crcli.store.s3.body import Body
 from crcli.store.s3.bucket import Bucket
+from crcli.store.s3.calls import Calls
 from crcli.store.s3.creating import put_soon
 from crcli.store.s3.quick import QuickRequests
 from crcli.store.s3.survey import Survey, survey
@@ -38,11 +40,12 @@ class S3Store:
         bucket, _, prefix = address.place.partition("/")
         self._address = address
         self._settings = settings
-        self._bucket = Bucket(bucket, prefix + "/" if prefix else "", settings)
-        self._quick = QuickRequests(bucket, self._bucket.prefix, settings)
+        self._calls = Calls()
+        self._bucket = Bucket(bucket, prefix + "/" if prefix else "", settings, self._calls)
+        self._quick = QuickRequests(bucket, self._bucket.prefix, settings, self._calls)
         if like is not None:
             self._bucket.take_client_of(like._bucket)
-            self._quick = like._quick.reopened()
+            self._quick = like._quick.reopened(self._calls)
         self._threads = UploadThreads()
 
     @property
@@ -119,15 +122,13 @@ class S3Store:
 
         A store whose listings are not up to date is asked for what is new as well.
         """
-        from concurrent.futures import ThreadPoolExecutor
-
         left = set(keys)
         if len(left) > _FEW:
             pages = self.list(_folder_of(left))
             left -= {info.key for info in (pages if len(left) > _MANY else islice(pages, _LISTED))}
         if not left:
             return left
-        with ThreadPoolExecutor(min(_HEADS_AT_ONCE, len(left)), "s3-head") as threads:
+        with asking(min(_HEADS_AT_ONCE, len(left)), "s3-head", self) as threads:
             answers = dict(zip(left, threads.map(partial(is_there, self), left), strict=True))
         return {key for key, is_there in answers.items() if not is_there}
 
@@ -173,7 +174,7 @@ class S3Store:
         return survey(self._bucket)
 
     def give_up(self) -> None:
-        """End all patience: what fails from now on is not tried again."""
+        """End all patience: what fails from now on is not tried again, and silence not waited for."""
         self._bucket.give_up()
 
     def reopened(self) -> S3Store:
@@ -185,6 +186,7 @@ class S3Store:
         self._bucket.give_up()
         self._quick.close()
         self._threads.close()
+        self._calls.close()
         self._bucket.close()
 
     def _below(self, prefix: str = "") -> dict[str, Any]:
