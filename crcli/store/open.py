@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
     from crcli.store.base import Store
 
-PATIENCE_S = 60.0
+PATIENCE_S = 20.0
+"""How long a request is tried again that fails for a passing reason (seconds): longer than AWS's own tools
+do, but so that whoever has 30 s notice hears of it in time. A tree may stand still meanwhile."""
 
 
 def open_store(url: str, *, endpoint_url: str | None = None, patience_s: float = PATIENCE_S) -> Store:

@@ -23,7 +23,7 @@ class S3Settings(Struct, frozen=True):
     addressing_style: str | None = None
     sse: str | None = None
     sse_kms_key_id: str | None = None
-    patience_s: float = 60.0
+    patience_s: float = 20.0
 
     @classmethod
     def gather(cls, options: Mapping[str, str], environ: Mapping[str, str], patience_s: float) -> S3Settings:
