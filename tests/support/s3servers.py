@@ -125,7 +125,11 @@ def _start(
             stderr=errors,
             text=True,
         )
-    port = _read_port(process, log)
+    try:
+        port = _read_port(process, log)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     endpoint_url = f"{'https' if tls else 'http'}://{address}:{port}"
     env = {
         "AWS_ACCESS_KEY_ID": access_key,
