@@ -63,6 +63,9 @@ SETTLE_S = 2.0
 SHORTEST_S = 5 * SETTLE_S
 """The shortest `ttl_s` in such a store."""
 
+RELEASE_S = 10.0
+"""How long giving a name back may take (seconds): who does that has ended otherwise, and is waited for."""
+
 _KEPT_S = 3600.0
 _IN_FLIGHT = 4
 """Renewals under way at once: one connection that hangs does not let the lease lapse."""
@@ -176,21 +179,22 @@ class Lease:
     def release(self) -> None:
         """Stop renewing, and let the next claimer have the name at once. The job must not run any more.
 
-        A store that does not answer is not waited for much longer than others would wait anyway.
+        A store that does not answer is waited for RELEASE_S: then the lease runs out by itself.
         """
+        end = clock() + min(RELEASE_S, self._ttl_s)
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
-        self._wait_for_attempts()
+        self._wait_for_attempts(clock() + (end - clock()) / 3)
         if not self._is_lost:
             letting_go = threading.Thread(target=self._let_go, name="lease-release", daemon=True)
             letting_go.start()
-            letting_go.join(self._ttl_s)
-            self._wait_for_attempts()  # what came after our last word takes it back: each says it once more
+            letting_go.join(max(0.0, end - clock()))
+            self._wait_for_attempts(end)  # what came after our last word takes it back: each says it once more
 
-    def _wait_for_attempts(self) -> None:
+    def _wait_for_attempts(self, end: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._in_flight == 0, self._ttl_s / RENEWALS)
+            self._changed.wait_for(lambda: self._in_flight == 0, max(0.0, end - clock()))
 
     # The number is ours, or another's.
 

@@ -14,7 +14,8 @@ import signal
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import Struct, field
 from msgspec.structs import asdict, replace
@@ -31,6 +32,7 @@ from crcli.errors import (
     PreflightRefused,
     RestoreFailed,
     StoreError,
+    StoreUnreachable,
     TreeState,
     TryAgain,
 )
@@ -57,6 +59,7 @@ from crcli.pipeline.stages import (
 from crcli.pipeline.vigil import Event, Keeping, Vigil, VigilEnd, Why
 from crcli.process.tree import scan_tree
 from crcli.store import open_store
+from crcli.threads import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,6 +73,8 @@ if TYPE_CHECKING:
     from crcli.process.identity import ProcessId
     from crcli.store.base import Store
 
+Result = TypeVar("Result")
+
 SAVED = TryAgain.exit_code
 
 _PASSED_ON = tuple(
@@ -81,6 +86,12 @@ SECOND_LOOK_S = 1.0
 """A job that dies within so many seconds (of one of `_BAD_ENDS`) has died of being restored here."""
 
 _BAD_ENDS = (signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGPIPE, signal.SIGSYS)
+
+_LOOK_EVERY_S = 0.1
+"""How often it is seen whether notice came while the store is waited for (seconds)."""
+
+_LEAVE_S = 1.5
+"""How long what was begun on a store may take to end once it was given up (seconds)."""
 
 _LAST_WORDS_S = 5.0
 """How long what a job has written may take to be passed on when it has ended (seconds)."""
@@ -168,8 +179,9 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
         held.callback(store.close)
         held.enter_context(notices)
         waiting = Event("waiting", f"waiting to see whether who has {options.name} is alive")
+        claim = partial(Lease.claim, store, options.name, "crcli run", wait_s=options.claim_wait_s)
         with _told_when_slow(tell, waiting):
-            lease = Lease.claim(store, options.name, "crcli run", wait_s=options.claim_wait_s)
+            lease = _claimed(notices, store, claim)
         report.lease = lease.number
         work = _Run(options, identity, store, lease, notices, report, tell, progress or Silent())
         try:
@@ -223,8 +235,10 @@ class _Run:
                 self._heed(error)
                 self._live(self._start())
         if self.report.end == "ended" and self.report.exit_code == 0:
-            with suppress(StoreError):  # the next run would only do the last part again
-                retire(self.store, self.options.name, self.identity.as_json(), keep=0)
+            with suppress(StoreError, TryAgain):  # the next run would only do the last part again
+                self._unless_leaving(
+                    lambda: retire(self.store, self.options.name, self.identity.as_json(), keep=0)
+                )
 
     def _live(self, job: _Running) -> None:
         self.job = job
@@ -266,14 +280,11 @@ class _Run:
         """A node that goes away already begins nothing."""
         self.notice = self.notices.waiting(Urgency.LEAVE)
         if self.notice is not None:
-            raise TryAgain(
-                f"the job was not started here: notice of {self.notice.source}: {self.notice.reason}",
-                hint="nothing was begun: start the same command again, elsewhere",
-            )
+            raise _not_begun(self.notice)
 
     def _images(self) -> list[Entry]:
         """The job's images, the newest first; none when it is to start afresh."""
-        entries = list_entries(self.store, self.options.name)[::-1]
+        entries = self._unless_leaving(lambda: list_entries(self.store, self.options.name))[::-1]
         readable = [entry for entry in entries if not entry.damage]
         different = self._differences(readable[0]) if readable else []
         if different and self.options.on_mismatch is OnMismatch.FRESH:
@@ -287,6 +298,13 @@ class _Run:
                 "time), or bring it back with `crcli restore`",
             )
         return [entry for entry in entries if entry.damage or not self._differences(entry)]
+
+    def _unless_leaving(self, work: Callable[[], Result]) -> Result:
+        try:
+            return _unless_leaving(self.notices, self.store, work)
+        except TryAgain:
+            self.notice = self.notices.waiting(Urgency.LEAVE)
+            raise
 
     def _differences(self, entry: Entry) -> list[str]:
         facts = entry.meta.get("job")
@@ -531,6 +549,53 @@ def _end_it(job: _Running) -> None:
     with suppress(ChildProcessError):
         os.waitpid(job.child, 0)
     os.close(job.ended)
+
+
+def _claimed(notices: Notices, store: Store, claim: Callable[[], Lease]) -> Lease:
+    try:
+        return _unless_leaving(notices, store, claim)
+    except TryAgain:
+        if (notice := notices.waiting(Urgency.LEAVE)) is not None:
+            notice.on_saved()
+        raise
+
+
+def _unless_leaving(notices: Notices, store: Store, work: Callable[[], Result]) -> Result:
+    """Return what this work on the store comes to.
+
+    Raises TryAgain when notice comes that this node goes away, and the store, given up then, does not let the
+    work end soon.
+    """
+    results: list[Result] = []
+    failures: list[BaseException] = []
+
+    def do() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # raised again where it is waited for
+            failures.append(error)
+
+    worker = Worker(do, name="asking")
+    worker.start()
+    notice = None
+    while worker.is_alive() and notice is None:
+        worker.join(_LOOK_EVERY_S)
+        notice = notices.waiting(Urgency.LEAVE)
+    if notice is not None:
+        store.give_up()
+        worker.join(_LEAVE_S)
+        if worker.is_alive() or any(isinstance(error, StoreUnreachable) for error in failures):
+            raise _not_begun(notice)
+    for error in failures:
+        raise error
+    return results.pop()
+
+
+def _not_begun(notice: Notice) -> TryAgain:
+    return TryAgain(
+        f"the job was not started here: notice of {notice.source}: {notice.reason}",
+        hint="nothing was begun: start the same command again, elsewhere",
+    )
 
 
 @contextmanager
