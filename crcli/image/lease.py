@@ -190,7 +190,7 @@ class Lease:
             letting_go = threading.Thread(target=self._let_go, name="lease-release", daemon=True)
             letting_go.start()
             letting_go.join(max(0.0, end - clock()))
-            self._wait_for_attempts(end)  # what came after our last word takes it back: each says it once more
+            self._wait_for_attempts(end)  # whose words came after our last: each says it once more
 
     def _wait_for_attempts(self, end: float) -> None:
         with self._changed:
