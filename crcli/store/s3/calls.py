@@ -99,11 +99,13 @@ class Calls:
 
     def _wait(self, call: _Call[Result]) -> Result:
         while not call.is_done:
+            was_given_up = self._is_given_up
             try:
-                call.bell.get(timeout=LAST_S if self._is_given_up else None)
+                call.bell.get(timeout=LAST_S)  # not for ever: a signal that another thread got wakes nobody
             except queue.Empty:
-                self._is_silent = True
-                raise _not_waited_for() from None
+                if was_given_up:
+                    self._is_silent = True
+                    raise _not_waited_for() from None
         return call.result()
 
 
