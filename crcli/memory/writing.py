@@ -38,18 +38,15 @@ def write_scattered(pid: int, memory: int, raw: memoryview, parts: Sequence[tupl
     with address_of(raw) as address:
         while parts:
             some = parts[:_MOST_PARTS]
-            ends = [*accumulate(size for _, _, size in some)]
             try:
                 done = kernel.write_scattered(pid, address, some)
             except OSError as error:
-                done = 0
                 if error.errno != errno.EFAULT:
-                    some = some[:0]
-            if not some:
-                for begin, at, size in parts:
-                    write_all(memory, raw[begin : begin + size], at)
-                return
-            whole = bisect_right(ends, done)
+                    for begin, at, size in parts:
+                        write_all(memory, raw[begin : begin + size], at)
+                    return
+                done = 0
+            whole = bisect_right([*accumulate(size for _, _, size in some)], done)
             if whole < len(some):
                 begin, at, size = some[whole]
                 write_all(memory, raw[begin : begin + size], at)

@@ -231,7 +231,8 @@ def test_given_up_nothing_more_is_written() -> None:
         assert work.written_bytes == 0
 
 
-def test_memory_of_a_process_that_ended_is_not_waited_for() -> None:
+@pytest.mark.parametrize("is_scattered", [False, True])
+def test_memory_of_a_process_that_ended_is_not_waited_for(is_scattered: bool) -> None:
     """Writing into memory that is gone raises: the kernel just writes nothing, again and again."""
     child = subprocess.Popen(["sleep", "60"])
     memory = os.open(f"/proc/{child.pid}/mem", os.O_WRONLY)
@@ -239,7 +240,10 @@ def test_memory_of_a_process_that_ended_is_not_waited_for() -> None:
         child.kill()
         child.wait()
         with pytest.raises(ProcessLookupError):
-            replay.write_all(memory, memoryview(bytes(PAGE)), 0x10000)
+            if is_scattered:
+                write_scattered(child.pid, memory, memoryview(bytes(PAGE)), [(0, 0x10000, PAGE)])
+            else:
+                replay.write_all(memory, memoryview(bytes(PAGE)), 0x10000)
     finally:
         os.close(memory)
 
@@ -302,19 +306,6 @@ def test_what_lies_scattered_takes_few_calls() -> None:
         assert area[PAGE : 2 * PAGE] == chunk[56 * PAGE : 57 * PAGE]
     assert calls.call_count == 1
     page_by_page.assert_not_called()
-
-
-def test_scattered_memory_of_a_process_that_ended_is_not_waited_for() -> None:
-    """As for memory that lies together."""
-    child = subprocess.Popen(["sleep", "60"])
-    memory = os.open(f"/proc/{child.pid}/mem", os.O_WRONLY)
-    try:
-        child.kill()
-        child.wait()
-        with pytest.raises(ProcessLookupError):
-            write_scattered(child.pid, memory, memoryview(bytes(PAGE)), [(0, 0x10000, PAGE)])
-    finally:
-        os.close(memory)
 
 
 def test_memory_that_is_shared_counts_once() -> None:
