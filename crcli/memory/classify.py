@@ -3,8 +3,9 @@
 A page is known by its BLAKE3 digest. Sixteen pages that lie together at a border of 64 KiB, a group, are
 looked for first, by one digest of them all: that takes a quarter of the time, and in most of a tree that was
 dumped before nothing changed. Pages of other groups are looked for one by one, so that what moved is found as
-well. What is left becomes chunks, whole groups first. A group whose pages come from several chunks is noted,
-so that the next dump finds it whole.
+well. What is left becomes chunks, of groups that are new from end to end or of single pages. Those that do
+not fill one share it with what is left of other blocks: of a tree that changed here and there, each block has
+a few. A group whose pages come from several chunks is noted, so that the next dump finds it whole.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from operator import sub
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blake3 import blake3
-from msgspec import Struct
+from msgspec import Struct, field
 
 from crcli.memory.extents import PAGE, ZERO_PAGE, Extent, Source, SpaceKey
 from crcli.memory.weights.references import Reference
@@ -185,16 +186,38 @@ class Ahead(NamedTuple):
     fetch: Callable[[Sequence[tuple[int, int]]], None]
 
 
-class _Chunk(NamedTuple):
-    """A new chunk: its number, its pages and its groups (by their place in the block)."""
+class _Shared(Struct):
+    """A chunk of what is left of several blocks."""
 
     number: int
+    memory: bytearray = field(default_factory=lambda: bytearray(CHUNK_PAGES * PAGE))
+    page_digests: list[bytes] = field(default_factory=list)
+    group_digests: list[bytes] = field(default_factory=list)
+    awaited: int = 0
+    """So many of its pages are not in `memory` yet."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another page."""
+        return len(self.page_digests) == CHUNK_PAGES
+
+
+class _Part(NamedTuple):
+    """New pages of a block (by their place in it), which are these groups or in none, and where they go: from
+    page `at` of the chunk `number` on. They are all of it where it is not `shared`."""
+
+    number: int
+    at: int
     pages: list[int]
     groups: list[int]
+    shared: _Shared | None = None
 
 
 class Classifier:
-    """Turns blocks of pages into extents and new chunks. Safe to call from several threads."""
+    """Turns blocks of pages into extents and new chunks. Safe to call from several threads.
+
+    `finish` stores the last chunks.
+    """
 
     def __init__(self, known: KnownPages | None, sink: ChunkSink, matcher: Matcher | None = None) -> None:
         self.known = known
@@ -202,6 +225,8 @@ class Classifier:
         self._sink = sink
         self._matcher = matcher
         self._twins: dict[bytes, int] = {}
+        self._open: dict[bool, _Shared] = {}
+        """The chunks that have room, for pages of whole groups and for others."""
         self._claims = threading.Lock()
 
     def classify(
@@ -234,22 +259,21 @@ class Classifier:
         if ahead is not None:
             ahead.fetch(_ranges(sorted(page for page in pages if page not in given)))
         unknown = self._place_pages(memory, pages, places, given)
-        chunks = self._claim(unknown, groups, places)
+        parts = self._claim(unknown, groups, places)
         if ahead is not None:
-            ahead.fetch(_ranges(sorted(given.keys() & {page for chunk in chunks for page in chunk.pages})))
-        for chunk in chunks:
-            self._sink.add(
-                chunk.number,
-                _pieces(view, chunk.pages),
-                [unknown[page] for page in chunk.pages],
-                [groups[head] for head in chunk.groups],
-                hurry=hurry,
-            )
-        mixed = set(groups).difference(*(chunk.groups for chunk in chunks))
+            ahead.fetch(_ranges(sorted(given.keys() & {page for part in parts for page in part.pages})))
+        for part in parts:
+            self._put(part, _pieces(view, part.pages), unknown, groups, hurry=hurry)
+        mixed = set(groups).difference(*(part.groups for part in parts))
         self._sink.note_mixed((groups[head], places[head : head + GROUP_PAGES]) for head in mixed)
         extents = [(run.space, _extents(run, places)) for run in runs]
-        counts = _count(places, sum(len(chunk.pages) for chunk in chunks), bool(files))
+        counts = _count(places, sum(len(part.pages) for part in parts), bool(files))
         return Classified(extents, counts, frozenset(files))
+
+    def finish(self) -> None:
+        """Store the chunks that still have room. No other thread classifies meanwhile."""
+        while self._open:
+            self._store(self._open.popitem()[1], hurry=False)
 
     def _classify_whole(self, runs: Sequence[Run], seen: Seen) -> Classified | None:
         """Classify a block that is one find in files from end to end, or all zeros; None for any other.
@@ -323,35 +347,80 @@ class Classifier:
                     places[page] = place
         return digests
 
-    def _claim(self, unknown: dict[int, bytes], groups: dict[int, bytes], places: list[int]) -> list[_Chunk]:
-        """Place the other pages: where their twins are, or in new chunks, which are ours to store."""
+    def _claim(self, unknown: dict[int, bytes], groups: dict[int, bytes], places: list[int]) -> list[_Part]:
+        """Place the other pages: where their twins are, or in new chunks, which are ours to bring there."""
         with self._claims:
             fresh = {digest: page for page, digest in unknown.items() if digest not in self._twins}
-            chunks = self._cut(set(fresh.values()), groups)
-            for chunk in chunks:
-                for place, page in enumerate(chunk.pages, place_in(chunk.number, 0)):
+            parts = list(self._cut(set(fresh.values()), unknown, groups))
+            for part in parts:
+                for place, page in enumerate(part.pages, place_in(part.number, part.at)):
                     places[page] = fresh[unknown[page]] = place
             if len(fresh) < len(unknown):
                 for page, digest in unknown.items():
                     places[page] = fresh[digest] if digest in fresh else self._twins[digest]
             if len(self._twins) < _TWIN_LIMIT:
                 self._twins.update(fresh)
-        return chunks
+        return parts
 
-    def _cut(self, fresh: set[int], groups: Iterable[int]) -> list[_Chunk]:
-        """Divide pages into chunks, the groups that are whole among them first."""
+    def _cut(
+        self, fresh: set[int], digests: Mapping[int, bytes], groups: Mapping[int, bytes]
+    ) -> Iterator[_Part]:
+        """Divide pages among chunks; the groups that are whole among them stay so."""
         whole = [head for head in groups if fresh.issuperset(range(head, head + GROUP_PAGES))]
-        pages = [page for head in whole for page in range(head, head + GROUP_PAGES)]
-        pages += sorted(fresh.difference(pages))
-        step = CHUNK_PAGES // GROUP_PAGES
-        return [
-            _Chunk(
-                self._sink.reserve(),
-                pages[number * CHUNK_PAGES : (number + 1) * CHUNK_PAGES],
-                whole[number * step : (number + 1) * step],
-            )
-            for number in range(-(-len(pages) // CHUNK_PAGES))
-        ]
+        of_whole = [page for head in whole for page in range(head, head + GROUP_PAGES)]
+        for pages, heads in ((of_whole, whole), (sorted(fresh.difference(of_whole)), [])):
+            end = len(pages) - len(pages) % CHUNK_PAGES
+            for at in range(0, end, CHUNK_PAGES):
+                own = heads[at // GROUP_PAGES : (at + CHUNK_PAGES) // GROUP_PAGES]
+                yield _Part(self._sink.reserve(), 0, pages[at : at + CHUNK_PAGES], own)
+            yield from self._share(pages[end:], heads[end // GROUP_PAGES :], digests, groups)
+
+    def _share(
+        self, pages: list[int], heads: list[int], digests: Mapping[int, bytes], groups: Mapping[int, bytes]
+    ) -> Iterator[_Part]:
+        """Divide what is left of a block among chunks that blocks share."""
+        are_whole = bool(heads)
+        while pages:
+            if (shared := self._open.get(are_whole)) is None:
+                shared = self._open[are_whole] = _Shared(self._sink.reserve())
+            at = len(shared.page_digests)
+            some, pages = pages[: CHUNK_PAGES - at], pages[CHUNK_PAGES - at :]
+            own, heads = heads[: len(some) // GROUP_PAGES], heads[len(some) // GROUP_PAGES :]
+            shared.page_digests += (digests[page] for page in some)
+            shared.group_digests += (groups[head] for head in own)
+            shared.awaited += len(some)
+            if shared.is_full:
+                del self._open[are_whole]
+            yield _Part(shared.number, at, some, own, shared)
+
+    def _put(
+        self,
+        part: _Part,
+        pieces: Sequence[memoryview],
+        digests: Mapping[int, bytes],
+        groups: Mapping[int, bytes],
+        *,
+        hurry: bool,
+    ) -> None:
+        """Bring pages to where they go; store the chunk if they are the last that it waits for."""
+        if (shared := part.shared) is None:
+            page_digests = [digests[page] for page in part.pages]
+            group_digests = [groups[head] for head in part.groups]
+            self._sink.add(part.number, pieces, page_digests, group_digests, hurry=hurry)
+            return
+        end = part.at * PAGE
+        for piece in pieces:
+            begin, end = end, end + len(piece)
+            shared.memory[begin:end] = piece
+        with self._claims:
+            shared.awaited -= len(part.pages)
+            is_whole = shared.is_full and not shared.awaited
+        if is_whole:
+            self._store(shared, hurry=hurry)
+
+    def _store(self, shared: _Shared, *, hurry: bool) -> None:
+        memory = memoryview(shared.memory)[: len(shared.page_digests) * PAGE]
+        self._sink.add(shared.number, [memory], shared.page_digests, shared.group_digests, hurry=hurry)
 
 
 def _divide(runs: Sequence[Run], places: list[int] | None) -> tuple[list[int], list[int]]:

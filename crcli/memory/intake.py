@@ -185,6 +185,7 @@ class Intake:
         self.flush()
         self.close()
         self._raise_failure()
+        self._classifier.finish()
         taken = Taken(self._joined(), self.inherited, self._counts)
         self._kept_before, self.kept = self.kept, {}
         self._spaces, self.inherited, self._counts = {}, {}, MemoryCounts()
@@ -288,6 +289,7 @@ class Intake:
                 amount(self._counts.total, self._received * PAGE)
         self._raise_failure()
         self._believe_or_store()
+        self._classifier.finish()
         self.close()
         return self._joined(), self._counts
 

@@ -282,6 +282,7 @@ def taken(store: FileStore, memory: Sequence[bytes]) -> tuple[Classified, int]:
         space = SpaceKey(SpaceKind.PROCESS, 1)
         classifier = Classifier(pages_of, writer)
         found = classifier.classify(bytearray(b"".join(memory)), [Run(space, 0, len(memory), True, 0)])
+        classifier.finish()
         spaces = dict(found.extents)
         meta = dict[str, Any](writer.indexes(spaces[space]))
         made = manifest.Manifest("agent", image_id, writer.packs, writer.chunks, spaces, [], [], meta)

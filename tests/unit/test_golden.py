@@ -322,6 +322,7 @@ def test_a_second_reader_finds_mixed_groups(tmp_path: Path) -> None:
         writer = PackWriter(store, image_id := new_image_id(), known)
         classifier = Classifier(KnownPagesOf(known, writer.adopt), writer)
         classifier.classify(bytearray(b"".join(memory)), [Run(space, 0, 16, True, 0)])
+        classifier.finish()
         writer.seal()
         writer.close()
         sections = take_apart(store.get(index_key(image_id)))

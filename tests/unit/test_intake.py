@@ -177,6 +177,22 @@ def test_runs_that_continue_one_another_make_whole_groups() -> None:
     assert sum(map(len, one.group_digests.values())) == (400 - 13) // GROUP_PAGES
 
 
+@pytest.mark.parametrize("pages", [5, 2 * GROUP_PAGES], ids=["pages", "groups"])
+def test_what_is_left_of_blocks_shares_chunks(pages: int) -> None:
+    """Of a tree that changed here and there all chunks but the last are full; whole groups stay whole."""
+    zeros = (0,) * (BLOCK_PAGES - pages)
+    runs = [
+        Sent(A, at * BLOCK_PAGES, (*range(1 + at * pages, 1 + (at + 1) * pages), *zeros)) for at in range(29)
+    ]
+    sink = KeepingSink()
+    spaces, counts = take_in(runs, sink, at_once=True)
+    assert rebuilt(spaces, sink.chunks) == expected(runs)
+    assert counts.new == 29 * pages * PAGE
+    sizes = sorted(len(raw) // PAGE for raw in sink.chunks.values())
+    assert sizes[1:] == [CHUNK_PAGES] * (29 * pages // CHUNK_PAGES)
+    assert sum(map(len, sink.group_digests.values())) == 29 * pages // GROUP_PAGES * (pages >= GROUP_PAGES)
+
+
 def test_nothing_is_worked_on_before_the_gate_opens() -> None:
     """While there is room, the tree's pages are only moved out of its way."""
     run = Sent(A, 0, tuple(range(1, 200)))
@@ -198,10 +214,10 @@ def test_without_room_the_source_is_held_back() -> None:
     go_on, holding = threading.Event(), threading.Event()
 
     class HoldingSink(KeepingSink):
-        def add(self, *arguments: object, **options: object) -> None:
+        def reserve(self) -> int:
             holding.set()
             assert go_on.wait(10)
-            super().add(*arguments, **options)  # type: ignore[arg-type]
+            return super().reserve()
 
     sink = HoldingSink()
     with patch.multiple(intake, **TINY_BLOCKS), channel_with([run]) as channel:
