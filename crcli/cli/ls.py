@@ -27,7 +27,7 @@ def ls(
     with opened(store, endpoint_url) as found:
         try:
             entries = list_entries(found, name)
-            claims = all_claims(found)
+            claims = all_claims(found, {entry.ref.name for entry in entries})
         except NotFound:
             if store:
                 raise

@@ -77,9 +77,8 @@ def list_entries(store: Store, name: str = "") -> list[Entry]:
 
     An image whose manifest cannot be read is in the list too, with its damage.
     """
-    images = [found for found in list_images(store) if not name or found[0].name == name]
     with asking(_READERS, "ls", store) as readers:
-        entries = readers.map(lambda found: _read(store, *found), images)
+        entries = readers.map(lambda found: _read(store, *found), list_images(store, name))
         return [entry for entry in entries if entry is not None]
 
 

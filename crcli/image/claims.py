@@ -19,6 +19,8 @@ from crcli.image.owner import Sight, sight_of
 from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from crcli.store.base import Store
 
 TTL_S = 30.0
@@ -140,12 +142,15 @@ def is_held_by(store: Store, name: str, nonce: str) -> bool:
     return newest is not None and newest.nonce == nonce and not newest.is_released
 
 
-def all_claims(store: Store) -> list[Claim]:
-    """Who holds which name, in the order of names; see `claimed_by`."""
+def all_claims(store: Store, names: Container[str] | None = None) -> list[Claim]:
+    """Who holds which name (of `names`; None: of all), in the order of names; see `claimed_by`.
+
+    Every name that was ever claimed has a lease for good: each costs a request or two.
+    """
     newest: dict[str, int] = {}
     for info in store.list(LEASES):
         name, _, number = info.key.removeprefix(LEASES).partition("/")
-        if _is_number(number):
+        if _is_number(number) and (names is None or name in names):
             newest[name] = max(newest.get(name, 0), int(number))
 
     def standing(name: str) -> Claim | None:

@@ -18,7 +18,6 @@ from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image.gc import COLLECTIONS
 from crcli.image.manifest import Manifest, resolve
 from crcli.image.names import (
-    PACKS,
     ImageRef,
     index_key,
     manifest_key,
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from crcli.image.tables import Chunk
     from crcli.store.base import Store
 
-_THREADS = 4
+_THREADS, _ASKERS = 4, 16
 _PIECE = 8 << 20
 """How much of a pack is read at once (bytes)."""
 
@@ -198,12 +197,13 @@ class _Copy:
 
     def packs(self) -> None:
         """Copy the packs that the target lacks."""
-        there = {info.key: info.size for info in self._target.list(PACKS)}
         keys = [pack_key(pack) for pack in self._packs]
+        with asking(_ASKERS, "copy", self._source, self._target) as askers:
+            there = askers.map(self._size_there, keys)
+            sizes = list(askers.map(self._size, keys))
+            missing = [n for n, size in enumerate(there) if size != sizes[n]]
+        self._total = sum(sizes[n] for n in missing)
         with asking(_THREADS, "copy", self._source, self._target) as threads:
-            sizes = list(threads.map(self._size, keys))
-            missing = [n for n, key in enumerate(keys) if there.get(key) != sizes[n]]
-            self._total = sum(sizes[n] for n in missing)
             for copied in threads.map(lambda n: self._copy_pack(n, keys[n], sizes[n]), missing):
                 self._report.packs_copied += 1
                 self._report.copied_bytes += copied
@@ -216,6 +216,14 @@ class _Copy:
             raise ImageDamaged(
                 f"{key} is missing from {self._source.url}", hint="use another image"
             ) from error
+
+    def _size_there(self, key: str) -> int | None:
+        """The size of what the target has of a pack. It is asked for this pack alone: a listing is as long as
+        the store is large, and may still show what was removed."""
+        try:
+            return self._target.stat(key).size
+        except NotFound:
+            return None
 
     def _copy_pack(self, number: int, key: str, size: int) -> int:
         """Copy one pack; what of it belongs to the image is compared with its hash on the way."""

@@ -104,7 +104,7 @@ def collect_garbage(store: Store, *, dry_run: bool = False, grace_s: float = GRA
     Raises ImageDamaged when a manifest cannot be read, StoreError when another collection is at work.
     """
     began = time.monotonic()
-    store.warm()
+    next(store.list(COLLECTIONS), None)  # a store that is not there is not to come into being
     report = GcReport(store.url, dry_run)
     if dry_run:
         _Collection(store, report, grace_s, lambda: None).look(time.time())
@@ -159,6 +159,7 @@ class _Collection:
         self._grace_s = grace_s
         self._check = check
         self._manifests: set[str] = set()
+        self._ids: set[str] = set()
         self._referenced: set[str] = set()
         self._merged: set[str] = set()
         self._packs: dict[str, ObjectInfo] = {}
@@ -197,10 +198,12 @@ class _Collection:
         listed = [info for prefix in (IMAGES, WEIGHTS) for info in self._store.list(prefix)]
         new = [info for info in listed if info.key not in self._manifests]
         with asking(_THREADS, "gc", self._store) as threads:
-            for packs, merged in threads.map(self._needs_of, new):
+            for info, (packs, merged) in zip(new, threads.map(self._needs_of, new), strict=True):
+                self._manifests.add(info.key)
                 self._referenced.update(map(pack_key, packs))
                 self._merged.update(map(merged_key, merged))
-        self._manifests.update(info.key for info in new)
+                if packs:
+                    self._ids.add(info.key.rpartition("/")[2])
 
     def _needs_of(self, info: ObjectInfo) -> tuple[list[bytes], list[str]]:
         """The packs that a manifest refers to, and the ids of the merged indexes that it names."""
@@ -228,7 +231,7 @@ class _Collection:
 
     def _hide_doomed(self) -> None:
         """Step 4: remove the indexes by which a dump would learn of doomed packs."""
-        listed = [info.key for info in self._store.list(INDEXES) if info.key.endswith(".index")]
+        listed = [info.key for info in self._store.list(INDEXES) if self._may_tell(info.key)]
         with asking(_THREADS, "gc", self._store) as threads:
             telling = [
                 key for key, tells in zip(listed, threads.map(self._tells, listed), strict=True) if tells
@@ -236,6 +239,11 @@ class _Collection:
         self._remove(telling)
         self._remove(key.removesuffix(".index") + ".pages" for key in telling)
         self._report.indexes_removed = len(telling)
+
+    def _may_tell(self, key: str) -> bool:
+        """Whether this is an index, and of no image: those of images tell of packs that these refer to."""
+        image_id, _, kind = key.removeprefix(INDEXES).partition(".")
+        return kind == "index" and image_id not in self._ids
 
     def _tells(self, index: str) -> bool:
         """Whether a dump could learn of a doomed pack from this index."""
@@ -264,31 +272,24 @@ class _Collection:
         self._remove(self._dead_sessions)
         self._report.sessions_removed = len(self._dead_sessions)
         if not self._report.deferred:
-            self._remove(self._lone_digests(now))
-            self._remove(self._needless_merged(now))
+            self._remove(self._needless(now))
         try:
             self._report.leftovers_removed = self._store.sweep(max(self._grace_s, _SWEEP_S))
         except StoreError as error:
             self._report.notes.append(f"unfinished uploads could not be looked for: {error.message}")
 
-    def _needless_merged(self, now: float) -> list[str]:
-        """Merged indexes that no image names. Those that one names tell of packs that it refers to: whoever
-        reads them asks for no others, so that what they tell of doomed packs harms nobody."""
-        return [
-            info.key
-            for info in self._store.list(INDEXES)
-            if info.key.endswith(".merged")
-            and info.key not in self._merged
-            and now - info.modified >= self._grace_s
-        ]
-
-    def _lone_digests(self, now: float) -> list[str]:
-        """Page digests whose index is not there: of a dump that was killed, or a collection that was."""
-        there = {info.key: info for info in self._store.list(INDEXES)}
+    def _needless(self, now: float) -> list[str]:
+        """What is of no use beside the indexes: page digests whose index is not there, of a dump or a
+        collection that was killed; and merged indexes that no image names. Those that one names tell of packs
+        that it refers to: whoever reads them asks for no others, so that what they tell of doomed packs harms
+        nobody."""
+        listed = {info.key: info for info in self._store.list(INDEXES)}
         return [
             key
-            for key, info in there.items()
-            if key.endswith(".pages")
-            and key.removesuffix(".pages") + ".index" not in there
-            and now - info.modified >= self._grace_s
+            for key, info in listed.items()
+            if now - info.modified >= self._grace_s
+            and (
+                (key.endswith(".pages") and key.removesuffix(".pages") + ".index" not in listed)
+                or (key.endswith(".merged") and key not in self._merged)
+            )
         ]

@@ -8,10 +8,9 @@ digest and then compared in full.
 
 from __future__ import annotations
 
-import time
 from array import array
 from bisect import bisect_right
-from itertools import accumulate, compress, islice
+from itertools import accumulate, compress
 from operator import add, not_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +20,7 @@ from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, unpack_container
 from crcli.image.lookup import SeveralDigests, TabledDigests, keys_of, read_table, sort_digests
 from crcli.image.names import IMAGES, INDEXES, IndexRef, image_at, manifest_key, pack_key, pages_key
+from crcli.image.newest import newest_in
 from crcli.image.peek import ManifestPeek, ids_in
 from crcli.image.tables import NO_PACK, ChunkTable, Groups, MixedGroups, read_groups, read_packs
 from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
@@ -63,7 +63,6 @@ _MOST_TABLES = 3
 _NO_GROUPS = Groups((), (), (), b"")
 
 _READERS = 8
-_LISTED_AT_ONCE = 1000
 
 
 class Index(NamedTuple):
@@ -400,7 +399,7 @@ def load_known(
     known = KnownChunks()
     known.wanted = wanted or 0
     loading = _Loading(store, known, limit)
-    same_name = [info for info in _newest(store, f"{IMAGES}{name}/", LINEAGES) if image_at(info.key)]
+    same_name = [info for info in newest_in(store, f"{IMAGES}{name}/", LINEAGES) if image_at(info.key)]
     known.newest_image = same_name[0].key.rpartition("/")[2] if same_name else ""
     lineages = _lineages(store, name, same_name[:LINEAGES], is_same)
     loading.vouch(lineages)
@@ -408,27 +407,17 @@ def load_known(
     if wanted is None or known.page_count < wanted:
         loading.take([IndexRef(info.key.rpartition("/")[2]) for info in same_name[:SAME_NAME_LIMIT]])
     if wanted is None or known.page_count < wanted:
-        least = None if others is None else 2 * (others + SAME_NAME_LIMIT)  # an index and its pages
-        keys = [info.key.removeprefix(INDEXES) for info in _newest(store, INDEXES, least)]
+        keys = [info.key.removeprefix(INDEXES) for info in _some_indexes(store, others)]
         loading.take([IndexRef(key[: -len(".index")]) for key in keys if key.endswith(".index")], others)
     known.finish()
     return known
 
 
-def _newest(store: Store, prefix: str, least: int | None) -> list[ObjectInfo]:
-    """Objects below a prefix whose names begin with the time, the newest first: `least` of them, or all.
-
-    A store lists the oldest first. Where there are many, those of the last minutes, hours or days are asked
-    for instead.
-    """
-    found = list(islice(store.list(prefix), None if least is None else _LISTED_AT_ONCE + 1))
-    if least is not None and len(found) > _LISTED_AT_ONCE:
-        stamp = time.strftime("%Y%m%dT%H%M", time.gmtime())
-        for length in (12, 11, 8, 6, 4, 0):  # ten minutes, an hour, a day, a month, a year, ever
-            found = list(store.list(prefix + stamp[:length]))
-            if len(found) >= least:
-                break
-    return sorted(found, key=lambda info: info.key, reverse=True)
+def _some_indexes(store: Store, others: int | None) -> list[ObjectInfo]:
+    """The newest indexes, with all that belongs to each: so many, beside those of one name; None: all."""
+    if others is None:
+        return list(store.list(INDEXES))[::-1]
+    return newest_in(store, INDEXES, 3 * (others + SAME_NAME_LIMIT))
 
 
 class _Lineage(NamedTuple):
@@ -507,11 +496,16 @@ class _Loading:
                 self._take(threads.map(self._read, some, pages))
 
     def _take(self, read: Iterable[Index | None]) -> None:
-        found = [index for index in read if index is not None]
+        # Merged ones outlive some of the packs that they tell of: these are not asked for.
+        found = [
+            index.of_packs(self._vouched) if index.ref.is_merged else index
+            for index in read
+            if index is not None
+        ]
         missing = self._missing({pack for index in found for pack in index.used_packs})
         for index in found:
             if index.ref.is_merged:
-                index = index.of_packs(self._vouched - missing)
+                index = index.of_packs(index.used_packs - missing)
             if self._known.page_count < self._limit and not index.used_packs & missing:
                 self._known.add(index)
 

@@ -16,6 +16,7 @@ from msgspec.structs import asdict
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, pack_container, unpack_container
 from crcli.image.names import IMAGES, ImageRef, image_at, manifest_key
+from crcli.image.newest import newest_in
 from crcli.image.tables import (
     Chunk,
     read_chunks,
@@ -186,13 +187,12 @@ def resolve(store: Store, ref: ImageRef) -> ImageRef:
     """Return the image that `ref` names, with its id; raise NotFound when there is none."""
     if ref.id:
         return ref
-    images = (image_at(info.key) for info in store.list(f"{IMAGES}{ref.name}/"))
-    newest = max((image.id for image in images if image is not None), default="")
-    if not newest:
-        raise NotFound(
-            f"the store {store.url} has no image named {ref.name}", hint="`crcli ls` shows what it holds"
-        )
-    return ImageRef(ref.name, newest)
+    for info in newest_in(store, f"{IMAGES}{ref.name}/", 1):
+        if (image := image_at(info.key)) is not None:
+            return image
+    raise NotFound(
+        f"the store {store.url} has no image named {ref.name}", hint="`crcli ls` shows what it holds"
+    )
 
 
 def load(store: Store, ref: ImageRef) -> Manifest:
@@ -210,7 +210,7 @@ def load(store: Store, ref: ImageRef) -> Manifest:
     return manifest
 
 
-def list_images(store: Store) -> list[tuple[ImageRef, ObjectInfo]]:
-    """Every image in the store, by name and then by time."""
-    listed = ((image_at(info.key), info) for info in store.list(IMAGES))
+def list_images(store: Store, name: str = "") -> list[tuple[ImageRef, ObjectInfo]]:
+    """Every image in the store (of that name), by name and then by time."""
+    listed = ((image_at(info.key), info) for info in store.list(f"{IMAGES}{name}/" if name else IMAGES))
     return [(image, info) for image, info in listed if image is not None]

@@ -14,7 +14,9 @@ from crcli.errors import UsageError
 from crcli.store.address import split_name
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}\Z")
-_ID = re.compile(r"\d{8}T\d{6}\d{3}-[0-9a-f]{6}\Z")
+_ID_PATTERN = r"\d{8}T\d{6}\d{3}-[0-9a-f]{6}"
+_ID = re.compile(rf"{_ID_PATTERN}\Z")
+_BEGINS_WITH_ID = re.compile(_ID_PATTERN)
 
 IMAGES, INDEXES, PACKS, SESSIONS = "images/", "indexes/", "packs/", "sessions/"
 WEIGHTS, PINS = "weights/", "pins/"
@@ -97,6 +99,11 @@ def check_name(name: str) -> str:
 def is_id(text: str) -> bool:
     """Whether this is the id of an image."""
     return _ID.match(text) is not None
+
+
+def begins_with_id(text: str) -> bool:
+    """Whether this is the id of an image, or the name of something that belongs to one."""
+    return _BEGINS_WITH_ID.match(text) is not None
 
 
 def suggested_name(comm: str) -> str:

@@ -156,8 +156,8 @@ class Store(Protocol):
         """Those of these objects that are not there; few requests where few others lie beside them."""
         ...
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every object whose key starts with `prefix`, in key order."""
+    def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:
+        """Every object whose key starts with `prefix`, and comes behind `after`, in key order."""
         ...
 
     def delete(self, key: str) -> None:

@@ -153,9 +153,9 @@ class CachingStore:
         """Ask the origin."""
         return self._reached().missing(keys)
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:
         """Ask the origin."""
-        return self._reached().list(prefix)
+        return self._reached().list(prefix, after)
 
     def delete(self, key: str) -> None:
         """Remove an object from the origin, and from the cache."""

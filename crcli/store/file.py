@@ -107,12 +107,12 @@ class FileStore:
         """Look for each of the files."""
         return {key for key in keys if not is_there(self, key)}
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:
         """Walk the directories that can hold such keys, one at a time."""
         directory = check_prefix(prefix).rpartition("/")[0]
         with self._translating(self.root):
             os.scandir(self.root).close()
-        return self._walk(directory + "/" if directory else "", prefix)
+        return self._walk(directory + "/" if directory else "", prefix, after)
 
     def delete(self, key: str) -> None:
         """Remove the file, and sync its directory so that it stays removed."""
@@ -163,7 +163,7 @@ class FileStore:
             finally:
                 os.close(descriptor)
 
-    def _walk(self, directory: str, prefix: str) -> Iterator[ObjectInfo]:
+    def _walk(self, directory: str, prefix: str, after: str) -> Iterator[ObjectInfo]:
         """Yield in key order: a directory sorts as its name and the slash that follows it in keys."""
         path = os.path.join(self.root, directory)
         with self._translating(path):
@@ -178,9 +178,10 @@ class FileStore:
                 return
         for name in names:
             if name.endswith("/"):
-                if name.startswith(prefix) or prefix.startswith(name):
-                    yield from self._walk(name, prefix)
-            elif name.startswith(prefix) and is_key(name):
+                is_asked_for = name.startswith(prefix) or prefix.startswith(name)
+                if is_asked_for and (name > after or after.startswith(name)):
+                    yield from self._walk(name, prefix, after)
+            elif name.startswith(prefix) and name > after and is_key(name):
                 try:
                     yield _describe(name, os.stat(os.path.join(self.root, name)))
                 except FileNotFoundError:

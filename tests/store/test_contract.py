@@ -126,6 +126,20 @@ def test_listing_by_prefix(store: Store) -> None:
     assert keys(store, "nothing/here") == []
 
 
+def test_listing_behind_a_key(store: Store) -> None:
+    """A listing goes on behind a key, which need not be there."""
+    listed = ["a/b", "a/c-d/e", "a/c/d", "a/c0", "a/d"]
+    for key in (*listed, "b/c"):
+        store.put(key, b"")
+    for number, after in enumerate(listed, 1):
+        assert [info.key for info in store.list("a/", after)] == listed[number:]
+    assert [info.key for info in store.list("a/", "a/c")] == listed[1:]
+    assert [info.key for info in store.list("a/c", "a/c/")] == listed[2:4]
+    assert [info.key for info in store.list("a/", "a")] == listed
+    assert list(store.list("a/", "a/d/e")) == []
+    assert [info.key for info in store.list("", "a/d")] == ["b/c"]
+
+
 def test_empty_store_lists_nothing(store: Store) -> None:
     """A store that is ready for writing and empty lists nothing."""
     assert keys(store) == []
@@ -345,7 +359,7 @@ def test_close_twice(place: Place) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 20])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 40])
 def test_what_is_missing_is_told(store: Store, count: int) -> None:
     """Of some keys, few or many, exactly those without an object are missing, whatever lies beside them."""
     for number in range(count):

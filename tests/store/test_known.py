@@ -13,7 +13,7 @@ import pytest
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound, StoreError
-from crcli.image import index, lookup, manifest, merging
+from crcli.image import index, lookup, manifest, merging, newest
 from crcli.image.container import ContainerKind, pack_container, unpack_container
 from crcli.image.copy import copy
 from crcli.image.gc import Collecting, collect_garbage, may_miss
@@ -131,10 +131,10 @@ def test_a_name_that_several_trees_share_serves_each(store: FileStore) -> None:
 
 def test_of_many_images_the_newest_are_found(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a listing takes more than one request, the names of the last minutes are asked for."""
-    monkeypatch.setattr(index, "_LISTED_AT_ONCE", 2)
+    monkeypatch.setattr(newest, "_LISTED_AT_ONCE", 2)
     made, memory = generations(store, "agent", 6)
-    newest = index._newest(store, "images/agent/", 1)
-    assert newest[0].key == manifest_key("agent", made[-1].id)
+    assert newest.newest_in(store, "images/agent/", 1)[0].key == manifest_key("agent", made[-1].id)
+    assert manifest.resolve(store, ImageRef("agent")) == made[-1]
     assert all(is_known(load_known(store, "agent", wanted=20), memory))
 
 

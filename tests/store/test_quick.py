@@ -194,10 +194,41 @@ def test_a_bucket_that_is_not_there(server: S3Server) -> None:
 
 
 def test_a_long_listing(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A listing that does not fit into one answer is botocore's, and whole."""
+    """A listing that does not fit into one answer is whole, and read as far as somebody wants it."""
     monkeypatch.setattr(quick, "_AT_ONCE", 2)
-    assert [info.key for info in store.list("images/")] == ["images/a", "images/b"]
-    assert has_asked_botocore(store)
+    for name in "cdefg":
+        store.put(f"images/{name}", b"more")
+    assert [info.key for info in store.list("images/")] == [f"images/{name}" for name in "abcdefg"]
+    assert next(store.list("images/", "images/c")).key == "images/d"
+    assert not has_asked_botocore(store)
+
+
+def test_what_is_looked_for_in_several_folders(server: S3Server, url: str) -> None:
+    """No listing would tell of it, and botocore is not needed, as one of all that there is would."""
+    with FaultyProxy(server) as proxy:
+        store = open_store(url, endpoint_url=proxy.endpoint_url)
+        assert store.missing(["packs/one", "images/a", "images/b"]) == set()
+        assert (proxy.count("HEAD"), len(proxy.requests)) == (3, 3)
+        assert not has_asked_botocore(store)
+        store.close()
+
+
+def test_of_a_listing_so_much_is_read_as_saves_requests(
+    server: S3Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies far apart is asked for by itself."""
+    monkeypatch.setattr("crcli.store.s3.store._WORTH_A_LISTING", 2)
+    monkeypatch.setattr(quick, "_AT_ONCE", 3)
+    with FaultyProxy(server) as proxy:
+        store = open_store(url, endpoint_url=proxy.endpoint_url)
+        for number in range(10, 22):
+            store.put(f"packs/{number}", b"?")
+        proxy.requests.clear()
+        keys = [f"packs/{number}" for number in (10, 11, 13, 14, 16, 20)]
+        assert store.missing(keys) == set()  # two, two, one, and then the last one by itself
+        assert (proxy.count("HEAD"), len(proxy.requests)) == (1, 4)
+        assert not has_asked_botocore(store)
+        store.close()
 
 
 def test_a_listing_by_the_beginning_of_a_name(store: S3Store) -> None:

@@ -35,10 +35,10 @@ class WatchedStore:
 
         return call
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:
         """A listing is one call: what it gives is read at once."""
         with self._around(f"list {prefix}"):
-            found = list(self._inner.list(prefix))
+            found = list(self._inner.list(prefix, after))
         return iter(found)
 
     def writer(self, key: str, *, if_absent: bool = False) -> Any:

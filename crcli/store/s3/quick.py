@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from crcli.errors import NotFound, StoreUnreachable
 from crcli.store.base import ObjectInfo, check_key, is_key
@@ -34,6 +34,15 @@ _CONNECT_S, _SILENCE_S, _WHOLE_S = 2.0, 5.0, 30.0
 
 _AT_ONCE = 1000
 """Entries of a listing that come in one answer."""
+
+
+class Page(NamedTuple):
+    """What one answer to a listing tells of, in key order, and the key behind which the next begins; empty
+    where there is no more."""
+
+    entries: Sequence[ObjectInfo]
+    next: str
+
 
 _used_by = 0
 """The process whose threads obstore's are: one that was forked from it would wait for them for ever."""
@@ -94,17 +103,21 @@ class QuickRequests:
 
         return self._try(read, key)
 
-    def list(self, prefix: str) -> Sequence[ObjectInfo] | None:
-        """All objects in the folder `prefix`, in key order, if they fit into one answer."""
+    def page(self, prefix: str, after: str) -> Page | None:
+        """Objects in the folder `prefix` that come behind the key `after`: as many as one answer tells of."""
         if not prefix.endswith("/"):
             return None  # obstore lists whole folders
+        behind = self._prefix + after if after else None
 
-        def read(store: S3Store) -> Sequence[ObjectInfo] | None:
+        def read(store: S3Store) -> Page | None:
             import obstore
 
-            entries = next(obstore.list(store, self._prefix + prefix, chunk_size=_AT_ONCE), [])
+            entries = next(obstore.list(store, self._prefix + prefix, offset=behind, chunk_size=_AT_ONCE), [])
             found = sorted(map(self._described, entries), key=lambda info: info.key)
-            return [info for info in found if is_key(info.key)] if len(entries) < _AT_ONCE else None
+            last = found[-1].key if len(found) >= _AT_ONCE else ""
+            if (found and found[0].key <= after) or (last and not is_key(last)):
+                return None  # it pays no heed to `after`, or there is nothing to go on from
+            return Page([info for info in found if is_key(info.key)], last)
 
         return self._try(read, prefix)
 

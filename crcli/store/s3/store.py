@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from functools import partial
-from itertools import islice
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import StoreError
@@ -20,16 +20,17 @@ from crcli.store.s3.survey import Survey, survey
 from crcli.store.s3.uploads import PART_SIZE, S3Writer, UploadThreads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from crcli.store.address import StoreAddress
     from crcli.store.base import Buffer
     from crcli.store.s3.settings import S3Settings
 
-_FEW, _MANY, _LISTED = 2, 200, 1000
-"""More objects than a few are looked for in a listing first: in its first request, or, many, in all of it."""
-
 _HEADS_AT_ONCE = 16
+"""So many objects are asked for at once."""
+
+_WORTH_A_LISTING = 32
+"""Of so many objects one answer to a listing must tell: meanwhile as many can be asked for by themselves."""
 
 
 class S3Store:
@@ -118,36 +119,47 @@ class S3Store:
         return ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp())
 
     def missing(self, keys: Iterable[str]) -> set[str]:
-        """List the first objects beside them, and ask for those by themselves that are not among these.
+        """List the objects beside them, for as long as each answer tells of many of them, and ask for the
+        others by themselves.
 
         A store whose listings are not up to date is asked for what is new as well.
         """
         left = set(keys)
-        if len(left) > _FEW:
-            pages = self.list(_folder_of(left))
-            left -= {info.key for info in (pages if len(left) > _MANY else islice(pages, _LISTED))}
+        if len(left) >= _WORTH_A_LISTING:
+            for page in self._pages(_folder_of(left)):
+                there = left.intersection(info.key for info in page)
+                left -= there
+                if len(there) < _WORTH_A_LISTING:
+                    break
         if not left:
             return left
         with asking(min(_HEADS_AT_ONCE, len(left)), "s3-head", self) as threads:
             answers = dict(zip(left, threads.map(partial(is_there, self), left), strict=True))
         return {key for key, is_there in answers.items() if not is_there}
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:
         """List page by page, as far as the caller reads."""
-        quick = None if self._bucket.is_connected else self._quick.list(check_prefix(prefix))
-        return iter(quick) if quick is not None else self._list(prefix)
+        return chain.from_iterable(self._pages(check_prefix(prefix), after))
 
-    def _list(self, prefix: str) -> Iterator[ObjectInfo]:
-        pages = self._bucket.pages(
-            "list_objects_v2",
-            self._below(check_prefix(prefix)),
-            {"ContinuationToken": "NextContinuationToken"},
-        )
-        for page in pages:
-            for entry in page.get("Contents", ()):
-                key = entry["Key"][len(self._bucket.prefix) :]
-                if is_key(key):
-                    yield ObjectInfo(key, entry["Size"], entry["LastModified"].timestamp())
+    def _pages(self, prefix: str, after: str = "") -> Iterator[Sequence[ObjectInfo]]:
+        """What each answer to a listing tells of."""
+        while not self._bucket.is_connected and (page := self._quick.page(prefix, after)) is not None:
+            yield page.entries
+            if not page.next:
+                return
+            after = page.next
+        yield from self._pages_by_botocore(prefix, after)
+
+    def _pages_by_botocore(self, prefix: str, after: str) -> Iterator[Sequence[ObjectInfo]]:
+        behind = {"StartAfter": self._bucket.prefix + after} if after else {}
+        resume = {"ContinuationToken": "NextContinuationToken"}
+        for page in self._bucket.pages("list_objects_v2", self._below(prefix) | behind, resume):
+            found = [(entry["Key"][len(self._bucket.prefix) :], entry) for entry in page.get("Contents", ())]
+            yield [
+                ObjectInfo(key, entry["Size"], entry["LastModified"].timestamp())
+                for key, entry in found
+                if is_key(key) and key > after
+            ]
 
     def delete(self, key: str) -> None:
         """Delete the object (in a versioned bucket: hide it)."""
