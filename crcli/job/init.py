@@ -13,10 +13,14 @@ import os
 import sys
 from _signal import (  # type: ignore[import-not-found]  # `signal` costs more than all the rest
     SIG_BLOCK,
+    SIG_DFL,
     SIG_SETMASK,
     SIGCHLD,
     SIGKILL,
+    SIGPIPE,
+    SIGXFSZ,
     pthread_sigmask,
+    signal,
     sigwaitinfo,
     valid_signals,
 )
@@ -37,17 +41,19 @@ def main(command: list[str]) -> int:
     if os.isatty(0):
         _let_go_of_terminal()
     while True:
-        signal = sigwaitinfo(passed_on)
-        if signal.si_signo == SIGCHLD:
+        arrived = sigwaitinfo(passed_on)
+        if arrived.si_signo == SIGCHLD:
             status = _reap(job)
             if status is not None:
                 _end_the_rest()
                 return status if status >= 0 else 128 - status
-        elif signal.si_code <= 0:  # somebody sent it; what the terminal sends (> 0) the command gets as well
-            _send(job, signal.si_signo)
+        elif arrived.si_code <= 0:  # somebody sent it; what the terminal sends (> 0) the command gets as well
+            _send(job, arrived.si_signo)
 
 
 def _become(command: list[str]) -> None:
+    for number in (SIGPIPE, SIGXFSZ):  # Python ignores them, and a program would go on doing so
+        signal(number, SIG_DFL)
     if os.isatty(0):
         _take_terminal()
     try:

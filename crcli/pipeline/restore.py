@@ -182,11 +182,12 @@ def restore_and_wait(
 ) -> int:
     """Bring a tree back, call `running` once it runs, stay until its root ends, and return its exit code.
 
-    Signals that we get once it is restored are passed on to the root. A root that a signal ended gives 128 +
-    its number.
+    Signals that we get once it is restored are passed on to the root, but for those that are ignored (by
+    nohup, or a shell's &). A root that a signal ended gives 128 + its number.
     """
     passed_on = _PassedOn()
-    before = {number: signal.signal(number, passed_on.handle) for number in _PASSED_ON}
+    heard = [number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, passed_on.handle) for number in heard}
     try:
         restored = bring_back(options, progress or Silent(), Stay(passed_on.handle), opening)
         passed_on.to(restored.root)

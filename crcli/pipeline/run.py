@@ -468,7 +468,10 @@ class _Run:
         )
 
     def _signals_passed_on(self, job: _Running) -> ExitStack:
-        """Until the end of the block, signals that are no notice go to the job."""
+        """Until the end of the block, signals that are no notice go to the job.
+
+        One that was ignored when we started (by nohup, or a shell's &) stays so.
+        """
 
         def pass_on(number: int, _frame: FrameType | None) -> None:
             must_stand_still = number == signal.SIGCONT and self.lease.state is not LeaseState.HELD
@@ -478,7 +481,7 @@ class _Run:
 
         before = ExitStack()
         for number in _PASSED_ON:
-            if number not in self.notices.signals:
+            if number not in self.notices.signals and signal.getsignal(number) is not signal.SIG_IGN:
                 before.callback(signal.signal, number, signal.signal(number, pass_on))
         resized = signal.signal(signal.SIGWINCH, lambda *_: job.relay.resize())
         before.callback(signal.signal, signal.SIGWINCH, resized)

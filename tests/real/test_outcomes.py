@@ -529,6 +529,23 @@ def test_wait_passes_signals_on_and_the_exit_code_back(crcli: Crcli) -> None:
         assert not psutil.pid_exists(program.pid)
 
 
+def test_wait_passes_nothing_on_that_is_ignored(crcli: Crcli) -> None:
+    """Under nohup a tree outlives the terminal that its restore was started from."""
+
+    def nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with spawn_python(ENDS_WITH_7) as program:
+        image = crcli.dump(program.pid)["image"]
+        arguments = ("restore", image, "--store", crcli.store, "--wait", "--json")
+        with crcli.start(*arguments, preexec_fn=nohup) as waiting:
+            assert waiting.stdout is not None
+            waiting.stdout.readline()
+            waiting.send_signal(signal.SIGHUP)
+            waiting.terminate()
+            assert waiting.wait(timeout=COMMAND_LIMIT_SECONDS) == 7
+
+
 def test_wait_passes_on_what_comes_early(crcli: Crcli) -> None:
     """A SIGTERM that comes as soon as the tree runs, before the report, is not lost."""
     with spawn_python(ENDS_WITH_7) as program:

@@ -98,6 +98,28 @@ def test_signals_reach_the_job(crcli: Crcli, tmp_path: Path) -> None:
     assert one.out.splitlines()[-1] == "one"
 
 
+def test_signals_that_are_ignored_do_not_reach_the_job(crcli: Crcli, tmp_path: Path) -> None:
+    """Under nohup a job outlives the terminal that it was started from."""
+
+    def nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    script = "trap 'echo usr1; exit 3' USR1; echo ready; while :; do sleep 0.05; done"
+    with job(crcli, tmp_path / "1", *SHELL, script, preexec_fn=nohup) as one:
+        one.wait_for("ready")
+        one.tell(signal.SIGHUP)
+        one.tell(signal.SIGUSR1)
+        one.end(3)
+    assert one.out.splitlines()[-1] == "usr1"
+
+
+def test_a_job_handles_signals_as_without_us(crcli: Crcli, tmp_path: Path) -> None:
+    """What we ignore ourselves, as every Python does, it does not: `yes | head` ends."""
+    command = ["grep", "-E", "Sig(Ign|Blk)", "/proc/self/status"]
+    done = to_the_end(crcli, tmp_path / "1", "--", *command)
+    assert done.out == subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def test_without_notices_sigterm_is_the_job_s(crcli: Crcli, tmp_path: Path) -> None:
     """`--notice none` leaves every signal to the job."""
     script = "trap 'echo term; exit 5' TERM; echo ready; while :; do sleep 0.05; done"
