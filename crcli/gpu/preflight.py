@@ -24,7 +24,16 @@ from crcli.gpu.managed import managed_bytes
 from crcli.process.identity import read_proc
 from crcli.process.maps import areas
 from crcli.process.memory_room import too_tight
-from crcli.process.wording import and_more, blocker, first_of, note, places, process_list, who
+from crcli.process.wording import (
+    and_more,
+    blocker,
+    first_of,
+    how_to_continue,
+    note,
+    places,
+    process_list,
+    who,
+)
 
 if TYPE_CHECKING:
     from crcli.errors import CrcliError
@@ -238,7 +247,7 @@ def silent(scene: Scene) -> Iterator[Finding]:
             f"CUDA's driver asks {first_of(held)} in vain: "
             + ("it is stopped" if held[0].is_stopped else "its threads do not run"),
             process_list(held, "state"),
-            f"let it run for the dump: `kill -CONT {held[0].pid}`, or thaw its cgroup",
+            f"let it run for the dump ({how_to_continue(held)}), or thaw its cgroup",
         )
 
 

@@ -86,6 +86,7 @@ from crcli.process.processors import usable_processors
 from crcli.process.tree import find_target, refuse_bad_target, scan_tree, tracer_label
 from crcli.process.tree_lock import TreeLock
 from crcli.process.waits import waited_ms
+from crcli.process.wording import first_of, how_to_continue, note, process_list
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from crcli.pipeline.stages import DumpOptions, Progress
     from crcli.plugins.loader import PluginInfo
     from crcli.process.evidence import Evidence
+    from crcli.process.tree import Process
     from crcli.store.base import Store
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads would only spin beside ours
@@ -1001,6 +1003,7 @@ class _Dump:
         else:
             self.standby.wait()  # it gives the stopped tree back its sockets, which CRIU does not
             self._free_stopped()
+            self.report.findings = (*self.report.findings, _left_stopped(self.tree.living))
         self.report.outcome = outcome.value
         if self.gpu is not None:
             self.report.gpu = self.gpu.as_json()
@@ -1109,6 +1112,16 @@ def _late_finding(label: str, pid: int, limit_s: float) -> Finding:
         {"pid": pid, "seconds": limit_s},
         action="went on without it; the callbacks go on after the dump, or the restore",
         remedy="make them quicker, or give them longer with --notify-wait",
+    )
+
+
+def _left_stopped(processes: Sequence[Process]) -> Finding:
+    return note(
+        "left-stopped",
+        f"{first_of(processes)} was left stopped",
+        process_list(processes),
+        "left it so, as it was told",
+        how_to_continue(processes),
     )
 
 

@@ -16,6 +16,7 @@ from crcli.process.wording import (
     count,
     file_list,
     first_of,
+    how_to_continue,
     note,
     place,
     places,
@@ -317,7 +318,7 @@ def stopped(evidence: Evidence) -> Iterator[Finding]:
             f"{first_of(held)} is stopped, and will be when it comes back",
             process_list(held),
             "keeps the state",
-            f"`kill -CONT {held[0].pid}` continues it",
+            how_to_continue(held),
         )
 
 

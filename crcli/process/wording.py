@@ -52,6 +52,12 @@ def first_of(processes: Sequence[Process]) -> str:
     return f"{processes[0].label}{and_more(processes)}"
 
 
+def how_to_continue(stopped: Sequence[Process]) -> str:
+    """Return the command for all of them: each process is stopped by itself."""
+    pids = " ".join(str(process.pid) for process in stopped)
+    return f"`kill -CONT {pids}` continues {'it' if len(stopped) == 1 else 'them'}"
+
+
 def and_more(held: Sequence[object]) -> str:
     """Return how many there are beside the first, empty for none."""
     return f" (and {len(held) - 1} more)" if len(held) > 1 else ""

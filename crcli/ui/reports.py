@@ -56,6 +56,9 @@ def show_dump(report: DumpReport, as_json: bool, *, dry_run: bool = False) -> No
             f"in all {duration(forecast.total_ms)} / {duration(report.total_ms)}"
         )
     _say(f"  phases   {phases(report.phases)}")
+    for finding in report.findings:
+        if finding.name == "left-stopped":
+            _say(f"  next     {finding.remedy}")
 
 
 def show_restore(report: RestoreReport, as_json: bool) -> None:

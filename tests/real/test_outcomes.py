@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -151,6 +152,21 @@ def test_leave_stopped_leaves_it_stopped(crcli: Crcli) -> None:
         os.kill(program.pid, signal.SIGCONT)
         assert_goes_on(program)
         assert netlock.tables() == set()
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_leave_stopped_says_how_all_of_it_goes_on(crcli: Crcli, as_json: bool) -> None:
+    """A tree of several processes: the command that is named continues each of them."""
+    with spawn_python(then_wait("import os; os.fork()")) as program:
+        wait_until(lambda: program.output.count("ready") == 2, "they are not there")
+        json_or_not = ("--json",) if as_json else ()
+        done = crcli.run("dump", str(program.pid), "--store", crcli.store, "--leave-stopped", *json_or_not)
+        processes = tree_of(program.pid)
+        assert {process.status() for process in processes} == {psutil.STATUS_STOPPED}
+        (command,) = re.findall("`(kill -CONT .*?)`", done.out)
+        subprocess.run(command.split(), check=True)
+        assert len(processes) == 2
+        assert psutil.STATUS_STOPPED not in {process.status() for process in processes}
 
 
 @pytest.mark.parametrize("outcome", [(), ("--leave-stopped",), ("--leave-running",)])

@@ -583,15 +583,16 @@ def test_tables_on_a_terminal_take_text_literally() -> None:
     assert "[red]x[/red]" in said
 
 
-def test_names_stay_whole_on_a_terminal() -> None:
-    """What is copied from a table's first column is not broken over lines; what is long beside it is."""
-    image = "agent@20261126T024446670-3f0181"
+@pytest.mark.parametrize(("width", "is_broken"), [(120, True), (80, False), (30, False)])
+def test_what_is_copied_from_a_table_stays_whole_on_a_terminal(width: int, is_broken: bool) -> None:
+    """Long text in the last column is broken into lines where it has room for that; nothing else is."""
+    row = ("agent@20261126T024446670-3f0181", "2026-11-26 12:19:19", "20.6 MiB")
     said = in_terminal(
-        "import os; os.environ['COLUMNS'] = '80'\n"
+        f"import os; os.environ['COLUMNS'] = '{width}'\n"
         "from crcli.ui.table import show_table\n"
-        f"show_table(('IMAGE', 'CREATED', 'COMMAND'), [('{image}', '2026-11-26 12:19:19', 'x' * 90)])"
+        f"show_table(('IMAGE', 'CREATED', 'MEMORY', 'COMMAND'), [({row}) + ('x' * 90,)], right=('MEMORY',))"
     )
-    assert image in said and "x" * 90 not in said
+    assert "  ".join(row) in said and ("x" * 90 not in said) == is_broken
 
 
 def test_progress_on_a_terminal() -> None:
