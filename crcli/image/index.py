@@ -23,8 +23,9 @@ from crcli.image.names import IMAGES, INDEXES, IndexRef, image_at, manifest_key,
 from crcli.image.newest import newest_in
 from crcli.image.peek import ManifestPeek, ids_in
 from crcli.image.tables import NO_PACK, ChunkTable, Groups, MixedGroups, read_groups, read_packs
-from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
+from crcli.memory.blocks import DIGEST, GROUP_PAGES
 from crcli.memory.extents import PAGE
+from crcli.memory.places import NOWHERE, ZERO, place_in
 from crcli.store.leaving import asking
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 from crcli.errors import ImageDamaged
-from crcli.memory.classify import DIGEST, KEY
+from crcli.memory.blocks import DIGEST, KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

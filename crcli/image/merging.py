@@ -20,7 +20,7 @@ from crcli.image.container import ContainerKind, pack_container
 from crcli.image.lookup import TableMaker
 from crcli.image.names import IndexRef
 from crcli.image.tables import join_mixed, pack_group, write_chunks, write_packs
-from crcli.memory.classify import DIGEST, GROUP_PAGES
+from crcli.memory.blocks import DIGEST, GROUP_PAGES
 from crcli.memory.extents import PAGE
 
 if TYPE_CHECKING:

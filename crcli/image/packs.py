@@ -31,8 +31,9 @@ from crcli.image.tables import (
     write_mixed,
     write_packs,
 )
-from crcli.memory.classify import GROUP_PAGES, ZERO, Location, stretches
+from crcli.memory.blocks import GROUP_PAGES
 from crcli.memory.extents import Source
+from crcli.memory.places import ZERO, Location, stretches
 from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class PackWriter:
         return set(self._adopted.values())
 
     def refer(self, reference: Reference) -> int:
-        """Give a reference its number, the same to equal ones; see memory.classify.ChunkSink."""
+        """Give a reference its number, the same to equal ones; see memory.chunking.ChunkSink."""
         with self._lock:
             number = self._reference_numbers.setdefault(reference, len(self._references))
             if number == len(self._references):
@@ -190,7 +191,7 @@ class PackWriter:
         return bytes_of
 
     def reserve(self) -> int:
-        """Give a number to a chunk that is about to be added; see memory.classify.ChunkSink."""
+        """Give a number to a chunk that is about to be added; see memory.chunking.ChunkSink."""
         with self._lock:
             self._chunks.append(_RESERVED)
             return len(self._chunks) - 1
@@ -204,12 +205,12 @@ class PackWriter:
         *,
         hurry: bool = False,
     ) -> None:
-        """Store one chunk of memory under a reserved number; see memory.classify.ChunkSink."""
+        """Store one chunk of memory under a reserved number; see memory.chunking.ChunkSink."""
         raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self._append(number, raw, page_digests, group_digests, is_memory=True, hurry=hurry)
 
     def note_mixed(self, groups: Iterable[tuple[bytes, Sequence[int]]]) -> None:
-        """Note groups whose pages come from several places; see memory.classify.ChunkSink."""
+        """Note groups whose pages come from several places; see memory.chunking.ChunkSink."""
         with self._lock:
             for digest, places in groups:
                 if digest not in self._mixed:

@@ -23,15 +23,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from msgspec import Struct, field
 
 from crcli.errors import DumpFailed, TreeState
-from crcli.memory.classify import (
-    BLOCK_PAGES,
-    GROUP_PAGES,
-    Ahead,
-    Classified,
-    Classifier,
-    MemoryCounts,
-    Run,
-)
+from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES, Ahead, Run
+from crcli.memory.classify import Classified, Classifier, MemoryCounts
 from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, join
 from crcli.memory.pagemap import PageRun
 from crcli.memory.replay import AMOUNT_EVERY_S
@@ -40,7 +33,9 @@ from crcli.threads import Worker, start_workers
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
 
-    from crcli.memory.classify import ChunkSink, KnownPages, Seen
+    from crcli.memory.blocks import Seen
+    from crcli.memory.chunking import ChunkSink
+    from crcli.memory.classify import KnownPages
     from crcli.memory.lookahead import Lookahead
     from crcli.memory.weights.match import Matcher
 

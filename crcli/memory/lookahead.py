@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 from blake3 import blake3
 
 from crcli import kernel
-from crcli.memory.classify import (
+from crcli.memory.blocks import (
     BLOCK_PAGES,
     DIGEST,
     GROUP_PAGES,
@@ -34,9 +34,9 @@ from crcli.memory.classify import (
     Found,
     Run,
     Seen,
-    find_weights,
     heads_of,
 )
+from crcli.memory.classify import find_weights
 from crcli.memory.extents import PAGE, SpaceKey, SpaceKind
 from crcli.memory.weights.references import Piece
 from crcli.memory.weights.views import View

@@ -23,7 +23,7 @@ from crcli.criu.page_server import PageProtocolError, socket_pair
 from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.errors import DumpFailed, HostLacks, TreeState
 from crcli.findings import Finding, Severity
-from crcli.memory.classify import BLOCK_PAGES
+from crcli.memory.blocks import BLOCK_PAGES
 from crcli.memory.extents import PAGE
 from crcli.memory.frames import Frames, changed
 from crcli.memory.layers import Layers, count, only_referred, without

@@ -32,7 +32,8 @@ from crcli.image.peek import ManifestPeek
 from crcli.image.remove import remove
 from crcli.image.session import Session
 from crcli.image.tables import NO_PACK, MixedGroups, write_mixed
-from crcli.memory.classify import DIGEST, GROUP_PAGES, Classified, Classifier, Run
+from crcli.memory.blocks import DIGEST, GROUP_PAGES, Run
+from crcli.memory.classify import Classified, Classifier
 from crcli.memory.extents import PAGE, ZERO_PAGE, Source, SpaceKey, SpaceKind
 from crcli.pipeline.knowing import Knowing
 from crcli.store.file import FileStore

@@ -13,8 +13,8 @@ from crcli.image.manifest import Manifest, StoredFile, load, publish
 from crcli.image.names import ImageRef, new_image_id
 from crcli.image.packs import PackWriter
 from crcli.image.session import Session
-from crcli.memory.classify import NOWHERE, Location
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
+from crcli.memory.places import NOWHERE, Location
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from crcli.kernel import punch_hole
-from crcli.memory.classify import DIGEST, GROUP_PAGES, NOWHERE, ZERO, place_in
+from crcli.memory.blocks import DIGEST, GROUP_PAGES
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey
+from crcli.memory.places import NOWHERE, ZERO, place_in
 from crcli.memory.weights.references import Reference
 from crcli.store.base import Buffer
 

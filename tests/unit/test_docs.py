@@ -17,8 +17,8 @@ from crcli.guard.names import BLOCKERS
 from crcli.image import catalog, claims, container, gc, lease, names, packs, session, tables
 from crcli.image.manifest import StoredFile
 from crcli.main import COMMANDS, build_app
-from crcli.memory import classify, intake, replay
-from crcli.memory.classify import BLOCK_PAGES
+from crcli.memory import blocks, chunking, classify, intake, replay
+from crcli.memory.blocks import BLOCK_PAGES
 from crcli.memory.extents import PAGE
 from crcli.pipeline import stages
 from crcli.pipeline.check import CheckReport
@@ -297,8 +297,8 @@ def test_format_has_the_constants() -> None:
     assert container._RAW_LIMIT == 4 << 30 and "at most 4 GiB" in FORMAT_FLAT
     assert packs.BLOB_BYTES == 1 << 20 and "pieces of files, of 1 MiB" in FORMAT_FLAT
     assert packs.PACK_BYTES == 64 << 20 and "past 64 MiB" in FORMAT_FLAT
-    assert classify.CHUNK_PAGES == 64 and "at most 64 (256 KiB)" in FORMAT_FLAT
-    assert classify.GROUP_PAGES == 16 and "for each 16 pages" in FORMAT_FLAT
+    assert chunking.CHUNK_PAGES == 64 and "at most 64 (256 KiB)" in FORMAT_FLAT
+    assert blocks.GROUP_PAGES == 16 and "for each 16 pages" in FORMAT_FLAT
     assert (session.HEARTBEAT_S, session.LAPSED_AFTER_S, session.STALE_AFTER_S) == (60, 600, 900)
     assert "every 60 s" in FORMAT_FLAT and "for 600 s" in FORMAT_FLAT and "for 900 s" in FORMAT_FLAT
     prefixes = (names.IMAGES, names.INDEXES, names.PACKS, names.SESSIONS, names.WEIGHTS, names.LEASES)

@@ -24,7 +24,8 @@ from crcli.image.names import ImageRef, check_name, index_key, manifest_key, new
 from crcli.image.packs import ChunkReader, PackWriter
 from crcli.image.verify import verify
 from crcli.image.weights import MemoryReader
-from crcli.memory.classify import Classifier, Run
+from crcli.memory.blocks import Run
+from crcli.memory.classify import Classifier
 from crcli.memory.extents import PAGE, Origin, Source, SpaceKey, SpaceKind
 from crcli.memory.weights.references import Piece, Reference
 from crcli.memory.weights.views import View

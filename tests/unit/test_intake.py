@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from msgspec import field
 
 from crcli.memory import intake
-from crcli.memory.classify import BLOCK_PAGES, CHUNK_PAGES, GROUP_PAGES, KnownPages, MemoryCounts
+from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES
+from crcli.memory.chunking import CHUNK_PAGES
+from crcli.memory.classify import KnownPages, MemoryCounts
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
 from crcli.memory.intake import Intake
 from tests.support.memory import (

@@ -17,16 +17,8 @@ from blake3 import blake3
 
 from crcli import kernel
 from crcli.memory import lookahead as lookahead_module
-from crcli.memory.classify import (
-    BLOCK_PAGES,
-    GROUP_PAGES,
-    KEY,
-    ZERO_GROUP_DIGEST,
-    ZERO_PAGE_DIGEST,
-    Run,
-    Seen,
-    find_weights,
-)
+from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES, KEY, ZERO_GROUP_DIGEST, ZERO_PAGE_DIGEST, Run, Seen
+from crcli.memory.classify import find_weights
 from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import MOST_RUNS, Lookahead

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crcli import kernel
-from crcli.memory.classify import Run
+from crcli.memory.blocks import Run
 from crcli.memory.extents import PAGE, SpaceKey, SpaceKind
 from crcli.memory.weights import cache, layout, samples
 from crcli.memory.weights.files import WeightsFile

@@ -17,7 +17,7 @@ from crcli.memory.weights.views import element_bytes, source_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from crcli.memory.classify import Run
+    from crcli.memory.blocks import Run
     from crcli.memory.extents import SpaceKey
     from crcli.memory.weights.files import WeightsFile
     from crcli.memory.weights.samples import Index, Stream

@@ -30,8 +30,8 @@ from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.manifest import Manifest, StoredFile, Weights, publish
 from crcli.image.packs import PackWriter
 from crcli.image.weights import push
-from crcli.memory.classify import NOWHERE, Location
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
+from crcli.memory.places import NOWHERE, Location
 from crcli.memory.weights.references import Piece, Reference
 from crcli.memory.weights.views import View, apply
 from crcli.store.file import FileStore
