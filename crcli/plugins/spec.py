@@ -28,7 +28,7 @@ from crcli.errors import CrcliError, TreeState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from crcli.notice import SourceKind
+    from crcli.notice.base import SourceKind
 
 # What hooks are given are dataclasses, crcli's own records structs (see pyproject.toml): a plug-in takes them
 # apart with what it finds in the standard library.
