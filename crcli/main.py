@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from crcli.errors import CrcliError, UsageError
 from crcli.pipeline.interrupts import Interrupted
+from crcli.wakeups import heard_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         app = build_app()
-        with app.make_context("crcli", argv) as context:
+        with heard_at_once(), app.make_context("crcli", argv) as context:
             result = app.invoke(context)
         return result if isinstance(result, int) else 0
     except typer.Exit as done:

@@ -15,7 +15,8 @@ from msgspec.structs import replace
 
 from crcli.notice.base import Notice, Surroundings, Urgency, grace_of, note
 from crcli.notice.choose import choose
-from crcli.notice.signals import forget_wakeups, taken, woken_by_signals
+from crcli.notice.signals import taken
+from crcli.wakeups import forget_wakeups, woken_by_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

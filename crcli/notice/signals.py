@@ -6,7 +6,6 @@ signal where the source's thread finds it, into a queue that is made for this (S
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.2
 """How often a source that waits for something else looks whether it is to stop."""
-
-_PIPE_BYTES = 1 << 16
-"""What a pipe holds."""
 
 NAMES = {
     f"sig{name}": signal.Signals[f"SIG{name.upper()}"]
@@ -104,34 +100,3 @@ def taken(
         for number, handler in before.items():
             if signal.getsignal(number) is handle:
                 signal.signal(number, handler)
-
-
-@contextmanager
-def woken_by_signals() -> Iterator[int]:
-    """Within the block a descriptor is readable once a signal has come that has a handler of Python's, in
-    whichever thread and however shortly before a wait; yields it.
-
-    Where signals cannot be taken (not in the main thread) it never is.
-    """
-    heard, said = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if threading.current_thread() is not threading.main_thread():
-            yield heard
-            return
-        before = signal.set_wakeup_fd(said, warn_on_full_buffer=False)
-        try:
-            yield heard
-        finally:
-            if (now := signal.set_wakeup_fd(before)) != said:
-                signal.set_wakeup_fd(now)  # somebody else has put his there meanwhile
-    finally:
-        os.close(heard)
-        os.close(said)
-
-
-def forget_wakeups(fd: int) -> None:
-    """Have the descriptor be readable for signals only that come from now on."""
-    try:
-        os.read(fd, _PIPE_BYTES)
-    except BlockingIOError:
-        pass

@@ -7,6 +7,8 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from crcli.wakeups import heard_at_once
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
@@ -51,7 +53,6 @@ class Interrupts:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        _hush(number)
         if self._past_return:
             hurry, self._hurry = self._hurry, None
             if hurry is not None:  # not in the middle of whatever the main thread does, and holds locks for
@@ -68,9 +69,6 @@ _JOB_CONTROL = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 LONGEST_S = 1e9
 """Longer times count as this (seconds, 31 years): the kernel's timers take no more of them."""
-
-_AGAIN_S = 0.1
-"""How soon a deadline that nobody has heard is rung in again (seconds)."""
 
 _answers_first = False
 
@@ -98,6 +96,14 @@ def interruptible(
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
+    with heard_at_once(), _handled_by(interrupts):
+        if deadline_s is not None:
+            ring_in(deadline_s)
+        yield interrupts
+
+
+@contextmanager
+def _handled_by(interrupts: Interrupts) -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     ignored_before = {
         number for number in _FOR_PEOPLE if signal.getsignal(number) is signal.SIG_IGN
@@ -106,10 +112,8 @@ def interruptible(
         number: signal.signal(number, interrupts.handle) for number in numbers if number not in ignored_before
     }
     stops = {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_CONTROL}
-    if deadline_s is not None:
-        ring_in(deadline_s)
     try:
-        yield interrupts
+        yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in stops.items():
@@ -120,18 +124,8 @@ def interruptible(
 
 
 def ring_in(seconds: float) -> None:
-    """Set the deadline of the block: SIGALRM comes then, in a moment where that is past, until it is heard.
-
-    One that the kernel gives to another thread, or to the main thread right before it waits, does not end
-    that wait, and Python handles signals in the main thread only.
-    """
-    signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 0.001), LONGEST_S), _AGAIN_S)
-
-
-def _hush(number: int) -> None:
-    """A deadline that was heard need not be rung in any more."""
-    if number == signal.SIGALRM:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    """Set the deadline of the block: SIGALRM comes then, in a moment where that is past."""
+    signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 0.001), LONGEST_S))
 
 
 def seconds_left() -> float | None:
@@ -152,12 +146,7 @@ def noted(note: Callable[[int], None], deadline_s: float | None = None) -> Itera
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
         if number not in _FOR_PEOPLE or signal.getsignal(number) is not signal.SIG_IGN
     ]
-
-    def hear(number: int, _: FrameType | None) -> None:
-        _hush(number)
-        note(number)
-
-    before = {number: signal.signal(number, hear) for number in numbers}
+    before = {number: signal.signal(number, lambda number, _: note(number)) for number in numbers}
     stops = {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_CONTROL}
     if deadline_s is not None:
         ring_in(deadline_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,3 +168,24 @@ def test_ctrl_c(behind: Behind, tree: Victim, what: str) -> None:
     fault, arguments = ASKING[what]
     attempt = behind.ended(behind.hang(*fault), signal.SIGINT, *arguments(behind))
     assert attempt.code == 130, attempt.describe()
+
+
+LOST: dict[str, tuple[tuple[str, str, int], int, tuple[str, ...], tuple[int, ...]]] = {
+    "dump": (DUMPS["names"], signal.SIGTERM, ("dump", "PID", "--name", "agent"), (11, 143)),
+    "restore": (RESTORES["manifest"][:3], signal.SIGTERM, ("restore", "agent", "--eager"), (21, -15)),
+    "gc": (("GET", "/images/", 0), signal.SIGINT, ("gc",), (130,)),
+}
+
+
+@pytest.mark.parametrize("command", LOST)
+def test_a_signal_that_another_thread_got(behind: Behind, tree: Victim, command: str) -> None:
+    """The kernel may give it to one that is just being started: it ends the command all the same."""
+    behind.done("dump", str(tree.pid), "--name", "agent", "--leave-running")
+    fault, number, arguments, codes = LOST[command]
+    trickle = behind.hang(*fault)
+    attempt = behind.begin(*(str(tree.pid) if one == "PID" else one for one in arguments))
+    assert attempt.wait_for(trickle.begun.is_set), attempt.describe()
+    time.sleep(0.5)  # then the main thread has nothing left to do but wait
+    attempt.send_to_another_thread(number)
+    attempt.end()
+    assert attempt.code in codes, attempt.describe()

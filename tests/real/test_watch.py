@@ -3,7 +3,6 @@ when that cannot be."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from tests.support.crcli import (
     tree_of,
     wait_until,
 )
+from tests.support.faults import give_to_another_thread
 from tests.support.faulty_proxy import FaultyProxy, Throttle
 from tests.support.programs import SLOWNESS, Program, spawn_python, then_wait
 from tests.support.s3servers import start_moto
@@ -223,32 +223,14 @@ def test_signals_are_notices(crcli: Crcli, number: signal.Signals) -> None:
         assert_goes_on(program)
 
 
-LIBC = ctypes.CDLL(None)
-
-
-def other_threads(pid: int, number: signal.Signals) -> list[int]:
-    """The threads of a process, but for the main one, that do not block a signal; the oldest first."""
-    found = []
-    for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
-        try:
-            lines = Path(f"/proc/{pid}/task/{tid}/status").read_text().splitlines()
-        except OSError:
-            continue
-        blocked = next(int(line.split()[1], 16) for line in lines if line.startswith("SigBlk"))
-        if tid != pid and not blocked >> (number - 1) & 1:
-            found.append(tid)
-    return found
-
-
 def test_a_signal_is_a_notice_whichever_thread_gets_it(crcli: Crcli) -> None:
     """The kernel may give a signal to a thread of the watcher that is just being started."""
     with spawn_python(counter()) as program:
         tree = tree_of(program.pid)
         with watching(crcli, program.pid, "--notice", "sigusr1") as watch:
-            pid, number = watch.process.pid, signal.SIGUSR1
+            pid = watch.process.pid
             wait_until(
-                lambda: any(LIBC.tgkill(pid, tid, number) == 0 for tid in other_threads(pid, number)),
-                "all but the main thread block it",
+                lambda: give_to_another_thread(pid, signal.SIGUSR1), "all but the main thread block it"
             )
             watch.ends(75)
         reap(tree)

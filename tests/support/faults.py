@@ -14,8 +14,10 @@ Everything waits with a limit. Processes are found by a mark in their environmen
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -37,6 +39,7 @@ from crcli.process.tree import child_pids
 from tests.support.programs import SLOWNESS, spawn_python
 
 ROOT = Path(__file__).parents[2]
+_LIBC = ctypes.CDLL(None)
 COMMAND_LIMIT_SECONDS = 60.0 * SLOWNESS
 SETTLE_SECONDS = 20.0 * SLOWNESS
 
@@ -458,6 +461,10 @@ class Attempt:
         if self.process.poll() is None:
             self.process.send_signal(number)
 
+    def send_to_another_thread(self, number: int) -> None:
+        """Give one of the command's threads, but not the main one, a signal."""
+        assert self.wait_for(lambda: give_to_another_thread(self.pid, number)), self.describe()
+
     def kill_criu(self) -> bool:
         """Kill the CRIU that is the command's own child; say whether there was one."""
         return _kill(self.criu(), signal.SIGKILL)
@@ -563,6 +570,17 @@ def state_of(pid: int) -> str:
             return file.read().rpartition(b")")[2].split()[0].decode()
     except OSError:
         return ""
+
+
+def give_to_another_thread(pid: int, number: int) -> bool:
+    """Give a signal to the oldest thread of a process, but for the main one, that does not block it; say
+    whether there was one. The kernel may do so where it is sent to the process."""
+    for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
+        blocked = re.search(r"^SigBlk:\s*(\w+)$", _word(pid, f"task/{tid}/status"), re.MULTILINE)
+        is_open = tid != pid and blocked is not None and not int(blocked[1], 16) >> (number - 1) & 1
+        if is_open and _LIBC.tgkill(pid, tid, number) == 0:
+            return True
+    return False
 
 
 def _kill(pid: int, number: int) -> bool:
