@@ -12,10 +12,21 @@ from typer.core import TyperGroup
 from crcli.errors import UsageError
 from crcli.pipeline.interrupts import LONGEST_S
 
+
+def check_store(value: str | None) -> str | None:
+    """The callback of --store: an empty one is a variable that is not set, and not this host's own disk."""
+    if value == "":
+        raise UsageError(
+            "--store is empty: file:///path or s3://bucket/prefix", hint="without --store the default counts"
+        )
+    return value
+
+
 StoreOption = Annotated[
     str | None,
     typer.Option(
         "--store",
+        callback=check_store,
         metavar="URL",
         help="Where images live: file:///path or s3://bucket/prefix. "
         "Default: $CRCLI_STORE, the configuration file, then file:///var/lib/crcli/store.",

@@ -65,8 +65,9 @@ class Identity(Struct, frozen=True):
         ]
         for name, what in (("files", "file"), ("environment", "variable"), ("weights", "weights")):
             old = facts.get(name) or {}
-            changed = sorted(key for key in {*old, *mine[name]} if old.get(key) != mine[name].get(key))
-            said += [f"the {what} {key} changed" for key in changed]
+            new = mine[name]
+            changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+            said += [f"the {what} {key} {_how(key in old, key in new)}" for key in changed]
         return said or ["it was taken of another kind of job"]
 
     def _with_weights_of(self, facts: Mapping[str, Any]) -> Identity:
@@ -87,6 +88,12 @@ class Identity(Struct, frozen=True):
             "environment": dict(self.environment),
             "weights": dict(self.weights),
         }
+
+
+def _how(was_named: bool, is_named: bool) -> str:
+    if was_named and is_named:
+        return "changed"
+    return "was not named before" if is_named else "is not named any more"
 
 
 def identify_job(
@@ -114,7 +121,7 @@ def identify_job(
     values = {name: environ.get(name) for name in variables}
     return Identity(
         argv=tuple(command),
-        cwd=os.getcwd(),
+        cwd=_here(),
         files=files,
         environment={
             name: ABSENT if value is None else blake3(os.fsencode(value)).hexdigest()
@@ -122,6 +129,15 @@ def identify_job(
         },
         weights={os.path.basename(path): str(_size(path)) for path in weights if path != "auto"},
     )
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError as error:
+        raise UsageError(
+            "the folder that this is started in was removed", hint="start it in the job's own folder"
+        ) from error
 
 
 def _is_looked_into(path: str) -> bool:

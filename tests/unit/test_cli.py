@@ -476,6 +476,12 @@ def test_stores_come_from_the_option_then_the_environment_then_the_file(
     assert choose_store("s3://b/p", "http://other:1").endpoint_url == "http://other:1"
 
 
+def test_an_empty_store_is_not_the_default(capsys: Any) -> None:
+    """`--store "$UNSET"` is wrong usage: images would go to this host's own disk."""
+    assert main(["dump", str(os.getpid()), "--store", ""]) == 2
+    assert "--store is empty" in capsys.readouterr().err
+
+
 def test_an_s3_server_without_a_store_is_no_folder_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--endpoint-url` with the store forgotten is refused; with a folder that somebody named it is idle."""
     with pytest.raises(UsageError, match="no store is named"):
