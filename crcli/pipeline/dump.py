@@ -34,14 +34,13 @@ from crcli.criu.skeleton import has_connections, named_files
 from crcli.criu.standby import AfterDeath, Standby
 from crcli.criu.unread import give_back_unread
 from crcli.criu.workspace import Workspace
-from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
+from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TooLate, TreeState
 from crcli.findings import Finding, Severity
 from crcli.image.claims import is_held_by
 from crcli.image.index import KnownPagesOf
-from crcli.image.manifest import Manifest, publish
-from crcli.image.names import ImageRef, check_name, new_image_id, suggested_name
+from crcli.image.manifest import Manifest
+from crcli.image.names import check_name, new_image_id, suggested_name
 from crcli.image.packs import PackWriter
-from crcli.image.remove import remove
 from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
@@ -69,6 +68,7 @@ from crcli.pipeline.own_limits import limits_lifted, see_file_size
 from crcli.pipeline.pids import interrupted_threads
 from crcli.pipeline.plan import make_plan, outside_links
 from crcli.pipeline.preflight import look_at
+from crcli.pipeline.publishing import publish_whole
 from crcli.pipeline.rates import load_rates
 from crcli.pipeline.receiver import Receiver
 from crcli.pipeline.rounds import Rounds, rounds_here
@@ -913,8 +913,8 @@ class _Dump:
         self._see_that_the_name_is_ours(self.store)
         self._see_time_left(len(manifest.chunks) + sum(map(len, spaces.values())))
         self.interrupts.past_return(self.store.give_up)  # nothing to be undone, but not to be waited for long
-        self.report.stored_bytes = self.writer.stored_bytes + publish(self.store, manifest, encoded)
-        self._withdraw_if_lapsed(self.store)
+        size = publish_whole(self.store, manifest, encoded, self.session, self.vouched_by)
+        self.report.stored_bytes = self.writer.stored_bytes + size
         self.published = True
 
     def _see_that_the_name_is_ours(self, store: Store) -> None:
@@ -937,20 +937,6 @@ class _Dump:
         rate = self.writer.stored_bytes / (time.monotonic() - self.frozen_at)
         if left_s < records * _RECORD_BYTES / max(rate, 1.0):
             raise Interrupted(signal.SIGALRM)
-
-    def _withdraw_if_lapsed(self, store: Store) -> None:
-        """Take the image back when a collection may have removed what it refers to: because it took us for
-        dead, or because the images are gone by which we believed what is there."""
-        if self.session.lapsed or self._may_be_missed(store):
-            remove(store, ImageRef(self.target.name, self.target.image_id))
-            raise StoreError("the store did not answer for too long", hint="run the dump again")
-
-    def _may_be_missed(self, store: Store) -> bool:
-        if not self.vouched_by:
-            return False
-        from crcli.image.gc import may_miss
-
-        return may_miss(store, self.vouched_by, self.writer.packs, self.session.store_time)
 
     def _count(self, counts: MemoryCounts) -> None:
         self.report.memory_bytes = counts.total
