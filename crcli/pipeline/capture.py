@@ -181,7 +181,7 @@ def _not_there(path: str) -> Finding:
         severity=Severity.CHANGE,
         message=f"{path} was to travel in the image, and is no file that the tree can see",
         evidence={"path": path},
-        action="the image goes without it",
+        action="goes on without it",
         remedy="--include takes files and folders, as the tree's root process sees them",
     )
 
