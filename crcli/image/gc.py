@@ -6,7 +6,8 @@ chunk's pack is being removed. The order of steps rules that out:
 1. `gc` announces itself. Whoever copies packs into this store looks for that first, and waits.
 2. It notes the packs that manifests refer to. Packs that are not among them and are older than a grace
    period are *doomed*; a manifest that cannot be read ends it all, because nothing may be guessed.
-3. If a dump is in progress, doomed packs stay for this time: it may have seen them.
+3. If a dump is in progress, doomed packs stay for this time: it may have seen them. One whose own manifest
+   was read in step 2 refers to nothing else any more: its session may have been left behind by a slow store.
 4. The indexes that tell of doomed packs are removed. A dump that begins after this is not told of them. No
    index can appear that tells of them: only a dump in progress in step 3 could have written it.
 5. Sessions again: a dump that began before step 4 was finished announced itself before it read an index, or
@@ -227,7 +228,9 @@ class _Collection:
     def _look_for_sessions(self, now: float) -> None:
         alive, dead = announced(self._store, SESSIONS, now)
         self._dead_sessions = dead
-        self._report.deferred = [key.removeprefix(SESSIONS) for key in alive]
+        published = {key.rpartition("/")[2] for key in self._manifests}
+        names = (key.removeprefix(SESSIONS) for key in alive)
+        self._report.deferred = [name for name in names if name not in published]
 
     def _hide_doomed(self) -> None:
         """Step 4: remove the indexes by which a dump would learn of doomed packs."""

@@ -361,9 +361,9 @@ def test_a_dump_in_progress_defers_the_collection(directory: FileStore) -> None:
     assert collect_garbage(directory, grace_s=0).packs_removed == 1
 
 
-def foreign_session(store: FileStore, seconds_old: float) -> str:
+def foreign_session(store: FileStore, seconds_old: float, name: str = "20260101T000000000-abcdef") -> str:
     """Put a session of another host into the store, last renewed that long ago; return its key."""
-    key = f"{SESSIONS}20260101T000000000-abcdef"
+    key = f"{SESSIONS}{name}"
     store.put(key, json.dumps({"boot": "elsewhere", "pids": "", "pid": 1, "start_time": 1}).encode())
     then = time.time() - seconds_old
     os.utime(path_of(store, key), (then, then))
@@ -378,6 +378,17 @@ def test_sessions_of_other_hosts_count_until_they_are_stale(directory: FileStore
     foreign_session(directory, 16 * 60)
     report = collect_garbage(directory, grace_s=0)
     assert (report.sessions_removed, report.packs_removed, keys(directory)) == (1, 1, set())
+
+
+def test_the_session_of_a_dump_whose_image_is_there_defers_nothing(directory: FileStore) -> None:
+    """A slow store may not have removed it when the dump ended. It stays until it is stale: its owner may
+    still look for it."""
+    key = foreign_session(directory, 1, make_image(directory, "new", pages(2, 1)).id)
+    remove(directory, make_image(directory, "old", pages(1, 2)))
+    report = collect_garbage(directory, grace_s=0)
+    assert (report.deferred, report.packs_removed) == ([], 1)
+    assert keys(directory, SESSIONS) == {key}
+    assert_whole(directory)
 
 
 def test_a_session_whose_process_was_killed_is_dead_at_once(directory: FileStore) -> None:
