@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import signal as signals
 import struct
@@ -140,6 +141,15 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     """Give back the memory or blocks behind a range of a file; it reads as zeros from now on."""
     flags = _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE
     _checked(_libc.fallocate64(fd, flags, ctypes.c_long(offset), ctypes.c_long(length)), "fallocate")
+
+
+def is_in_memory(address: int, length: int) -> bool:
+    """Whether all pages of a file that is mapped at `address` are in the page cache: none would be waited
+    for."""
+    count = -(-length // mmap.PAGESIZE)
+    found = ctypes.create_string_buffer(count)
+    _checked(_libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), found), "mincore")
+    return found.raw[:count].count(1) == count
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:

@@ -61,8 +61,10 @@ SOON_BYTES = 4 << 20
 """The same where somebody waits for one of them."""
 
 NEAR_BYTES = 1 << 20
-"""The same where this host has them: so much stays in a processor's cache while it is checked and passed on,
-and the allocator uses the same memory for it again and again, rather than have the kernel clear some anew."""
+"""The same where this host has them, but not in memory: so much stays in a processor's cache while it is
+checked and passed on, and the allocator uses the same memory for it again and again, rather than have the
+kernel clear some anew. What is in memory is mapped instead, all of a read at once: threads that map and unmap
+small pieces wait for each other."""
 
 _GAP = 256 << 10
 """Unwanted bytes between two wanted chunks up to which one read is cheaper than two."""
@@ -395,15 +397,28 @@ class ChunkReader:
 
         Raises ImageDamaged when a pack is gone or a chunk is not what its hash says.
         """
+        where = span(self._packs, self._chunks, numbers)
+        if (there := self._store.mapped(*where)) is not None:
+            yield from self._checked(numbers, memoryview(there))
+            return
+        reads = plan_reads(self._chunks, numbers, NEAR_BYTES) if self._store.is_near(*where) else [numbers]
+        for some in reads:
+            yield from self._checked(some, memoryview(self._fetch(some)))
+
+    def _fetch(self, numbers: Sequence[int]) -> Buffer:
         key, offset, length = span(self._packs, self._chunks, numbers)
         try:
-            data = memoryview(self._store.get_range(key, offset, length))
+            return self._store.get_range(key, offset, length)
         except NotFound as error:
             raise ImageDamaged(f"{key} is missing from the store", hint="use another image") from error
         except StoreError as error:
             if self._is_cut_short(key, offset + length):
                 raise ImageDamaged(f"{key} is cut short", hint="use another image") from error
             raise
+
+    def _checked(self, numbers: Sequence[int], data: memoryview) -> Iterator[tuple[int, Buffer]]:
+        """The chunks of one read."""
+        offset = self._chunks[numbers[0]].offset
         for number in numbers:
             chunk = self._chunks[number]
             at = chunk.offset - offset

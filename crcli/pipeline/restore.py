@@ -52,7 +52,7 @@ from crcli.guard.host import forced_paths, guard, guard_machine
 from crcli.guard.needs import Asked, cpu_promise, needs_of
 from crcli.guard.places import has_address
 from crcli.image.names import parse_image
-from crcli.image.packs import NEAR_BYTES, READ_BYTES
+from crcli.image.packs import READ_BYTES
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
 from crcli.memory.huge import HugeMemory, Runs, aligned, can_be_had, empty_blocks
@@ -529,7 +529,7 @@ class _Restore:
         late = self.divided.late
         wanted = targets(late)
         self.late_spaces = [space for space, extents in late.items() if extents]
-        plan = self.memory.plan(wanted, NEAR_BYTES if self._is_near(wanted) else READ_BYTES)
+        plan = self.memory.plan(wanted, READ_BYTES)
         self.replay = Replay(wanted, plan, self.memory.read, self._threads(wanted))
 
     def _threads(self, wanted: Iterable[Origin]) -> int:

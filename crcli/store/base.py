@@ -140,6 +140,10 @@ class Store(Protocol):
         """Read exactly `length` bytes at `offset`; a short object raises StoreError. They never change."""
         ...
 
+    def mapped(self, key: str, offset: int, length: int) -> Buffer | None:
+        """What `get_range` would give, where it lies in this host's memory: nothing is read, or copied."""
+        ...
+
     def fetch_again(self, key: str, offset: int, length: int) -> Buffer | None:
         """Read anew what `get_range` gave and was found damaged, if that came out of a cache; else None."""
         ...

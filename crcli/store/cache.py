@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 from msgspec import Struct
 
+from crcli.store.mapped import mapped
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -118,6 +120,12 @@ class Cache:
         except OSError:
             return None
         return data if len(data) == length else None
+
+    def mapped(self, name: str, offset: int, length: int) -> Buffer | None:
+        """The same, where the page cache has it."""
+        file = self._opened(name)
+        has_it = file is not None and _has_data(file.fd, offset, length)
+        return mapped(file.fd, offset, length) if file is not None and has_it else None
 
     def add(self, name: str, offset: int, data: Buffer) -> None:
         """Keep a piece of an object, if there is room and time for it."""

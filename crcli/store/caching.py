@@ -136,6 +136,10 @@ class CachingStore:
         self.cache.add(self.name_of(key), offset, data)
         return data
 
+    def mapped(self, key: str, offset: int, length: int) -> Buffer | None:
+        """What the cache has in memory."""
+        return self.cache.mapped(self.name_of(key), offset, length)
+
     def fetch_again(self, key: str, offset: int, length: int) -> Buffer | None:
         """Read from the origin; what the cache has of the object is not to be trusted."""
         self.cache.drop(self.name_of(key))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from crcli.errors import NotFound, StoreError
 from crcli.store.address import StoreAddress
 from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key, is_there, taken
+from crcli.store.mapped import mapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -87,6 +88,14 @@ class FileStore:
                     )
                 data += more
             return data
+
+    def mapped(self, key: str, offset: int, length: int) -> Buffer | None:
+        """A part of the file, where the page cache has it."""
+        try:
+            with self._reading(key) as descriptor:
+                return mapped(descriptor, offset, length)
+        except StoreError:  # `get_range` says what is wrong
+            return None
 
     def fetch_again(self, key: str, offset: int, length: int) -> None:
         """There is no cache."""

@@ -342,3 +342,12 @@ def test_what_is_put_off_waits(folder: str, reader: Cache, monkeypatch: pytest.M
         one.add("pack", number * MIB, b"a" * MIB)
     wait_until(lambda: reader.holds("pack", 20 * MIB, MIB), "much waits, and is not written")
     one.close()
+
+
+def test_what_is_in_memory_is_mapped(folder: str) -> None:
+    """A piece that was just kept is given out without reading; one that is not here is not."""
+    kept(folder, lambda cache: cache.add("pack", 5, b"a" * 2 * MIB))
+    one = Cache(folder)
+    assert one.mapped("pack", 5 + MIB, MIB) == b"a" * MIB
+    assert one.mapped("pack", 5 + MIB, 2 * MIB) is None
+    assert one.mapped("other", 0, MIB) is None

@@ -326,3 +326,13 @@ def test_paths_and_urls_lead_to_the_same_store(tmp_path: Path) -> None:
     url = open_store(str(folder)).url
     assert url == f"file://{tmp_path}/my%20store%2520"
     assert open_store(url).get("key") == b"value"
+
+
+def test_what_is_in_memory_is_mapped(tmp_path: Path) -> None:
+    """An object that was just written is given out without reading, and what is not there is left to read."""
+    store = FileStore(str(tmp_path))
+    data = os.urandom(2 * MIB)
+    store.put("packs/1", data)
+    assert store.mapped("packs/1", 8, MIB) == store.get_range("packs/1", 8, MIB) == data[8 : 8 + MIB]
+    assert store.mapped("packs/1", MIB, 2 * MIB) is None
+    assert store.mapped("packs/2", 0, MIB) is None

@@ -106,6 +106,9 @@ class S3Store:
     def fetch_again(self, key: str, offset: int, length: int) -> None:
         """There is no cache here."""
 
+    def mapped(self, key: str, offset: int, length: int) -> None:
+        """Nothing is here."""
+
     def is_near(self, key: str, offset: int, length: int) -> bool:
         """Nothing is."""
         return False
