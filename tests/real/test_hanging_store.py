@@ -191,3 +191,23 @@ def test_a_signal_that_another_thread_got(behind: Behind, tree: Victim, command:
     attempt.send_to_another_thread(number)
     attempt.end()
     assert attempt.code in codes, attempt.describe()
+
+
+@pytest.mark.parametrize("where", ["/leases/", "images%2Fjob"], ids=["its lease", "its images"])
+def test_a_job_that_is_not_begun_yet(behind: Behind, where: str) -> None:
+    """Notice ends `crcli run` with 75: nothing was begun, and another node may begin it."""
+    trickle = behind.hang("", where)
+    begun = behind.folder / "begun"
+    command = ("--notice", "sigterm", "--", "sh", "-c", f"touch {begun}; sleep 60")
+    environment = {"AWS_ENDPOINT_URL": behind.proxy.endpoint_url}
+    attempt = Attempt(
+        behind.folder,
+        ("run", "--name", "job", "--store", behind.url(), *command),
+        behind.server.env | environment,
+    )
+    assert attempt.wait_for(trickle.begun.is_set), attempt.describe()
+    attempt.send(signal.SIGTERM)
+    attempt.end()
+    assert attempt.code == 75, attempt.describe()
+    assert not begun.exists()
+    attempt.assert_nothing_left(locked=True)

@@ -444,6 +444,33 @@ def test_what_was_under_way_does_not_take_a_release_back(tmp_path: Path, has_lap
     assert found.number == (2 if has_lapsed else 1)
 
 
+@pytest.mark.parametrize("what", ["put", "get"])
+def test_a_name_that_cannot_be_given_back_is_left_to_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Who ends waits for a store that hangs so long and no longer, however long the lease is good for; what
+    comes of the request after that harms nobody."""
+    monkeypatch.setattr(leases, "RELEASE_S", 0.3)
+    inner = open_store(f"file://{tmp_path}/store")
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    @contextmanager
+    def around(call: str) -> Iterator[None]:
+        if hangs.is_set() and call.startswith(what):
+            assert goes_on.wait(SOON_S)
+        yield
+
+    lease = Lease.claim(WatchedStore(inner, around), "job", "a test", ttl_s=LONG)
+    lease.keep(lambda state: None)
+    hangs.set()
+    lease.release()
+    found = newest_claim(inner, "job")
+    assert found is not None and not found.is_released
+    assert not goes_on.is_set()
+    goes_on.set()
+    wait_for(lambda: (found := newest_claim(inner, "job")) is not None and found.is_released)
+
+
 def test_a_lapsed_holder_and_a_claimer_cannot_both_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

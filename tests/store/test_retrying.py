@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from crcli.store import retrying
-from crcli.store.retrying import Retrier
+from crcli.store.open import PATIENCE_S
+from crcli.store.retrying import LONGEST_PAUSE_S, Retrier
+from crcli.store.s3.client import CONNECT_TIMEOUT_S, READ_TIMEOUT_S
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -48,6 +50,48 @@ def test_patience_ends() -> None:
     """The last error comes through when the time is over."""
     with pytest.raises(ConnectionError):
         Retrier().call(Flaky(float("inf")), lambda _: 0.5)
+
+
+class Clock:
+    """A clock on which pauses pass at once, each as long as it can be or not at all."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, retrier: Retrier, longest: bool) -> None:
+        self.now = 0.0
+        patch.setattr(retrying.time, "monotonic", lambda: self.now)
+        patch.setattr(retrying.random, "uniform", lambda low, high: high if longest else low)
+        patch.setattr(retrier, "_is_stopped_within", self._pause)
+
+    def _pause(self, seconds: float, _given_up: threading.Event | None) -> bool:
+        self.now += seconds
+        return False
+
+
+NOTICE_S = 30.0
+"""What GCP, and Azure at the least, gives as notice."""
+
+TAKES = {"refuses": 0.05, "cannot be reached": CONNECT_TIMEOUT_S, "keeps silent": READ_TIMEOUT_S}
+"""How long a request to a store that fails for ever takes."""
+
+
+@pytest.mark.parametrize("longest", [False, True], ids=["short pauses", "long pauses"])
+@pytest.mark.parametrize("how", TAKES)
+def test_a_store_that_fails_for_ever_is_told_of_in_time(how: str, longest: bool) -> None:
+    """While who has had notice can do something yet. One that keeps silent is not asked again: it had longer
+    already than any patience."""
+    retrier, operation = Retrier(), Flaky(float("inf"))
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock(patch, retrier, longest)
+
+        def attempt() -> str:
+            clock.now += TAKES[how]
+            return operation()
+
+        with pytest.raises(ConnectionError):
+            retrier.call(attempt, lambda _: PATIENCE_S)
+    assert clock.now <= NOTICE_S
+    assert (operation.calls > 1) == (how != "keeps silent")
+    if how == "refuses":
+        assert clock.now > PATIENCE_S - LONGEST_PAUSE_S - TAKES[how]
 
 
 def test_attempts_can_be_bounded() -> None:
