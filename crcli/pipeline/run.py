@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
+    from crcli.findings import Finding
     from crcli.guard.baseline import Baseline
     from crcli.image.catalog import Entry
     from crcli.job.relay import Relay
@@ -169,9 +170,12 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
         weights=options.keeping.dump.weights,
     )
     report = RunReport(options.name, options.store)
-    notices = Notices(
-        options.notices, options.grace_s, found=lambda finding: report.findings.append(finding.as_json())
-    )
+
+    def found(finding: Finding) -> None:
+        report.findings.append(finding.as_json())
+        tell(Event("finding", finding.message, {"finding": finding.as_json()}))
+
+    notices = Notices(options.notices, options.grace_s, found=found)
     criu_command()  # a job that could never be saved is not begun
     kernel.become_subreaper()
     with ExitStack() as held:

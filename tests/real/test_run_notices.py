@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.crcli import Crcli
+from tests.support.crcli import Crcli, wait_until
 from tests.support.evictions import EVICTIONS, Eviction
 from tests.support.jobs import job, result_of_steps, steps
 
@@ -55,3 +57,15 @@ def test_a_risk_is_an_image_and_the_job_goes_on(crcli: Crcli, tmp_path: Path, ev
     assert one.report["end"] == "ended"
     images = [event["purpose"] for event in one.report["events"] if event["event"] == "image"]
     assert images == ["risk"]
+
+
+def test_a_source_that_hears_nothing_is_said_while_the_job_runs(crcli: Crcli, tmp_path: Path) -> None:
+    """A hook whose port somebody else has: who relies on it reads that at once, not only in the report."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        hook = f"http:127.0.0.1:{taken.getsockname()[1]}"
+        with job(crcli, tmp_path / "1", "--notice", hook, "--", "sleep", "1000") as one:
+            wait_until(lambda: one.has_begun and "crcli: the notice source http failed: " in one.err, "not said")
+            assert one.process.poll() is None
+            one.tell()
+            one.end(128 + signal.SIGTERM)
+    assert [finding["name"] for finding in one.report["findings"]] == ["notice-failed"]
