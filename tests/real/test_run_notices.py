@@ -64,7 +64,9 @@ def test_a_source_that_hears_nothing_is_said_while_the_job_runs(crcli: Crcli, tm
     with socket.create_server(("127.0.0.1", 0)) as taken:
         hook = f"http:127.0.0.1:{taken.getsockname()[1]}"
         with job(crcli, tmp_path / "1", "--notice", hook, "--", "sleep", "1000") as one:
-            wait_until(lambda: one.has_begun and "crcli: the notice source http failed: " in one.err, "not said")
+            wait_until(
+                lambda: one.has_begun and "crcli: the notice source http failed: " in one.err, "not said"
+            )
             assert one.process.poll() is None
             one.tell()
             one.end(128 + signal.SIGTERM)
