@@ -5,7 +5,9 @@ bounded by what the host has to spare) without passing through this process and,
 few blocks of our own. Until all pages are here the workers wait at a gate, so that the tree stands frozen
 for little more than one copy of its memory. Then (or as soon as all blocks are full) one block after
 another is classified (see classify.py), and what is new is handed to the sink. Without a free block the
-receiver waits, the socket fills, and CRIU waits too: memory stays bounded and nothing is dropped.
+receiver waits, the socket fills, and CRIU waits too: memory stays bounded and nothing is dropped. Blocks go
+before what lies in the overflow, so that a tree that does not fit stands frozen until the rest is stored, and
+not until all is.
 
 A dump may come in rounds, the last of which alone finds the tree frozen. Those before it use neither the gate
 nor the overflow.
@@ -131,7 +133,10 @@ class Intake:
         self._gate = threading.Event()
         self._blocks = threading.Semaphore(BLOCK_COUNT)
         self._spare: list[_Block] = []
-        self._full: queue.SimpleQueue[_Block | _Spilled | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[_Block] = queue.SimpleQueue()
+        self._aside: queue.SimpleQueue[_Spilled | None] = queue.SimpleQueue()
+        self._waiting = threading.Semaphore(0)
+        """As many as there are in both."""
         self._open: _Block | _Spilled | None = None
         self._spill_end = 0
         self._pipe: tuple[int, int] | None = None
@@ -264,8 +269,23 @@ class Intake:
                     if number is not None:
                         self._asked[number] = self._open
                         self._open.is_asked = True
-            self._full.put(self._open)
+            self._hand_on(self._open)
             self._open = None
+
+    def _hand_on(self, item: _Block | _Spilled | None) -> None:
+        if isinstance(item, _Block):
+            self._full.put(item)
+        else:
+            self._aside.put(item)
+        self._waiting.release()
+
+    def _next_item(self) -> _Block | _Spilled | None:
+        """What is to be worked on next; None when there will be no more."""
+        self._waiting.acquire()
+        try:
+            return self._full.get_nowait()
+        except queue.Empty:
+            return self._aside.get_nowait()
 
     def finish(
         self, amount: Callable[[int, int], None] = lambda done, total: None
@@ -335,7 +355,7 @@ class Intake:
     def _end_workers(self) -> None:
         self.open_gate()
         for _ in self._workers:
-            self._full.put(None)
+            self._hand_on(None)
 
     def _next_place(self) -> _Block | _Spilled:
         """Where the next pages go: aside as long as nobody works on them, else where they are worked on."""
@@ -416,7 +436,7 @@ class Intake:
     def _work(self) -> None:
         self._gate.wait()
         own: _Block | None = None
-        while (item := self._full.get()) is not None:
+        while (item := self._next_item()) is not None:
             if self._failure is None:
                 try:
                     if isinstance(item, _Block):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 from msgspec import field
 
 from crcli.memory import intake
-from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES
+from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES, Run
 from crcli.memory.chunking import CHUNK_PAGES
-from crcli.memory.classify import KnownPages, MemoryCounts
+from crcli.memory.classify import Classified, Classifier, KnownPages, MemoryCounts
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
 from crcli.memory.intake import Intake
 from tests.support.memory import (
@@ -234,6 +235,27 @@ def test_without_room_the_source_is_held_back() -> None:
         receiver.join(10)
         spaces, counts = taking.finish()
     assert counts.new == counts.total == len(run.contents) * PAGE
+    assert rebuilt(spaces, sink.chunks) == expected([run])
+
+
+def test_what_holds_the_source_back_goes_first() -> None:
+    """Of a tree that does not fit, blocks are worked on before what waits in the overflow."""
+    run, limit = Sent(A, 0, tuple(range(1, 400))), 5 * GROUP_PAGES
+    order: list[int] = []
+    classify = Classifier.classify
+
+    def noting(self: Classifier, memory: bytearray, runs: Sequence[Run], **options: Any) -> Classified:
+        order.append(runs[0].start)
+        return classify(self, memory, runs, **options)
+
+    sink = KeepingSink()
+    with (
+        patch.multiple(intake, **TINY_BLOCKS),
+        patch.object(Classifier, "classify", noting),
+        MemoryFile(limit * PAGE) as overflow,
+    ):
+        spaces, _ = take_in([run], sink, None, overflow)
+    assert order[0] == limit
     assert rebuilt(spaces, sink.chunks) == expected([run])
 
 
