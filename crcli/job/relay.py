@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049l\x1b[?25h"
 _PIECE = 1 << 16
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Relay(Struct):
@@ -88,8 +90,19 @@ def _pass(source: int, target: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for the main thread
     try:
         while data := os.read(source, _PIECE):
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(target, rest) :]
+            _write(target, data)
     except OSError:
         pass  # the other side is gone: the tree has ended, or who read what it writes
+
+
+def _write(target: int, data: bytes) -> None:
+    """Write all of it, or what there is room for: a disk that is full now may have room later, and a program
+    that does not care for its output goes on meanwhile."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(target, rest) :]
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            return

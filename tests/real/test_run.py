@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.support.crcli import Crcli, wait_until
-from tests.support.jobs import Job, job, result_of_steps, steps
+from tests.support.jobs import Job, job, python_job, result_of_steps, steps
 
 SHELL = ("--", "sh", "-c")
 
@@ -78,6 +78,26 @@ def test_a_job_reads_our_input(crcli: Crcli, tmp_path: Path) -> None:
         with job(crcli, tmp_path / "2", "--", "cat", stdin=file) as one:
             one.end(0)
     assert one.out == "second\n"
+
+
+def test_a_full_disk_below_the_output_does_not_end_a_job(crcli: Crcli, tmp_path: Path) -> None:
+    """What it cannot write is lost, as without us; what it writes when there is room again is not."""
+    job_itself = "import os, signal; signal.signal(signal.SIGUSR1, lambda *_: os._exit(3))\n"
+    job_itself += "while True: os.write(1, b'x' * 4096); open(FILE, 'a').write('.')\n"
+    full, seen = tmp_path / "full", tmp_path / "seen"
+    full.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)], check=True)
+    try:
+        with (full / "out").open("ab") as out:
+            code = job_itself.replace("FILE", repr(str(seen)))
+            with job(crcli, tmp_path / "1", *python_job(code), stdout=out) as one:
+                wait_until(lambda: seen.exists() and seen.stat().st_size > 100, "it does not go on", 30.0)
+                (full / "out").write_bytes(b"")
+                wait_until(lambda: (full / "out").stat().st_size > 0, "what it writes is lost", 30.0)
+                one.tell(signal.SIGUSR1)
+                one.end(3)
+    finally:
+        subprocess.run(["umount", str(full)], check=True)
 
 
 def test_what_a_job_leaves_running_ends_with_it(crcli: Crcli, tmp_path: Path) -> None:
