@@ -18,7 +18,7 @@ from msgspec import field
 
 from crcli.memory import intake
 from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES, Run
-from crcli.memory.chunking import CHUNK_PAGES
+from crcli.memory.chunking import CHUNK_PAGES, Chunker
 from crcli.memory.classify import Classified, Classifier, KnownPages, MemoryCounts
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
 from crcli.memory.intake import Intake
@@ -194,6 +194,25 @@ def test_what_is_left_of_blocks_shares_chunks(pages: int) -> None:
     sizes = sorted(len(raw) // PAGE for raw in sink.chunks.values())
     assert sizes[1:] == [CHUNK_PAGES] * (29 * pages // CHUNK_PAGES)
     assert sum(map(len, sink.group_digests.values())) == 29 * pages // GROUP_PAGES * (pages >= GROUP_PAGES)
+
+
+def test_a_shared_chunk_is_stored_when_all_of_it_is_there() -> None:
+    """A block may be the last that has pages for a chunk, and be there before an earlier one."""
+    sink, count = KeepingSink(), 5
+    chunker = Chunker(sink)
+    blocks = [range(1, 1 + count), range(1 + count, 1 + CHUNK_PAGES)]
+    claimed = []
+    for block in blocks:
+        memory = b"".join(map(page, block))
+        digests = dict(enumerate(digests_of(memory, 1)))
+        (part,) = chunker.claim(digests, {}, [0] * len(block))
+        claimed.append((part, memoryview(memory), digests))
+    for part, memory, digests in reversed(claimed):
+        assert not sink.chunks
+        chunker.put(part, memory, digests, {}, hurry=False)
+    assert sink.chunks == {0: b"".join(page(number) for block in blocks for number in block)}
+    chunker.finish()
+    assert len(sink.chunks) == 1
 
 
 def test_nothing_is_worked_on_before_the_gate_opens() -> None:
