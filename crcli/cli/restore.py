@@ -1,4 +1,4 @@
-"""`crcli restore`: parse, call pipeline.restore, show its report."""
+"""`crcli restore`: parse, have it done."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Annotated
 import typer
 
 from crcli.cli.options import EndpointOption, ImageArgument, JsonOption, StoreOption, parse_pair
-from crcli.config import choose_store, weights_folders
+from crcli.cli.restoring import bring_back, options_of
 from crcli.errors import UsageError
 from crcli.guard.names import BLOCKERS
-from crcli.image.names import parse_image
-from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreOptions, Stdio, TcpPolicy
+from crcli.pipeline.stages import ChangedFiles, PidNamespace, Stdio, TcpPolicy
 
 _MAPPING = re.compile(r"(\d{1,5})=(\d{1,5})", re.ASCII)
 _UNHANDLED = (signal.SIGKILL, signal.SIGSTOP)
@@ -154,41 +153,20 @@ def restore(
             f"--force-guard: no finding called {', '.join(unknown)} can stop a restore",
             hint=f"those that can are {', '.join(BLOCKERS)}",
         )
-    url, _ = parse_image(image)
-    chosen = choose_store(url or store, endpoint_url)
-    options = RestoreOptions(
-        image=image,
-        store=chosen.url,
+    options = options_of(
+        image,
+        store,
+        endpoint_url,
         pid_namespace=pid_namespace,
         tcp=tcp,
         stdio=stdio,
         changed_files=files,
         weights_map=tuple(parse_pair(one, "--weights-map") for one in weights_map or ()),
-        weights_folders=weights_folders(),
         ports=_ports(port or []),
         root=os.path.realpath(root).rstrip("/") if root is not None else "",
         signal=0 if send is None else _signal(send),
         forced=forced,
         lazy=lazy,
         gpu_map=tuple(parse_pair(one, "--gpu-map") for one in gpu_map or ()),
-        endpoint_url=chosen.endpoint_url,
     )
-    from crcli.pipeline import own_limits  # noqa: F401  # it says so where the thread leaves imports no room
-    from crcli.pipeline.opening import Opening
-
-    # Lazily the memory is fetched by a process of its own, which is forked before there are threads.
-    opening = None if lazy else Opening(options)
-    from crcli.pipeline import restore as story
-    from crcli.pipeline.interrupts import answer_first
-    from crcli.ui import reports
-    from crcli.ui.progress import showing
-
-    answer_first()
-    with showing(as_json) as progress:
-        if wait:
-            return story.restore_and_wait(
-                options, progress, lambda report: reports.show_restore(report, as_json), opening
-            )
-        report = story.restore(options, progress, opening)
-    reports.show_restore(report, as_json)
-    return 0
+    return bring_back(options, wait=wait, as_json=as_json)

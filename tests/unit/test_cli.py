@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from crcli import errors, kernel
+from crcli import app, errors, kernel
+from crcli.app import COMMANDS, build_app
 from crcli.cause import Cause
 from crcli.cli.options import JsonOption
+from crcli.cli.quick import quick_restore
 from crcli.config import DEFAULT_STORE, choose_cache, choose_store
 from crcli.errors import (
     EXIT_CODES,
@@ -28,7 +30,7 @@ from crcli.errors import (
     UsageError,
 )
 from crcli.findings import Finding, Severity
-from crcli.main import COMMANDS, build_app, main
+from crcli.main import main
 from crcli.pipeline.interrupts import Interrupted
 from crcli.ui.progress import PlainLines
 from crcli.ui.table import show_table
@@ -145,6 +147,8 @@ def test_help_of_a_command_imports_no_pipeline(command: str) -> None:
         COMMANDS[command][0].partition(":")[0],
         "crcli.cli.keeping",
         "crcli.cli.options",
+        "crcli.cli.quick",
+        "crcli.cli.restoring",
         "crcli.cli.stores",
     }
     assert not loaded.intersection(set(HEAVY) - {"blake3"})
@@ -657,3 +661,71 @@ def test_real_time_signals_have_names_too() -> None:
     """What a tree died of, or asked for, is said whichever signal it is."""
     assert kernel.signal_name(signal.SIGTERM) == "SIGTERM"
     assert kernel.signal_name(signal.SIGRTMIN + 3) == "SIGRTMIN+3"
+
+
+# --- a restore without typer -------------------------------------------------------------------------------
+
+
+class _Asked:
+    """Notes what a restore is asked for, instead of doing it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: tuple[object, ...] = ()
+        monkeypatch.setattr("crcli.cli.restoring.bring_back", self.note)
+        monkeypatch.setattr("crcli.cli.restore.bring_back", self.note)
+
+    def note(self, options: object, *, wait: bool, as_json: bool) -> int:
+        self.found = (options, wait, as_json)
+        return 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["agent"],
+        ["agent@20261127T000000000-abcdef"],
+        ["--json", "agent", "--store", "file:///a"],
+        ["file:///b/agent", "--store", "file:///a", "--store", "file:///c"],
+        ["agent", "--wait", "--lazy", "--endpoint-url", "http://here:1", "--store", "s3://bucket/prefix"],
+        ["--eager", "--eager", "agent"],
+    ],
+)
+def test_a_restore_is_asked_for_the_same_with_and_without_typer(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command line that is read without typer means what typer makes of it."""
+    asked = _Asked(monkeypatch)
+    quick = quick_restore(words)
+    assert quick is not None
+    assert quick() == 0
+    ours, asked.found = asked.found, ()
+    assert app.run(["restore", *words], as_json=False) == 0
+    assert ours == asked.found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--help"],
+        ["agent", "-h"],
+        ["agent", "other"],
+        ["agent", "--store"],
+        ["agent", "--store", "--json"],
+        ["agent", "--store=file:///a"],
+        ["agent", "--lazy", "--eager"],
+        ["agent", "--tcp", "close"],
+        ["--", "agent"],
+        ["agent", "--nosuch"],
+    ],
+)
+def test_whatever_else_is_left_to_typer(words: list[str]) -> None:
+    """Other options, help and mistakes."""
+    assert quick_restore(words) is None
+
+
+def test_a_plain_restore_imports_no_typer() -> None:
+    """That would take a quarter of the time in which a small tree is back."""
+    loaded = loaded_by("restore", "nosuch", "--store", "file:///nosuch")
+    assert "crcli.pipeline.restore" in loaded
+    assert "typer" not in loaded

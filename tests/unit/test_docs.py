@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from crcli import config, errors, notify
+from crcli.app import COMMANDS, build_app
 from crcli.guard.names import BLOCKERS
 from crcli.image import catalog, claims, container, gc, lease, names, packs, session, tables
 from crcli.image.manifest import StoredFile
-from crcli.main import COMMANDS, build_app
 from crcli.memory import blocks, chunking, classify, intake, replay
 from crcli.memory.blocks import BLOCK_PAGES
 from crcli.memory.extents import PAGE

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from crcli.main import COMMANDS, build_app
+from crcli.app import COMMANDS, build_app
 from crcli.notice import Notices
 from crcli.notice.kubernetes import DEFAULT_FILE
 from tests.support.notices import ENOUGH_S, next_of
