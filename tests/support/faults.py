@@ -512,8 +512,10 @@ class Attempt:
 
     def assert_nothing_left(self, locked: bool = False) -> None:
         """Assert that no filter table (unless the tree is `locked`), mount, or temporary file is left."""
-        assert mounts_in(self.folder) == self._mounts
-        assert list(self.temporary.iterdir()) == []
+        mounts = mounts_in(self.folder)
+        assert mounts == self._mounts, f"mounts: {self._mounts} became {mounts}"
+        files = list(self.temporary.iterdir())
+        assert not files, f"temporary files left: {files}"
         left = netlock.tables() - self._tables
         assert not left or locked, f"filter tables left: {left}"
 
