@@ -32,7 +32,7 @@ def quick_restore(arguments: Sequence[str]) -> Callable[[], int] | None:
             images.append(word)
     if len(images) != 1 or {"--lazy", "--eager"} <= flags:
         return None
-    if any(text.startswith("-") for text in (*images, *values.values())):
+    if any(not text or text.startswith("-") for text in (*images, *values.values())):
         return None
     from crcli.cli import restoring
 

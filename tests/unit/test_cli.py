@@ -712,6 +712,7 @@ def test_a_restore_is_asked_for_the_same_with_and_without_typer(
         ["agent", "other"],
         ["agent", "--store"],
         ["agent", "--store", "--json"],
+        ["agent", "--store", ""],
         ["agent", "--store=file:///a"],
         ["agent", "--lazy", "--eager"],
         ["agent", "--tcp", "close"],
