@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 _LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049l\x1b[?25h"
 _PIECE = 1 << 16
+_LOOK_S = 0.2
+"""How often it is looked whether a shell has brought us to the front (seconds)."""
+
+_OUTPUT_MODES = 1
+"""Where the modes of output are in what termios knows of a terminal."""
+
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -25,6 +32,7 @@ class Relay(Struct):
     masters: list[int] = field(default_factory=list)
     outputs: list[tuple[int, int]] = field(default_factory=list)
     _readers: list[threading.Thread] = field(default_factory=list)
+    _is_raw: bool = False
 
     def start(self) -> None:
         """Pass on what comes, each in a thread of its own: from here on no fork. Again is no harm."""
@@ -32,12 +40,13 @@ class Relay(Struct):
             return
         for pair in self.outputs:
             self._readers.append(threading.Thread(target=_pass_output, args=pair, daemon=True))
+        screen = self._screen()
         for master in self.masters:
-            self._readers.append(threading.Thread(target=_pass, args=(master, 1), daemon=True))
+            self._readers.append(threading.Thread(target=_pass, args=(master, screen), daemon=True))
         for reader in self._readers:
             reader.start()
         if self.masters:
-            threading.Thread(target=_pass, args=(0, self.masters[0]), daemon=True).start()
+            threading.Thread(target=_pass_keys, args=(self.masters[0],), daemon=True).start()
 
     def finish(self, limit_s: float) -> None:
         """The tree has ended: return once all that it wrote is passed on, or after so many seconds."""
@@ -63,27 +72,79 @@ class Relay(Struct):
 
     @contextmanager
     def raw_terminal(self) -> Iterator[None]:
-        """While in the block our terminal passes every key on and lends its size; then it is as before."""
+        """While in the block our terminal passes every key on and lends its size; then it is as before.
+
+        In the background, as after a shell's &, it is another's: it is left alone until it is ours.
+        """
         if not self.masters or not os.isatty(0):
             yield
             return
         import termios
-        import tty
 
         before = termios.tcgetattr(0)
-        tty.setraw(0, termios.TCSADRAIN)  # what was typed already is for the tree
+        over = threading.Event()
+        taker = threading.Thread(target=self._take, args=(over,), daemon=True)
+        if _is_in_front():
+            self._take(over)
+        else:
+            taker.start()
         try:
-            self.resize()
             yield
         finally:
-            termios.tcsetattr(0, termios.TCSADRAIN, before)
-            os.write(1, _LEAVE_ALTERNATE_SCREEN)
+            over.set()
+            if taker.ident is not None:
+                taker.join()
+            if self._is_raw:
+                termios.tcsetattr(0, termios.TCSADRAIN, before)
+                os.write(self._screen(), _LEAVE_ALTERNATE_SCREEN)
+
+    def _take(self, over: threading.Event) -> None:
+        """Make our terminal raw, once we are in front."""
+        import termios
+        import tty
+
+        while not _is_in_front():
+            if over.wait(_LOOK_S):
+                return
+        lines = termios.tcgetattr(0)[_OUTPUT_MODES]
+        tty.setraw(0, termios.TCSADRAIN)  # what was typed already is for the tree
+        self._is_raw = True
+        if not os.isatty(1):  # it is whoever reads our output that writes there, as of a program without us
+            modes = termios.tcgetattr(0)
+            modes[_OUTPUT_MODES] = lines
+            termios.tcsetattr(0, termios.TCSADRAIN, modes)
+        self.resize()
+
+    def _screen(self) -> int:
+        """Where what the tree shows in its terminals is seen: our output; our terminal, where our output is
+        something else for which the tree has a pipe."""
+        if os.isatty(1) or not os.isatty(0) or 1 not in [target for _, target in self.outputs]:
+            return 1
+        try:
+            return 2 if os.isatty(2) else os.open(os.ttyname(0), os.O_WRONLY | os.O_NOCTTY)
+        except OSError:
+            return 1  # it has no name here
 
 
 def _pass_output(pipe: int, target: int) -> None:
     """Move all that comes; when the target takes no more, nobody reads the pipe either."""
     _pass(pipe, target)
     os.close(pipe)
+
+
+def _pass_keys(master: int) -> None:
+    """Move what is typed, once we are in front: who reads in the background is stopped."""
+    while not _is_in_front():
+        time.sleep(_LOOK_S)
+    _pass(0, master)
+
+
+def _is_in_front() -> bool:
+    """Whether our input is for us, and may be changed; also where it is no terminal that controls us."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return True
 
 
 def _pass(source: int, target: int) -> None:

@@ -12,6 +12,7 @@ import termios
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -452,12 +453,42 @@ def terminal() -> Iterator[Terminal]:
 
 
 def in_terminal(
-    crcli: Crcli, terminal: Terminal, script: str, shell: Sequence[str] = SHELL
+    crcli: Crcli, terminal: Terminal, script: str, shell: Sequence[str] = SHELL, **popen: Any
 ) -> subprocess.Popen[bytes]:
     """Start a job there."""
     command = [sys.executable, "-m", "crcli", "run", "--name", "job", "--store", crcli.store, *shell, script]
-    ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.slave)
+    ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.slave) | popen
     return subprocess.Popen(command, env=crcli.environment, start_new_session=True, **ends)
+
+
+def test_only_output_goes_where_our_output_goes(crcli: Crcli, tmp_path: Path, terminal: Terminal) -> None:
+    """As without us: errors, keys and prompts stay on the terminal, and what `tee` writes there is lines."""
+    script = "echo out; echo err >&2; read x; echo got $x; echo prompt >/dev/tty"
+    with (tmp_path / "out").open("wb") as out:
+        process = in_terminal(crcli, terminal, script, stdout=out)
+        terminal.until(b"err")
+        assert termios.tcgetattr(terminal.slave)[1] & termios.OPOST
+        terminal.type("hello\n", "prompt")
+        assert process.wait(60) == 0
+    assert b"hello" in terminal.seen
+    assert (tmp_path / "out").read_text() == "out\ngot hello\n"
+
+
+def test_in_the_background_a_job_runs(crcli: Crcli, terminal: Terminal) -> None:
+    """A shell's & does not stop it; it has the keys once it is in front."""
+    run = f"{sys.executable} -m crcli run --name job --store {crcli.store} -- sh -c"
+    script = f"set -m; {run} 'echo ready; read x; echo got $x; exit 4' & read go; fg; echo it was $?"
+    process = subprocess.Popen(
+        ["bash", "-c", script], env=crcli.environment, preexec_fn=lambda: os.login_tty(terminal.slave)
+    )
+    try:
+        terminal.until(b"ready")
+        terminal.type("go\n", "sh -c")
+        terminal.type("hello\n", "it was 4")
+        assert b"got hello" in terminal.seen
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
 
 
 def test_a_terminal_is_passed_on(crcli: Crcli, tmp_path: Path, terminal: Terminal) -> None:
