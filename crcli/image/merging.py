@@ -40,9 +40,10 @@ _MOST_AGAIN = 1 / 32
 """But no more at a time than this share of all pages in use: the next dump should take no longer for it."""
 
 
-def choose(sizes: Mapping[IndexRef, int]) -> list[IndexRef]:
+def choose(sizes: Mapping[IndexRef, int], in_vain: Mapping[IndexRef, int]) -> list[IndexRef]:
     """Those of the indexes that are to be merged: the smallest, by the bytes that they tell of which are in
-    use. So many that few are left, and those that are not larger than all that come before."""
+    use. So many that few are left, and those that are not larger than all that come before. And those that
+    tell of as many bytes `in_vain`, in chunks of which hardly a page is in use, which then are left out."""
     if len(sizes) < MOST_SEPARATE:
         return []
     chosen, total = list[IndexRef](), 0
@@ -51,7 +52,12 @@ def choose(sizes: Mapping[IndexRef, int]) -> list[IndexRef]:
             break
         chosen.append(ref)
         total += size
-    return chosen
+    return chosen + [ref for ref, size in sizes.items() if ref not in chosen and in_vain.get(ref, 0) > size]
+
+
+def is_hardly_used(mapped: int, raw: int) -> bool:
+    """Whether of a chunk of so many bytes so few are in use that the next dump had better store them anew."""
+    return mapped < raw * _LEAST_IN_USE
 
 
 def merge(

@@ -19,7 +19,7 @@ from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.codec import Codec, compress, decompress
 from crcli.image.container import ContainerKind, pack_container
 from crcli.image.lookup import TableMaker
-from crcli.image.merging import choose, merge
+from crcli.image.merging import MOST_SEPARATE, choose, is_hardly_used, merge
 from crcli.image.names import IndexRef, index_key, merged_key, pack_key, pages_key
 from crcli.image.tables import (
     NO_PACK,
@@ -32,7 +32,7 @@ from crcli.image.tables import (
     write_packs,
 )
 from crcli.memory.blocks import GROUP_PAGES
-from crcli.memory.extents import Source
+from crcli.memory.extents import PAGE, Source
 from crcli.memory.places import ZERO, Location, stretches
 from crcli.store.leaving import asking
 
@@ -165,11 +165,11 @@ class PackWriter:
         every dump to come.
         """
         bytes_of = self._bytes_of_indexes()
-        self._merging = choose(bytes_of) if self._new else []
-        if self._merging:
+        if self._new and len(bytes_of) >= MOST_SEPARATE:
             for extent in memory:
                 if extent.source == Source.CHUNK:
                     self._in_use[extent.chunk] += extent.pages
+            self._merging = choose(*self._use_of_indexes())
         if merged := sum(map(bytes_of.pop, self._merging)):
             bytes_of[IndexRef(self._image_id, is_merged=True)] = merged
         bytes_of[IndexRef(self._image_id)] = sum(self._chunks[number].raw for number in self._new)
@@ -191,6 +191,20 @@ class PackWriter:
             assert self._known is not None
             bytes_of[self._known.index_of(known)] += self._chunks[number].raw
         return bytes_of
+
+    def _use_of_indexes(self) -> tuple[Counter[IndexRef], Counter[IndexRef]]:
+        """How many bytes that are mapped each index told of; and how many that are not, in chunks of which
+        hardly a page is."""
+        in_use: Counter[IndexRef] = Counter()
+        in_vain: Counter[IndexRef] = Counter()
+        for known, number in self._adopted.items():
+            assert self._known is not None
+            chunk, ref = self._chunks[number], self._known.index_of(known)
+            mapped = min(self._in_use[number] * PAGE, chunk.raw) if chunk.is_memory else chunk.raw
+            in_use[ref] += mapped
+            if is_hardly_used(mapped, chunk.raw):
+                in_vain[ref] += chunk.raw - mapped
+        return in_use, in_vain
 
     def reserve(self) -> int:
         """Give a number to a chunk that is about to be added; see memory.chunking.ChunkSink."""

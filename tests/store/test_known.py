@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import threading
 import time
@@ -425,6 +426,21 @@ def test_chunks_of_which_hardly_a_page_is_left_are_given_up(store: FileStore) ->
     assert in_vain < 28 * 3 * merging.MOST_SEPARATE  # of the 28 * 60 pages that are in use no more
 
 
+def test_an_image_does_not_come_to_need_many_times_what_it_maps(store: FileStore) -> None:
+    """Also where pages change here and there, so that of each chunk of long ago some are in use for long: a
+    restore fetches all of it, and a collection keeps it."""
+    choice = random.Random(1)
+    memory = pages(1, 64 * GROUP_PAGES)
+    taken(store, memory)
+    for number in range(150):
+        for page in pages(100 + number, 20):
+            memory[choice.randrange(len(memory))] = page
+        taken(store, memory)
+    info = max(store.list("images/agent/"), key=lambda info: info.key)
+    image = manifest.Manifest.decode(store.get(info.key), info.key)
+    assert sum(chunk.raw for chunk in image.chunks) // PAGE < 2.5 * len(memory)
+
+
 def test_merged_indexes_that_no_image_names_are_removed(store: FileStore) -> None:
     """By a collection, which leaves alone those that one names."""
     memory, _ = grown(store, 4 * merging.MOST_SEPARATE)
@@ -521,8 +537,18 @@ def test_a_copy_takes_along_what_tells_of_its_image(store: FileStore, tmp_path: 
 def test_the_smallest_indexes_are_merged(sizes: list[int], expected: int) -> None:
     """So many that few are left, and as long as one is not larger than all before it."""
     refs = {IndexRef(str(number)): size for number, size in enumerate(sizes)}
-    chosen = merging.choose(refs)
+    chosen = merging.choose(refs, {})
     assert sorted(refs[ref] for ref in chosen) == sorted(sizes)[:expected]
+
+
+def test_an_index_that_tells_of_more_in_vain_is_merged() -> None:
+    """However large it is: what is left out makes it half as large at least."""
+    refs = {IndexRef(str(number)): size for number, size in enumerate([1, 1, 1, 1, 1, 1, 100, 200])}
+    large, larger = IndexRef("6"), IndexRef("7")
+    assert not {large, larger} & set(merging.choose(refs, {large: 100, larger: 200}))
+    assert larger not in merging.choose(refs, {large: 101})
+    assert large in merging.choose(refs, {large: 101})
+    assert {large, larger} < set(merging.choose(refs, {large: 101, larger: 201}))
 
 
 def test_the_keys_of_all_known_groups(store: FileStore) -> None:
