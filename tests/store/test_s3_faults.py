@@ -14,12 +14,14 @@ from crcli.store import open_store, retrying
 from crcli.store.s3 import S3Store
 from crcli.store.s3 import client as client_module
 from tests.support.faulty_proxy import (
+    Exchange,
     FaultyProxy,
     Trickle,
     answer,
     damage_request,
     hold_until,
     lose_answer,
+    pass_on,
     reset_midway,
     truncate_answer,
 )
@@ -147,6 +149,23 @@ def test_silence_is_waited_out(behind: Behind, monkeypatch: pytest.MonkeyPatch) 
     behind.proxy.inject(hold_until(released), method="GET")
     assert store.get("key") == b"value"
     released.set()
+    store.close()
+
+
+def test_a_line_that_takes_no_bytes_for_a_while(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for as an answer is, and longer than for a connection: nothing is sent twice."""
+    monkeypatch.setattr(client_module, "CONNECT_TIMEOUT_S", 0.5)
+    store = behind.open()
+    data = os.urandom(20 * MIB)
+
+    def take_late(exchange: Exchange) -> None:
+        time.sleep(1.5)  # with its buffers full
+        pass_on(exchange)
+
+    behind.proxy.inject(take_late, method="PUT", times=float("inf"))
+    store.put("key", data)
+    assert store.get("key") == data
+    assert behind.proxy.count("PUT") == 3
     store.close()
 
 

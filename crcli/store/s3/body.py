@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from crcli.store.base import Buffer
 
-SEND_AT_ONCE = 1 << 20
+SEND_AT_ONCE = 128 << 10
+"""What one call sends, which has the patience for one silence to do so: a slow line has to carry eight of
+them in that time."""
+
 CRUMB = 16 << 10
 """Smaller pieces are gathered in a buffer of ours: a copy costs less than sending each by itself."""
 
