@@ -22,8 +22,11 @@ def ls(
     """List the images in a store, by name and then by time."""
     from crcli.image.catalog import list_entries
     from crcli.image.claims import all_claims
+    from crcli.image.names import check_name
     from crcli.ui.catalog import show_entries
 
+    if name:
+        check_name(name)
     with opened(store, endpoint_url) as found:
         try:
             entries = list_entries(found, name)

@@ -231,6 +231,7 @@ def test_no_arguments_show_the_help() -> None:
         ["restore", "x@yesterday"],
         ["show", "x", "--store", "relative/path"],
         ["gc", "--store", "ftp://host/path"],
+        ["ls", "../x"],
         ["cp", "x"],
         ["dmup", "1"],
     ],
