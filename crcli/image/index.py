@@ -19,7 +19,16 @@ from blake3 import blake3
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, unpack_container
 from crcli.image.lookup import SeveralDigests, TabledDigests, keys_of, read_table, sort_digests
-from crcli.image.names import IMAGES, INDEXES, IndexRef, image_at, manifest_key, pack_key, pages_key
+from crcli.image.names import (
+    IMAGES,
+    INDEXES,
+    IndexRef,
+    image_at,
+    is_in_an_index,
+    manifest_key,
+    pack_key,
+    pages_key,
+)
 from crcli.image.newest import newest_in
 from crcli.image.peek import ManifestPeek, ids_in
 from crcli.image.tables import NO_PACK, ChunkTable, Groups, MixedGroups, read_groups, read_packs
@@ -400,7 +409,7 @@ def load_known(
     known = KnownChunks()
     known.wanted = wanted or 0
     loading = _Loading(store, known, limit)
-    same_name = [info for info in newest_in(store, f"{IMAGES}{name}/", LINEAGES) if image_at(info.key)]
+    same_name = newest_in(store, f"{IMAGES}{name}/", LINEAGES, image_at)
     known.newest_image = same_name[0].key.rpartition("/")[2] if same_name else ""
     lineages = _lineages(store, name, same_name[:LINEAGES], is_same)
     loading.vouch(lineages)
@@ -418,7 +427,7 @@ def _some_indexes(store: Store, others: int | None) -> list[ObjectInfo]:
     """The newest indexes, with all that belongs to each: so many, beside those of one name; None: all."""
     if others is None:
         return list(store.list(INDEXES))[::-1]
-    return newest_in(store, INDEXES, 3 * (others + SAME_NAME_LIMIT))
+    return newest_in(store, INDEXES, 3 * (others + SAME_NAME_LIMIT), is_in_an_index)
 
 
 class _Lineage(NamedTuple):

@@ -187,9 +187,8 @@ def resolve(store: Store, ref: ImageRef) -> ImageRef:
     """Return the image that `ref` names, with its id; raise NotFound when there is none."""
     if ref.id:
         return ref
-    for info in newest_in(store, f"{IMAGES}{ref.name}/", 1):
-        if (image := image_at(info.key)) is not None:
-            return image
+    for info in newest_in(store, f"{IMAGES}{ref.name}/", 1, image_at):
+        return ImageRef(ref.name, info.key.rpartition("/")[2])
     raise NotFound(
         f"the store {store.url} has no image named {ref.name}", hint="`crcli ls` shows what it holds"
     )

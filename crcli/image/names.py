@@ -101,9 +101,9 @@ def is_id(text: str) -> bool:
     return _ID.match(text) is not None
 
 
-def begins_with_id(text: str) -> bool:
-    """Whether this is the id of an image, or the name of something that belongs to one."""
-    return _BEGINS_WITH_ID.match(text) is not None
+def is_in_an_index(key: str) -> bool:
+    """Whether this is the key of an index, or of something that belongs to one."""
+    return _BEGINS_WITH_ID.match(key.removeprefix(INDEXES)) is not None
 
 
 def suggested_name(comm: str) -> str:

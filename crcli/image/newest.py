@@ -6,10 +6,8 @@ import time
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from crcli.image.names import begins_with_id
-
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from crcli.store.base import ObjectInfo, Store
 
@@ -20,23 +18,23 @@ _WINDOWS = (12, 11, 8, 6, 4, 0)
 """How much of the time must be reached by an id: ten minutes, an hour, a day, a month, a year, none of it."""
 
 
-def newest_in(store: Store, folder: str, least: int) -> list[ObjectInfo]:
-    """Objects below `folder`, the newest first: `least` of them at least, or all. What somebody else has put
-    beside them is not among them.
+def newest_in(store: Store, folder: str, least: int, is_one: Callable[[str], object]) -> list[ObjectInfo]:
+    """Objects below `folder`, the newest first: `least` of them at least, or all. `is_one` tells by its key
+    which counts: what somebody else has put beside them does not.
 
     Where there are many, those are asked for that are of the last minutes, hours or days, or of another
     host's future.
     """
     listed = list(islice(store.list(folder), _LISTED_AT_ONCE))
-    found = _with_ids(folder, listed)
+    found = _those(is_one, listed)
     if len(listed) == _LISTED_AT_ONCE:
         stamp = time.strftime("%Y%m%dT%H%M", time.gmtime())
         for length in _WINDOWS:
-            found = _with_ids(folder, store.list(folder, folder + stamp[:length]))
+            found = _those(is_one, store.list(folder, folder + stamp[:length]))
             if len(found) >= least:
                 break
     return sorted(found, key=lambda info: info.key, reverse=True)
 
 
-def _with_ids(folder: str, listed: Iterable[ObjectInfo]) -> list[ObjectInfo]:
-    return [info for info in listed if begins_with_id(info.key[len(folder) :])]
+def _those(is_one: Callable[[str], object], listed: Iterable[ObjectInfo]) -> list[ObjectInfo]:
+    return [info for info in listed if is_one(info.key)]

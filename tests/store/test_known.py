@@ -22,6 +22,7 @@ from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.names import (
     ImageRef,
     IndexRef,
+    image_at,
     index_key,
     manifest_key,
     merged_key,
@@ -135,9 +136,21 @@ def test_of_many_images_the_newest_are_found(store: FileStore, monkeypatch: pyte
     """Where a listing takes more than one request, the names of the last minutes are asked for."""
     monkeypatch.setattr(newest, "_LISTED_AT_ONCE", 2)
     made, memory = generations(store, "agent", 6)
-    assert newest.newest_in(store, "images/agent/", 1)[0].key == manifest_key("agent", made[-1].id)
+    (found, *_) = newest.newest_in(store, "images/agent/", 1, image_at)
+    assert found.key == manifest_key("agent", made[-1].id)
     assert manifest.resolve(store, ImageRef("agent")) == made[-1]
     assert all(is_known(load_known(store, "agent", wanted=20), memory))
+
+
+def test_what_somebody_puts_beside_the_newest_image_is_none(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is called as an image, and a little more, is not all that there is of today."""
+    monkeypatch.setattr(newest, "_LISTED_AT_ONCE", 2)
+    (*_, last), _ = generations(store, "agent", 2)
+    monkeypatch.setattr(newest.time, "strftime", lambda *_: "20991231T0000")
+    store.put("images/agent/20991231T000000000-000000.old", b"no image")
+    assert manifest.resolve(store, ImageRef("agent")) == last
 
 
 @pytest.mark.parametrize("claim", ["none", [], [7], ["../../x"], {"a": 1}])
