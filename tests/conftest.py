@@ -7,6 +7,8 @@ One with `@pytest.mark.alone` judges the whole machine, or needs all of it: it r
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +18,14 @@ from tests.support.programs import SLOWNESS
 # No test asserts on time: on a busy machine an example takes as long as it takes.
 settings.register_profile("crcli", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("crcli")
+
+
+@pytest.fixture
+def hang_ups_end_us() -> Iterator[None]:
+    """SIGHUP does what it does by default: under nohup it is ignored, in all that we start as well."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import mmap
 from typing import TYPE_CHECKING
 
-from crcli import kernel
-from crcli.memory.buffers import address_of
-
 if TYPE_CHECKING:
     from crcli.store.base import Buffer
 
@@ -18,11 +15,14 @@ LEAST_BYTES = 1 << 20
 def mapped(fd: int, offset: int, length: int) -> Buffer | None:
     """A piece of a file, where it is worth it and all of it is in memory; else None.
 
-    Nothing of it is waited for, and no disk can fail under who looks at it: he would get a signal instead of
-    an error. The file must be one that nobody changes or cuts short; who unlinks it does no harm.
+    Nothing of it is waited for, and no disk fails under who looks at it soon: he would get a signal instead
+    of an error. The file must be one that nobody changes or cuts short; who unlinks it does no harm.
     """
     if length < LEAST_BYTES:
         return None
+    from crcli import kernel  # ctypes: only who reads much needs it
+    from crcli.memory.buffers import address_of
+
     begin = offset - offset % mmap.ALLOCATIONGRANULARITY
     try:
         size = offset + length - begin

@@ -134,6 +134,7 @@ def test_signals_that_are_ignored_do_not_reach_the_job(crcli: Crcli, tmp_path: P
     assert one.out.splitlines()[-1] == "usr1"
 
 
+@pytest.mark.usefixtures("hang_ups_end_us")
 def test_a_job_handles_signals_as_without_us(crcli: Crcli, tmp_path: Path) -> None:
     """What we ignore ourselves, as every Python does, it does not: `yes | head` ends."""
     command = ["grep", "-E", "Sig(Ign|Blk)", "/proc/self/status"]

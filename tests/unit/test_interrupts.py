@@ -70,6 +70,7 @@ def wait() -> None:
         pass
 
 
+@pytest.mark.usefixtures("hang_ups_end_us")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM])
 def test_a_signal_that_another_thread_got_interrupts(number: int) -> None:
     """As one would that the main thread got."""
