@@ -12,7 +12,6 @@ import typer
 from typer.core import TyperGroup
 
 from crcli.errors import UsageError
-from crcli.wakeups import heard_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,7 +122,7 @@ def run(arguments: Sequence[str], as_json: bool) -> int:
     """Run a command line; return its exit code. Raises what the command raises."""
     try:
         app = build_app()
-        with heard_at_once(), app.make_context("crcli", list(arguments)) as context:
+        with app.make_context("crcli", list(arguments)) as context:
             result = app.invoke(context)
         return result if isinstance(result, int) else 0
     except typer.Exit as done:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from crcli.errors import CrcliError
 from crcli.pipeline.interrupts import Interrupted
+from crcli.wakeups import heard_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,14 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # by who started us: no child could be waited for
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        if argv[:1] == ["restore"]:
-            from crcli.cli.quick import quick_restore
+        with heard_at_once():
+            if argv[:1] == ["restore"]:
+                from crcli.cli.quick import quick_restore
 
-            if (restore := quick_restore(argv[1:])) is not None:
-                return restore()
-        from crcli import app
+                if (restore := quick_restore(argv[1:])) is not None:
+                    return restore()
+            from crcli import app
 
-        return app.run(argv, as_json)
+            return app.run(argv, as_json)
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise

@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -724,6 +725,21 @@ def test_a_restore_is_asked_for_the_same_with_and_without_typer(
 def test_whatever_else_is_left_to_typer(words: list[str]) -> None:
     """Other options, help and mistakes."""
     assert quick_restore(words) is None
+
+
+@pytest.mark.parametrize("more", [[], ["--tcp", "close"]], ids=["without typer", "with it"])
+def test_a_restore_hears_signals_at_once(more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However its command line is read: `--wait` passes them on for as long as the tree lives."""
+    during: list[str] = []
+
+    def look(*_: object, **__: object) -> int:
+        during.extend(thread.name for thread in threading.enumerate())
+        return 0
+
+    monkeypatch.setattr("crcli.cli.restoring.bring_back", look)
+    monkeypatch.setattr("crcli.cli.restore.bring_back", look)
+    assert main(["restore", "agent", "--wait", "--store", "file:///a", *more]) == 0
+    assert "bell" in during
 
 
 def test_a_plain_restore_imports_no_typer() -> None:
