@@ -31,6 +31,9 @@ START_LIMIT_S = 50.0
 """Importing PyTorch, whose files the probe has read before, cuInit, and the first kernels."""
 
 STEP_LIMIT_S = 30.0
+GOES_ON_ELSEWHERE = 75
+"""What `crcli run` ends with when its job was dumped because of a notice."""
+
 ALL_STEPS_LIMIT_S = 70.0
 
 
@@ -162,7 +165,7 @@ def pair(run: Run, way: Way) -> None:
 
 
 def left_running(run: Run) -> None:
-    """Dumped alive: it counts on; its image, restored once it is dead, counts on from the dump."""
+    """Dumped alive, twice: it counts on; its last image, restored once it is dead, counts on from there."""
     way, library = run.crcli(), run.setting.library
     with Subject(run.setting, run.folder / "subject", "counter", *_size(run), library=library) as subject:
         run.doing("start")
@@ -170,6 +173,9 @@ def left_running(run: Run) -> None:
         subject.wait_steps(10, STEP_LIMIT_S)
         run.doing("dump")
         run.note(dump=way.dump(subject, "--leave-running"))
+        subject.wait_more(10, STEP_LIMIT_S)
+        run.doing("dump again")
+        run.note(dump_again=way.dump(subject, "--leave-running"))
         subject.wait_more(10, STEP_LIMIT_S)
         steps = subject.steps()
         _assert_counted(steps)
@@ -188,6 +194,32 @@ def left_running(run: Run) -> None:
             raise Failed(f"the copy went on at step {again[0].number}, of {before}")
         _assert_counted([*steps[: again[0].number], *again])
     run.note(same="count and bytes, of both copies")
+
+
+def evicted(run: Run) -> None:
+    """A job of `crcli run` is told to go, and goes on by the same command line, as another process."""
+    library, way = run.setting.library, run.crcli()
+    with Subject(
+        run.setting, run.folder / "subject", "counter", *_size(run), library=library, under=way.job()
+    ) as job:
+        run.doing("start")
+        job.wait_ready(START_LIMIT_S)
+        job.wait_steps(10, STEP_LIMIT_S)
+        run.doing("notice")
+        told = time.time()
+        if (code := job.told_to_go(STEP_LIMIT_S)) != GOES_ON_ELSEWHERE:
+            raise Failed(f"told to go it ended with {code}", job.said)
+        run.note(gone_s=time.time() - told)
+        job.died()
+        before = len(job.steps())
+        run.doing("start again")
+        again = time.time()
+        job.start()
+        run.note(first_step_s=job.first_step_since(again, before, START_LIMIT_S))
+        job.wait_more(10, STEP_LIMIT_S)
+        run.doing("compare")
+        _assert_counted(job.steps())
+    run.note(same="count and bytes")
 
 
 def weights(run: Run, *, cold: bool = False) -> None:
@@ -294,14 +326,20 @@ class Scenario:
     only_on: tuple[str, ...] = ("gpu", "simulator", "host")
 
 
-def _counter_by(library: str = "", *, plain: bool = False) -> Callable[[Run], None]:
-    """The counter with this library, or with what programs use here."""
+def _counter_by(
+    library: str = "", *, plain: bool = False, restoring: tuple[str, ...] = ()
+) -> Callable[[Run], None]:
+    """The counter with this library, or with what programs use here; restored with these options."""
 
     def story(run: Run) -> None:
         wanted = library or run.setting.library
         if wanted == "host":
             run.setting = replace(run.setting, on="host")
-        counter(run, wanted, replace(run.plainly(), log_level=4) if plain else run.crcli())
+        counter(
+            run,
+            wanted,
+            replace(run.plainly(), log_level=4) if plain else replace(run.crcli(), restoring=restoring),
+        )
 
     return story
 
@@ -326,6 +364,8 @@ SCENARIOS: Mapping[str, Scenario] = {
     "train": Scenario("PyTorch: training", lambda run: like_reference(run, "train", run.crcli()), 100, 35),
     "pair": Scenario("PyTorch: two processes on one GPU", lambda run: pair(run, run.crcli()), 90, 25),
     "left-running": Scenario("PyTorch: a counter, left running", left_running, 90, 25),
+    "evicted": Scenario("PyTorch: a counter, as a job that is evicted", evicted, 120, 35),
+    "lazy": Scenario("PyTorch: a counter, restored lazily", _counter_by(restoring=("--lazy",)), 90, 25),
     "cupy": Scenario("CuPy: a counter", _counter_by("cupy"), 90, 25, ("gpu",)),
     "weights-2": Scenario("PyTorch: a large model, --weights", weights, 200, 60),
     "weights-3": Scenario("PyTorch: a large model, --weights", weights, 200, 60),

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +32,18 @@ class Subject:
     """A program in a session of its own, its output in files. Everything of it ends with the block."""
 
     def __init__(
-        self, setting: Setting, folder: Path, program: str, *arguments: str, library: str = ""
+        self,
+        setting: Setting,
+        folder: Path,
+        program: str,
+        *arguments: str,
+        library: str = "",
+        under: Sequence[str] = (),
     ) -> None:
         self.setting = setting
         self.folder = folder
         self.progress = folder / "progress"
-        self._command = [setting.python, str(PROGRAMS / f"{program}.py"), *arguments]
+        self._command = [*under, setting.python, str(PROGRAMS / f"{program}.py"), *arguments]
         self._command += ["--progress", str(self.progress), "--device", setting.device]
         if library:
             self._command += ["--with", library]
@@ -47,6 +53,11 @@ class Subject:
 
     def __enter__(self) -> Subject:
         self.folder.mkdir(parents=True)
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Run its command line; also a second time, once it is gone."""
         with (self.folder / "output").open("ab") as output:
             process = subprocess.Popen(
                 self._command,
@@ -57,9 +68,9 @@ class Subject:
                 stderr=output,
                 start_new_session=True,
             )
+        self._process = process
         self.pid = process.pid
-        self._doomed = [psutil.Process(self.pid)]
-        return self
+        self._doomed.append(psutil.Process(self.pid))
 
     def __exit__(self, *_: object) -> None:
         for process in self._tree():
@@ -105,6 +116,15 @@ class Subject:
     def remember(self) -> None:
         """Know all of its processes, so that `died` can reap those whose parent dies before them, too."""
         self._tree()
+
+    def told_to_go(self, limit_s: float) -> int:
+        """The exit code of its command, which gets SIGTERM; raise Failed if it does not end by then."""
+        self.remember()
+        self._process.terminate()
+        try:
+            return self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"told to end, it has not ended within {limit_s:.0f} s", self.said) from None
 
     def died(self) -> None:
         """Return once all of its tree is gone, reaped by whoever is its parent; raise Failed if it stays."""

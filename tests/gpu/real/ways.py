@@ -54,6 +54,9 @@ class ByCrcli:
     size: int = 0
     """Bytes that move, to bound the time."""
 
+    restoring: tuple[str, ...] = ()
+    """Options of every restore."""
+
     def dump(self, subject: Subject, *options: str) -> Figures:
         """See Way; `frozen_ms`, `stored_bytes` and so on are crcli's own words."""
         subject.remember()
@@ -77,12 +80,28 @@ class ByCrcli:
     def restore(self, subject: Subject) -> Figures:
         """See Way."""
         before = len(subject.steps())
-        done = self._run("restore", "subject")
+        done = self._run("restore", "subject", *self.restoring)
         report = done.json
         subject.came_back(report["host_pid"])
         first = subject.first_step_since(done.began, before, _FIRST_STEP_LIMIT_S)
         return {"restore_s": done.wall_s, "first_step_s": first} | _told(
-            report, "ready_ms", "total_ms", "phases", "gpu", "findings"
+            report, "ready_ms", "total_ms", "missing_bytes", "phases", "gpu", "findings"
+        )
+
+    def job(self) -> tuple[str, ...]:
+        """What a command line begins with that is run as the job `subject`."""
+        store = f"file://{self.folder}/store"
+        return (
+            sys.executable,
+            "-m",
+            "crcli",
+            "run",
+            "--name",
+            "subject",
+            "--store",
+            store,
+            "--notice=sigterm",
+            "--",
         )
 
     def _saved(self) -> list[Figures]:
