@@ -7,6 +7,7 @@ dumped and killed, and a restored job finds the same kind of thing whatever our 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -42,7 +43,33 @@ class Job(Struct, frozen=True):
     in_namespace: bool
 
 
-def start_job(command: Sequence[str], environment: Mapping[str, str], own_namespace: bool) -> Job:
+_PYTHONS_OWN = {signal.SIGPIPE, signal.SIGXFSZ}
+"""What Python ignores in every process of its own: what whoever started it did with them is not known."""
+
+
+class SignalHandling(Struct, frozen=True):
+    """Which signals are ignored, and which are blocked: what a program has from whoever starts it."""
+
+    ignored: frozenset[int]
+    blocked: frozenset[int]
+
+    @classmethod
+    def now(cls) -> SignalHandling:
+        """That of this thread. As long as we have no handlers it is that of whoever started us."""
+        numbers = signal.valid_signals() - _PYTHONS_OWN
+        ignored = frozenset(number for number in numbers if signal.getsignal(number) is signal.SIG_IGN)
+        return cls(ignored, frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+
+    def take(self) -> None:
+        """Have it from now on, and pass it on to the program that we become."""
+        for number in self.ignored:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.blocked)
+
+
+def start_job(
+    command: Sequence[str], environment: Mapping[str, str], handling: SignalHandling, own_namespace: bool
+) -> Job:
     """Start the command with our working folder, user and input; return when its init runs.
 
     The job lives no longer than we do. Raises HostLacks where a pid namespace is wanted and not allowed.
@@ -52,7 +79,9 @@ def start_job(command: Sequence[str], environment: Mapping[str, str], own_namesp
     stdio = _Stdio()
     ended, ending = os.pipe()
     ours = os.pidfd_open(os.getpid())
-    live = partial(_live, theirs, _Start(command, environment, stdio.theirs, ending, ours, own_namespace))
+    live = partial(
+        _live, theirs, _Start(command, environment, handling, stdio.theirs, ending, ours, own_namespace)
+    )
     child = kernel.quiet_fork()
     if child == 0:
         control.close()
@@ -178,6 +207,7 @@ class _Start(Struct, frozen=True):
 
     command: Sequence[str]
     environment: Mapping[str, str]
+    handling: SignalHandling
     stdio: tuple[int, int, int]
     ending: int
     crcli: int
@@ -221,6 +251,7 @@ def _become_init(start: _Start) -> NoReturn:
         for number, fd in enumerate([os.dup(fd) for fd in start.stdio]):
             os.dup2(fd, number, inheritable=True)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        start.handling.take()
         python = os.path.realpath(sys.executable)
         os.execve(python, [python, "-I", "-S", "-E", init.__file__, *start.command], dict(start.environment))
     finally:

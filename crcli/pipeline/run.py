@@ -43,7 +43,7 @@ from crcli.image.names import check_name
 from crcli.image.retention import retire
 from crcli.job.identity import Identity, identify_job
 from crcli.job.lease_file import LeaseFile
-from crcli.job.start import start_job, watched
+from crcli.job.start import SignalHandling, start_job, watched
 from crcli.notice import Notices, Urgency
 from crcli.pipeline.interrupts import Interrupted
 from crcli.pipeline.schedule import History
@@ -162,6 +162,7 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
     restore raises (nothing was started; also HostLacks where there is no CRIU), StoreError.
     """
     check_name(options.name)
+    handling = SignalHandling.now()
     identity = identify_job(
         options.command,
         os.environ,
@@ -187,7 +188,7 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
         with _told_when_slow(tell, waiting):
             lease = _claimed(notices, store, claim)
         report.lease = lease.number
-        work = _Run(options, identity, store, lease, notices, report, tell, progress or Silent())
+        work = _Run(options, identity, handling, store, lease, notices, report, tell, progress or Silent())
         try:
             lease.keep(work.on_lease)
             work.to_the_end()
@@ -205,6 +206,7 @@ class _Run:
         self,
         options: RunOptions,
         identity: Identity,
+        handling: SignalHandling,
         store: Store,
         lease: Lease,
         notices: Notices,
@@ -214,6 +216,7 @@ class _Run:
     ) -> None:
         self.options = options
         self.identity = identity
+        self.handling = handling
         self.store = store
         self.lease = lease
         self.lease_file = LeaseFile(lease)
@@ -376,12 +379,13 @@ class _Run:
         environment = {**os.environ, **told}
         if self.options.baseline is not None:
             environment |= environment_for(self.options.baseline)
+        start = partial(start_job, self.options.command, environment, self.handling)
         try:
-            job = start_job(self.options.command, environment, own_namespace)
+            job = start(own_namespace)
         except HostLacks:
             if self.options.pid_namespace is not PidNamespace.AUTO:
                 raise
-            job = start_job(self.options.command, environment, own_namespace=False)
+            job = start(own_namespace=False)
         self.report.begun = "fresh"
         self._say("started", f"started {self.options.name}")
         return _Running(job.root, job.child, job.ended, job.relay)

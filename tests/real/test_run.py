@@ -10,7 +10,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +134,30 @@ def test_signals_that_are_ignored_do_not_reach_the_job(crcli: Crcli, tmp_path: P
     assert one.out.splitlines()[-1] == "usr1"
 
 
-@pytest.mark.usefixtures("hang_ups_end_us")
-def test_a_job_handles_signals_as_without_us(crcli: Crcli, tmp_path: Path) -> None:
-    """What we ignore ourselves, as every Python does, it does not: `yes | head` ends."""
+def as_by_default() -> None:
+    """What a terminal's shell does."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def ignore_and_block() -> None:
+    """What nohup and a shell's & do, and what few do."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM})
+
+
+@pytest.mark.parametrize("namespace", ["auto", "host"])
+@pytest.mark.parametrize("caller", [as_by_default, ignore_and_block])
+def test_a_job_handles_signals_as_without_us(
+    crcli: Crcli, tmp_path: Path, caller: Callable[[], None], namespace: str
+) -> None:
+    """What whoever started us ignores or blocks, it does. What we ignore ourselves, as every Python does, it
+    does not: `yes | head` ends."""
     command = ["grep", "-E", "Sig(Ign|Blk)", "/proc/self/status"]
-    done = to_the_end(crcli, tmp_path / "1", "--", *command)
-    assert done.out == subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with job(crcli, tmp_path / "1", "--pid-namespace", namespace, "--", *command, preexec_fn=caller) as one:
+        one.end(0)
+    without = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=caller)
+    assert one.out == without.stdout
 
 
 def test_without_notices_sigterm_is_the_job_s(crcli: Crcli, tmp_path: Path) -> None:
