@@ -222,6 +222,7 @@ def _dump_alone(
         with watch.phase("forecast"):
             report.forecast, findings = look_ahead(target.evidence, options, target.name, gpu_bytes)
         report.findings = (*report.findings, *gpu_findings, *findings)
+        _refuse_blockers(options.pid, report.findings)
         report.total_ms = watch.since_start_ms()
         report.phases = watch.phases
         return report
@@ -274,13 +275,7 @@ def look(options: DumpOptions) -> Target:
     if options.start_time not in (None, root.start_time):
         raise PreflightRefused(f"process {options.pid} ended before its turn came; another has its pid now")
     evidence, findings = look_at(root)
-    blockers = [finding for finding in findings if finding.severity == Severity.BLOCKER]
-    if blockers:
-        raise PreflightRefused(
-            f"process {options.pid} cannot be dumped: {blockers[0].message}",
-            hint=blockers[0].remedy,
-            findings=findings,
-        )
+    _refuse_blockers(options.pid, findings)
     criu_command()  # one that is not here is said before anything is begun
     see_file_size(evidence.expected_bytes)
     links = outside_links(evidence)
@@ -288,6 +283,16 @@ def look(options: DumpOptions) -> Target:
     name = options.name or suggested_name(evidence.root.comm)
     weights = _weights(options, evidence) if options.weights else ()
     return Target(evidence, findings, links, plan, weights, name, new_image_id())
+
+
+def _refuse_blockers(pid: int, findings: Sequence[Finding]) -> None:
+    blockers = [finding for finding in findings if finding.severity == Severity.BLOCKER]
+    if blockers:
+        raise PreflightRefused(
+            f"process {pid} cannot be dumped: {blockers[0].message}",
+            hint=blockers[0].remedy,
+            findings=findings,
+        )
 
 
 def _weights(options: DumpOptions, evidence: Evidence) -> tuple[str, ...]:

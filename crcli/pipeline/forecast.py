@@ -146,10 +146,11 @@ def look_ahead(
     """The forecast for a dump that is not under way, made in about a tenth of a second and the store's own
     time; the tree and the store are not touched. `gpu_bytes` is the tree's memory on GPUs.
 
-    None, with a finding that says why, when the store does not answer.
+    None, with a finding that says why, when the store cannot be used.
     """
     store = open_store(options.store, endpoint_url=options.endpoint_url, patience_s=STORE_PATIENCE_S)
     try:
+        room = store.room()
         pages = max(64 * _MIB, evidence.expected_bytes) * _ENOUGH // PAGE
         known = known_for(evidence, store, name, pages)
     except NotFound:
@@ -162,6 +163,8 @@ def look_ahead(
         weights.index(only_kept=True)
         load = measure(evidence, options, known, LOOK_S, LOOK_MOST_S, weights.matcher, gpu_bytes)
         findings = list(weights.findings())
+    if room is not None and room < load.stored_bytes:
+        findings.append(_full(options.store, room, load.stored_bytes))
     return predict(load, load_rates(), options.store, spare_memory() // 2), findings
 
 
@@ -176,11 +179,22 @@ def known_for(
 def _silent(store: str, error: StoreError) -> Finding:
     return Finding(
         name="store-silent",
-        severity=Severity.NOTE,
+        severity=Severity.BLOCKER,
         message=f"the store {store} cannot be used: {error.message}",
         evidence={"store": store},
         action="gives no forecast; a dump to this store would fail with the tree running on",
         remedy=error.hint or "check the URL, credentials and network",
+    )
+
+
+def _full(store: str, room: int, stored_bytes: int) -> Finding:
+    return Finding(
+        name="store-full",
+        severity=Severity.BLOCKER,
+        message=f"the store {store} has room for {room >> 10} KiB; the image needs {stored_bytes >> 10} KiB",
+        evidence={"store": store, "room": room, "stored_bytes": stored_bytes},
+        action="would find it full: the dump would fail with the tree running on",
+        remedy="free space there, run `crcli gc`, or choose another --store",
     )
 
 

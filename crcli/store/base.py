@@ -116,6 +116,13 @@ class Store(Protocol):
         """
         ...
 
+    def room(self) -> int | None:
+        """How many bytes more it can hold; None where it does not say. Nothing is written, or made.
+
+        Raises StoreError where it can be seen that it takes none.
+        """
+        ...
+
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         """Write a whole object durably; with `if_absent`, raise ObjectExists when the key is taken.
 

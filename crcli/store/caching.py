@@ -79,6 +79,10 @@ class CachingStore:
         """See the origin's."""
         self._reached().warm(for_writing=for_writing)
 
+    def room(self) -> int | None:
+        """See the origin's."""
+        return self._reached().room()
+
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         """Write an object, and keep it."""
         self._reached().put(key, data, if_absent=if_absent)

@@ -57,6 +57,16 @@ class FileStore:
             else:
                 os.scandir(self.root).close()
 
+    def room(self) -> int | None:
+        """What is free where the directory is, or will be; the kernel is asked for a file without a name."""
+        place = self.root
+        while not os.path.lexists(place):
+            place = os.path.dirname(place)
+        with self._translating(place, writing=True):
+            free = os.statvfs(place)
+            _try_nameless_file(place)
+        return free.f_bavail * free.f_frsize if free.f_blocks else None
+
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         """Write, sync, then rename into place (or link, which the kernel refuses if the name is taken)."""
         if if_absent and os.path.lexists(self._path(key)):
@@ -328,6 +338,17 @@ def _create(path: str) -> int:
     except OSError:
         pass  # a file system without locks: age alone protects the file from `sweep`
     return descriptor
+
+
+def _try_nameless_file(directory: str) -> None:
+    """See whether files can be made there: one is, and is gone. Some file systems do not know how."""
+    try:
+        os.close(os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), directory) from None
 
 
 def _make_directories(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,16 +169,40 @@ def test_a_tree_that_cannot_be_dumped_has_no_forecast(crcli: Crcli) -> None:
     assert found["forecast"] is None
 
 
-def test_a_store_that_does_not_answer_is_a_finding(crcli: Crcli, tmp_path: Path) -> None:
+def findings_with(crcli: Crcli, pid: int, store: str) -> tuple[set[str], set[str]]:
+    """What `check` finds in the way of a dump to this store, and what the dry run finds."""
+    found = crcli.run("check", str(pid), "--store", store, "--json", code=10).json
+    dry = crcli.run("dump", str(pid), "--store", store, "--dry-run", "--json", code=10).json
+    assert found["forecast"] is None or "store-full" in {one["name"] for one in found["findings"]}
+    first, second = ({one["name"] for one in report["findings"]} for report in (found, dry["error"]))
+    return first, second
+
+
+def test_a_store_that_cannot_be_used_is_in_the_way(crcli: Crcli, tmp_path: Path) -> None:
     """check and the dry run say so, and still say everything else."""
     (tmp_path / "file").write_text("")
     with spawn_python(counter()) as program:
-        store = f"file://{tmp_path}/file"
-        found = crcli.run("check", str(program.pid), "--store", store, "--json").json
-        dry = crcli.run("dump", str(program.pid), "--store", store, "--dry-run", "--json").json
-    for report in (found, dry):
-        assert report["forecast"] is None
-        assert {"store-silent", "files-written"} <= {finding["name"] for finding in report["findings"]}
+        for store in (f"file://{tmp_path}/file", f"file://{tmp_path}/file/below"):
+            for names in findings_with(crcli, program.pid, store):
+                assert {"store-silent", "files-written"} <= names
+
+
+def test_a_disk_that_is_full_or_read_only_is_in_the_way(crcli: Crcli, tmp_path: Path) -> None:
+    """Where the dump would find it out with the tree frozen, or right before; a store with room is not."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "crcli-test", str(tmp_path)], check=True)
+    try:
+        store = f"file://{tmp_path}/store"
+        with spawn_python(counter()) as program:
+            crcli.run("check", str(program.pid), "--store", store)
+            assert not list(tmp_path.iterdir()), "check wrote something"
+            (tmp_path / "other").write_bytes(bytes(4 << 20))
+            for names in findings_with(crcli, program.pid, store):
+                assert "store-full" in names
+            subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+            for names in findings_with(crcli, program.pid, store):
+                assert "store-silent" in names
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_every_report_says_forecast_beside_fact(crcli: Crcli) -> None:

@@ -250,6 +250,33 @@ def test_read_only_disk(small_disk: Path) -> None:
         assert "read-only" in caught.value.hint
 
 
+def knows_no_files_without_a_name(path: str, *_: int) -> int:
+    """What open(2) says there to O_TMPFILE."""
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), path)
+
+
+def test_room(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a directory can take is told before it is there, and nothing is made; so is what stands in the
+    way."""
+    store = FileStore(str(small_disk / "not" / "there"))
+    room = store.room()
+    assert room is not None and 3 * MIB <= room <= 4 * MIB
+    assert not list(small_disk.iterdir())
+    (small_disk / "other").write_bytes(bytes(2 * MIB))
+    assert store.room() == room - 2 * MIB
+    with pytest.raises(StoreError, match="Not a directory"):
+        FileStore(str(small_disk / "other" / "store")).room()
+    with monkeypatch.context() as patch:
+        patch.setattr(file_module.os, "open", knows_no_files_without_a_name)
+        assert store.room() == room - 2 * MIB
+        patch.setattr(file_module.os, "access", lambda *_: False)  # as of somebody who is not root
+        with pytest.raises(StoreError, match="Permission denied"):
+            store.room()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(StoreError, match="Read-only"):
+        store.room()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_foreign_store(tmp_path: Path) -> None:
     """Somebody who may not enter the store is told to be somebody who may."""

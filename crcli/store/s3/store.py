@@ -69,6 +69,9 @@ class S3Store:
             if code_of(error.__cause__) != "AccessDenied":
                 raise  # who may not list may still be allowed to read and write
 
+    def room(self) -> None:
+        """A bucket has no bound, and does not say who may write into it."""
+
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         """Send `data` in one request, or in parallel parts if it is larger than one."""
         if memoryview(data).nbytes <= PART_SIZE:
