@@ -196,11 +196,12 @@ def left_running(run: Run) -> None:
     run.note(same="count and bytes, of both copies")
 
 
-def evicted(run: Run) -> None:
+def evicted(run: Run, *options: str) -> None:
     """A job of `crcli run` is told to go, and goes on by the same command line, as another process."""
     library, way = run.setting.library, run.crcli()
+    under = way.job(library, *options)
     with Subject(
-        run.setting, run.folder / "subject", "counter", *_size(run), library=library, under=way.job()
+        run.setting, run.folder / "subject", "counter", *_size(run), library=library, under=under
     ) as job:
         run.doing("start")
         job.wait_ready(START_LIMIT_S)
@@ -208,14 +209,17 @@ def evicted(run: Run) -> None:
         run.doing("notice")
         told = time.time()
         if (code := job.told_to_go(STEP_LIMIT_S)) != GOES_ON_ELSEWHERE:
-            raise Failed(f"told to go it ended with {code}", job.said)
+            raise Failed(f"told to go it ended with {code}", f"{job.said}\n{way.logs()}")
         run.note(gone_s=time.time() - told)
         job.died()
         before = len(job.steps())
         run.doing("start again")
         again = time.time()
         job.start()
-        run.note(first_step_s=job.first_step_since(again, before, START_LIMIT_S))
+        try:
+            run.note(first_step_s=job.first_step_since(again, before, START_LIMIT_S))
+        except Failed as failed:
+            raise Failed(str(failed), f"{failed.evidence}\n{way.logs()}") from failed
         job.wait_more(10, STEP_LIMIT_S)
         run.doing("compare")
         _assert_counted(job.steps())
@@ -365,6 +369,9 @@ SCENARIOS: Mapping[str, Scenario] = {
     "pair": Scenario("PyTorch: two processes on one GPU", lambda run: pair(run, run.crcli()), 90, 25),
     "left-running": Scenario("PyTorch: a counter, left running", left_running, 90, 25),
     "evicted": Scenario("PyTorch: a counter, as a job that is evicted", evicted, 120, 35),
+    "evicted-here": Scenario(
+        "the same in the host's pid namespace", lambda run: evicted(run, "--pid-namespace", "host"), 120, 35
+    ),
     "lazy": Scenario("PyTorch: a counter, restored lazily", _counter_by(restoring=("--lazy",)), 90, 25),
     "cupy": Scenario("CuPy: a counter", _counter_by("cupy"), 90, 25, ("gpu",)),
     "weights-2": Scenario("PyTorch: a large model, --weights", weights, 200, 60),

@@ -48,6 +48,8 @@ class Subject:
         if library:
             self._command += ["--with", library]
         self._environment = setting.programs_environment(library or "torch")
+        if under:
+            self._environment = setting.crcli_environment()
         self._doomed: list[psutil.Process] = []
         self.pid = 0
 

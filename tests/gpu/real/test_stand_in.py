@@ -68,7 +68,17 @@ def outcomes(results: Mapping[str, Any]) -> dict[str, str]:
 def test_all_that_needs_no_pytorch_passes_on_simulated_gpus(tmp_path: Path, sim: SimulatedHost) -> None:
     """The probe finds what is there; crcli and the plain sequence move programs, whose memory is compared."""
     sim.configure(gpu(1, memory_bytes=1 << 30))
-    names = ("driver-plain", "driver-crcli", "weights-1", "pair", "left-running", "evicted", "lazy", "train")
+    names = (
+        "driver-plain",
+        "driver-crcli",
+        "weights-1",
+        "pair",
+        "left-running",
+        "evicted",
+        "evicted-here",
+        "lazy",
+        "train",
+    )
     found = run_to_its_end(tmp_path, "--on", "simulator", "--only", *names, **sim.environment)
     assert outcomes(found) == dict.fromkeys(names, "passed") | {"train": "skipped"}, found["scenarios"]
     assert found["probe"].keys() == STEPS.keys()

@@ -88,21 +88,11 @@ class ByCrcli:
             report, "ready_ms", "total_ms", "missing_bytes", "phases", "gpu", "findings"
         )
 
-    def job(self) -> tuple[str, ...]:
-        """What a command line begins with that is run as the job `subject`."""
-        store = f"file://{self.folder}/store"
-        return (
-            sys.executable,
-            "-m",
-            "crcli",
-            "run",
-            "--name",
-            "subject",
-            "--store",
-            store,
-            "--notice=sigterm",
-            "--",
-        )
+    def job(self, library: str, *options: str) -> tuple[str, ...]:
+        """What a command line begins with that is run as the job `subject`, its program as on its own."""
+        crcli = (sys.executable, "-m", "crcli", "run", "--name", "subject", "--notice", "sigterm", *options)
+        path = self.setting.programs_environment(library).get("PYTHONPATH", "")
+        return (*crcli, "--store", f"file://{self.folder}/store", "--", "env", f"PYTHONPATH={path}")
 
     def _saved(self) -> list[Figures]:
         """Where the driver had put what was on GPUs, of each process: how many runs, and how many bytes."""
@@ -135,10 +125,10 @@ class ByCrcli:
         os.sync()
         done = run(command, self.setting.limit_s(_LEAST_S, self.size), self.setting.crcli_environment())
         if done.code != 0:
-            raise Failed(f"crcli {arguments[0]}: {_error_of(done)}", f"{done.said}\n{self._logs()}")
+            raise Failed(f"crcli {arguments[0]}: {_error_of(done)}", f"{done.said}\n{self.logs()}")
         return done
 
-    def _logs(self) -> str:
+    def logs(self) -> str:
         """What crcli kept of CRIU's logs, which it does when something failed."""
         logs = sorted(Path(self.setting.crcli_environment()["CRCLI_LOG_DIR"]).glob("*"), key=os.path.getmtime)
         texts = (
