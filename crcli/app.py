@@ -60,14 +60,18 @@ class LazyCommands(TyperGroup):
             return None
         module, _, function = COMMANDS[cmd_name][0].partition(":")
         found = getattr(import_module(module), function)
+        from crcli.cli.options import Command
+
         if isinstance(found, typer.Typer):  # a command with commands of its own
+            for one in found.registered_commands:
+                one.cls = Command
             group = typer.main.get_command(found)
             group.name = cmd_name
             return group
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
         # What stands behind the first word of a command to run is that command's.
         settings = {"allow_interspersed_args": cmd_name not in _PREFIXES}
-        app.command(cmd_name, context_settings=settings)(found)
+        app.command(cmd_name, cls=Command, context_settings=settings)(found)
         return typer.main.get_command(app)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

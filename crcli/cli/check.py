@@ -25,8 +25,8 @@ def check(
     """Say what stands in the way, what will be different afterwards, and what you can do about it.
 
     Of a process also: for how long a dump would freeze it, how much the store would get, and how long all of
-    it would take. Nothing is touched. Exit 10 when the process cannot be dumped as it is, or the store takes no
-    image, 20 when the image cannot be restored here.
+    it would take. Nothing is touched. Exit 10 when the process cannot be dumped as it is, or the store takes
+    no image, 20 when the image cannot be restored here.
     """
     from crcli.pipeline.check import check_image, check_process
     from crcli.ui.reports import show_check

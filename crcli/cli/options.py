@@ -7,26 +7,15 @@ from math import isfinite
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from crcli.errors import UsageError
 from crcli.pipeline.interrupts import LONGEST_S
-
-
-def check_store(value: str | None) -> str | None:
-    """The callback of --store: an empty one is a variable that is not set, and not this host's own disk."""
-    if value == "":
-        raise UsageError(
-            "--store is empty: file:///path or s3://bucket/prefix", hint="without --store the default counts"
-        )
-    return value
-
 
 StoreOption = Annotated[
     str | None,
     typer.Option(
         "--store",
-        callback=check_store,
         metavar="URL",
         help="Where images live: file:///path or s3://bucket/prefix. "
         "Default: $CRCLI_STORE, the configuration file, then file:///var/lib/crcli/store.",
@@ -51,6 +40,34 @@ ImageArgument = Annotated[
         show_default=False,
     ),
 ]
+
+
+class Command(TyperCommand):
+    """A command that takes no empty word: it stands for a variable that is not set, and not for the default.
+
+    The words of a command to run are its own.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raise UsageError for what is empty."""
+        rest: list[str] = super().parse_args(ctx, args)
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            values = value if isinstance(value, list | tuple) else (value,)
+            if "" in values and self._was_typed(ctx, param):
+                raise UsageError(
+                    f"{param.opts[0] if self._is_option(param) else param.human_readable_name} is empty",
+                    hint="is it a variable that is not set? What is left out has its default",
+                )
+        return rest
+
+    def _was_typed(self, ctx: Any, param: Any) -> bool:
+        is_ours = self._is_option(param) or ctx.allow_interspersed_args
+        return is_ours and bool(ctx.get_parameter_source(param.name).name == "COMMANDLINE")
+
+    @staticmethod
+    def _is_option(param: Any) -> bool:
+        return bool(param.param_type_name == "option")
 
 
 class Commands(TyperGroup):

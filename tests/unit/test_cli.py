@@ -488,6 +488,49 @@ def test_an_empty_store_is_not_the_default(capsys: Any) -> None:
     assert "--store is empty" in capsys.readouterr().err
 
 
+def all_options() -> list[tuple[list[str], str, list[str]]]:
+    """Every option that takes a value, behind the words of its command, and the words that this must have."""
+    group = build_app()
+    found: list[tuple[list[str], str, list[str]]] = []
+
+    def look(command: Any, words: list[str]) -> None:
+        if hasattr(command, "list_commands"):
+            for name in command.list_commands(None):
+                look(command.get_command(None, name), [*words, name])
+            return
+        arguments = [
+            "1" for param in command.params if param.param_type_name == "argument" and param.required
+        ]
+        for param in command.params:
+            if param.param_type_name == "option" and not param.is_flag:
+                others = [
+                    one for one in command.params if one is not param and one.param_type_name == "option"
+                ]
+                options = [word for one in others if one.required for word in (one.opts[0], "1")]
+                found.append((words, param.opts[0], [*options, *arguments]))
+
+    look(group, [])
+    return found
+
+
+@pytest.mark.parametrize("words,option,needed", all_options())
+def test_what_is_empty_is_wrong_usage(words: list[str], option: str, needed: list[str], capsys: Any) -> None:
+    """`--name "$UNSET"` is refused before anything is done, as is every other option."""
+    assert main([*words, option, "", *needed]) == 2
+    assert main([*words, f"{option}=", *needed]) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_an_empty_word_is_no_name_of_an_image(capsys: Any) -> None:
+    """Nor does it stand for all images; a command that is run may have one."""
+    assert main(["ls", ""]) == 2
+    assert "NAME is empty" in capsys.readouterr().err
+    assert main(["cp", "", "/tmp/b"]) == main(["cp", "a", ""]) == main(["weights", "index", ""]) == 2
+    command = build_app().get_command(None, "run")
+    with command.make_context("run", ["--name", "job", "--", "echo", ""]) as context:
+        assert list(context.params["command"]) == ["echo", ""]
+
+
 def test_an_s3_server_without_a_store_is_no_folder_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--endpoint-url` with the store forgotten is refused; with a folder that somebody named it is idle."""
     with pytest.raises(UsageError, match="no store is named"):
