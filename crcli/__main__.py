@@ -12,17 +12,27 @@ and looking through it again and again took a tenth of the imports and a third o
 
 
 _NO_MEMORY = b"crcli: there is not even memory to start here: see `ulimit -d`, `ulimit -v` and the cgroup's\n"
+_NO_FILES = b"crcli: not even the files that it takes to start may be open here at once: see `ulimit -n`\n"
 
 
 def main() -> int:
     """Run this process's command line and return its exit code."""
     try:
         return _main()
-    except (MemoryError, SystemError, ImportError) as error:  # what comes after imports is reported there
-        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+    except (MemoryError, SystemError, ImportError, OSError) as error:  # what comes later is reported there
+        if (lack := _lack(error)) is None:
             raise
-        os.write(2, _NO_MEMORY)
+        os.write(2, lack)
         return 40
+
+
+def _lack(error: BaseException) -> bytes | None:
+    """What there is too little of to import all that is needed, by the error that Python makes of it."""
+    if not isinstance(error, ImportError | OSError):
+        return _NO_MEMORY
+    if "Too many open files" in str(error):
+        return _NO_FILES
+    return _NO_MEMORY if "failed to map segment" in str(error) else None
 
 
 def _main() -> int:

@@ -44,8 +44,8 @@ def _report(error: BaseException, as_json: bool) -> int:
         return errors.show(error, as_json)
     if isinstance(error, KeyboardInterrupt | Interrupted):
         return errors.show_interrupt(error, as_json)
-    from crcli.pipeline.own_limits import memory_short
+    from crcli.pipeline.own_limits import shortage
 
-    if (short := memory_short(error)) is not None:
+    if (short := shortage(error)) is not None:
         return errors.show(short, as_json)
     return errors.show_unexpected(error, as_json)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, NoReturn
 
 from msgspec import Struct
@@ -248,9 +249,12 @@ def _become_init(start: _Start) -> NoReturn:
     try:
         os.setsid()
         kernel.become_subreaper()
+        end = os.sysconf("SC_OPEN_MAX")
+        for low, high in pairwise(sorted({2, *start.stdio, end})):  # the others first: there may be few
+            os.closerange(low + 1, high)
         for number, fd in enumerate([os.dup(fd) for fd in start.stdio]):
             os.dup2(fd, number, inheritable=True)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.closerange(3, end)
         start.handling.take()
         python = os.path.realpath(sys.executable)
         os.execve(python, [python, "-I", "-S", "-E", init.__file__, *start.command], dict(start.environment))

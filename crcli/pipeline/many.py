@@ -27,7 +27,7 @@ from crcli.errors import CrcliError, DumpFailed, TreeState, UsageError
 from crcli.image.names import check_name, suggested_name
 from crcli.pipeline.dump import dump
 from crcli.pipeline.interrupts import Interrupted, noted
-from crcli.pipeline.own_limits import memory_short
+from crcli.pipeline.own_limits import shortage
 from crcli.pipeline.shared import Shared, Turn
 from crcli.pipeline.stages import DumpsReport, Silent, TreeResult
 from crcli.process.identity import ProcessId, read_stat
@@ -297,7 +297,7 @@ def attempt(options: DumpOptions, shared: Shared, progress: Progress | None = No
     except Interrupted as error:  # before the freeze: later ones are the dump's own failure
         return TreeResult(options.pid, error=DumpFailed(f"the dump was {error}", hint="run it again"))
     except BaseException as error:
-        return TreeResult(options.pid, error=memory_short(error) or _bug(error))
+        return TreeResult(options.pid, error=shortage(error) or _bug(error))
 
 
 def _bug(error: BaseException) -> CrcliError:

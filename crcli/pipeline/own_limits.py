@@ -8,6 +8,8 @@ a tree lie in files meanwhile, if in memory; at a limit of their size a signal o
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -39,10 +41,9 @@ def limits_lifted() -> Iterator[None]:
     ourselves; afterwards it is as before.
 
     Processes of a tree have limits of their own, which CRIU gives back. Raises HostLacks where hard limits
-    leave too little memory to begin anything.
+    leave too little to begin anything.
     """
-    if any(limit < _LEAST[name] for name, limit in _limits_of_memory().items()):
-        raise _too_little("memory", TreeState.UNTOUCHED)
+    see_hard_limits()
     before = {number: resource.getrlimit(number) for number in _LIFTED}
     for number, (soft, hard) in before.items():
         if soft != hard:
@@ -58,6 +59,14 @@ def limits_lifted() -> Iterator[None]:
         for number, limits in before.items():
             if limits[0] != limits[1] or number == resource.RLIMIT_FSIZE:
                 resource.setrlimit(number, limits)
+
+
+def see_hard_limits() -> None:
+    """Raise HostLacks where hard limits leave too little memory, or too few descriptors, for any tree."""
+    if any(limit < _LEAST[name] for name, limit in _limits_of_memory().items()):
+        raise _too_little("memory", TreeState.UNTOUCHED)
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < _LEAST_FILES:
+        raise _too_few_files(TreeState.UNTOUCHED)
 
 
 def see_file_size(memory_bytes: int) -> None:
@@ -82,22 +91,38 @@ _LEAST = {"RLIMIT_DATA": 128 << 20, "RLIMIT_AS": 256 << 20}
 """With less nothing can be dumped or restored, and what fails first is anybody's guess (bytes)."""
 
 
-def memory_short(error: BaseException) -> HostLacks | None:
-    """What to report in place of an error that says that we got no memory, or no thread; None for others.
+_LEAST_FILES = 128
+"""How many descriptors a restore takes at least, most of them CRIU's own."""
+
+
+def shortage(error: BaseException) -> HostLacks | None:
+    """What to report in place of an error that says that we got no memory, thread or descriptor; None for
+    others.
 
     Its state of the tree is the error's.
     """
+    state = getattr(error, "state", TreeState.UNTOUCHED)
+    if isinstance(error, OSError | ImportError) and os.strerror(errno.EMFILE) in str(error):
+        return _too_few_files(state)
     no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
     no_module = isinstance(error, ImportError) and "failed to map segment" in str(error)
     if not isinstance(error, MemoryError) and not no_thread and not no_module:
         return None
-    return _too_little("threads" if no_thread else "memory", getattr(error, "state", TreeState.UNTOUCHED))
+    return _too_little("threads" if no_thread else "memory", state)
 
 
 def _limits_of_memory() -> dict[str, int]:
     """The hard limits that there are, by name (bytes)."""
     limits = {name: resource.getrlimit(getattr(resource, name))[1] for name in _OF_MEMORY}
     return {name: limit for name, limit in limits.items() if limit != _WITHOUT}
+
+
+def _too_few_files(state: TreeState) -> HostLacks:
+    return HostLacks(
+        f"crcli may not have as many files open as it needs, {_LEAST_FILES} or more (RLIMIT_NOFILE)",
+        hint="start it with a larger limit: `ulimit -n 1024`, LimitNOFILE= of systemd",
+        state=state,
+    )
 
 
 def _too_little(what: str, state: TreeState) -> HostLacks:

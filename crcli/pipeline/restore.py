@@ -61,7 +61,7 @@ from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.opening import Opening
-from crcli.pipeline.own_limits import limits_lifted, memory_short, see_file_size
+from crcli.pipeline.own_limits import limits_lifted, see_file_size, shortage
 from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, namespace_depth, namespace_for
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
@@ -853,7 +853,7 @@ class _Restore:
             return RestoreFailed(f"the restore was {error}")
         if isinstance(error, OSError) and not isinstance(error, CrcliError):
             return RestoreFailed(f"the restore failed: {error}")
-        return memory_short(error) or error
+        return shortage(error) or error
 
     def _explained(self) -> Cause | None:
         folder = self.logs

@@ -46,6 +46,7 @@ from crcli.job.lease_file import LeaseFile
 from crcli.job.start import SignalHandling, start_job, watched
 from crcli.notice import Notices, Urgency
 from crcli.pipeline.interrupts import Interrupted
+from crcli.pipeline.own_limits import see_hard_limits
 from crcli.pipeline.schedule import History
 from crcli.pipeline.stages import (
     OnFailure,
@@ -178,6 +179,7 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
 
     notices = Notices(options.notices, options.grace_s, found=found)
     criu_command()  # a job that could never be saved is not begun
+    see_hard_limits()
     kernel.become_subreaper()
     with ExitStack() as held:
         store = open_store(options.store, endpoint_url=options.endpoint_url)

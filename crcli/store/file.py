@@ -414,6 +414,8 @@ def _hint(error: OSError, root: str) -> str:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return f"Free space on the file system of {root}, run `crcli gc`, or choose another --store."
+        case errno.EMFILE:
+            return "Raise the limit on open files (`ulimit -n`)."
         case errno.EFBIG:
             return "Raise the limit on file size (`ulimit -f`)."
         case errno.EROFS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -40,7 +41,9 @@ def run_limited(crcli: Crcli, limits: Mapping[int, tuple[int, int]], *arguments:
         for number, pair in limits.items():
             resource.setrlimit(number, pair)
 
-    with crcli.start(*arguments, "--store", crcli.store, "--json", preexec_fn=limited) as process:
+    words = [arguments[0], "--store", crcli.store, "--json", *arguments[1:]]
+    words.remove("--json") if arguments[0] == "run" else None
+    with crcli.start(*words, preexec_fn=limited) as process:
         out, err = process.communicate(timeout=COMMAND_LIMIT_SECONDS)
     return process.returncode, out + err
 
@@ -102,14 +105,50 @@ def test_too_little_memory_is_told_with_its_remedy(
         assert_goes_on(program)
 
 
+@pytest.mark.parametrize("files", [8, 10, 16, 60, 120])
+def test_too_few_files_are_told_with_their_remedy(tmp_path: Path, files: int) -> None:
+    """Where fewer may be open than are needed nothing is begun (exit 40), and the tree runs on."""
+    limit = {resource.RLIMIT_NOFILE: (files, files)}
+    with crcli_in(tmp_path) as crcli, spawn_python(counter()) as program:
+        image = crcli.dump(program.pid, "--leave-running")["image"]
+        commands = [("dump", str(program.pid)), ("restore", image), ("run", "--name", "job", "--", "true")]
+        for command in commands:
+            done, text = run_limited(crcli, limit, *command)
+            assert done == 40, text
+            assert "ulimit -n" in text and "Traceback" not in text
+        assert_goes_on(program)
+
+
+@pytest.mark.parametrize("command", [("check", "PID"), ("run", "--name", "job", "--", "true"), ("ls",)])
+def test_few_files_are_no_bug(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """A command that gets no descriptor in the midst of its work says so, if it does not do with few."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with crcli_in(tmp_path) as crcli, spawn_python(counter()) as program:
+        crcli.dump(program.pid, "--leave-running")
+        words = [word.replace("PID", str(program.pid)) for word in command]
+        for files in range(8, 24, 2):
+            done, text = run_limited(crcli, {resource.RLIMIT_NOFILE: (files, hard)}, *words)
+            assert done == 0 or "ulimit -n" in text, text
+        assert_goes_on(program)
+
+
 @pytest.mark.parametrize(
-    "error", [MemoryError(), ImportError("mmap.so: failed to map segment from shared object")]
+    "error,option",
+    [
+        (MemoryError(), "-d"),
+        (ImportError("mmap.so: failed to map segment from shared object"), "-d"),
+        (ImportError("mmap.so: cannot open shared object file: Too many open files"), "-n"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "app.py"), "-n"),
+    ],
 )
-def test_not_even_memory_to_start_is_told(capfd: pytest.CaptureFixture[str], error: Exception) -> None:
-    """Where modules cannot be imported for want of memory, a line says so, and the exit code (40)."""
+def test_not_even_what_it_takes_to_start_is_told(
+    capfd: pytest.CaptureFixture[str], error: Exception, option: str
+) -> None:
+    """Where modules cannot be imported for want of memory or descriptors, a line says so, and the exit code
+    (40)."""
     with patch.object(starting, "_main", side_effect=error):
         assert starting.main() == 40
-    assert "ulimit -d" in capfd.readouterr().err
+    assert f"ulimit {option}" in capfd.readouterr().err
 
 
 def test_children_are_waited_for_whoever_started_us(tmp_path: Path) -> None:
