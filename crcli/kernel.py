@@ -38,6 +38,9 @@ _SYS_IOPRIO_GET, _SYS_IOPRIO_SET = (31, 30) if os.uname().machine == "aarch64" e
 _IOPRIO_WHO_PROCESS = 1
 _SYS_KCMP = 272 if os.uname().machine == "aarch64" else 312
 _KCMP_FILE, _KCMP_EPOLL_TFD = 0, 7
+KCMP_VM, KCMP_FILES, KCMP_FS = 1, 2, 3
+"""What two threads may share: memory, the table of open files, folders with the umask."""
+_SIOCUNIXFILE = 0x89E0
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _CLOEXEC_MOUNT = 1
 
@@ -502,6 +505,16 @@ def open_by_handle(mount_fd: int, kind: int, handle: bytes) -> int:
 def is_same_open_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool:
     """Say whether two descriptors are one open file: opened once, then inherited or duplicated."""
     return _checked(_libc.syscall(_SYS_KCMP, pid, other_pid, _KCMP_FILE, fd, other_fd), "kcmp") == 0
+
+
+def shares(tid: int, other: int, what: int) -> bool:
+    """Say whether two threads, of whatever processes, share `what` (one of KCMP_*)."""
+    return _checked(_libc.syscall(_SYS_KCMP, tid, other, what, 0, 0), "kcmp") == 0
+
+
+def file_of_socket(fd: int) -> int:
+    """Return a descriptor (O_PATH) of the file that a unix socket is bound to, under whatever name."""
+    return _checked(_libc.ioctl(fd, _SIOCUNIXFILE, 0), "ioctl SIOCUNIXFILE")
 
 
 def is_epoll_target(pid: int, fd: int, epoll: int, target: int, index: int) -> bool:

@@ -16,7 +16,7 @@ from crcli.criu import messages
 from crcli.memory.extents import PAGE, SpaceKind
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Container, Iterable
+    from collections.abc import Collection, Container, Iterable, Mapping
 
     from crcli.criu.workspace import Workspace
     from crcli.memory.extents import SpaceKey
@@ -161,6 +161,15 @@ def join_threads_to_leaders(images: Workspace) -> None:
 def read_files(images: ImageFolder) -> ImageFile:
     """Every open and mapped file of the tree (`file_entry` messages)."""
     return ImageFile.parse(images.read("files.img"), messages.file_entry)
+
+
+def rename_sockets(images: Workspace, paths: Mapping[int, str]) -> None:
+    """Have unix sockets, by their inodes, be bound to these paths on a restore."""
+    files = read_files(images)
+    for entry in files.entries:
+        if entry.type == messages.fd_types.UNIXSK and entry.usk.ino in paths:
+            entry.usk.name = os.fsencode(paths[entry.usk.ino]) + b"\0"
+    images.write("files.img", files.encode())
 
 
 def read_descriptors(images: Workspace) -> dict[int, list[tuple[str, int]]]:

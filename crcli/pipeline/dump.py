@@ -22,7 +22,7 @@ import crcli
 from crcli import kernel
 from crcli.criu import messages, netlock
 from crcli.criu.binary import criu_command
-from crcli.criu.images import read_tree, run_id
+from crcli.criu.images import read_tree, rename_sockets, run_id
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME, PARENT_LINK, dump_options
@@ -848,6 +848,8 @@ class _Dump:
         evidence = self.target.evidence
         if evidence.reopened_terminals or evidence.outside_terminals:
             settle_terminals(self.images, evidence.root.identity, self.target.links)
+        if renamed := evidence.renamed_sockets:
+            rename_sockets(self.images, {one.socket.socket.inode: one.path for one in renamed})
         if self.sandbox is not None:
             plan, links, kept = self.target.plan, self.target.links, self.intake.kept
             began = time.monotonic()

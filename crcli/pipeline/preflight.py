@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from crcli.process.identity import ProcessId
 
 _LOOKS, _PAUSE_S = 5, 0.03
-_MOMENTARY = frozenset(("udp-corked", "netlink-unread", "unix-unaccepted"))
+_MOMENTARY = frozenset(
+    ("udp-corked", "netlink-unread", "unix-unaccepted", "thread-apart", "memory-in-common")
+)
 """Blockers that are mostly over a moment later."""
 
 

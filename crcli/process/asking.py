@@ -20,6 +20,7 @@ from crcli.process.files import OpenFile
 from crcli.process.identity import read_stat
 
 MCAST_MSFILTER = 48
+_SOL_NETLINK, _NETLINK_LIST_MEMBERSHIPS, _MOST_GROUPS = 270, 9, 4096
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -74,6 +75,34 @@ def rewrites(file: OpenFile) -> bool:
     except (OSError, termios.error):
         return False
     return bool(settings[1] & termios.OPOST or settings[3] & (termios.ECHO | termios.ICANON))
+
+
+def path_of_socket(file: OpenFile) -> str:
+    """Return where the file that a unix socket is bound to lies now; empty when it cannot be asked.
+
+    The name that it was bound to stays the socket's; the file may have been renamed since. One that was
+    deleted ends with ` (deleted)`.
+    """
+    try:
+        with _copy(file.pid, file.fd) as fd:
+            bound = kernel.file_of_socket(fd)
+    except OSError:
+        return ""
+    try:
+        return os.readlink(f"/proc/self/fd/{bound}")
+    finally:
+        os.close(bound)
+
+
+def netlink_groups(file: OpenFile) -> tuple[int, ...]:
+    """Return the multicast groups of the kernel that a netlink socket listens to, counted from 1."""
+    try:
+        with _copy(file.pid, file.fd) as fd, socket.socket(fileno=os.dup(fd)) as copy:
+            words = copy.getsockopt(_SOL_NETLINK, _NETLINK_LIST_MEMBERSHIPS, _MOST_GROUPS // 8)
+    except OSError:
+        return ()
+    bits = int.from_bytes(words, "little")
+    return tuple(number + 1 for number in range(bits.bit_length()) if bits >> number & 1)
 
 
 def joined_groups(file: OpenFile, groups: Iterable[tuple[int, str]]) -> tuple[str, ...]:

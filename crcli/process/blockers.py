@@ -26,6 +26,7 @@ from crcli.process.watches import Fate
 from crcli.process.wording import (
     Check,
     Held,
+    and_more,
     blocker,
     first_of,
     place,
@@ -400,6 +401,31 @@ def netlink_unread(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def netlink_groups(evidence: Evidence) -> Iterator[Finding]:
+    """A netlink socket in a group beyond the 32nd (sk-netlink.c: `has more than 32 groups`)."""
+    if held := [file for one in evidence.netlink_beyond for file in one.holders]:
+        yield blocker(
+            "netlink-groups",
+            f"{who(evidence, held)} is a netlink socket that listens to a group above the 32 that CRIU saves",
+            places(evidence, held),
+            "let the program close the socket before the dump, or leave the group (NETLINK_DROP_MEMBERSHIP)",
+        )
+
+
+def unix_renamed(evidence: Evidence) -> Iterator[Finding]:
+    """A unix socket that was bound by a relative path and then renamed (sk-unix.c: `Unable too cut`)."""
+    if held := [one for one in evidence.renamed_sockets if not one.is_findable]:
+        files = [file for one in held for file in one.socket.holders]
+        yield blocker(
+            "unix-renamed",
+            f"{who(evidence, files)} is a unix socket that was bound to {held[0].socket.socket.path} and "
+            f"renamed to {held[0].path}; it could not be bound again",
+            places(evidence, files) | {"paths": [one.path for one in held]},
+            "give the file its first name back for the dump, or have the program bind the socket to an "
+            "absolute path",
+        )
+
+
 def unix_unaccepted(evidence: Evidence) -> Iterator[Finding]:
     """Connections that wait at a unix listener, closed again or with something to read (sk-unix.c)."""
     if held := [one for one in evidence.unaccepted_unix if one.closed or one.unread]:
@@ -598,6 +624,32 @@ def nested_namespaces(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def threads_apart(evidence: Evidence) -> Iterator[Finding]:
+    """A thread that has left what its process shares: CRIU asks the first thread only, and says nothing."""
+    if held := evidence.threads_apart:
+        first = held[0]
+        yield blocker(
+            "thread-apart",
+            f"{evidence.label(first.pid)} has a thread ({first.tid}) with {first.what} of its own"
+            f"{and_more(held)}; after a restore it would have those of the other threads",
+            {"threads": [{"pid": one.pid, "tid": one.tid, "apart": one.what} for one in held]},
+            "wait until that thread has ended, or have the program do such work (unshare, setns) in a "
+            "process of its own",
+        )
+
+
+def memory_in_common(evidence: Evidence) -> Iterator[Finding]:
+    """Two processes with one memory, by clone(2) with CLONE_VM (kcmp-ids.c: `Can't make VM id`)."""
+    if held := evidence.sharing_memory:
+        yield blocker(
+            "memory-in-common",
+            f"{first_of(held)} has one memory with its parent {evidence.label(held[0].ppid)}, without being "
+            "a thread of it (CLONE_VM)",
+            process_list(held, "ppid"),
+            "wait until it has ended or started another program, or have it be a thread instead",
+        )
+
+
 def session_outside_pid_namespace(evidence: Evidence) -> Iterator[Finding]:
     """A pid namespace whose init never called setsid (cr-dump.c: `session leader … is outside`)."""
     if "pid" not in evidence.own_namespaces:
@@ -699,6 +751,8 @@ BLOCKERS: tuple[Check, ...] = (
     socket_protocols,
     corked,
     netlink_unread,
+    netlink_groups,
+    unix_renamed,
     unix_unaccepted,
     sysv_shm,
     traced,
@@ -710,6 +764,8 @@ BLOCKERS: tuple[Check, ...] = (
     user_namespace,
     mount_namespace,
     nested_namespaces,
+    threads_apart,
+    memory_in_common,
     session_outside_pid_namespace,
     pid_namespace_without_init,
     root_elsewhere,

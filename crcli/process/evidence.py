@@ -16,6 +16,7 @@ from crcli.process.files import FileId, Kind, Lock, Mapping, Mount, OpenFile
 from crcli.process.outside import Outsider
 from crcli.process.rings import EventRing
 from crcli.process.settings import ThreadSettings
+from crcli.process.sharing import ThreadApart
 from crcli.process.sockets import Socket, State
 from crcli.process.sysv import SysvObject
 from crcli.process.tree import Capabilities, Process, Tree
@@ -71,6 +72,8 @@ REMOTE_FILE_SYSTEMS = frozenset(
 
 VIRTUAL_CONSOLES, LAST_VIRTUAL_CONSOLE = 4, 63  # a major number and its minors; above them ttyS*
 
+
+_SOCKET_PATH_SIZE = 108  # sun_path of struct sockaddr_un
 
 CONTROLLING_TTY = os.makedev(5, 0)
 """/dev/tty, which is another terminal for each session."""
@@ -275,6 +278,21 @@ class Unaccepted(Struct, frozen=True):
     outside: int
 
 
+class RenamedSocket(Struct, frozen=True):
+    """A unix socket that is bound to a path, and the path where that file lies now."""
+
+    socket: HeldSocket
+    path: str
+
+    @property
+    def is_findable(self) -> bool:
+        """Whether CRIU can save it, and bind it again.
+
+        What was bound by a relative path it looks for under that very name.
+        """
+        return self.socket.socket.path.startswith("/") and len(os.fsencode(self.path)) < _SOCKET_PATH_SIZE
+
+
 class Viewer(Struct, frozen=True):
     """crcli itself and its host: namespaces, cgroups, capabilities, users, limits.
 
@@ -308,11 +326,13 @@ class Evidence(Struct, frozen=True):
     `files` and `mappings` are everything; the rest is drawn from them. `mounts` are those of the root
     process, by device. `unreachable` are files on mounts that the tree has left, `prlimit_denied` the
     processes whose limits the kernel does not let us read, `stuck` those that wait in the kernel where no
-    signal reaches them, `locked_when_touched` those with memory locked by MLOCK_ONFAULT. `netlink_unread` are
-    inodes of sockets, `events_unread` the inotify descriptors with events that nobody has read,
-    `terminals_unread` what CRIU loses or alters of what waits in terminals, `corked` the UDP sockets that
-    hold back what was sent, `own_mounts` where the tree sees another mount than we do, `limits_above` the
-    processes with a hard limit above ours that we may not raise, `timers` the number of POSIX timers by pid.
+    signal reaches them, `locked_when_touched` those with memory locked by MLOCK_ONFAULT, `sharing_memory`
+    those whose memory is their parent's as well. `netlink_unread` are inodes of sockets, `netlink_beyond` the
+    netlink sockets in groups that CRIU has no room for, `events_unread` the inotify descriptors with events
+    that nobody has read, `terminals_unread` what CRIU loses or alters of what waits in terminals, `corked`
+    the UDP sockets that hold back what was sent, `own_mounts` where the tree sees another mount than we do,
+    `limits_above` the processes with a hard limit above ours that we may not raise, `timers` the number of
+    POSIX timers by pid.
     `is_rooted_here`: the root process has our root folder as its own.
     """
 
@@ -332,6 +352,8 @@ class Evidence(Struct, frozen=True):
     event_rings: tuple[EventRing, ...]
     unreachable: tuple[OpenFile, ...]
     foreign_namespaces: tuple[ForeignNamespace, ...]
+    threads_apart: tuple[ThreadApart, ...]
+    sharing_memory: tuple[Process, ...]
     relatives: tuple[Relative, ...]
     prlimit_denied: tuple[Process, ...]
     stuck: tuple[Process, ...]
@@ -342,7 +364,9 @@ class Evidence(Struct, frozen=True):
     sysv_objects: tuple[SysvObject, ...]
     memberships: tuple[Membership, ...]
     unaccepted_unix: tuple[Unaccepted, ...]
+    renamed_sockets: tuple[RenamedSocket, ...]
     netlink_unread: frozenset[int]
+    netlink_beyond: tuple[HeldSocket, ...]
     events_unread: tuple[OpenFile, ...]
     terminals_unread: tuple[UnreadTerminal, ...]
     epolls_astray: tuple[OpenFile, ...]

@@ -17,6 +17,8 @@ from crcli.process.asking import (
     device_of_tty_nr,
     joined_groups,
     multicast_groups,
+    netlink_groups,
+    path_of_socket,
     rewrites,
     terminal_device,
     unread_bytes,
@@ -36,6 +38,7 @@ from crcli.process.evidence import (
     Membership,
     NamedFile,
     Pipe,
+    RenamedSocket,
     SharedMemory,
     Terminal,
     Unaccepted,
@@ -60,6 +63,7 @@ from crcli.process.outside import Outside, Outsider
 from crcli.process.relatives import relatives
 from crcli.process.rings import event_rings
 from crcli.process.settings import read_limits
+from crcli.process.sharing import sharing_memory, threads_apart
 from crcli.process.sockets import Address, Socket, sockets_of, unlisted_socket, unread_netlink
 from crcli.process.sysv import SysvObject, sysv_objects
 from crcli.process.tree import PID_GONE, Process, Tree, every_stat, read_process
@@ -70,6 +74,9 @@ SQLITE_SMALLEST_PAGE = 512
 SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
 STUCK_AFTER_SECONDS = 0.5
 CORKED_AFTER_SECONDS = 0.05
+NETLINK_GROUPS = 32
+"""How many multicast groups of netlink CRIU has room for (sk-netlink.c)."""
+
 _FIRST_OF_SHELLS = 10
 """Descriptors from here on are for shells themselves; scripts name those below (POSIX)."""
 
@@ -125,6 +132,8 @@ def _gather(tree: Tree) -> Evidence:
         event_rings=event_rings(files),
         unreachable=_unreachable(tree, viewer, files),
         foreign_namespaces=_foreign_namespaces(tree, viewer),
+        threads_apart=threads_apart(tree),
+        sharing_memory=sharing_memory(tree),
         relatives=relatives(tree, everybody),
         prlimit_denied=_prlimit_denied(tree),
         stuck=_stuck(tree),
@@ -135,7 +144,9 @@ def _gather(tree: Tree) -> Evidence:
         sysv_objects=_sysv_objects(tree, viewer),
         memberships=_memberships(tree, sockets),
         unaccepted_unix=_unaccepted_unix(sockets, table),
+        renamed_sockets=_renamed_sockets(tree, viewer, sockets),
         netlink_unread=_netlink_unread(tree, sockets),
+        netlink_beyond=_netlink_beyond(sockets),
         events_unread=tuple(file for file in files if file.anon_name == "inotify" and unread_bytes(file)),
         terminals_unread=_terminals_unread(files, terminals),
         epolls_astray=epolls_astray(files),
@@ -369,6 +380,48 @@ def _unaccepted_unix(sockets: tuple[HeldSocket, ...], table: dict[int, Socket]) 
 def _netlink_unread(tree: Tree, sockets: tuple[HeldSocket, ...]) -> frozenset[int]:
     ours = {held.socket.inode for held in sockets if held.socket.protocol == "NETLINK"}
     return unread_netlink(tree.root.pid) & ours if ours else frozenset()
+
+
+def _netlink_beyond(sockets: tuple[HeldSocket, ...]) -> tuple[HeldSocket, ...]:
+    return tuple(
+        held
+        for held in sockets
+        if held.socket.protocol == "NETLINK"
+        and any(group > NETLINK_GROUPS for group in netlink_groups(held.holders[0]))
+    )
+
+
+def _renamed_sockets(
+    tree: Tree, viewer: Viewer, sockets: tuple[HeldSocket, ...]
+) -> tuple[RenamedSocket, ...]:
+    """Return the unix sockets whose file has another name by now than the one that they were bound to.
+
+    HAProxy makes its socket under a temporary name and renames it, as others do. Of a relative name only the
+    end is known. What is bound in another root or mount namespace than ours is not looked at.
+    """
+    here = {
+        process.pid
+        for process in tree.living
+        if process.root == "/" and process.namespaces.get("mnt") == viewer.namespaces.get("mnt")
+    }
+    found = []
+    for held in sockets:
+        bound = held.socket.path if held.socket.family == "unix" else ""
+        if bound and not bound.startswith("@") and held.holders[0].pid in here:
+            now = path_of_socket(held.holders[0])
+            if now and not now.endswith(" (deleted)") and not _is_bound_there(bound, now):
+                found.append(RenamedSocket(held, now))
+    return tuple(found)
+
+
+def _is_bound_there(bound: str, now: str) -> bool:
+    """Whether a socket's file lies where it was bound, by links and mounts as well."""
+    if not bound.startswith("/"):
+        return os.path.normpath(f"/{now}").endswith(f"/{os.path.basename(bound)}")
+    try:
+        return os.path.samefile(bound, now)
+    except OSError:
+        return False
 
 
 def _corked(

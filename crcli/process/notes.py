@@ -49,6 +49,19 @@ def tcp_listening(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def unix_renamed(evidence: Evidence) -> Iterator[Finding]:
+    """A unix socket whose file was renamed since, as HAProxy does: CRIU would bind it to its first name."""
+    if held := [one for one in evidence.renamed_sockets if one.is_findable]:
+        files = [file for one in held for file in one.socket.holders]
+        yield note(
+            "socket-renamed",
+            f"{who(evidence, files)} is a unix socket that was bound to {held[0].socket.socket.path} and "
+            f"renamed to {held[0].path}",
+            places(evidence, files) | {"paths": [one.path for one in held]},
+            "binds it to today's name on restore",
+        )
+
+
 def terminals_reopened(evidence: Evidence) -> Iterator[Finding]:
     """/dev/tty in a terminal that the tree itself drives: an interactive dash, a pager or editor in tmux."""
     held = [file for terminal in evidence.reopened_terminals for file in terminal.holders]
@@ -325,6 +338,7 @@ def stopped(evidence: Evidence) -> Iterator[Finding]:
 NOTES: tuple[Check, ...] = (
     tcp_inside,
     tcp_listening,
+    unix_renamed,
     terminals_reopened,
     locks,
     deleted_files,

@@ -40,6 +40,11 @@ def call(*arguments):
     if result < 0:
         print(f"unsupported={ctypes.get_errno()}", flush=True)
     return result
+def apart(flags):
+    '''Have a thread that does not share what unshare(2) takes by these flags.'''
+    done = threading.Event()
+    threading.Thread(target=lambda: (call(272, flags), done.set(), time.sleep(600)), daemon=True).start()
+    done.wait()
 def leave_tree(work):
     '''Run work() in a process that nobody in the tree is the parent of.'''
     reader, writer = os.pipe()
@@ -210,6 +215,34 @@ REFUSED = {
         one = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
         one.bind((0, 0))
         one.send(struct.pack("IHHIIB3x", 20, 18, 0x301, 1, 0, 0))  # RTM_GETLINK
+        """,
+    ),
+    "a netlink socket in a group above the 32nd": (
+        "netlink-groups",
+        """
+        one = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+        one.bind((0, 0))
+        one.setsockopt(270, 1, 33)  # NETLINK_ADD_MEMBERSHIP
+        """,
+    ),
+    "a socket that was renamed, bound by a relative path": (
+        "unix-renamed",
+        """
+        os.chdir(os.environ["FOLDER"])
+        one = socket.socket(socket.AF_UNIX); one.bind("first"); one.listen()
+        os.rename("first", "second")
+        """,
+    ),
+    "a thread with open files of its own": ("thread-apart", "apart(0x400)"),
+    "a thread with a working folder of its own": ("thread-apart", "apart(0x200)"),
+    "a thread in a network of its own": ("thread-apart", "apart(0x40000000)"),
+    "a process in the memory of another": (
+        "memory-in-common",
+        """
+        stack = ctypes.create_string_buffer(1 << 16)
+        top = ctypes.c_void_p(ctypes.addressof(stack) + (1 << 16) - 64)
+        pause = ctypes.cast(libc.pause, ctypes.c_void_p)
+        assert libc.clone(pause, top, 0x100 | signal.SIGCHLD, None) > 0
         """,
     ),
     "connections used before they were accepted": (
@@ -473,6 +506,23 @@ WHOLE = {
             return links, os.pread(nameless, 9, 0), os.readlink(f"/proc/self/fd/{path}"), child.poll()
         """,
         ("deleted-files",),
+    ),
+    "a unix socket that was renamed": Whole(
+        """
+        os.chdir(os.environ["FOLDER"])
+        one = socket.socket(socket.AF_UNIX)
+        one.bind(os.environ["FOLDER"] + "/first")
+        os.chmod("first", 0o640)
+        os.rename("first", "second")
+        one.listen()
+        def state():
+            client = socket.socket(socket.AF_UNIX)
+            client.connect("second")
+            accepted = one.accept()[0]
+            client.close(), accepted.close()
+            return os.path.exists("first"), oct(os.stat("second").st_mode)
+        """,
+        ("socket-renamed",),
     ),
     "sockets that are connected or bound to what a trial does not have": Whole(
         """

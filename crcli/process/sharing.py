@@ -1,0 +1,81 @@
+"""What threads have for themselves, and processes with each other, where CRIU takes the opposite for granted.
+
+It asks the first thread of a process for its open files, its folders and its namespaces, and takes all
+others to have the same (unshare(2) and setns(2) are for one thread). And it takes the memory of each process
+to be its own, which clone(2) with CLONE_VM alone makes that of two.
+"""
+
+from __future__ import annotations
+
+import os
+
+from msgspec import Struct
+
+from crcli import kernel
+from crcli.process.tree import PID_GONE, Process, Tree
+
+_OF_THREADS = ("net", "uts", "ipc")
+"""The namespaces that a thread can have for itself, folders apart: the one of mounts comes with those."""
+
+
+class ThreadApart(Struct, frozen=True):
+    """A thread that does not share `what` with the first one of its process."""
+
+    pid: int
+    tid: int
+    what: str
+
+
+def threads_apart(tree: Tree) -> tuple[ThreadApart, ...]:
+    """Return the threads with open files, folders or namespaces of their own."""
+    found: list[ThreadApart] = []
+    for process in tree.living:
+        if process.threads > 1 and not process.leader_exited:
+            found += _apart(process)
+    return tuple(found)
+
+
+def _apart(process: Process) -> list[ThreadApart]:
+    leader, found = process.pid, []
+    for tid in _other_tids(leader):
+        try:
+            if not kernel.shares(leader, tid, kernel.KCMP_FILES):
+                found.append(ThreadApart(leader, tid, "open files"))
+            if not kernel.shares(leader, tid, kernel.KCMP_FS):
+                found.append(ThreadApart(leader, tid, "a working folder"))
+            if names := [
+                name for name in _OF_THREADS if _namespace(leader, tid, name) != process.namespaces.get(name)
+            ]:
+                found.append(ThreadApart(leader, tid, f"namespaces ({', '.join(names)})"))
+        except OSError:
+            continue  # it has ended meanwhile, or there is no knowing it here
+    return found
+
+
+def _other_tids(pid: int) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task") if name != str(pid)]
+    except PID_GONE:
+        return []
+
+
+def _namespace(pid: int, tid: int, name: str) -> int:
+    link = os.readlink(f"/proc/{pid}/task/{tid}/ns/{name}")
+    return int(link[link.index("[") + 1 : -1])
+
+
+def sharing_memory(tree: Tree) -> tuple[Process, ...]:
+    """Return the processes that have the memory of their parent, but for those that it waits for in vfork."""
+    waiting = {process.pid for process in tree if process.uninterruptible}
+    return tuple(
+        process
+        for process in tree.living
+        if process.ppid in tree and process.ppid not in waiting and _has_memory_of_parent(process)
+    )
+
+
+def _has_memory_of_parent(process: Process) -> bool:
+    try:
+        return kernel.shares(process.pid, process.ppid, kernel.KCMP_VM)
+    except OSError:
+        return False
