@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from crcli.records import Struct
 
 
 class Cause(Struct, frozen=True):

@@ -12,9 +12,8 @@ import os
 import re
 from typing import Any
 
-from msgspec import Struct
-
 from crcli.errors import UsageError
+from crcli.records import Struct
 from crcli.store.address import StoreAddress
 
 DEFAULT_STORE = "file:///var/lib/crcli/store"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
-from msgspec import Struct, field
+from crcli.records import Struct, field
 
 
 class Severity(StrEnum):

@@ -16,12 +16,11 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from crcli import kernel
 from crcli.criu import compel
 from crcli.criu.puppet import MACHINES, Seized
 from crcli.process.identity import read_proc
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

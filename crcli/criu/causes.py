@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from msgspec import Struct
+from crcli.records import Struct
 
 
 class Upstream(NamedTuple):

@@ -17,9 +17,8 @@ import signal
 import struct
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from crcli.process.maps import areas
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

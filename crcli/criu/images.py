@@ -10,10 +10,9 @@ import os
 import struct
 from typing import TYPE_CHECKING, Any, Protocol
 
-from msgspec import Struct
-
 from crcli.criu import messages
 from crcli.memory.extents import PAGE, SpaceKind
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Container, Iterable, Mapping

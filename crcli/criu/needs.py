@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import Struct, field
-
 from crcli.criu.rpc import rpc
+from crcli.records import Struct, field
 
 LOG_NAME = "criu.log"
 PARENT_LINK = "parent"

@@ -13,10 +13,9 @@ import re
 import socket
 from typing import TYPE_CHECKING
 
-from msgspec import Struct, field
-
 from crcli import kernel
 from crcli.criu import netlock
+from crcli.records import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

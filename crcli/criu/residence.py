@@ -17,8 +17,6 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from msgspec import Struct
-
 from crcli import kernel
 from crcli.criu.rpc import CriuProcess
 from crcli.criu.sandbox import dodge_pids, exec_criu, reap_until_alone
@@ -26,6 +24,7 @@ from crcli.errors import HostLacks
 from crcli.process import warden
 from crcli.process.tree import child_pids
 from crcli.process.warden import READY, reset_signals, say
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -16,13 +16,12 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-
 from crcli.criu.binary import criu_command
 from crcli.criu.limits import with_limits_answered
 from crcli.criu.messages import rpc
 from crcli.errors import HostLacks
 from crcli.process.tree import child_pids
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

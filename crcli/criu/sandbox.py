@@ -14,15 +14,13 @@ import signal
 import socket
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-from msgspec.structs import asdict
-
 from crcli import kernel
 from crcli.criu import kerndat
 from crcli.criu.binary import criu_command
 from crcli.criu.rpc import CriuProcess
 from crcli.errors import HostLacks
 from crcli.process.warden import READY, mount_proc, reset_signals, say
+from crcli.records import Struct, asdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

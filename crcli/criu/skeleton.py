@@ -9,8 +9,6 @@ import struct
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-
 from crcli.criu import messages
 from crcli.criu.images import (
     ImageFile,
@@ -26,6 +24,7 @@ from crcli.criu.images import (
 from crcli.criu.inspect import inet_socket, writes_anywhere
 from crcli.memory.extents import PAGE, Extent, SpaceKey
 from crcli.memory.huge import Runs
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

@@ -24,8 +24,6 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-
 from crcli import kernel
 from crcli.criu.borrowed import Recalled
 from crcli.criu.compel import Text
@@ -37,6 +35,7 @@ from crcli.criu.unread import give_back_unread
 from crcli.criu.workspace import Workspace
 from crcli.process.identity import ProcessId, identify, read_proc
 from crcli.process.tree import child_pids
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -16,9 +16,6 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct, field
-from msgspec.structs import asdict
-
 from crcli.demo import agent
 from crcli.errors import CrcliError, TreeState
 from crcli.image.names import parse_image
@@ -27,6 +24,7 @@ from crcli.kernel import become_subreaper
 from crcli.pipeline.interrupts import interruptible
 from crcli.process.identity import ProcessId, identify
 from crcli.process.tree import scan_tree
+from crcli.records import Struct, asdict, field
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct, field
-from msgspec.structs import asdict
+from crcli.records import Struct, asdict, field, fields_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,7 +55,7 @@ class Gpu(Struct, frozen=True):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Gpu:
         """Read one back; what a later crcli added is left out."""
-        return cls(**{name: data[name] for name in cls.__struct_fields__ if name in data})
+        return cls(**{name: data[name] for name in fields_of(cls) if name in data})
 
 
 class CudaProcess(Struct, frozen=True):

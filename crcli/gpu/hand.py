@@ -17,14 +17,13 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from msgspec.structs import replace
-
 import crcli
 from crcli.errors import CrcliError, HostLacks
 from crcli.gpu.facts import CudaProcess, CudaState, GpuHost
 from crcli.gpu.meaning import meaning_of
 from crcli.gpu.words import LOCK_LIMIT_S, MESSAGE_LIMIT, Purpose, move_limit_s
 from crcli.process.identity import identify
+from crcli.records import replace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-
 from crcli.errors import HostLacks
 from crcli.findings import Finding, gravest_first
 from crcli.gpu.facts import CudaProcess, CudaState, Gpu, GpuHost
@@ -34,6 +32,7 @@ from crcli.process.wording import (
     process_list,
     who,
 )
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from crcli.errors import CrcliError
@@ -108,7 +107,7 @@ def _is_library(path: str, name: str = _DRIVER_LIBRARY) -> bool:
     return os.path.basename(path).startswith(name)
 
 
-class Scene(Struct, frozen=True, dict=True):
+class Scene(Struct, frozen=True):
     """A tree, the GPUs of its host, and those of its processes that CUDA's driver knows."""
 
     evidence: Evidence

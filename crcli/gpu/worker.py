@@ -23,14 +23,13 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from msgspec import Struct, field
-
 from crcli.gpu.care import Care
 from crcli.gpu.driver import CudaLacks, CudaRefused, Driver
 from crcli.gpu.facts import CudaState
 from crcli.gpu.words import COMM, LOCK_LIMIT_S, MESSAGE_LIMIT, PATIENCE_S, Purpose
 from crcli.logs import keep_log
 from crcli.process.identity import ProcessId, identify, read_proc, read_stat
+from crcli.records import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

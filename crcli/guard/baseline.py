@@ -12,10 +12,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from msgspec import Struct
-
 from crcli.errors import UsageError
 from crcli.guard import cpu
+from crcli.records import Struct
 
 LEVELS = {
     "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from msgspec.structs import replace
-
 from crcli.errors import GuardRefused
 from crcli.findings import Finding, Severity, gravest_first
 from crcli.guard.files import FILES
@@ -18,6 +16,7 @@ from crcli.guard.machine import MACHINE
 from crcli.guard.places import PLACES
 from crcli.guard.rights import RIGHTS
 from crcli.guard.weights import WEIGHTS
+from crcli.records import replace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

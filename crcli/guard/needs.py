@@ -9,11 +9,9 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import replace
-
 from crcli.criu.needs import InetSocket, OpenedFile, Rights
 from crcli.errors import ImageDamaged
+from crcli.records import Struct, replace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

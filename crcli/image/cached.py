@@ -10,14 +10,12 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import asdict
-
 from crcli.config import choose_cache
 from crcli.errors import ImageDamaged, NotFound, StoreUnreachable
 from crcli.image.manifest import Manifest, load, resolve
 from crcli.image.names import IMAGES, INDEXES, PACKS, WEIGHTS, ImageRef, manifest_key
 from crcli.image.packs import plan_reads, span
+from crcli.records import Struct, asdict
 from crcli.store.address import StoreAddress
 from crcli.store.cache import Cache
 from crcli.store.caching import CachingStore, Kinds, plain_name, recall

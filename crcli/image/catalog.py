@@ -7,11 +7,10 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct, field
-
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, peek_section
 from crcli.image.manifest import list_images
+from crcli.records import Struct, field
 from crcli.store.leaving import asking
 
 if TYPE_CHECKING:

@@ -10,12 +10,10 @@ import math
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import replace
-
 from crcli.errors import NotFound, StoreError
 from crcli.image.names import LEASES, lease_key
 from crcli.image.owner import Sight, sight_of
+from crcli.records import Struct, replace
 from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ TTL_S = 30.0
 _READERS = 8
 
 
-class Claim(Struct, frozen=True, dict=True):
+class Claim(Struct, frozen=True):
     """One lease as the store has it. `renewed` is when it was last written, by the store's clock (seconds
     since the epoch; 0.0 where nobody asked)."""
 

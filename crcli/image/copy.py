@@ -11,9 +11,6 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import asdict
-
 from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image.gc import COLLECTIONS
 from crcli.image.manifest import Manifest, resolve
@@ -30,6 +27,7 @@ from crcli.image.packs import check_chunk
 from crcli.image.peek import ids_in
 from crcli.image.session import STALE_AFTER_S, Session, announced
 from crcli.image.weights import PushedFile
+from crcli.records import Struct, asdict
 from crcli.store.base import is_there
 from crcli.store.leaving import asking
 

@@ -31,9 +31,6 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct, field
-from msgspec.structs import asdict
-
 from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.container import ContainerKind, unpack_container
 from crcli.image.names import (
@@ -49,6 +46,7 @@ from crcli.image.names import (
 from crcli.image.peek import ManifestPeek, ids_in
 from crcli.image.session import Announcement, announced
 from crcli.image.tables import read_chunks, read_packs
+from crcli.records import Struct, asdict, field
 from crcli.store.leaving import asking
 
 if TYPE_CHECKING:

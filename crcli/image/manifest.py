@@ -10,9 +10,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct, field
-from msgspec.structs import asdict
-
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, pack_container, unpack_container
 from crcli.image.names import IMAGES, ImageRef, image_at, manifest_key
@@ -28,6 +25,7 @@ from crcli.image.tables import (
     write_references,
     write_spaces,
 )
+from crcli.records import Struct, asdict, field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

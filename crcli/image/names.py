@@ -8,9 +8,8 @@ import time
 from calendar import timegm
 from typing import NamedTuple
 
-from msgspec import Struct
-
 from crcli.errors import UsageError
+from crcli.records import Struct
 from crcli.store.address import split_name
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}\Z")

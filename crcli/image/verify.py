@@ -6,9 +6,6 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct, field
-from msgspec.structs import asdict
-
 from crcli.errors import ImageDamaged, NotFound
 from crcli.findings import Finding, Severity
 from crcli.image.manifest import load
@@ -16,6 +13,7 @@ from crcli.image.names import pack_key
 from crcli.image.packs import ChunkReader
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKind
+from crcli.records import Struct, asdict, field
 from crcli.store.leaving import asking
 
 if TYPE_CHECKING:

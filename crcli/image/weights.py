@@ -14,7 +14,6 @@ from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
-from msgspec import Struct
 
 from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image.container import ContainerKind, pack_container, unpack_container
@@ -25,6 +24,7 @@ from crcli.memory.extents import Origin, Source
 from crcli.memory.weights.files import WeightsFile, files_below
 from crcli.memory.weights.references import found_bytes
 from crcli.memory.weights.views import View, apply, source_bytes
+from crcli.records import Struct
 from crcli.store.base import is_there
 from crcli.store.leaving import left_by_signals
 

@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blake3 import blake3
-from msgspec import Struct, field
-from msgspec.structs import replace
 
 from crcli.errors import UsageError
+from crcli.records import Struct, field, replace
 
 _LOOKED_INTO = re.compile(r".*\.(cfg|conf|ini|jar|js|lua|mjs|php|pl|py|rb|sh|toml|ts|wasm|ya?ml)", re.DOTALL)
 """Of files on the command line that are looked into: programs and configuration. Others may be what the job

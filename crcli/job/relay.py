@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from msgspec import Struct, field
+from crcli.records import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,8 +16,6 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NoReturn
 
-from msgspec import Struct
-
 from crcli import kernel
 from crcli.errors import HostLacks
 from crcli.job import init, sentry
@@ -25,6 +23,7 @@ from crcli.job.relay import Relay
 from crcli.process import warden
 from crcli.process.identity import ProcessId, identify
 from crcli.process.tree import child_pids
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -9,11 +9,10 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from msgspec import Struct, field
-
 from crcli.memory.blocks import GROUP_PAGES, ranges
 from crcli.memory.extents import PAGE
 from crcli.memory.places import place_in
+from crcli.records import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blake3 import blake3
-from msgspec import Struct
 
 from crcli.memory.blocks import (
     GROUP_PAGES,
@@ -30,6 +29,7 @@ from crcli.memory.chunking import Chunker
 from crcli.memory.extents import PAGE, ZERO_PAGE
 from crcli.memory.places import NOWHERE, WEIGHTS, ZERO, extent_at, extents_of, place_in_weights
 from crcli.memory.weights.references import Reference
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -22,14 +22,13 @@ import socket
 import threading
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from msgspec import Struct, field
-
 from crcli.errors import DumpFailed, TreeState
 from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES, Ahead, Run
 from crcli.memory.classify import Classified, Classifier, MemoryCounts
 from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, join
 from crcli.memory.pagemap import PageRun
 from crcli.memory.replay import AMOUNT_EVERY_S
+from crcli.records import Struct, field
 from crcli.threads import Worker, start_workers
 
 if TYPE_CHECKING:

@@ -15,12 +15,11 @@ from collections import deque
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from msgspec import Struct, field
-
 from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey
 from crcli.memory.missing import Missing, Stretch
 from crcli.memory.replay import targets
 from crcli.memory.userfault import Event, EventKind, MemoryGone, MemoryMoves, NoPlace, Userfault
+from crcli.records import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

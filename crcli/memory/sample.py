@@ -17,12 +17,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blake3 import blake3
-from msgspec import Struct, field
 
 from crcli.memory.blocks import GROUP_PAGES, Run
 from crcli.memory.chunking import CHUNK_PAGES
 from crcli.memory.extents import PAGE, ZERO_PAGE, SpaceKey, SpaceKind
 from crcli.memory.pagemap import AddressSpace, PageRun, PageState, zero_frame
+from crcli.records import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

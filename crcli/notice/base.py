@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from msgspec import Struct, field
-
 from crcli.errors import UsageError
 from crcli.findings import Finding, Severity
+from crcli.records import Struct, field
 
 if TYPE_CHECKING:
     import signal

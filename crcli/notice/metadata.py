@@ -14,10 +14,9 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from msgspec import Struct
-
 from crcli.errors import UsageError
 from crcli.notice.signals import LOOK_S
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     import threading

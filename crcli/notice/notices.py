@@ -11,11 +11,10 @@ from collections import deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
-from msgspec.structs import replace
-
 from crcli.notice.base import Notice, Surroundings, Urgency, grace_of, note
 from crcli.notice.choose import choose
 from crcli.notice.signals import taken
+from crcli.records import replace
 from crcli.wakeups import forget_wakeups, woken_by_signals
 
 if TYPE_CHECKING:

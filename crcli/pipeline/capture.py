@@ -11,8 +11,6 @@ import stat
 from functools import cache
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from crcli.criu.images import link_remaps
 from crcli.criu.skeleton import regular_files
 from crcli.findings import Finding, Severity
@@ -20,6 +18,7 @@ from crcli.image.manifest import StoredFile
 from crcli.image.packs import BLOB_BYTES
 from crcli.process.evidence import MEMORY_FILE_SYSTEMS
 from crcli.process.files import leased_inodes
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import replace
-
 from crcli.criu.binary import criu_command
 from crcli.findings import Severity, gravest_first
 from crcli.guard.claimed import claimed
@@ -23,6 +20,7 @@ from crcli.pipeline.preflight import look_at
 from crcli.pipeline.stages import DumpOptions
 from crcli.process.tree import find_target, refuse_bad_target
 from crcli.process.tree_lock import TreeLock
+from crcli.records import Struct, replace
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:

@@ -15,9 +15,6 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import asdict, replace
-
 import crcli
 from crcli import kernel
 from crcli.criu import messages, netlock
@@ -87,6 +84,7 @@ from crcli.process.tree import find_target, refuse_bad_target, scan_tree, tracer
 from crcli.process.tree_lock import TreeLock
 from crcli.process.waits import waited_ms
 from crcli.process.wording import first_of, how_to_continue, note, process_list
+from crcli.records import Struct, asdict, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -34,8 +34,6 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from msgspec.structs import asdict, replace
-
 import crcli
 from crcli import kernel
 from crcli.cause import Cause
@@ -47,6 +45,7 @@ from crcli.pipeline.stages import DumpOptions, Outcome, Silent
 from crcli.pipeline.watch import tree_state
 from crcli.process.identity import identify
 from crcli.process.tree import scan_tree
+from crcli.records import asdict, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

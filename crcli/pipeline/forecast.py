@@ -12,7 +12,6 @@ import time
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
-from msgspec import Struct
 
 from crcli.errors import NotFound, StoreError
 from crcli.findings import Finding, Severity
@@ -27,6 +26,7 @@ from crcli.pipeline.stages import Forecast, Outcome
 from crcli.pipeline.weights import WeightsInUse, chosen_files
 from crcli.process.files import Kind, leased_inodes
 from crcli.process.memory_room import spare_memory
+from crcli.records import Struct
 from crcli.store.open import open_store
 
 if TYPE_CHECKING:

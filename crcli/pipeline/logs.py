@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from msgspec.structs import replace
-
 from crcli.criu.options import LOG_NAME
 from crcli.logs import keep_log
+from crcli.records import replace
 
 if TYPE_CHECKING:
     from crcli.cause import Cause

@@ -19,9 +19,6 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import replace
-
 from crcli import kernel
 from crcli.errors import CrcliError, DumpFailed, TreeState, UsageError
 from crcli.image.names import check_name, suggested_name
@@ -32,6 +29,7 @@ from crcli.pipeline.shared import Shared, Turn
 from crcli.pipeline.stages import DumpsReport, Silent, TreeResult
 from crcli.process.identity import ProcessId, read_stat
 from crcli.process.tree import find_target
+from crcli.records import Struct, replace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

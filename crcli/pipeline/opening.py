@@ -9,11 +9,10 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from crcli.image.cached import load_near, open_cached
 from crcli.image.names import parse_image
 from crcli.image.packs import ChunkReader
+from crcli.records import Struct
 from crcli.store.caching import CachingStore
 from crcli.threads import Worker
 

@@ -24,8 +24,6 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-
 from crcli import kernel
 from crcli.criu.lazy_socket import listen_in, receive_memories, wait_for_end
 from crcli.errors import CrcliError, HostLacks, ImageDamaged, NotFound, StoreError, StoreUnreachable
@@ -39,6 +37,7 @@ from crcli.memory.replay import targets
 from crcli.memory.userfault import Userfault, is_available
 from crcli.process.identity import ProcessId, identify
 from crcli.process.tree import child_pids
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

@@ -6,12 +6,11 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-
 from crcli import kernel
 from crcli.guard.carried import Standing
 from crcli.memory.writing import write_all
 from crcli.pipeline.stages import ChangedFiles
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

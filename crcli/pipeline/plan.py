@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import asdict
-
 from crcli.criu.options import DumpPlan
 from crcli.pipeline.stages import Outcome
+from crcli.records import Struct, asdict, fields_of
 
 if TYPE_CHECKING:
     from crcli.process.evidence import Evidence, HeldSocket
@@ -47,7 +45,7 @@ class OutsideLink(Struct, frozen=True):
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> OutsideLink:
         """Read one back."""
-        known = {name: data[name] for name in cls.__struct_fields__ if name in data}
+        known = {name: data[name] for name in fields_of(cls) if name in data}
         known["descriptors"] = tuple((int(pid), int(fd)) for pid, fd in known.get("descriptors", ()))
         return cls(**known)
 

@@ -14,7 +14,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct, field
+from crcli.records import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -13,9 +13,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import asdict, replace
-
 from crcli import kernel
 from crcli.criu import netlock
 from crcli.criu.binary import DOES_IT_START, criu_command
@@ -74,6 +71,7 @@ from crcli.process.processors import usable_processors
 from crcli.process.settings import give_back, give_core_filter
 from crcli.process.terminals import TerminalTurn, free_terminals
 from crcli.process.tree import child_pids
+from crcli.records import Struct, asdict, replace
 from crcli.store.caching import CachingStore
 
 if TYPE_CHECKING:

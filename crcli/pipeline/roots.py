@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from msgspec.structs import replace
-
 from crcli.errors import GuardRefused
 from crcli.findings import Finding, Severity
+from crcli.records import replace
 
 if TYPE_CHECKING:
     from crcli.guard.needs import Needs

@@ -14,9 +14,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import asdict, replace
-
 from crcli.criu.images import frozen_ms
 from crcli.criu.options import pre_dump_options
 from crcli.criu.page_server import PageProtocolError, socket_pair
@@ -33,6 +30,7 @@ from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.receiver import Receiver
 from crcli.pipeline.stages import PRE_COPY_AUTO
 from crcli.process.tree import scan_tree
+from crcli.records import Struct, asdict, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -17,9 +17,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from msgspec import Struct, field
-from msgspec.structs import asdict, replace
-
 from crcli import kernel
 from crcli.criu.binary import criu_command
 from crcli.errors import (
@@ -59,6 +56,7 @@ from crcli.pipeline.stages import (
 )
 from crcli.pipeline.vigil import Event, Keeping, Vigil, VigilEnd, Why
 from crcli.process.tree import scan_tree
+from crcli.records import Struct, asdict, field, replace
 from crcli.store import open_store
 from crcli.threads import Worker
 

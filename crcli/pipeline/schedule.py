@@ -11,11 +11,9 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import replace
-
 from crcli.process.identity import ProcessId, read_proc
 from crcli.process.tree import PID_GONE, child_pids
+from crcli.records import Struct, replace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,10 +7,8 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
-from msgspec import Struct, field
-from msgspec.structs import asdict
-
 from crcli.errors import worst
+from crcli.records import Struct, asdict, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

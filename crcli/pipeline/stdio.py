@@ -14,11 +14,10 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from msgspec import Struct, field
-
 from crcli.findings import Finding, Severity
 from crcli.job.relay import Relay
 from crcli.pipeline.stages import Stdio
+from crcli.records import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -22,9 +22,6 @@ import weakref
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct, field
-from msgspec.structs import asdict, replace
-
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
 from crcli.findings import Finding, Severity
 from crcli.image.names import ImageRef, new_image_id
@@ -34,6 +31,7 @@ from crcli.pipeline.schedule import LEAVE, Activity, Cost, History, Schedule, ac
 from crcli.pipeline.stages import PRE_COPY_AUTO, Outcome
 from crcli.pipeline.weights import absent_ones
 from crcli.process.identity import read_stat
+from crcli.records import Struct, asdict, field, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -6,8 +6,6 @@ import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from msgspec.structs import replace
-
 from crcli.criu.binary import criu_command
 from crcli.errors import NameClaimed, PreflightRefused
 from crcli.image.lease import Lease, LeaseState
@@ -16,6 +14,7 @@ from crcli.notice import Notices
 from crcli.pipeline.vigil import Event, Keeping, Vigil, VigilEnd, Why
 from crcli.process.identity import read_stat
 from crcli.process.tree import find_target
+from crcli.records import replace
 from crcli.store import open_store
 
 if TYPE_CHECKING:

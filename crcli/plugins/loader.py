@@ -11,12 +11,10 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct, field
-from msgspec.structs import asdict
-
 from crcli.errors import CrcliError
 from crcli.findings import Finding, Severity
 from crcli.plugins.names import GROUP, PREFIX
+from crcli.records import Struct, asdict, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from msgspec import Struct
-
 from crcli.process.capabilities import CAP_SYS_RESOURCE
 from crcli.process.files import FileId, Kind, Lock, Mapping, Mount, OpenFile
 from crcli.process.outside import Outsider
@@ -21,6 +19,7 @@ from crcli.process.sockets import Socket, State
 from crcli.process.sysv import SysvObject
 from crcli.process.tree import Capabilities, Process, Tree
 from crcli.process.watches import Watch
+from crcli.records import Struct
 
 MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs", "hugetlbfs"))
 PSEUDO_FILE_SYSTEMS = frozenset(

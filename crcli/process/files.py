@@ -8,11 +8,10 @@ from enum import StrEnum
 from functools import cache
 from typing import NamedTuple
 
-from msgspec import Struct
-
 from crcli.process.identity import read_proc
 from crcli.process.maps import Area, areas
 from crcli.process.tree import PID_GONE
+from crcli.records import Struct
 
 DELETED = " (deleted)"
 O_PATH = 0o10000000

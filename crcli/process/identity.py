@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from msgspec import Struct
+from crcli.records import Struct
 
 PF_KTHREAD = 0x00200000
 """The bit of `Stat.flags` that marks a kernel thread (include/linux/sched.h)."""

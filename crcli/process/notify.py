@@ -13,10 +13,9 @@ import stat
 import time
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from crcli import kernel, notify
 from crcli.process.identity import ProcessId, identify
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

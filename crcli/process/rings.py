@@ -15,12 +15,11 @@ import struct
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from crcli.memory.extents import PAGE
 from crcli.memory.pagemap import AddressSpace
 from crcli.process.identity import read_proc
 from crcli.process.maps import areas
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

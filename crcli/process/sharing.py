@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 
-from msgspec import Struct
-
 from crcli import kernel
 from crcli.process.tree import PID_GONE, Process, Tree
+from crcli.records import Struct
 
 _OF_THREADS = ("net", "uts", "ipc")
 """The namespaces that a thread can have for itself, folders apart: the one of mounts comes with those."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Set
 
-from msgspec import Struct
+from crcli.records import Struct
 
 GETPID = 11
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -7,11 +7,10 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from msgspec import Struct
-
 from crcli.errors import PreflightRefused
 from crcli.process.identity import ENDED, ProcessId, Stat, read_proc, read_stat
 from crcli.process.settings import ThreadSettings, read_core_filter, read_settings
+from crcli.records import Struct
 
 NAMESPACES = (
     "cgroup",

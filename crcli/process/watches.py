@@ -14,10 +14,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 
-from msgspec import Struct
-
 from crcli import kernel
 from crcli.process.files import DELETED, FileId, Mount, OpenFile
+from crcli.records import Struct
 
 SEARCH_LIMIT_S = 0.25
 WITHOUT_LASTING_INODES = frozenset(("tmpfs", "devtmpfs"))

@@ -6,9 +6,8 @@ import os
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
-from msgspec import Struct, field
-
 from crcli.errors import UsageError
+from crcli.records import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

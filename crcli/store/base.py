@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Protocol
 
-from msgspec import Struct
-
 from crcli.errors import NotFound, ObjectExists
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

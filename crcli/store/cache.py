@@ -26,8 +26,8 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
-from msgspec import Struct
 
+from crcli.records import Struct
 from crcli.store.mapped import mapped
 
 if TYPE_CHECKING:

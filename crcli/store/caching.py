@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
-from msgspec import Struct
 
 from crcli.errors import NotFound, StoreUnreachable
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from msgspec.structs import asdict
-
+from crcli.records import asdict
 from crcli.ui.reports import show_json
 from crcli.ui.table import show_table
 from crcli.ui.text import count, printable, size

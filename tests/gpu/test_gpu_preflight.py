@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
 
 from crcli.errors import HostLacks
 from crcli.findings import Finding, Severity
@@ -21,6 +20,7 @@ from crcli.process.evidence import Evidence
 from crcli.process.gather import gather
 from crcli.process.identity import identify
 from crcli.process.tree import child_pids, refuse_bad_target, scan_tree
+from crcli.records import replace
 from tests.support.gpu_simulator import GpuCrcli, SimulatedHost, gpu
 from tests.support.programs import Program, spawn_python, then_wait
 

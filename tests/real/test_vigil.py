@@ -19,13 +19,13 @@ from typing import Any
 
 import psutil
 import pytest
-from msgspec.structs import replace
 
 from crcli.notice.base import Notice, Urgency
 from crcli.notice.notices import Notices
 from crcli.pipeline.stages import DumpOptions, Outcome
 from crcli.pipeline.vigil import Event, Keeping, Vigil, VigilEnd, Why
 from crcli.process.identity import identify
+from crcli.records import replace
 from tests.support.crcli import Crcli, assert_goes_on, counter, crcli_in, reap, tree_of, wait_until
 from tests.support.programs import SLOWNESS, Program, spawn_python
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
 
 from crcli.errors import CrcliError, DumpFailed, StoreError, StoreUnreachable
 from crcli.image import session as announcing
@@ -17,6 +16,7 @@ from crcli.image.manifest import Manifest, load
 from crcli.image.names import manifest_key, new_image_id
 from crcli.image.session import Session
 from crcli.pipeline.publishing import publish_whole
+from crcli.records import replace
 from crcli.store.base import is_there
 from crcli.store.file import FileStore
 from tests.support.images import make_image, pages

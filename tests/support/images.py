@@ -6,7 +6,6 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
-from msgspec.structs import replace
 
 from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.manifest import Manifest, StoredFile, load, publish
@@ -15,6 +14,7 @@ from crcli.image.packs import PackWriter
 from crcli.image.session import Session
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
 from crcli.memory.places import NOWHERE, Location
+from crcli.records import replace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

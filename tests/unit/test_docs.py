@@ -24,6 +24,7 @@ from crcli.pipeline import stages
 from crcli.pipeline.check import CheckReport
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.stages import DumpReport, RestoreReport
+from crcli.records import fields_of
 from crcli.store import cache as cache_of_host
 from crcli.store.s3 import uploads
 
@@ -166,7 +167,7 @@ def test_readme_names_the_fields_of_reports() -> None:
     for command, report in (("dump", DumpReport), ("restore", RestoreReport), ("check", CheckReport)):
         listed = re.search(rf"`{command} --json`: ((?:`\w+`\s*)+)\.", README)
         assert listed is not None
-        assert re.findall(r"\w+", listed[1]) == list(report.__struct_fields__)
+        assert re.findall(r"\w+", listed[1]) == list(fields_of(report))
 
 
 @pytest.mark.parametrize(
@@ -329,8 +330,8 @@ def test_format_has_every_field_of_a_manifest() -> None:
     written |= keys_in("crcli/criu/skeleton.py", "named_files")
     written |= keys_in("crcli/pipeline/hashing.py", "_hash_of")
     written |= keys_in("crcli/pipeline/hashing.py", "describe_mounts")
-    written |= set(StoredFile("", 0, ()).as_json()) | set(OutsideLink.__struct_fields__)
-    written |= {"name", "id", "skeleton", "files", *classify.MemoryCounts.__struct_fields__}
+    written |= set(StoredFile("", 0, ()).as_json()) | set(fields_of(OutsideLink))
+    written |= {"name", "id", "skeleton", "files", *fields_of(classify.MemoryCounts)}
     assert written <= in_words(FORMAT), written - in_words(FORMAT)
 
 

@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from msgspec.structs import astuple
 
 from crcli.memory.extents import PAGE
 from crcli.memory.sample import Counted, Makeup, Tally, distinct_share, make_up
 from crcli.pipeline import forecast
 from crcli.pipeline.forecast import Load, image_bytes, predict
 from crcli.pipeline.rates import Rates
+from crcli.records import astuple
 
 MIB = 1 << 20
 FILE = "file:///somewhere"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
 
 from crcli.criu.needs import OpenedFile
 from crcli.errors import HostLacks, ImageDamaged
@@ -21,6 +20,7 @@ from crcli.guard.names import BLOCKERS
 from crcli.guard.needs import Asked, NeededFile, Needs
 from crcli.image.manifest import Manifest
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
+from crcli.records import replace
 
 GIB = 1 << 30
 DRIVER = "580.159.04"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from msgspec.structs import replace
 
 from crcli.gpu.facts import Gpu, GpuHost
 from crcli.gpu.mapping import MappingRefused, choose_mapping, in_force
 from crcli.gpu.meaning import OTHERS, meaning_of
+from crcli.records import replace
 
 GIB = 1 << 30
 DOCUMENTED = {

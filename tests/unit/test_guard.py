@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
 
 from crcli.criu.needs import InetSocket, OpenedFile, Rights
 from crcli.errors import GuardRefused
@@ -28,6 +27,7 @@ from crcli.memory.extents import Extent, Source, SpaceKey, SpaceKind
 from crcli.pipeline.pids import namespace_for
 from crcli.pipeline.stages import PidNamespace
 from crcli.process.here import await_pids, pid_limit
+from crcli.records import replace
 
 ROOT = Path(__file__).parents[2]
 

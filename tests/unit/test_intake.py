@@ -14,7 +14,6 @@ from unittest.mock import patch
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from msgspec import field
 
 from crcli.memory import intake
 from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES, Run
@@ -22,6 +21,7 @@ from crcli.memory.chunking import CHUNK_PAGES, Chunker
 from crcli.memory.classify import Classified, Classifier, KnownPages, MemoryCounts
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
 from crcli.memory.intake import Intake
+from crcli.records import field
 from tests.support.memory import (
     KeepingSink,
     KnownFrom,

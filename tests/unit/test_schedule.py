@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import asdict
 
 from crcli.cli.keeping import parse_time
 from crcli.errors import ImagePinned, NotFound, UsageError
@@ -30,6 +29,7 @@ from crcli.pipeline.schedule import (
     optimal_interval,
 )
 from crcli.process.identity import identify
+from crcli.records import asdict
 from crcli.store.open import open_store
 from tests.support.programs import spawn_python, then_wait
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from msgspec import Struct, field
-from msgspec.structs import asdict
+from crcli.records import Struct, asdict, field
 
 
 class Status(StrEnum):

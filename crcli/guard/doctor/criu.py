@@ -39,7 +39,7 @@ _FEATURES = {
     "get_rseq_conf": ("restartable sequences, which every glibc program uses", "Linux 5.13 or newer"),
 }
 _PACKAGES = (
-    *("typer", "rich", "msgspec", "protobuf", "psutil", "blake3", "zstandard", "numpy"),
+    *("typer", "rich", "protobuf", "psutil", "blake3", "zstandard", "numpy"),
     *("boto3", "obstore", "pyyaml", "pluggy"),
 )
 """What pyproject.toml asks for."""

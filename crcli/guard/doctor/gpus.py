@@ -7,14 +7,13 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-
 from crcli.errors import CrcliError, HostLacks
 from crcli.gpu.care import forget, neglected
 from crcli.gpu.facts import CudaProcess, CudaState, GpuHost
 from crcli.gpu.hand import Hand, Purpose
 from crcli.guard.doctor.check import Check, note, passed, read
 from crcli.process.identity import ProcessId, read_proc, read_stat
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,10 +13,10 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from blake3 import blake3
-from msgspec.structs import asdict
 
 from crcli.memory.weights.samples import Index, Stream, index_of
 from crcli.memory.weights.views import View
+from crcli.records import asdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable

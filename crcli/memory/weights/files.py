@@ -7,9 +7,8 @@ import stat
 import time
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from crcli.memory.weights.views import View, apply, source_bytes, source_element
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import botocore.session
 from botocore.config import Config
-from msgspec import Struct
+
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from crcli.store.s3.settings import S3Settings

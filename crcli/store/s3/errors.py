@@ -6,10 +6,10 @@ import os
 from typing import Any
 
 from botocore import exceptions as boto
-from msgspec import Struct
 from urllib3.exceptions import HTTPError
 
 from crcli.errors import NotFound, StoreError, StoreUnreachable
+from crcli.records import Struct
 from crcli.store.base import taken
 
 _PASSING_CODES = frozenset(

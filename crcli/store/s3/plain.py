@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from msgspec import Struct
+from crcli.records import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

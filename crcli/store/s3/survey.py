@@ -6,10 +6,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-from msgspec.structs import asdict
-
 from crcli.errors import ObjectExists, StoreError
+from crcli.records import Struct, asdict
 
 if TYPE_CHECKING:
     from crcli.store.s3.bucket import Bucket

@@ -24,7 +24,6 @@ from typing import Any
 from unittest.mock import patch
 
 from blake3 import blake3
-from msgspec.structs import asdict
 
 from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.manifest import Manifest, StoredFile, Weights, publish
@@ -34,6 +33,7 @@ from crcli.memory.extents import PAGE, Extent, Source, SpaceKey, SpaceKind
 from crcli.memory.places import NOWHERE, Location
 from crcli.memory.weights.references import Piece, Reference
 from crcli.memory.weights.views import View, apply
+from crcli.records import asdict
 from crcli.store.file import FileStore
 
 FIRST, SECOND = "20260131T235959123-00000a", "20260201T000000456-00000b"
