@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 from crcli.config import choose_store, weights_folders
 from crcli.image.names import parse_image
 from crcli.pipeline.stages import RestoreOptions
+
+if TYPE_CHECKING:
+    from crcli.pipeline.stages import RestoreReport
 
 
 def options_of(image: str, store: str | None, endpoint_url: str | None, **others: Any) -> RestoreOptions:
@@ -31,11 +35,14 @@ def bring_back(options: RestoreOptions, *, wait: bool, as_json: bool) -> int:
     from crcli.ui.progress import showing
 
     answer_first()
-    with showing(as_json) as progress:
+    with ExitStack() as shown:
+        progress = shown.enter_context(showing(as_json))
+
+        def running(report: RestoreReport) -> None:
+            shown.close()  # the terminal is the tree's from now on
+            reports.show_restore(report, as_json)
+
         if wait:
-            return story.restore_and_wait(
-                options, progress, lambda report: reports.show_restore(report, as_json), opening
-            )
-        report = story.restore(options, progress, opening)
-    reports.show_restore(report, as_json)
+            return story.restore_and_wait(options, progress, running, opening)
+        running(story.restore(options, progress, opening))
     return 0

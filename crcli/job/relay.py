@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import struct
 import threading
 import time
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ _PIECE = 1 << 16
 _LOOK_S = 0.2
 """How often it is looked whether a shell has brought us to the front (seconds)."""
 
+_NOTICED_S = 0.05
+"""How long a program may take to see the size that its terminal has for a moment (seconds)."""
+
 _OUTPUT_MODES = 1
 """Where the modes of output are in what termios knows of a terminal."""
 
@@ -27,10 +31,14 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Relay(Struct):
-    """The other sides of a tree's terminals, and of pipes with where to each leads: a descriptor of ours."""
+    """The other sides of a tree's terminals, and of pipes with where to each leads: a descriptor of ours.
+
+    `repaints`: programs in the terminals have drawn on another screen, and are to draw again on ours.
+    """
 
     masters: list[int] = field(default_factory=list)
     outputs: list[tuple[int, int]] = field(default_factory=list)
+    repaints: bool = False
     _readers: list[threading.Thread] = field(default_factory=list)
     _is_raw: bool = False
 
@@ -67,8 +75,22 @@ class Relay(Struct):
 
         if self.masters and os.isatty(0):
             size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
+            if self.repaints:
+                self.repaints = False
+                self._resize_by_a_row(size)
             for master in self.masters:
                 fcntl.ioctl(master, termios.TIOCSWINSZ, size)
+
+    def _resize_by_a_row(self, size: bytes) -> None:
+        """Give terminals that have this size another, so that programs see it change: they draw anew then."""
+        import fcntl
+        import termios
+
+        rows, *others = struct.unpack("4H", size)
+        for master in self.masters:
+            if rows > 1 and fcntl.ioctl(master, termios.TIOCGWINSZ, bytes(8)) == size:
+                fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", rows - 1, *others))
+        time.sleep(_NOTICED_S)
 
     @contextmanager
     def raw_terminal(self) -> Iterator[None]:

@@ -189,6 +189,8 @@ def restore_and_wait(
     try:
         restored = bring_back(options, progress or Silent(), Stay(passed_on.handle), opening)
         passed_on.to(restored.root)
+        if restored.relay.masters and signal.SIGWINCH in before:
+            signal.signal(signal.SIGWINCH, lambda *_: restored.relay.resize())
         running(restored.report)
         with restored.relay.raw_terminal():
             _, status = os.waitpid(restored.child, 0)

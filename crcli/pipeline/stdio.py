@@ -94,6 +94,7 @@ def _terminal(link: OutsideLink, stdio: Stdio, replacements: Replacements) -> in
         replacements.terminals[link.terminal] = os.ttyname(slave)
     if stdio == Stdio.INHERIT:
         replacements.relay.masters.append(master)
+        replacements.relay.repaints = True
     else:
         replacements.kept.append(master)
     return slave

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import select
 import shlex
@@ -12,10 +13,12 @@ import socket
 import stat
 import subprocess
 import sys
+import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -640,6 +643,69 @@ def test_a_terminal_outside_stays_one_terminal(crcli: Crcli, tmp_path: Path) -> 
     finally:
         os.close(driver)
         os.close(device)
+
+
+PAINTER = """
+    import fcntl, os, signal, termios
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGWINCH, lambda *_: os.write(1, b"painted %d %d." % tuple(os.get_terminal_size(0))))
+    os.write(1, b"ready.")
+    while True:
+        if os.read(0, 1) == b"q":
+            break
+    """
+
+
+def test_who_comes_back_in_our_terminal_paints_it_anew_and_has_it_alone(crcli: Crcli) -> None:
+    """Also in one of the same size: sizes are passed on, and crcli writes nothing more there."""
+    there, here = _Screen(), _Screen()
+    with closing(there), closing(here):
+        with spawn_python(PAINTER, ready_line="", stdin=there.device, stdout=there.device) as program:
+            there.until(b"ready.")
+            crcli.dump(program.pid, "--name", "painter")
+        line = [sys.executable, "-m", "crcli", "restore", "painter", "--store", crcli.store]
+        restore = subprocess.Popen(
+            [*line, "--wait", "--stdio", "inherit"],
+            env=crcli.environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(here.device, termios.TIOCSCTTY, 0),
+            **dict.fromkeys(("stdin", "stdout", "stderr"), here.device),
+        )
+        try:
+            here.until(b"painted 80 24.")
+            time.sleep(1.5)  # the line that shows progress comes several times a second
+            here.until(b"")
+            assert b"\x1b[K" not in here.seen.partition(b"painted")[2]
+            termios.tcsetwinsize(here.driver, (20, 60))
+            here.until(b"painted 60 20.")
+            os.write(here.driver, b"q\n")
+            assert restore.wait(60) == 0
+        finally:
+            restore.terminate()  # which is passed on
+            restore.wait(60)
+
+
+class _Screen:
+    """A terminal of 80 by 24, and what was shown in it."""
+
+    def __init__(self) -> None:
+        self.driver, self.device = os.openpty()
+        termios.tcsetwinsize(self.driver, (24, 80))
+        self.seen = b""
+
+    def until(self, text: bytes) -> None:
+        """Read until it shows this."""
+        wait_until(lambda: self._look() and text in self.seen, f"{text!r} is not shown")
+
+    def _look(self) -> bool:
+        while select.select([self.driver], [], [], 0)[0]:
+            self.seen += os.read(self.driver, 65536)
+        return True
+
+    def close(self) -> None:
+        """Give it back."""
+        os.close(self.driver)
+        os.close(self.device)
 
 
 LEADER = """
