@@ -11,7 +11,7 @@ import pytest
 from crcli.store import retrying
 from crcli.store.open import PATIENCE_S
 from crcli.store.retrying import LONGEST_PAUSE_S, Retrier
-from crcli.store.s3.client import CONNECT_TIMEOUT_S, READ_TIMEOUT_S
+from crcli.store.s3.client import CONNECT_TIMEOUT_S, SILENCE_S
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -69,15 +69,15 @@ class Clock:
 NOTICE_S = 30.0
 """What GCP, and Azure at the least, gives as notice."""
 
-TAKES = {"refuses": 0.05, "cannot be reached": CONNECT_TIMEOUT_S, "keeps silent": READ_TIMEOUT_S}
+TAKES = {"refuses": 0.05, "cannot be reached": CONNECT_TIMEOUT_S, "keeps silent": SILENCE_S}
 """How long a request to a store that fails for ever takes."""
 
 
 @pytest.mark.parametrize("longest", [False, True], ids=["short pauses", "long pauses"])
 @pytest.mark.parametrize("how", TAKES)
 def test_a_store_that_fails_for_ever_is_told_of_in_time(how: str, longest: bool) -> None:
-    """While who has had notice can do something yet. One that keeps silent is not asked again: it had longer
-    already than any patience."""
+    """While who has had notice can do something yet. One that keeps silent is asked again, too: it may be one
+    answer that was lost."""
     retrier, operation = Retrier(), Flaky(float("inf"))
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock(patch, retrier, longest)
@@ -89,7 +89,7 @@ def test_a_store_that_fails_for_ever_is_told_of_in_time(how: str, longest: bool)
         with pytest.raises(ConnectionError):
             retrier.call(attempt, lambda _: PATIENCE_S)
     assert clock.now <= NOTICE_S
-    assert (operation.calls > 1) == (how != "keeps silent")
+    assert operation.calls > 1
     if how == "refuses":
         assert clock.now > PATIENCE_S - LONGEST_PAUSE_S - TAKES[how]
 

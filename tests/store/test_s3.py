@@ -144,7 +144,7 @@ def test_nobody_listens(s3: Choose) -> None:
 
 def test_a_store_that_never_answers(s3: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that takes a connection and says nothing is given up after the time limit."""
-    monkeypatch.setattr(client_module, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(client_module, "SILENCE_S", 0.3)
     server = s3("moto")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.support.faulty_proxy import (
     lose_answer,
     pass_on,
     reset_midway,
+    swallow_answer,
     truncate_answer,
 )
 
@@ -142,13 +144,79 @@ def test_truncated_answers(behind: Behind) -> None:
 
 def test_silence_is_waited_out(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that gets no answer in time is sent again."""
-    monkeypatch.setattr(client_module, "READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(client_module, "SILENCE_S", 0.5)
     store = behind.open()
     store.put("key", b"value")
     released = threading.Event()
     behind.proxy.inject(hold_until(released), method="GET")
     assert store.get("key") == b"value"
     released.set()
+    store.close()
+
+
+LONELY = ("PUT", "POST", "partNumber=1", "uploadId=", "GET", "HEAD", "DELETE", "list-type")
+
+
+@pytest.mark.parametrize("where", LONELY)
+def test_a_lost_answer_is_asked_for_again(
+    behind: Behind, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Within the patience with a store that is silent for ever; what it was asked for may have been done."""
+    monkeypatch.setattr(client_module, "SILENCE_S", 0.7)
+    monkeypatch.setattr(client_module, "_LOOK_S", 0.05)
+    store = behind.open(patience_s=1)
+    behind.proxy.inject(swallow_answer, **{"method" if where.isupper() else "containing": where})
+    data = os.urandom(9 * MIB)
+    with store.writer("large", if_absent=True) as writer:
+        writer.write(data)
+        writer.commit()
+    store.put("small", b"value", if_absent=True)
+    assert store.get("large") == data
+    assert store.stat("small").size == 5
+    assert [info.key for info in store.list()] == ["large", "small"]
+    store.delete("small")
+    assert not behind.proxy.waiting, "no answer was lost"
+    store.close()
+
+
+def test_an_answer_is_waited_for_while_others_come(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that works off one request after the other is slow, not silent: nothing is sent twice."""
+    monkeypatch.setattr(client_module, "SILENCE_S", 1)
+    monkeypatch.setattr(client_module, "_LOOK_S", 0.05)
+    store = behind.open()
+    works = threading.Lock()
+
+    def work_off(exchange: Exchange) -> None:
+        body = exchange.read_body()
+        with works:
+            time.sleep(0.4)
+            exchange.answer(*exchange.forward(body))
+
+    behind.proxy.inject(work_off, method="PUT", times=float("inf"))
+    data = os.urandom(40 * MIB)
+    store.put("key", data)
+    assert store.get("key") == data
+    assert behind.proxy.count("PUT") == 5
+    store.close()
+
+
+def test_a_lost_answer_among_others_is_asked_for_again(
+    behind: Behind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it was waited for longer than there is patience, because the store lived."""
+    monkeypatch.setattr(client_module, "SILENCE_S", 0.5)
+    monkeypatch.setattr(client_module, "READ_TIMEOUT_S", 2)
+    monkeypatch.setattr(client_module, "_LOOK_S", 0.05)
+    store = behind.open(patience_s=1)
+    behind.proxy.inject(swallow_answer, method="GET")
+    store.put("key", b"value")
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(store.get, "key")
+        while not asked.done():
+            if behind.proxy.count("GET"):
+                assert store.get("key") == b"value"
+            time.sleep(0.05)
+    assert asked.result() == b"value"
     store.close()
 
 

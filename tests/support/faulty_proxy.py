@@ -104,6 +104,14 @@ def lose_answer(exchange: Exchange) -> None:
     exchange.reset()
 
 
+def swallow_answer(exchange: Exchange) -> None:
+    """The store does what it is asked, and its answer never comes; the connection stays."""
+    exchange.forward(exchange.read_body())
+    while exchange.handler.connection.recv(1):  # until the client has gone
+        pass
+    exchange.handler.close_connection = True
+
+
 def truncate_answer(exchange: Exchange) -> None:
     """The connection ends in the middle of the answer's body, as if that were all."""
     response, body = exchange.forward(exchange.read_body())
@@ -258,6 +266,12 @@ class FaultyProxy:
         """Forget the faults that have not come yet."""
         with self._lock:
             self._rules.clear()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether some fault has not come yet."""
+        with self._lock:
+            return any(rule.times > 0 for rule in self._rules)
 
     def count(self, method: str, containing: str = "") -> int:
         """How many such requests came."""

@@ -115,11 +115,15 @@ class Bucket:
             raise self._translated(error, key) from error
 
     def _patience(self, error: Exception) -> float:
-        from crcli.store.s3.errors import passes, status_of
+        from crcli.store.s3.client import READ_TIMEOUT_S
+        from crcli.store.s3.errors import passes, status_of, was_silence
 
         if not passes(error):
             return 0
-        if self._has_answered or status_of(error):
+        silent = was_silence(error)
+        if silent and self.connection.pulse.is_felt:  # it answers others: this answer is lost
+            return self.settings.patience_s + READ_TIMEOUT_S
+        if silent or self._has_answered or status_of(error):
             return self.settings.patience_s
         return min(self.settings.patience_s, FIRST_CONTACT_PATIENCE_S)
 

@@ -6,8 +6,14 @@ transfer manager would cost start-up time and bring threads and retries of their
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
+import math
 import os
+import select
+import sys
+import termios
+import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -20,7 +26,14 @@ if TYPE_CHECKING:
     from crcli.store.s3.settings import S3Settings
 
 CONNECT_TIMEOUT_S = 5
+SILENCE_S = 14
+"""How long a store may keep silent on all connections (seconds): two such silences, one after the other, are
+over before whoever has 30 s notice has to leave."""
 READ_TIMEOUT_S = 30
+"""How long one answer is waited for from a store that answers others meanwhile, and for a line to take the
+next bytes (seconds)."""
+_LOOK_S = 0.5
+"""How often it is looked what became of a request that has no answer yet (seconds)."""
 CONNECTIONS = 32
 """Kept open at most: the writers' threads and those of a caller that reads ranges in parallel."""
 
@@ -29,6 +42,7 @@ class Connection(Struct, frozen=True):
     """A client, and what had to be known to make it."""
 
     client: Any
+    pulse: Pulse
     endpoint_url: str
     region: str
     credentials_from: str
@@ -50,7 +64,7 @@ def connect(settings: S3Settings) -> Connection:
         endpoint_url=settings.endpoint_url,
         config=Config(
             connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
+            read_timeout=SILENCE_S,
             tcp_keepalive=True,
             max_pool_connections=CONNECTIONS,
             retries={"total_max_attempts": 1, "mode": "standard"},
@@ -59,9 +73,9 @@ def connect(settings: S3Settings) -> Connection:
         ),
     )
     _leave_payloads_unsigned_where_safe(client)
-    _send_as_patiently_as_read(client)
     return Connection(
         client=client,
+        pulse=_watch_over(client),
         endpoint_url=client.meta.endpoint_url,
         region=client.meta.region_name,
         credentials_from=getattr(session.get_credentials(), "method", ""),
@@ -108,11 +122,36 @@ def _leave_payloads_unsigned_where_safe(client: Any) -> None:
         client.meta.config.s3 = {**s3, "payload_signing_enabled": False}
 
 
+class Pulse:
+    """When a store was last seen to live, on whichever connection: it answered, or took bytes."""
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def beat(self) -> None:
+        """It lives."""
+        self._last = time.monotonic()
+
+    @property
+    def is_felt(self) -> bool:
+        """Whether it has lived of late."""
+        return self.felt_since(time.monotonic() - SILENCE_S)
+
+    def felt_since(self, when: float) -> bool:
+        """Whether it has lived since then."""
+        return self._last > when
+
+
 class _PatientConnection:
-    """Waits for a socket that takes no bytes as long as for one that brings none. urllib3 waits as long as
-    for a new connection to stand: of parts that shared a line of 20 Mbit/s none came to its end."""
+    """Tells a silent store from one that is slow, or is behind a slow line.
+
+    It waits for a socket that takes no bytes longer than urllib3, for which a new connection's time is
+    enough: of parts that shared a line of 20 Mbit/s none came to its end. An answer is waited for while the
+    kernel still sends what was asked, or the store answers others.
+    """
 
     sock: Any
+    pulse: Pulse
 
     def send(self, data: Any) -> None:
         """As http.client's connections."""
@@ -120,13 +159,42 @@ class _PatientConnection:
             self.sock.settimeout(READ_TIMEOUT_S)
         super().send(data)  # type: ignore[misc]
 
+    def getresponse(self) -> Any:
+        """As http.client's connections. Raises TimeoutError when the store keeps silent.
 
-def _send_as_patiently_as_read(client: Any) -> None:
-    """Have connections be patient when they send; botocore takes no word for that."""
+        TLS may have something to say by itself, right after a connection stands: then silence is all that the
+        first answer on it is given.
+        """
+        began, unsent = time.monotonic(), 0
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        while not poll.poll(_LOOK_S * 1000):
+            if (left := _unsent(self.sock)) != unsent:  # the other side takes it
+                began, unsent = time.monotonic(), left
+                self.pulse.beat()
+            now = time.monotonic()
+            is_slow = self.pulse.felt_since(now - SILENCE_S) and now < began + READ_TIMEOUT_S
+            if now >= began + SILENCE_S and not is_slow:
+                raise TimeoutError("no answer")
+        response = super().getresponse()  # type: ignore[misc]
+        self.pulse.beat()
+        return response
+
+
+def _unsent(connection: Any) -> int:
+    """How many bytes the other side's kernel has not taken yet."""
+    held = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
+    return int.from_bytes(held, sys.byteorder)
+
+
+def _watch_over(client: Any) -> Pulse:
+    """Have a client's connections be patient; botocore takes no word for that."""
+    pulse = Pulse()
     pools = getattr(client._endpoint.http_session, "_pool_classes_by_scheme", {})
     for scheme, pool in list(pools.items()):
-        connection = type("Connection", (_PatientConnection, pool.ConnectionCls), {})
+        connection = type("Connection", (_PatientConnection, pool.ConnectionCls), {"pulse": pulse})
         pools[scheme] = type("Pool", (pool,), {"ConnectionCls": connection})
+    return pulse
 
 
 def _host(client: Any) -> str:

@@ -134,6 +134,11 @@ def says_it_was_done(error: BaseException | None) -> bool:
     return status_of(error) == 412 or code_of(error) == "NoSuchUpload"
 
 
+def was_silence(error: Exception) -> bool:
+    """Whether an answer was waited for in vain."""
+    return isinstance(error, boto.ReadTimeoutError)
+
+
 def passes(error: Exception) -> bool:
     """Whether trying again can help: throttling, trouble in the store, lost connections, damaged bytes."""
     if isinstance(error, boto.ClientError):
