@@ -3,8 +3,9 @@ were told what the store has, they also hash the single pages of groups that it 
 
 That is most of the work on a tree that was dumped before, or whose memory stands in files. Threads that do it
 wait for Python's lock in between, and make the one that receives wait: processes do not. Where there are
-processors to spare they begin with the first block, else when the workers begin. The workers take what is
-done; when there is none of that, they do themselves what came last, until they meet.
+processors to spare, or nobody waits for the tree to run on, they begin with the first block, else when the
+workers begin. The workers take what is done; when there is none of that, they do themselves what came last,
+until they meet.
 
 Nothing depends on it: what it does not do, the workers do.
 """
@@ -161,6 +162,15 @@ class Lookahead:
             self._has_begun = True
             self._hand_out()
 
+    def begin_beside(self, sender: int) -> None:
+        """Have them begin with the first block, on one processor together with the process that sends the
+        pages, until they are to hurry: whoever takes the pages in needs another one for himself. Left to
+        the kernel, he is made to share his, and waits for a third of the time."""
+        for pid in (*self.pids, sender):
+            if pid:  # 0: not known, and would be ourselves
+                _keep_to(pid, {max(os.sched_getaffinity(0))})
+        self.begin()
+
     def _hand_out(self) -> None:
         """Tell them what is asked for, as far as there is room for it."""
         try:
@@ -174,6 +184,7 @@ class Lookahead:
     def hurry(self) -> None:
         """Let them work as we do: the tree has been let go of, or waits for us."""
         for pid in self.pids:
+            _keep_to(pid, os.sched_getaffinity(0))
             try:
                 os.sched_setscheduler(pid, os.sched_getscheduler(0), os.sched_getparam(0))
             except OSError:
@@ -238,6 +249,14 @@ class Lookahead:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _keep_to(pid: int, processors: Set[int]) -> None:
+    """Have a process use these processors alone."""
+    try:
+        os.sched_setaffinity(pid, processors)
+    except OSError:
+        pass  # it has ended, or goes where it likes
 
 
 def _run(

@@ -41,6 +41,7 @@ from crcli.image.packs import PackWriter
 from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
+from crcli.memory.extents import PAGE
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import Lookahead
 from crcli.memory.overflow import Overflow
@@ -116,6 +117,9 @@ _LARGE_BYTES = 128 << 20
 
 _BUSY_PROCESSORS = 2
 """What a tree keeps busy that is being copied: CRIU, and our thread that receives."""
+
+_FEW_PROCESSORS = 2
+"""So many are all busy while a tree is copied, one of them for a quarter of the time."""
 
 _MOST_LOOKAHEADS, _MOST_WORKERS = 8, 8
 """Processes that look at pages ahead, and threads that work on them, at most: more wait for each other."""
@@ -348,6 +352,9 @@ class _Dump:
         self.nice = 0
         """The nice value of our thread while no tree stands still."""
         self.store: Store | None = None
+        self.lookahead: Lookahead | None = None
+        self.known_bytes = 0
+        """So much memory the store has of earlier images."""
         self.vouched_by: list[str] = []
         """The manifests of earlier images on whose word we rely."""
         self.published = False
@@ -511,7 +518,7 @@ class _Dump:
             )
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
             self.weights.index(self.progress.amount, for_weights)
-            lookahead = self._start_lookahead(held)
+            self.lookahead = self._start_lookahead(held)
             self.hashing = Hashing(self.target.evidence, for_hashes)
             self.hashing.start()  # a thread: no more forks from here on
             self.network = other_network(self.target.evidence.root.pid)
@@ -527,7 +534,7 @@ class _Dump:
             self.writer = PackWriter(store, self.target.image_id)
             held.callback(self.writer.close)
             workers = min(max(2, usable_processors() // 2 // self.shared.at_once), _MOST_WORKERS)
-            self.intake = Intake(None, self.writer, overflow, self.weights.matcher, workers, lookahead)
+            self.intake = Intake(None, self.writer, overflow, self.weights.matcher, workers, self.lookahead)
             held.callback(self.intake.abandon)
             self.rounds = Rounds(
                 self.workspace,
@@ -547,6 +554,15 @@ class _Dump:
             if not self._acts_on_forecast():
                 self.look_ahead = partial(self._look_ahead, gpu_bytes, self.watch.since_start_ms())
 
+    def _look_ahead_early(self) -> None:
+        """Have pages be hashed as they come where few processors would rather copy first, if that brings
+        more than it costs: the tree, of which the store has most, is not to run on. It stands still for up
+        to a tenth longer, and is durable a tenth sooner."""
+        is_known = 2 * self.known_bytes > self.target.evidence.expected_bytes
+        has_few = usable_processors() == len(os.sched_getaffinity(0)) == _FEW_PROCESSORS
+        if self.lookahead is not None and self.options.outcome != Outcome.RUNNING and is_known and has_few:
+            self.lookahead.begin_beside(self.criu_pid)
+
     def _begin_knowing(self, held: ExitStack, store: Store, gpu_bytes: int) -> None:
         evidence, name = self.target.evidence, self.target.name
         self.knowing = Knowing(store, partial(known_for, evidence, store, name, gpu_bytes=gpu_bytes))
@@ -559,6 +575,7 @@ class _Dump:
         self._date_after(known.newest_image)
         self.writer.learn(known, self.target.image_id)
         self.vouched_by = known.vouched_by
+        self.known_bytes = known.page_count * PAGE
         if known.page_count:
             self.intake.learn(KnownPagesOf(known, self.writer.adopt), known.group_keys())
         return known
@@ -584,6 +601,7 @@ class _Dump:
         """Do what is to be done before the freeze: some ms pass before CRIU asks whether it may."""
         messages.import_all()
         self.look_ahead()
+        self._look_ahead_early()
 
     def _measure(self, known: KnownChunks, gpu_bytes: int) -> Load | None:
         """What lies ahead."""
