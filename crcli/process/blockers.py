@@ -583,7 +583,8 @@ def sysv_shm(evidence: Evidence) -> Iterator[Finding]:
             "sysv-shm",
             f"{who(evidence, held)} uses System V shared memory that it shares with the whole host",
             places(evidence, held),
-            "start the program in an IPC namespace of its own: `unshare --ipc COMMAND`",
+            "start the program in an IPC namespace of its own: `unshare --ipc COMMAND` (not "
+            "below `crcli run`; `crcli watch` keeps it as well)",
         )
 
 
