@@ -620,8 +620,8 @@ def nested_namespaces(evidence: Evidence) -> Iterator[Finding]:
             f"{first.label} lives in other namespaces than the root ({kinds}); such a sandbox inside "
             "the tree could not be restored",
             {"namespaces": [{"pid": one.pid, "namespace": one.name} for one in held]},
-            "wait until the sandboxed child has ended, start the program without its sandbox, or dump the "
-            f"child {first.pid} by itself",
+            "wait until the sandboxed child has ended, or start the program without its sandbox; whether the "
+            f"child could be dumped by itself, `crcli check {first.pid}` says",
         )
 
 
