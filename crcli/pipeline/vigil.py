@@ -602,12 +602,20 @@ class Vigil:
             self._leaving.forecast = time.monotonic() + needs_s
             is_late = needs_s > finding.evidence["left_s"]
             self._say("forecast", finding.message, **finding.evidence, fits=not is_late)
+        elif _leads_to_us(finding):
+            return  # the job's output, which we pass on before and after
         elif finding.severity is not Severity.NOTE and finding.message not in self._told:
             self._told.add(finding.message)  # each image finds the same
             self._say("finding", finding.message, finding=finding.as_json())
 
     def _say(self, name: str, message: str, **data: Any) -> None:
         self._tell(Event(name, message, data))
+
+
+def _leads_to_us(finding: Finding) -> bool:
+    """Whether it is about a pipe or terminal of the tree's whose other side this process alone has."""
+    others = finding.evidence.get("other_end") or finding.evidence.get("driver") or ()
+    return bool(others) and all(one["pid"] == os.getpid() for one in others)
 
 
 def _may_pass(error: CrcliError) -> bool:

@@ -217,6 +217,7 @@ def test_a_job_that_was_moved_writes_what_it_would_have(crcli: Crcli, tmp_path: 
             one.tell(signal.SIGTERM)
             one.end(75)
             assert one.report["end"] == "saved" and one.report["saved"].startswith("job@")
+            assert "outside the tree" not in one.err  # its output is ours
         written += one.out
     done = to_the_end(crcli, tmp_path / "3", *steps(150, 0.05))
     assert done.report["begun"] == "restored" and done.report["image"] == one.report["saved"]
