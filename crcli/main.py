@@ -22,11 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         with heard_at_once():
-            if argv[:1] == ["restore"]:
-                from crcli.cli.quick import quick_restore
+            if argv[:1] in (["dump"], ["restore"]):
+                from crcli.cli.quick import quick
 
-                if (restore := quick_restore(argv[1:])) is not None:
-                    return restore()
+                if (command := quick(argv)) is not None:
+                    return command()
             from crcli import app
 
             return app.run(argv, as_json)

@@ -1,4 +1,4 @@
-"""`crcli dump`: parse, call pipeline.dump, show its report."""
+"""`crcli dump`: what can be asked for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from crcli.cli.dumping import options_of, take
 from crcli.cli.options import EndpointOption, JsonOption, StoreOption, check_seconds, parse_paths
-from crcli.config import choose_store
 from crcli.errors import UsageError
-from crcli.pipeline.stages import NOTIFY_WAIT_S, PRE_COPY_AUTO, DumpOptions, Outcome
+from crcli.pipeline.stages import NOTIFY_WAIT_S, PRE_COPY_AUTO
 
 
 def dump(
@@ -94,12 +94,13 @@ def dump(
     """
     if leave_running and leave_stopped:
         raise UsageError("--leave-running and --leave-stopped exclude each other")
-    chosen = choose_store(store, endpoint_url)
-    options = DumpOptions(
-        pid=pids[0],
-        store=chosen.url,
+    options = options_of(
+        pids[0],
+        store,
+        endpoint_url,
+        leave_running=leave_running,
+        leave_stopped=leave_stopped,
         name=name,
-        outcome=Outcome.RUNNING if leave_running else Outcome.STOPPED if leave_stopped else Outcome.KILLED,
         include=parse_paths(include, "--include"),
         trial=not no_trial,
         dry_run=dry_run,
@@ -107,34 +108,8 @@ def dump(
         weights=tuple(weights or ()),
         notify_wait_s=notify_wait,
         pre_copy=_rounds(pre_copy),
-        endpoint_url=chosen.endpoint_url,
     )
-    from crcli.pipeline.interrupts import answer_first
-
-    answer_first()
-    return _dump_one(options, as_json) if len(pids) == 1 else _dump_many(pids, options, as_json)
-
-
-def _dump_one(options: DumpOptions, as_json: bool) -> int:
-    from crcli.pipeline.dump import dump as run
-    from crcli.ui import reports
-    from crcli.ui.progress import showing
-
-    with showing(as_json) as progress:
-        report = run(options, progress)
-    reports.show_dump(report, as_json, dry_run=options.dry_run)
-    return 0
-
-
-def _dump_many(pids: list[int], options: DumpOptions, as_json: bool) -> int:
-    from crcli.pipeline.many import dump_many
-    from crcli.ui import dumps
-    from crcli.ui.progress import showing
-
-    with showing(as_json) as progress:
-        report = dump_many(pids, options, progress)
-    dumps.show(report, as_json, dry_run=options.dry_run)
-    return report.exit_code
+    return take(pids, options, as_json=as_json)
 
 
 def _rounds(text: str) -> int:

@@ -19,7 +19,7 @@ from crcli import app, errors, kernel
 from crcli.app import COMMANDS, build_app
 from crcli.cause import Cause
 from crcli.cli.options import JsonOption
-from crcli.cli.quick import quick_restore
+from crcli.cli.quick import quick
 from crcli.config import DEFAULT_STORE, choose_cache, choose_store
 from crcli.errors import (
     EXIT_CODES,
@@ -146,6 +146,7 @@ def test_help_of_a_command_imports_no_pipeline(command: str) -> None:
     loaded = loaded_by(command, "--help")
     assert {name for name in loaded if name.startswith("crcli.cli.")} <= {
         COMMANDS[command][0].partition(":")[0],
+        "crcli.cli.dumping",
         "crcli.cli.keeping",
         "crcli.cli.options",
         "crcli.cli.quick",
@@ -708,43 +709,67 @@ def test_real_time_signals_have_names_too() -> None:
     assert kernel.signal_name(signal.SIGRTMIN + 3) == "SIGRTMIN+3"
 
 
-# --- a restore without typer -------------------------------------------------------------------------------
+# --- a dump or a restore without typer ---------------------------------------------------------------------
 
 
 class _Asked:
-    """Notes what a restore is asked for, instead of doing it."""
+    """Notes what a dump or a restore is asked for, instead of doing it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: tuple[object, ...] = ()
         monkeypatch.setattr("crcli.cli.restoring.bring_back", self.note)
         monkeypatch.setattr("crcli.cli.restore.bring_back", self.note)
+        monkeypatch.setattr("crcli.cli.dumping.take", self.note)
+        monkeypatch.setattr("crcli.cli.dump.take", self.note)
 
-    def note(self, options: object, *, wait: bool, as_json: bool) -> int:
-        self.found = (options, wait, as_json)
+    def note(self, *asked: object, **how: bool) -> int:
+        self.found = (asked, how)
         return 0
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ["agent"],
-        ["agent@20261127T000000000-abcdef"],
-        ["--json", "agent", "--store", "file:///a"],
-        ["file:///b/agent", "--store", "file:///a", "--store", "file:///c"],
-        ["agent", "--wait", "--lazy", "--endpoint-url", "http://here:1", "--store", "s3://bucket/prefix"],
-        ["--eager", "--eager", "agent"],
+        ["restore", "agent"],
+        ["restore", "agent@20261127T000000000-abcdef"],
+        ["restore", "--json", "agent", "--store", "file:///a"],
+        ["restore", "file:///b/agent", "--store", "file:///a", "--store", "file:///c"],
+        [
+            "restore",
+            "agent",
+            "--wait",
+            "--lazy",
+            "--endpoint-url",
+            "http://here:1",
+            "--store",
+            "s3://bucket/x",
+        ],
+        ["restore", "--eager", "--eager", "agent"],
+        ["dump", "17"],
+        ["dump", "--json", "017", "--name", "agent", "--store", "file:///a"],
+        [
+            "dump",
+            "17",
+            "--leave-running",
+            "--no-trial",
+            "--endpoint-url",
+            "http://here:1",
+            "--store",
+            "s3://b/x",
+        ],
+        ["dump", "--leave-stopped", "17", "--name", "a", "--name", "b"],
     ],
 )
-def test_a_restore_is_asked_for_the_same_with_and_without_typer(
+def test_the_same_is_asked_for_with_and_without_typer(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every command line that is read without typer means what typer makes of it."""
     asked = _Asked(monkeypatch)
-    quick = quick_restore(words)
-    assert quick is not None
-    assert quick() == 0
+    command = quick(words)
+    assert command is not None
+    assert command() == 0
     ours, asked.found = asked.found, ()
-    assert app.run(["restore", *words], as_json=False) == 0
+    assert app.run(words, as_json=False) == 0
     assert ours == asked.found
 
 
@@ -752,22 +777,33 @@ def test_a_restore_is_asked_for_the_same_with_and_without_typer(
     "words",
     [
         [],
-        ["--help"],
-        ["agent", "-h"],
-        ["agent", "other"],
-        ["agent", "--store"],
-        ["agent", "--store", "--json"],
-        ["agent", "--store", ""],
-        ["agent", "--store=file:///a"],
-        ["agent", "--lazy", "--eager"],
-        ["agent", "--tcp", "close"],
-        ["--", "agent"],
-        ["agent", "--nosuch"],
+        ["ls"],
+        ["restore"],
+        ["restore", "--help"],
+        ["restore", "agent", "-h"],
+        ["restore", "agent", "other"],
+        ["restore", "agent", "--store"],
+        ["restore", "agent", "--store", "--json"],
+        ["restore", "agent", "--store", ""],
+        ["restore", "agent", "--store=file:///a"],
+        ["restore", "agent", "--lazy", "--eager"],
+        ["restore", "agent", "--tcp", "close"],
+        ["restore", "--", "agent"],
+        ["restore", "agent", "--nosuch"],
+        ["dump", "--help"],
+        ["dump", "17", "18"],
+        ["dump", "agent"],
+        ["dump", "-17"],
+        ["dump", "1_7"],
+        ["dump", "17", "--leave-running", "--leave-stopped"],
+        ["dump", "17", "--name", ""],
+        ["dump", "17", "--dry-run"],
+        ["dump", "17", "--deadline", "30"],
     ],
 )
 def test_whatever_else_is_left_to_typer(words: list[str]) -> None:
-    """Other options, help and mistakes."""
-    assert quick_restore(words) is None
+    """Other commands and options, help and mistakes."""
+    assert quick(words) is None
 
 
 @pytest.mark.parametrize("more", [[], ["--tcp", "close"]], ids=["without typer", "with it"])
