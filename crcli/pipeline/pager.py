@@ -22,6 +22,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
@@ -189,8 +190,12 @@ class Pager:
         self._listener.close()
 
     def reap(self) -> None:
-        """Have its end waited for, for as long as we live; nobody else may wait for it then."""
-        threading.Thread(target=os.waitpid, args=(self.pid, 0), name="pager's end", daemon=True).start()
+        """Have it reaped when it ends, for as long as we live."""
+        threading.Thread(target=self._reap, name="pager's end", daemon=True).start()
+
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):  # somebody has who reaps all
+            os.waitpid(self.pid, 0)
 
     def close(self) -> None:
         """Return when it has ended: it does unless it was told to `go`, or its tree is dead."""

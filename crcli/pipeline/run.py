@@ -88,7 +88,8 @@ SECOND_LOOK_S = 1.0
 _BAD_ENDS = (signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGPIPE, signal.SIGSYS)
 
 _LOOK_EVERY_S = 0.1
-"""How often it is seen whether notice came while the store is waited for (seconds)."""
+"""How often it is seen whether notice came while the store is waited for, and who has ended while the job's
+warden is (seconds)."""
 
 _LEAVE_S = 1.5
 """How long what was begun on a store may take to end once it was given up (seconds)."""
@@ -554,12 +555,27 @@ def _wake(root: ProcessId) -> None:
 
 
 def _end_it(job: _Running) -> None:
-    """See the job dead, all of it, and its warden."""
+    """See the job dead, all of it, and its warden.
+
+    Its namespace is not over while somebody in it is a zombie. Of a dump whose process was killed, CRIU may
+    be one, and has come to us.
+    """
     with suppress(ProcessLookupError):
         os.kill(job.child, signal.SIGTERM)
+        warden = os.pidfd_open(job.child)
+        while not select.select([warden], [], [], _LOOK_EVERY_S)[0]:
+            _reap_all()
+        os.close(warden)
     with suppress(ChildProcessError):
         os.waitpid(job.child, 0)
     os.close(job.ended)
+
+
+def _reap_all() -> None:
+    """Reap whichever children have ended."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            continue
 
 
 def _claimed(notices: Notices, store: Store, claim: Callable[[], Lease]) -> Lease:
