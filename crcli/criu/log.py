@@ -1,6 +1,6 @@
 """CRIU's log, read for us: the line that is the cause, what it means, and what helps.
 
-A log of level 4 holds lines of several processes. CRIU's own have no pid; a process that is being restored
+A log holds lines of several processes. CRIU's own have no pid; a process that is being restored
 (or code that runs inside one) puts its own before what it says:
 
     (00.046071)   5392: Error (criu/files-reg.c:2353): Can't open file tmp/f on restore: No such file …

@@ -11,7 +11,11 @@ LOG_NAME = "criu.log"
 PARENT_LINK = "parent"
 """What CRIU leaves in a folder of images that refers to those of a pre-dump."""
 
-_LOG_LEVEL = 4
+_LOG_LEVEL = 3
+"""Errors, warnings and what CRIU does. At 4 it writes a line for every page that a child may share with its
+parent: of 50 processes 190 000, which took a quarter of the time of their restore, and a fifth of their dump's.
+"""
+
 _CPU_CAP = (1 << 0) | (1 << 2)  # CPU_CAP_FPU | CPU_CAP_INS: refuse a CPU that lacks what programs may use
 _GHOST_FLOOR = 1 << 20
 
