@@ -13,7 +13,7 @@ PARENT_LINK = "parent"
 
 _LOG_LEVEL = 3
 """Errors, warnings and what CRIU does. At 4 it writes a line for every page that a child may share with its
-parent: of 50 processes 190 000, which took a quarter of the time of their restore, and a fifth of their dump's.
+parent: of 50 processes 190 000, which took a quarter of the time of their restore, a fifth of their dump's.
 """
 
 _CPU_CAP = (1 << 0) | (1 << 2)  # CPU_CAP_FPU | CPU_CAP_INS: refuse a CPU that lacks what programs may use

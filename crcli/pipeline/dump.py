@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import time
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
@@ -19,7 +20,7 @@ import crcli
 from crcli import kernel
 from crcli.criu import messages, netlock
 from crcli.criu.binary import criu_command
-from crcli.criu.images import read_tree, rename_sockets, run_id
+from crcli.criu.images import link_remaps, read_tree, rename_sockets, run_id
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME, PARENT_LINK, dump_options
@@ -165,8 +166,24 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
     progress = progress or Silent()
     watch = Stopwatch(progress)
     shared = shared or Shared()
-    with limits_lifted(), _alone(options, watch, shared) as lock:
-        return _dump_alone(options, progress, watch, shared, lock)
+    with limits_lifted():
+        try:
+            return _dump_once(options, progress, watch, shared)
+        except _TrialOutrun as outrun:
+            progress.finding(outrun.finding)
+            return _dump_once(options, progress, watch, shared, outrun)
+
+
+def _dump_once(
+    options: DumpOptions,
+    progress: Progress,
+    watch: Stopwatch,
+    shared: Shared,
+    outrun: _TrialOutrun | None = None,
+) -> DumpReport:
+    """The dump; `outrun` is how it went before, with the trial beside the running tree."""
+    with _alone(options, watch, shared) as lock:
+        return _dump_alone(options, progress, watch, shared, lock, outrun)
 
 
 @contextmanager
@@ -207,14 +224,20 @@ def _wait_for_other(lock: TreeLock, left_s: float | None, shared: Shared, pid: i
 
 
 def _dump_alone(
-    options: DumpOptions, progress: Progress, watch: Stopwatch, shared: Shared, lock: TreeLock
+    options: DumpOptions,
+    progress: Progress,
+    watch: Stopwatch,
+    shared: Shared,
+    lock: TreeLock,
+    outrun: _TrialOutrun | None,
 ) -> DumpReport:
     """The dump, with nobody else at the tree until the lock is released."""
-    wish, no_rounds = rounds_here(options.pre_copy)
+    wish, found = rounds_here(options.pre_copy)
     options = replace(options, pre_copy=wish)
     with watch.phase("look"):
         target = look(options)
-        target = replace(target, findings=(*target.findings, *no_rounds))
+        found = (*found, *([outrun.finding] if outrun is not None else []))
+        target = replace(target, findings=(*target.findings, *found))
     for finding in target.findings:
         progress.finding(finding)
     report = _begin_report(options, target)
@@ -232,7 +255,8 @@ def _dump_alone(
     with _failing_at_its_deadline(target), interruptible(_left_s(options, watch)) as interrupts:
         work = _Dump(options, target, watch, report, interrupts, progress, shared, lock)
         work.on_frozen = lambda: hooks.call("dump_frozen", target=work.described())
-        work.found = no_rounds
+        work.found = found
+        work.may_try_later = outrun is None
         work.plugins = [one for one in hooks.plugins if not one.error]
         shared.see_caller()
         try:
@@ -359,6 +383,10 @@ class _Dump:
         """The manifests of earlier images on whose word we rely."""
         self.published = False
         self.is_holding = False
+        self.may_try_later = True
+        """Whether the trial may take place beside the running tree, where that is left running."""
+        self.tries_later = False
+        """Whether it does."""
         self.criu_pid = 0
         self.waited_ms: dict[int, int] = {}
         self.frozen_at = 0.0
@@ -802,7 +830,8 @@ class _Dump:
                 raise
             finally:
                 receiver.end()
-                self.shared.end_turn()
+                if not self.tries_later:
+                    self.shared.end_turn()
         if not answer.success:
             receiver.raise_failure()  # CRIU fails when nobody takes its pages: it is not to blame
             raise _explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
@@ -866,24 +895,56 @@ class _Dump:
             settle_terminals(self.images, evidence.root.identity, self.target.links)
         if renamed := evidence.renamed_sockets:
             rename_sockets(self.images, {one.socket.socket.inode: one.path for one in renamed})
-        if self.sandbox is not None:
-            plan, links, kept = self.target.plan, self.target.links, self.intake.kept
-            began = time.monotonic()
-            self.progress.phase("trial")
-            try_skeleton(self.sandbox, self.trial, self.images, kept, plan, links, self._capture)
-            self.watch.add("trial", time.monotonic() - began - self.watch.phases["files"] / 1000)
-        else:
-            self._capture()
+        self._capture()
+        self.tries_later = self._can_try_later()
+        is_kept = self.options.outcome != Outcome.RUNNING
+        if is_kept:
+            self._stood_still()
+            self._begin_work()
+        if not self.tries_later:
+            self._try()
+            self.shared.end_turn()
         if self.options.outcome != Outcome.KILLED:
             self._resume_calls()
-        self.shared.end_turn()
-        since = self.gpu.asleep_since if self.gpu is not None else self.frozen_at
-        self.report.frozen_ms = round((time.monotonic() - since) * 1000, 2)
-        if self.options.outcome != Outcome.RUNNING:
-            self._begin_work()
+        if is_kept:
             with self.watch.phase("hold"):
                 self._publish()
             self.standby.settle(self.options.outcome.value, self.tree.identities, self.keeps_lock)
+        else:
+            self._stood_still()
+
+    def _stood_still(self) -> None:
+        """Note for how long the tree does."""
+        since = self.gpu.asleep_since if self.gpu is not None else self.frozen_at
+        self.report.frozen_ms = round((time.monotonic() - since) * 1000, 2)
+
+    # The trial comes before the kill. A tree that runs on need not wait for it, unless what it has open goes
+    # away by then.
+
+    def _can_try_later(self) -> bool:
+        """Whether a trial beside the running tree will find what it would find now, as far as can be told:
+        files that were open already when we looked at the tree are likely to stay for as long again."""
+        if self.options.outcome != Outcome.RUNNING or not self.may_try_later or link_remaps(self.images):
+            return False
+        evidence = self.target.evidence
+        seen = {file.path for file in evidence.files} | {mapping.path for mapping in evidence.mappings}
+        return all(stat.S_ISDIR(one["mode"] or 0) or one["path"] in seen for one in named_files(self.images))
+
+    def _try(self) -> None:
+        if self.sandbox is None:
+            return
+        with self.watch.phase("trial"):
+            plan, links, kept = self.target.plan, self.target.links, self.intake.kept
+            try_skeleton(self.sandbox, self.trial, self.images, kept, plan, links)
+
+    def _try_beside(self) -> None:
+        """The trial, with the tree running. A failure may mean that the tree has outrun it."""
+        try:
+            self._try()
+        except DumpFailed as failure:
+            raise _TrialOutrun(failure, self.report.frozen_ms) from failure
+        finally:
+            self.shared.end_turn()
 
     def _resume_calls(self) -> None:
         """Have threads of the frozen tree make the calls again that they would see interrupted."""
@@ -1001,11 +1062,13 @@ class _Dump:
     def _finish(self) -> None:
         outcome = self.options.outcome
         if outcome == Outcome.RUNNING:
-            with self.watch.phase("store"):
-                try:
+            try:
+                if self.tries_later:
+                    self._try_beside()
+                with self.watch.phase("store"):
                     self._publish()
-                except BaseException as error:
-                    raise self.failure(error) from error
+            except BaseException as error:
+                raise self.failure(error) from error
         elif outcome == Outcome.KILLED:
             with self.watch.phase("reap"):
                 self._clear_away()
@@ -1132,6 +1195,19 @@ def _left_stopped(processes: Sequence[Process]) -> Finding:
         "left it so, as it was told",
         how_to_continue(processes),
     )
+
+
+class _TrialOutrun(DumpFailed):
+    """A trial beside the running tree failed: with the tree frozen it may work. Nothing was published."""
+
+    def __init__(self, failure: DumpFailed, frozen_ms: float) -> None:
+        super().__init__(failure.message, hint=failure.hint, state=failure.state, cause=failure.cause)
+        self.finding = note(
+            "trial-again",
+            "the trial failed while the tree ran on, which may have removed what it had open",
+            {"said": failure.message, "frozen_ms": frozen_ms},
+            "dumps it again, frozen for as long as the trial takes",
+        )
 
 
 class _CriuKilled(BaseException):

@@ -134,9 +134,10 @@ def predict(load: Load, rates: Rates, store: str, room: int, spent_ms: float | N
     ship = takes("ship", store)
     frozen = takes("take") + rates.step("files").takes(load.file_amounts())
     frozen += rates.step("gpu").takes(load.gpu_amounts()) if load.gpu_bytes else 0.0
-    frozen += (takes("trial") if load.trial else 0.0) + ship * spill
+    frozen += ship * spill
     before = takes("look") + takes("prepare", store) if spent_ms is None else spent_ms
-    after = ship * (1 - spill) + (takes("reap") if load.reaped else 0.0)
+    after = (takes("trial") if load.trial else 0.0) + ship * (1 - spill)
+    after += takes("reap") if load.reaped else 0.0
     return Forecast(round(frozen, 1), load.stored_bytes, round(before + frozen + after + takes("rest"), 1))
 
 

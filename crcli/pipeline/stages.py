@@ -209,9 +209,10 @@ class Forecast(Struct, frozen=True):
 class DumpReport(Struct):
     """What `crcli dump --json` says; sizes in bytes, times in milliseconds.
 
-    `frozen_ms` runs from the freeze to the moment when all of the tree's state had left it and the trial was
-    passed: what a tree that lives on stands still. A tree that is to be killed is held longer, until its
-    image is durable: `phases["hold"]`. `forecast` was made before the freeze; None where it could not be.
+    `frozen_ms` runs from the freeze to the moment when all of the tree's state had left it, which is what a
+    tree that lives on stands still (with the trial, where that has to find it frozen). A tree that is to be
+    killed is held longer, until its image is proven and durable: `phases["trial"]` and `phases["hold"]`.
+    `forecast` was made before the freeze; None where it could not be.
     """
 
     image: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from crcli.criu.images import join_threads_to_leaders, read_tree
@@ -28,7 +27,7 @@ from crcli.memory.writing import write_all
 from crcli.pipeline.logs import explain_failure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from crcli.criu.options import DumpPlan
     from crcli.criu.sandbox import Sandbox
@@ -49,13 +48,11 @@ def try_skeleton(
     kept: Mapping[SpaceKey, list[tuple[int, bytes]]],
     plan: DumpPlan,
     links: tuple[OutsideLink, ...],
-    meanwhile: Callable[[], None],
 ) -> None:
     """Restore the skeleton in the sandbox, without a single instruction of the tree being run.
 
-    `trial` is an empty folder that the sandbox has open, for the images as they are tried. `meanwhile` is
-    done while CRIU works. Raises DumpFailed when the skeleton cannot be restored: the dump must then be given
-    up, and the tree let go; and what `meanwhile` raises.
+    `trial` is an empty folder that the sandbox has open, for the images as they are tried. Raises DumpFailed
+    when the skeleton cannot be restored: the dump must then be given up, and the tree let go.
     """
     for name in images.names():
         if name not in _LEFT_OUT:
@@ -92,15 +89,7 @@ def try_skeleton(
     try:
         criu = sandbox.start_criu(order)
         folder = f"/proc/self/fd/{trial.fd}"
-        answer = criu.request(
-            rpc.RESTORE,
-            restore_options(restore, folder),
-            lambda *_: True,
-            TRIAL_LIMIT_S,
-            meanwhile=partial(_no_fault_of_the_trial, meanwhile),
-        )
-    except _OtherFault as error:
-        raise error.fault from None
+        answer = criu.request(rpc.RESTORE, restore_options(restore, folder), lambda *_: True, TRIAL_LIMIT_S)
     except CriuTimeout as error:
         raise _refusal("the trial restore took too long", trial) from error
     except (CriuDied, OSError) as error:
@@ -111,21 +100,6 @@ def try_skeleton(
         ) from error
     if not answer.success:
         raise _refusal("the trial restore failed", trial, answer.message)
-
-
-class _OtherFault(Exception):
-    """What has gone wrong beside the trial."""
-
-    def __init__(self, fault: OSError) -> None:
-        super().__init__(fault)
-        self.fault = fault
-
-
-def _no_fault_of_the_trial(work: Callable[[], None]) -> None:
-    try:
-        work()
-    except OSError as error:
-        raise _OtherFault(error) from error
 
 
 def _stand_in(link: OutsideLink) -> str:

@@ -124,6 +124,38 @@ def test_leave_running_leaves_it_running(crcli: Crcli) -> None:
         wait_until(lambda: counted(program).count(last) == 2, "the copy does not come so far")
 
 
+def test_a_tree_that_outruns_its_trial_is_dumped_again(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had open is gone when the trial looks for it: it is frozen again, until the trial is over."""
+    opened, site = tmp_path / "opened", tmp_path / "site"
+    code = f"""
+        import os
+        from crcli.plugins import hookimpl
+
+        @hookimpl
+        def crcli_dump_frozen(target):
+            if os.path.exists({str(opened)!r}):
+                os.unlink({str(opened)!r})  # as if by the tree, before the trial begins
+        """
+    about = site / "remover-1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: remover\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[crcli.plugins]\nremover = remover\n")
+    (site / "remover.py").write_text(textwrap.dedent(code))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
+    with spawn_python(f"file = open({str(opened)!r}, 'w+')\n{counter()}") as program:
+        report = crcli.dump(program.pid, "--leave-running")
+        assert report["outcome"] == "running"
+        assert "trial-again" in {finding["name"] for finding in report["findings"]}
+        assert untraced(program.pid)
+        assert_goes_on(program)
+        end(tree_of(program.pid))
+        last = counted(program)[-1]
+        crcli.restore(report["image"])
+        wait_until(lambda: counted(program).count(last) == 2, "the copy does not come so far")
+
+
 def test_nothing_is_imported_while_a_tree_stands_still(crcli: Crcli) -> None:
     """Between the freeze and the thaw a dump imports no module: each would cost the tree a millisecond."""
     with spawn_python(counter()) as program:

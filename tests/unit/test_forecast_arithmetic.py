@@ -101,11 +101,11 @@ def test_more_to_do_takes_longer() -> None:
         assert found.frozen_ms > least.frozen_ms and found.total_ms > least.total_ms
 
 
-def test_without_a_trial_the_freeze_is_shorter() -> None:
-    """By what the trial takes, and so is the whole."""
+def test_without_a_trial_a_dump_is_shorter() -> None:
+    """By what the trial takes; the freeze is not."""
     with_trial, without = (predict(load(trial=on), Rates(), FILE, room=1 << 40) for on in (True, False))
     trial = Rates().step("trial").takes({"once": 1, "processes": 1})
-    assert with_trial.frozen_ms - without.frozen_ms == pytest.approx(trial, abs=0.2)
+    assert with_trial.frozen_ms == without.frozen_ms
     assert with_trial.total_ms - without.total_ms == pytest.approx(trial, abs=0.2)
 
 
