@@ -28,7 +28,7 @@ from crcli.criu.page_server import socket_pair
 from crcli.criu.rescue import free_sockets, remove_link_remaps, remove_tables
 from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 from crcli.criu.sandbox import Sandbox
-from crcli.criu.skeleton import has_connections, named_files
+from crcli.criu.skeleton import has_connections, named_files, regular_files
 from crcli.criu.standby import AfterDeath, Standby
 from crcli.criu.unread import give_back_unread
 from crcli.criu.workspace import Workspace
@@ -101,6 +101,7 @@ if TYPE_CHECKING:
     from crcli.pipeline.stages import DumpOptions, Progress
     from crcli.plugins.loader import PluginInfo
     from crcli.process.evidence import Evidence
+    from crcli.process.identity import ProcessId
     from crcli.process.tree import Process
     from crcli.store.base import Store
 
@@ -169,9 +170,27 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
     with limits_lifted():
         try:
             return _dump_once(options, progress, watch, shared)
-        except _TrialOutrun as outrun:
-            progress.finding(outrun.finding)
-            return _dump_once(options, progress, watch, shared, outrun)
+        except _TrialOutrun as error:
+            outrun = error.with_traceback(None)  # and with it all that the first dump holds
+        return _dump_again(options, progress, watch.again(), shared, outrun)
+
+
+def _dump_again(
+    options: DumpOptions, progress: Progress, watch: Stopwatch, shared: Shared, outrun: _TrialOutrun
+) -> DumpReport:
+    """Dump a tree that has outrun its trial; `frozen_ms` is of both freezes."""
+    options = replace(options, start_time=outrun.root.start_time)
+    try:
+        report = _dump_once(options, progress, watch, shared, outrun)
+    except PreflightRefused as refusal:
+        raise DumpFailed(
+            f"{outrun.message}; and when it was to be dumped again: {refusal.message}",
+            hint=refusal.hint or outrun.hint,
+            state=TreeState.RUNNING if outrun.root.alive() else TreeState.DEAD,
+            cause=outrun.cause,
+        ) from refusal
+    report.frozen_ms = round(report.frozen_ms + outrun.frozen_ms, 2)
+    return report
 
 
 def _dump_once(
@@ -238,7 +257,7 @@ def _dump_alone(
         target = look(options)
         found = (*found, *([outrun.finding] if outrun is not None else []))
         target = replace(target, findings=(*target.findings, *found))
-    for finding in target.findings:
+    for finding in target.findings if outrun is None else (outrun.finding,):
         progress.finding(finding)
     report = _begin_report(options, target)
     if options.dry_run:
@@ -267,7 +286,8 @@ def _dump_alone(
             raise
     report.phases = watch.phases
     report.total_ms = watch.since_start_ms()
-    work.learn()
+    if outrun is None:
+        work.learn()
     hooks.call("dump_finished", target=work.described(), report=report.as_json())
     report.findings = (*report.findings, *hooks.findings)
     return report
@@ -428,8 +448,9 @@ class _Dump:
                     self._finish()
                 if self.store is not None:
                     self.store.give_up()  # what is left is to clear away there
-            except BaseException:
-                self.interrupts.past_return()
+            except BaseException as error:
+                if not isinstance(error, _TrialOutrun):
+                    self.interrupts.past_return()
                 self.shared.end_turn()
                 if self.store is not None:
                     self.store.give_up()  # it may be what failed: nobody waits for it a second time
@@ -927,6 +948,8 @@ class _Dump:
         if self.options.outcome != Outcome.RUNNING or not self.may_try_later or link_remaps(self.images):
             return False
         evidence = self.target.evidence
+        if any(flags & os.O_ACCMODE and mode & 0o111 for _, flags, mode, _ in regular_files(self.images)):
+            return False  # a program that the tree makes, and could not start while the trial has it open
         seen = {file.path for file in evidence.files} | {mapping.path for mapping in evidence.mappings}
         return all(stat.S_ISDIR(one["mode"] or 0) or one["path"] in seen for one in named_files(self.images))
 
@@ -942,7 +965,7 @@ class _Dump:
         try:
             self._try()
         except DumpFailed as failure:
-            raise _TrialOutrun(failure, self.report.frozen_ms) from failure
+            raise _TrialOutrun(failure, self.report.frozen_ms, self.target.evidence.root.identity) from None
         finally:
             self.shared.end_turn()
 
@@ -1200,8 +1223,10 @@ def _left_stopped(processes: Sequence[Process]) -> Finding:
 class _TrialOutrun(DumpFailed):
     """A trial beside the running tree failed: with the tree frozen it may work. Nothing was published."""
 
-    def __init__(self, failure: DumpFailed, frozen_ms: float) -> None:
+    def __init__(self, failure: DumpFailed, frozen_ms: float, root: ProcessId) -> None:
         super().__init__(failure.message, hint=failure.hint, state=failure.state, cause=failure.cause)
+        self.frozen_ms = frozen_ms
+        self.root = root
         self.finding = note(
             "trial-again",
             "the trial failed while the tree ran on, which may have removed what it had open",

@@ -182,6 +182,12 @@ class Stopwatch:
         finally:
             self.add(name, time.monotonic() - began)
 
+    def again(self) -> Stopwatch:
+        """Another, started when this one was, whose phases are still to come."""
+        watch = Stopwatch(self.progress)
+        watch.begun = self.begun
+        return watch
+
     def add(self, name: str, seconds: float) -> None:
         """Add time to a phase."""
         self.phases[name] = round(self.phases.get(name, 0.0) + seconds * 1000, 2)

@@ -81,7 +81,11 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def crcli_dump_before_freeze(target: DumpTarget) -> None:
-    """The tree was looked at and can be dumped; nothing was touched. The place to quiesce what is outside."""
+    """The tree was looked at and can be dumped; nothing was touched. The place to quiesce what is outside.
+
+    A tree that is left running and has outrun its trial is dumped again: `crcli_dump_failed` is followed by
+    another call of this.
+    """
 
 
 def crcli_dump_frozen(target: DumpTarget) -> None:

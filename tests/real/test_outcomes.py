@@ -124,19 +124,32 @@ def test_leave_running_leaves_it_running(crcli: Crcli) -> None:
         wait_until(lambda: counted(program).count(last) == 2, "the copy does not come so far")
 
 
-def test_a_tree_that_outruns_its_trial_is_dumped_again(
-    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it had open is gone when the trial looks for it: it is frozen again, until the trial is over."""
-    opened, site = tmp_path / "opened", tmp_path / "site"
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that a plug-in removes while the tree is frozen, as the tree would before its trial begins.
+
+    When the dump is made again the plug-in sends a signal, if the file `SIGNAL WHOM` is beside that one.
+    """
+    path, site = tmp_path / "opened", tmp_path / "site"
     code = f"""
-        import os
+        import os, pathlib, signal
         from crcli.plugins import hookimpl
+        opened = pathlib.Path({str(path)!r})
 
         @hookimpl
         def crcli_dump_frozen(target):
-            if os.path.exists({str(opened)!r}):
-                os.unlink({str(opened)!r})  # as if by the tree, before the trial begins
+            opened.unlink(missing_ok=True)
+
+        @hookimpl
+        def crcli_dump_before_freeze(target):
+            if not opened.exists():
+                for number, whom in (file.name.split() for file in opened.parent.glob("* *")):
+                    os.kill(os.getpid() if whom == "crcli" else target.pid, int(number))
+
+        @hookimpl
+        def crcli_dump_failed(target, failure):
+            if (opened.parent / "9 tree").exists():
+                os.kill(target.pid, signal.SIGKILL)
         """
     about = site / "remover-1.dist-info"
     about.mkdir(parents=True)
@@ -144,16 +157,39 @@ def test_a_tree_that_outruns_its_trial_is_dumped_again(
     (about / "entry_points.txt").write_text("[crcli.plugins]\nremover = remover\n")
     (site / "remover.py").write_text(textwrap.dedent(code))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
+    return path
+
+
+def test_a_tree_that_outruns_its_trial_is_dumped_again(crcli: Crcli, opened: Path) -> None:
+    """What it had open is gone when the trial looks for it: it is frozen again, until the trial is over."""
     with spawn_python(f"file = open({str(opened)!r}, 'w+')\n{counter()}") as program:
         report = crcli.dump(program.pid, "--leave-running")
         assert report["outcome"] == "running"
-        assert "trial-again" in {finding["name"] for finding in report["findings"]}
+        (again,) = (finding for finding in report["findings"] if finding["name"] == "trial-again")
+        assert report["frozen_ms"] > again["evidence"]["frozen_ms"] > 0
         assert untraced(program.pid)
         assert_goes_on(program)
         end(tree_of(program.pid))
         last = counted(program)[-1]
         crcli.restore(report["image"])
         wait_until(lambda: counted(program).count(last) == 2, "the copy does not come so far")
+
+
+def test_a_dump_that_is_made_again_can_be_interrupted(crcli: Crcli, opened: Path) -> None:
+    """A signal that comes in the second dump is heard as it is in the first."""
+    (opened.parent / f"{int(signal.SIGTERM)} crcli").touch()
+    with spawn_python(f"file = open({str(opened)!r}, 'w+')\n{counter()}") as program:
+        error = crcli.dump(program.pid, "--leave-running", code=128 + signal.SIGTERM)["error"]
+        assert error["code"] == "interrupted"
+        assert_goes_on(program)
+
+
+def test_a_tree_that_ends_before_it_is_dumped_again_is_told_so(crcli: Crcli, opened: Path) -> None:
+    """It was frozen, and is gone: not said to be untouched, and nobody else is dumped in its place."""
+    (opened.parent / "9 tree").touch()
+    with spawn_python(f"file = open({str(opened)!r}, 'w+')\n{counter()}") as program:
+        error = crcli.dump(program.pid, "--leave-running", code=12)["error"]
+        assert "trial" in error["message"] and error["state"] == "dead"
 
 
 def test_nothing_is_imported_while_a_tree_stands_still(crcli: Crcli) -> None:
