@@ -65,7 +65,7 @@ from crcli.pipeline.knowing import Knowing
 from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.own_limits import limits_lifted, see_file_size
 from crcli.pipeline.pids import interrupted_threads
-from crcli.pipeline.plan import make_plan, outside_links
+from crcli.pipeline.plan import NO_LOCK, make_plan, outside_links
 from crcli.pipeline.preflight import look_at
 from crcli.pipeline.publishing import publish_whole
 from crcli.pipeline.rates import load_rates
@@ -170,13 +170,13 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
     with limits_lifted():
         try:
             return _dump_once(options, progress, watch, shared)
-        except _TrialOutrun as error:
+        except _Outrun as error:
             outrun = error.with_traceback(None)  # and with it all that the first dump holds
         return _dump_again(options, progress, watch.again(), shared, outrun)
 
 
 def _dump_again(
-    options: DumpOptions, progress: Progress, watch: Stopwatch, shared: Shared, outrun: _TrialOutrun
+    options: DumpOptions, progress: Progress, watch: Stopwatch, shared: Shared, outrun: _Outrun
 ) -> DumpReport:
     """Dump a tree that has outrun its trial; `frozen_ms` is of both freezes."""
     options = replace(options, start_time=outrun.root.start_time)
@@ -198,7 +198,7 @@ def _dump_once(
     progress: Progress,
     watch: Stopwatch,
     shared: Shared,
-    outrun: _TrialOutrun | None = None,
+    outrun: _Outrun | None = None,
 ) -> DumpReport:
     """The dump; `outrun` is how it went before, with the trial beside the running tree."""
     with _alone(options, watch, shared) as lock:
@@ -248,13 +248,13 @@ def _dump_alone(
     watch: Stopwatch,
     shared: Shared,
     lock: TreeLock,
-    outrun: _TrialOutrun | None,
+    outrun: _Outrun | None,
 ) -> DumpReport:
     """The dump, with nobody else at the tree until the lock is released."""
     wish, found = rounds_here(options.pre_copy)
     options = replace(options, pre_copy=wish)
     with watch.phase("look"):
-        target = look(options)
+        target = look(options, careful=outrun is not None)
         found = (*found, *([outrun.finding] if outrun is not None else []))
         target = replace(target, findings=(*target.findings, *found))
     for finding in target.findings if outrun is None else (outrun.finding,):
@@ -275,7 +275,7 @@ def _dump_alone(
         work = _Dump(options, target, watch, report, interrupts, progress, shared, lock)
         work.on_frozen = lambda: hooks.call("dump_frozen", target=work.described())
         work.found = found
-        work.may_try_later = outrun is None
+        work.is_careful = outrun is not None
         work.plugins = [one for one in hooks.plugins if not one.error]
         shared.see_caller()
         try:
@@ -313,8 +313,11 @@ def _failing_at_its_deadline(target: Target) -> Iterator[None]:
         ) from error
 
 
-def look(options: DumpOptions) -> Target:
-    """Look at the tree and decide how to take it; raise PreflightRefused when it cannot be taken."""
+def look(options: DumpOptions, *, careful: bool = False) -> Target:
+    """Look at the tree and decide how to take it; raise PreflightRefused when it cannot be taken.
+
+    `careful`: it is not to be relied on that the tree stays as it is until it is frozen.
+    """
     if options.name:
         check_name(options.name)
     root = refuse_bad_target(options.pid)
@@ -325,7 +328,7 @@ def look(options: DumpOptions) -> Target:
     criu_command()  # one that is not here is said before anything is begun
     see_file_size(evidence.expected_bytes)
     links = outside_links(evidence)
-    plan = make_plan(evidence, links, options.outcome)
+    plan = make_plan(evidence, links, options.outcome, careful=careful)
     name = options.name or suggested_name(evidence.root.comm)
     weights = _weights(options, evidence) if options.weights else ()
     return Target(evidence, findings, links, plan, weights, name, new_image_id())
@@ -403,8 +406,8 @@ class _Dump:
         """The manifests of earlier images on whose word we rely."""
         self.published = False
         self.is_holding = False
-        self.may_try_later = True
-        """Whether the trial may take place beside the running tree, where that is left running."""
+        self.is_careful = False
+        """Whether the tree was dumped before, and had outrun what was decided when it was looked at."""
         self.tries_later = False
         """Whether it does."""
         self.criu_pid = 0
@@ -449,7 +452,7 @@ class _Dump:
                 if self.store is not None:
                     self.store.give_up()  # what is left is to clear away there
             except BaseException as error:
-                if not isinstance(error, _TrialOutrun):
+                if not isinstance(error, _Outrun):
                     self.interrupts.past_return()
                 self.shared.end_turn()
                 if self.store is not None:
@@ -795,7 +798,7 @@ class _Dump:
     def _look_again(self) -> None:
         """Things that the plan was made for have changed: by callbacks, which close connections and files,
         or by us."""
-        fresh = look(self.options)
+        fresh = look(self.options, careful=self.is_careful)
         if fresh.evidence.root.identity != self.target.evidence.root.identity:
             raise PreflightRefused(f"process {self.options.pid} ended before it could be frozen")
         self.target = replace(fresh, name=self.target.name, image_id=self.target.image_id)
@@ -917,6 +920,10 @@ class _Dump:
         if renamed := evidence.renamed_sockets:
             rename_sockets(self.images, {one.socket.socket.inode: one.path for one in renamed})
         self._capture()
+        if self.keeps_lock and self.target.plan.network_lock == NO_LOCK:
+            self._stood_still()
+            failure = DumpFailed("the tree has opened a connection since it was looked at")
+            raise self._outrun("connection-again", failure, "and nobody held its packets back")
         self.tries_later = self._can_try_later()
         is_kept = self.options.outcome != Outcome.RUNNING
         if is_kept:
@@ -939,13 +946,17 @@ class _Dump:
         since = self.gpu.asleep_since if self.gpu is not None else self.frozen_at
         self.report.frozen_ms = round((time.monotonic() - since) * 1000, 2)
 
+    def _outrun(self, name: str, failure: DumpFailed, why: str) -> _Outrun:
+        """The tree did something since it was looked at that was not counted on."""
+        return _Outrun(name, failure, why, self.report.frozen_ms, self.target.evidence.root.identity)
+
     # The trial comes before the kill. A tree that runs on need not wait for it, unless what it has open goes
     # away by then.
 
     def _can_try_later(self) -> bool:
         """Whether a trial beside the running tree will find what it would find now, as far as can be told:
         files that were open already when we looked at the tree are likely to stay for as long again."""
-        if self.options.outcome != Outcome.RUNNING or not self.may_try_later or link_remaps(self.images):
+        if self.options.outcome != Outcome.RUNNING or self.is_careful or link_remaps(self.images):
             return False
         evidence = self.target.evidence
         if any(flags & os.O_ACCMODE and mode & 0o111 for _, flags, mode, _ in regular_files(self.images)):
@@ -965,7 +976,7 @@ class _Dump:
         try:
             self._try()
         except DumpFailed as failure:
-            raise _TrialOutrun(failure, self.report.frozen_ms, self.target.evidence.root.identity) from None
+            raise self._outrun("trial-again", failure, "and it may have removed what it had open") from None
         finally:
             self.shared.end_turn()
 
@@ -1126,7 +1137,8 @@ class _Dump:
 
     def _after_failure(self, error: BaseException) -> None:
         """Decide what a failure means: raise, or go on where the image stands all the same."""
-        self.interrupts.past_return()
+        if not isinstance(error, _Outrun):
+            self.interrupts.past_return()
         after = self.standby.wait()
         if after is None and isinstance(error, _CRIU_GONE):
             after = self._without_standby()
@@ -1220,18 +1232,19 @@ def _left_stopped(processes: Sequence[Process]) -> Finding:
     )
 
 
-class _TrialOutrun(DumpFailed):
-    """A trial beside the running tree failed: with the tree frozen it may work. Nothing was published."""
+class _Outrun(DumpFailed):
+    """The tree was not as it had been when it was looked at, and runs on: the dump is made again, carefully.
+    Nothing was published."""
 
-    def __init__(self, failure: DumpFailed, frozen_ms: float, root: ProcessId) -> None:
+    def __init__(self, name: str, failure: DumpFailed, why: str, frozen_ms: float, root: ProcessId) -> None:
         super().__init__(failure.message, hint=failure.hint, state=failure.state, cause=failure.cause)
         self.frozen_ms = frozen_ms
         self.root = root
         self.finding = note(
-            "trial-again",
-            "the trial failed while the tree ran on, which may have removed what it had open",
-            {"said": failure.message, "frozen_ms": frozen_ms},
-            "dumps it again, frozen for as long as the trial takes",
+            name,
+            f"{failure.message}, {why}",
+            {"frozen_ms": frozen_ms},
+            "dumps it again, with packets held back, and frozen for as long as the trial takes",
         )
 
 

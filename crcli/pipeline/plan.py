@@ -12,6 +12,9 @@ from crcli.records import Struct, asdict, fields_of
 if TYPE_CHECKING:
     from crcli.process.evidence import Evidence, HeldSocket
 
+NO_LOCK = "none"
+"""A `network_lock` of those who need none."""
+
 
 class OutsideLink(Struct, frozen=True):
     """Something of the tree's that leads out of it, and must be put in place again on restore.
@@ -97,8 +100,14 @@ def _unix_link(held: HeldSocket) -> OutsideLink:
     )
 
 
-def make_plan(evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outcome) -> DumpPlan:
-    """Decide how CRIU is to take this tree."""
+def make_plan(
+    evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outcome, *, careful: bool = False
+) -> DumpPlan:
+    """Decide how CRIU is to take this tree.
+
+    To let packets through again takes 10 ms, in which a tree that is left running stands still: without a TCP
+    socket they are not held back, unless `careful`.
+    """
     from crcli.process.watches import Fate  # not for a restore, which has links as well
 
     ours = evidence.viewer.cgroups
@@ -107,7 +116,7 @@ def make_plan(evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outco
         enter=evidence.root.pid if evidence.entered else 0,
         shell_job=bool(evidence.foreign_sessions),
         manage_cgroups=any(process.cgroups != ours for process in evidence.tree.living),
-        network_lock=network_lock(),
+        network_lock=network_lock() if careful or _may_connect(evidence) else NO_LOCK,
         external=tuple(
             dict.fromkeys(
                 [
@@ -121,6 +130,11 @@ def make_plan(evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outco
         leave_running=outcome == Outcome.RUNNING,
         leave_stopped=outcome == Outcome.STOPPED,
     )
+
+
+def _may_connect(evidence: Evidence) -> bool:
+    """Whether the tree has a TCP socket, or one of which nobody can say what it is."""
+    return any(held.socket.protocol in ("tcp", "") for held in evidence.sockets)
 
 
 def network_lock() -> str:

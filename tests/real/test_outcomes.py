@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -124,6 +125,16 @@ def test_leave_running_leaves_it_running(crcli: Crcli) -> None:
         wait_until(lambda: counted(program).count(last) == 2, "the copy does not come so far")
 
 
+def _install_plugin(site: Path, name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have crcli find a plug-in with this code."""
+    about = site / f"{name}-1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(f"[crcli.plugins]\n{name} = {name}\n")
+    (site / f"{name}.py").write_text(textwrap.dedent(code))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
+
+
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that a plug-in removes while the tree is frozen, as the tree would before its trial begins.
@@ -151,12 +162,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             if (opened.parent / "9 tree").exists():
                 os.kill(target.pid, signal.SIGKILL)
         """
-    about = site / "remover-1.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: remover\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[crcli.plugins]\nremover = remover\n")
-    (site / "remover.py").write_text(textwrap.dedent(code))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
+    _install_plugin(site, "remover", code, monkeypatch)
     return path
 
 
@@ -190,6 +196,50 @@ def test_a_tree_that_ends_before_it_is_dumped_again_is_told_so(crcli: Crcli, ope
     with spawn_python(f"file = open({str(opened)!r}, 'w+')\n{counter()}") as program:
         error = crcli.dump(program.pid, "--leave-running", code=12)["error"]
         assert "trial" in error["message"] and error["state"] == "dead"
+
+
+@pytest.mark.parametrize("outcome", [("--leave-running",), ()])
+def test_a_connection_that_is_opened_late_is_held_too(
+    outcome: tuple[str, ...], crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tree without sockets needs no lock on them, unless it opens one after it was looked at."""
+    code = """
+        import os, signal, time
+        from crcli.plugins import hookimpl
+
+        @hookimpl
+        def crcli_dump_before_freeze(target):
+            os.kill(target.pid, signal.SIGUSR1)
+            time.sleep(0.3)
+        """
+    _install_plugin(tmp_path / "site", "late", code, monkeypatch)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connects = f"""
+            import signal, socket
+            kept = []
+            connect = lambda *_: kept or kept.append(socket.create_connection({server.getsockname()!r}))
+            signal.signal(signal.SIGUSR1, connect)
+            """
+        with spawn_python(textwrap.dedent(connects) + counter()) as program:
+            before = netlock.tables()
+            report = crcli.dump(program.pid, *outcome)
+            assert "connection-again" in {finding["name"] for finding in report["findings"]}
+            left = netlock.tables() - before
+            assert len(left) == (0 if outcome else 1)  # the lock stays until a restore
+            if outcome:
+                assert_goes_on(program)
+                end(tree_of(program.pid))
+            crcli.restore(report["image"])
+            wait_until(lambda: netlock.tables() <= before, "the lock is still there")
+
+
+def test_a_tree_without_connections_needs_no_lock(crcli: Crcli) -> None:
+    """Nothing is held back for it, so that nothing need be let go while it stands still."""
+    with spawn_python(counter()) as program:
+        before = netlock.tables()
+        crcli.dump(program.pid, "--leave-stopped")
+        assert netlock.tables() == before
+        end(tree_of(program.pid))
 
 
 def test_nothing_is_imported_while_a_tree_stands_still(crcli: Crcli) -> None:
