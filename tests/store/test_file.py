@@ -277,6 +277,15 @@ def test_room(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         store.room()
 
 
+@pytest.mark.parametrize("user", [0, 65534], ids=["root", "another"])
+def test_room_that_is_kept_for_root(user: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is room for root, as on a disk of ext4 that is full for everybody else, and for nobody but root."""
+    said = os.statvfs_result((4096, 4096, 1000, 50, 0, 100, 100, 100, 0, 255))
+    monkeypatch.setattr(file_module.os, "statvfs", lambda _: said)
+    monkeypatch.setattr(file_module.os, "geteuid", lambda: user)
+    assert FileStore(str(tmp_path)).room() == (0 if user else 50 * 4096)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_foreign_store(tmp_path: Path) -> None:
     """Somebody who may not enter the store is told to be somebody who may."""
