@@ -10,11 +10,16 @@ from __future__ import annotations
 import os
 
 from crcli import kernel
+from crcli.process.identity import ENDED, parse_stat, read_proc
 from crcli.process.tree import PID_GONE, Process, Tree
 from crcli.records import Struct
 
 _OF_THREADS = ("net", "uts", "ipc")
 """The namespaces that a thread can have for itself, folders apart: the one of mounts comes with those."""
+
+_WITHOUT_FILES = 0x4 | 0x10 | 0x4000
+"""Flags of a thread (include/linux/sched.h) that is just ending (PF_EXITING), or is one of the kernel's
+own in a process (PF_IO_WORKER, PF_USER_WORKER): it has no files rather than others."""
 
 
 class ThreadApart(Struct, frozen=True):
@@ -30,7 +35,11 @@ def threads_apart(tree: Tree) -> tuple[ThreadApart, ...]:
     found: list[ThreadApart] = []
     for process in tree.living:
         if process.threads > 1 and not process.leader_exited:
-            found += _apart(process)
+            found += [
+                one
+                for one in _apart(process)
+                if all(_runs_the_program(one.pid, tid) for tid in (one.tid, one.pid))
+            ]
     return tuple(found)
 
 
@@ -49,6 +58,16 @@ def _apart(process: Process) -> list[ThreadApart]:
         except OSError:
             continue  # it has ended meanwhile, or there is no knowing it here
     return found
+
+
+def _runs_the_program(pid: int, tid: int) -> bool:
+    """Whether it is a thread of the program's that goes on. To be asked afterwards: one that ends says so
+    before it lets go of its files."""
+    try:
+        stat = parse_stat(read_proc(f"/proc/{pid}/task/{tid}/stat"))
+    except PID_GONE:
+        return False
+    return stat.state not in ENDED and not stat.flags & _WITHOUT_FILES
 
 
 def _other_tids(pid: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pty
 import shutil
@@ -14,13 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from crcli import kernel
 from crcli.errors import PreflightRefused
 from crcli.findings import Finding, Severity
 from crcli.pipeline.preflight import look_at
 from crcli.process.evidence import Evidence
 from crcli.process.gather import gather
-from crcli.process.identity import ProcessId
+from crcli.process.identity import ProcessId, identify, parse_stat
 from crcli.process.preflight import preflight
+from crcli.process.sharing import threads_apart
 from crcli.process.tree import Tree, refuse_bad_target, scan_tree
 from tests.support.frozen import frozen
 from tests.support.programs import Program, spawn_python, then_wait
@@ -830,3 +833,26 @@ def test_a_child_that_is_born_while_we_look_is_no_stranger(monkeypatch: pytest.M
         evidence, found = look_at(refuse_bad_target(program.pid))
         assert len(evidence.tree) == 1 and evidence.anon("pidfd")
     assert not [one.name for one in found if one.severity is Severity.BLOCKER]
+
+
+def test_a_thread_that_is_ending_is_not_apart() -> None:
+    """It has let go of its files, and is seen until whoever traces it has looked."""
+    code = """
+        import signal, threading
+        go = threading.Event()
+        thread = threading.Thread(target=go.wait)
+        thread.start()
+        signal.signal(signal.SIGUSR1, lambda *_: go.set())
+        """
+    with spawn_python(then_wait(code)) as program:
+        (tid,) = (int(name) for name in os.listdir(f"/proc/{program.pid}/task") if int(name) != program.pid)
+        trace = ctypes.CDLL(None, use_errno=True).ptrace
+        assert trace(0x4206, tid, None, None) == 0  # PTRACE_SEIZE
+        try:
+            os.kill(program.pid, signal.SIGUSR1)
+            while parse_stat(Path(f"/proc/{program.pid}/task/{tid}/stat").read_bytes()).state != "Z":
+                time.sleep(0.01)
+            assert not kernel.shares(program.pid, tid, kernel.KCMP_FILES)
+            assert threads_apart(scan_tree(identify(program.pid))) == ()
+        finally:
+            os.waitpid(tid, 0x40000000)  # __WALL: it is no child
