@@ -8,7 +8,14 @@ import typer
 
 from crcli.cli.options import EndpointOption, JsonOption, StoreOption
 from crcli.config import choose_store, weights_folders
-from crcli.errors import GuardRefused, PreflightRefused
+from crcli.errors import GuardRefused, PreflightRefused, UsageError
+
+
+def _pid(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # Python makes no number of thousands of digits
+        raise UsageError(f"{text[:10]}… is not the number of a process: it has {len(text)} digits") from None
 
 
 def check(
@@ -33,7 +40,7 @@ def check(
 
     chosen = choose_store(store, endpoint_url)
     if target.isdecimal():
-        report = check_process(int(target), chosen.url, chosen.endpoint_url)
+        report = check_process(_pid(target), chosen.url, chosen.endpoint_url)
         refused = PreflightRefused.exit_code
     else:
         report = check_image(target, chosen.url, chosen.endpoint_url, weights_folders())

@@ -116,6 +116,6 @@ def _rounds(text: str) -> int:
     """What --pre-copy asks for."""
     if text in ("", "auto"):
         return PRE_COPY_AUTO if text else 0
-    if text.isdecimal() and 1 <= int(text) <= 9:
+    if len(text) == 1 and text.isdecimal() and int(text):
         return int(text)
     raise UsageError(f"--pre-copy takes a number from 1 to 9, or auto, not {text!r}")

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_DIGITS = 10
+"""More than any pid has; Python refuses to make a number of thousands."""
+
 _STORE = {"--store", "--endpoint-url"}
 
 
@@ -38,6 +41,8 @@ def _dump(arguments: Sequence[str]) -> Callable[[], int] | None:
     flags = {"--leave-running", "--leave-stopped", "--no-trial", "--json"}
     words = _taken_apart(arguments, flags, {"--name", *_STORE})
     if words is None or not (words.subject.isascii() and words.subject.isdecimal()):
+        return None
+    if len(words.subject) > _DIGITS:
         return None
     if {"--leave-running", "--leave-stopped"} <= words.flags:
         return None

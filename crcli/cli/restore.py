@@ -41,7 +41,8 @@ def _signal(text: str) -> int:
     """Parse the name or number of a signal that a program can handle."""
     name = text.upper() if text.upper().startswith("SIG") else f"SIG{text.upper()}"
     known = signal.Signals.__members__.get(name)
-    number = int(text) if text.isascii() and text.isdecimal() else int(known or 0)
+    is_number = text.isascii() and text.isdecimal() and len(text) <= 3
+    number = int(text) if is_number else int(known or 0)
     if not 0 < number < signal.NSIG:
         raise UsageError(
             f"--signal {text}: there is no such signal", hint="a name or number, as in USR1 or 10"

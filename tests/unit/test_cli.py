@@ -218,6 +218,10 @@ def test_no_arguments_show_the_help() -> None:
         ["dump"],
         ["dump", "abc"],
         ["dump", "1", "--no-such-option"],
+        ["dump", "9" * 5000],
+        ["dump", "1", "--pre-copy", "9" * 5000],
+        ["check", "9" * 5000],
+        ["restore", "x", "--signal", "9" * 5000],
         ["dump", "1", "--leave-running", "--leave-stopped"],
         ["dump", "1", "--deadline", "-1"],
         ["dump", "1", "--deadline", "nan"],
@@ -237,7 +241,7 @@ def test_no_arguments_show_the_help() -> None:
         ["cp", "x"],
         ["dmup", "1"],
     ],
-    ids=" ".join,
+    ids=lambda words: " ".join(words)[:80],
 )
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong command line ends with 2: in words on stderr, or as one JSON object on stdout."""
