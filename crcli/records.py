@@ -30,7 +30,8 @@ class Struct:
 
     A class of records that is derived from another has its fields too, before its own.
     Two are equal when they are of one class and all of their fields are equal; with `eq=False` each is equal
-    only to itself. Those of a `frozen` class cannot be changed, and have a hash if their fields have.
+    only to itself. Those of a `frozen` class, and of classes that are
+    derived from one, cannot be changed, and have a hash if their fields have.
     """
 
     _fields: ClassVar[tuple[str, ...]] = ()
@@ -49,6 +50,7 @@ class Struct:
         cls._made, cls._defaults = {**cls._made, **made}, {**cls._defaults, **plain}
         for name in given:
             delattr(cls, name)
+        frozen = frozen or cls.__setattr__ is _refuse
         if eq:
             cls.__eq__ = _are_equal  # type: ignore[method-assign,assignment]
             cls.__hash__ = _hash_of_fields if frozen else None  # type: ignore[method-assign,assignment]

@@ -39,6 +39,12 @@ class Named(Basket):
     label: str = "x"
 
 
+class Corner(Place):
+    """Frozen as what it is derived from."""
+
+    floor: int = 0
+
+
 class Alone(Struct, eq=False):
     """Equal only to itself."""
 
@@ -81,6 +87,14 @@ def test_frozen_ones_stay_as_they_are() -> None:
     assert asdict(place) == {"name": "a", "size": 3}
     with pytest.raises(TypeError):
         hash(Basket())
+
+
+def test_what_is_derived_from_a_frozen_one_is_frozen() -> None:
+    """Also where it does not say so itself: it stays as it is, and is a key."""
+    corner = Corner("a", floor=2)
+    with pytest.raises(AttributeError, match="floor"):
+        corner.floor = 3
+    assert {corner: 1}[Corner("a", 3, 2)] == 1
 
 
 def test_some_are_equal_only_to_themselves() -> None:
