@@ -560,15 +560,34 @@ def _end_it(job: _Running) -> None:
     Its namespace is not over while somebody in it is a zombie. Of a dump whose process was killed, CRIU may
     be one, and has come to us.
     """
-    with suppress(ProcessLookupError):
-        os.kill(job.child, signal.SIGTERM)
-        warden = os.pidfd_open(job.child)
-        while not select.select([warden], [], [], _LOOK_EVERY_S)[0]:
+    try:
+        with suppress(ProcessLookupError):
+            os.kill(job.child, signal.SIGTERM)
+            _reap_until_it_ends(job.child)
+        with suppress(ChildProcessError):
+            os.waitpid(job.child, 0)
+    finally:
+        os.close(job.ended)
+
+
+def _reap_until_it_ends(child: int) -> None:
+    """Reap whoever ends before this child does. Its end is noticed at once, or a little later where no
+    descriptor is to be had."""
+    with ExitStack() as held:
+        end = select.poll()
+        with suppress(OSError):
+            pidfd = os.pidfd_open(child)
+            held.callback(os.close, pidfd)
+            end.register(pidfd, select.POLLIN)
+        while not end.poll(_LOOK_EVERY_S * 1000) and _has_not_ended(child):
             _reap_all()
-        os.close(warden)
-    with suppress(ChildProcessError):
-        os.waitpid(job.child, 0)
-    os.close(job.ended)
+
+
+def _has_not_ended(child: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 def _reap_all() -> None:
