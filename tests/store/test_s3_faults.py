@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from crcli.errors import ObjectExists, StoreError
 from crcli.store import open_store, retrying
@@ -30,6 +33,7 @@ from tests.support.faulty_proxy import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from crcli.store import Store
     from tests.support.s3servers import S3Server
@@ -218,6 +222,98 @@ def test_a_lost_answer_among_others_is_asked_for_again(
             time.sleep(0.05)
     assert asked.result() == b"value"
     store.close()
+
+
+def test_bytes_that_come_are_a_sign_of_life(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits beside a large download on a slow line waits on: nothing is asked for twice."""
+    monkeypatch.setattr(client_module, "SILENCE_S", 0.7)
+    monkeypatch.setattr(client_module, "_LOOK_S", 0.05)
+    store = behind.open()
+    data = os.urandom(MIB)
+    store.put("large", data)
+    store.put("small", b"value")
+    begun = threading.Event()
+
+    def send_slowly(exchange: Exchange) -> None:
+        response, body = exchange.forward(exchange.read_body())
+        exchange.answer(response, body, 0)
+        begun.set()
+        for at in range(0, MIB, MIB // 16):
+            time.sleep(0.15)
+            exchange.handler.wfile.write(body[at : at + MIB // 16])
+
+    def answer_late(exchange: Exchange) -> None:
+        time.sleep(1.5)
+        pass_on(exchange)
+
+    behind.proxy.inject(send_slowly, method="GET", containing="large")
+    behind.proxy.inject(answer_late, method="GET", containing="small")
+    with ThreadPoolExecutor(1) as threads:
+        large = threads.submit(store.get, "large")
+        begun.wait()
+        assert store.get("small") == b"value"
+        assert large.result() == data
+    assert behind.proxy.count("GET") == 2
+    store.close()
+
+
+def test_a_download_that_stands_still_for_a_while(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for as a line that takes no bytes is: nothing is asked for twice."""
+    monkeypatch.setattr(client_module, "SILENCE_S", 0.5)
+    store = behind.open()
+    store.put("key", b"value")
+
+    def stand_still(exchange: Exchange) -> None:
+        response, body = exchange.forward(exchange.read_body())
+        exchange.answer(response, body, 1)
+        time.sleep(1.5)
+        exchange.handler.wfile.write(body[1:])
+
+    behind.proxy.inject(stand_still, method="GET")
+    assert store.get("key") == b"value"
+    assert behind.proxy.count("GET") == 1
+    store.close()
+
+
+def test_a_refusal_before_the_body_over_tls(
+    s3: Callable[[str], S3Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes in place of `100 Continue`, all in one record of TLS, is heard, not waited for."""
+    import trustme
+
+    monkeypatch.setattr(client_module, "SILENCE_S", 3)
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    server = s3("moto")
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+    over = threading.Event()
+
+    def refuse(listener: socket.socket) -> None:
+        with context.wrap_socket(listener.accept()[0], server_side=True) as peer:
+            asked = b""
+            while not asked.endswith(b"\r\n\r\n"):
+                asked += peer.recv(65536)
+            body = b"<Error><Code>SlowDown</Code></Error>"
+            peer.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            over.wait()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+        served = threads.submit(refuse, listener)
+        try:
+            store = open_store(
+                server.url(), endpoint_url=f"https://127.0.0.1:{listener.getsockname()[1]}", patience_s=0
+            )
+            assert isinstance(store, S3Store)
+            assert store._bucket.connection
+            with pytest.raises(StoreError) as caught:
+                store.put("key", os.urandom(4 * MIB))
+            assert isinstance(caught.value.__cause__, ClientError)
+        finally:
+            over.set()
+            served.result()
+            store.close()
 
 
 def test_a_line_that_takes_no_bytes_for_a_while(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ transfer manager would cost start-up time and bring threads and retries of their
 from __future__ import annotations
 
 import fcntl
+import http.client
+import io
 import ipaddress
 import math
 import os
@@ -14,6 +16,7 @@ import select
 import sys
 import termios
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -30,8 +33,8 @@ SILENCE_S = 14
 """How long a store may keep silent on all connections (seconds): two such silences, one after the other, are
 over before whoever has 30 s notice has to leave."""
 READ_TIMEOUT_S = 30
-"""How long one answer is waited for from a store that answers others meanwhile, and for a line to take the
-next bytes (seconds)."""
+"""How long one answer is waited for from a store that answers others meanwhile, and for a line to take or
+bring the next bytes (seconds)."""
 _LOOK_S = 0.5
 """How often it is looked what became of a request that has no answer yet (seconds)."""
 CONNECTIONS = 32
@@ -123,7 +126,7 @@ def _leave_payloads_unsigned_where_safe(client: Any) -> None:
 
 
 class Pulse:
-    """When a store was last seen to live, on whichever connection: it answered, or took bytes."""
+    """When a store was last seen to live, on whichever connection: it answered, or took or sent bytes."""
 
     def __init__(self) -> None:
         self._last = -math.inf
@@ -142,16 +145,49 @@ class Pulse:
         return self._last > when
 
 
+class _Felt(io.RawIOBase):
+    """What a connection brings: each piece is a sign of life, for those who wait on others."""
+
+    def __init__(self, raw: io.RawIOBase, pulse: Pulse) -> None:
+        self._raw = raw
+        self._pulse = pulse
+
+    def readable(self) -> bool:
+        """As all that is read from."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """As a socket's."""
+        size: int | None = self._raw.readinto(buffer)
+        if size:
+            self._pulse.beat()
+        return size
+
+    def close(self) -> None:
+        """As a socket's."""
+        self._raw.close()
+        super().close()
+
+
+class _FeltResponse(http.client.HTTPResponse):
+    """An answer whose bytes are felt as they come: a large one on a slow line takes long."""
+
+    def __init__(self, sock: Any, *arguments: Any, pulse: Pulse, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        self.fp = io.BufferedReader(_Felt(self.fp.detach(), pulse))
+
+
 class _PatientConnection:
     """Tells a silent store from one that is slow, or is behind a slow line.
 
     It waits for a socket that takes no bytes longer than urllib3, for which a new connection's time is
     enough: of parts that shared a line of 20 Mbit/s none came to its end. An answer is waited for while the
-    kernel still sends what was asked, or the store answers others.
+    kernel still sends what was asked, or the store answers others, or brings them bytes.
     """
 
     sock: Any
     pulse: Pulse
+    _response_received: bool
 
     def send(self, data: Any) -> None:
         """As http.client's connections."""
@@ -165,6 +201,24 @@ class _PatientConnection:
         TLS may have something to say by itself, right after a connection stands: then silence is all that the
         first answer on it is given.
         """
+        if not self._has_come():
+            self._wait()
+        sock = self.sock
+        response = super().getresponse()  # type: ignore[misc]
+        self.pulse.beat()
+        if sock.fileno() >= 0:  # else there was no body
+            sock.settimeout(READ_TIMEOUT_S)
+        return response
+
+    def _has_come(self) -> bool:
+        """Whether an answer, or a part of it, has been taken from the kernel already.
+
+        botocore reads the first line of what comes in place of `100 Continue`; TLS takes all of a record.
+        """
+        pending = getattr(self.sock, "pending", None)
+        return self._response_received or (pending is not None and pending() > 0)
+
+    def _wait(self) -> None:
         began, unsent = time.monotonic(), 0
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
@@ -176,9 +230,6 @@ class _PatientConnection:
             is_slow = self.pulse.felt_since(now - SILENCE_S) and now < began + READ_TIMEOUT_S
             if now >= began + SILENCE_S and not is_slow:
                 raise TimeoutError("no answer")
-        response = super().getresponse()  # type: ignore[misc]
-        self.pulse.beat()
-        return response
 
 
 def _unsent(connection: Any) -> int:
@@ -192,7 +243,8 @@ def _watch_over(client: Any) -> Pulse:
     pulse = Pulse()
     pools = getattr(client._endpoint.http_session, "_pool_classes_by_scheme", {})
     for scheme, pool in list(pools.items()):
-        connection = type("Connection", (_PatientConnection, pool.ConnectionCls), {"pulse": pulse})
+        parts = {"pulse": pulse, "response_class": partial(_FeltResponse, pulse=pulse)}
+        connection = type("Connection", (_PatientConnection, pool.ConnectionCls), parts)
         pools[scheme] = type("Pool", (pool,), {"ConnectionCls": connection})
     return pulse
 
