@@ -615,6 +615,8 @@ class Vigil:
 def _leads_to_us(finding: Finding) -> bool:
     """Whether it is about a pipe or terminal of the tree's whose other side this process alone has."""
     others = finding.evidence.get("other_end") or finding.evidence.get("driver") or ()
+    if isinstance(others, str):  # the version of a GPU's driver
+        return False
     return bool(others) and all(one["pid"] == os.getpid() for one in others)
 
 

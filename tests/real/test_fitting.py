@@ -405,7 +405,7 @@ def test_capabilities_that_cannot_be_given_back(crcli: Crcli) -> None:
 
 def test_a_name_that_forces_nothing(crcli: Crcli) -> None:
     """An unknown name is a wrong usage, and the answer lists the known ones."""
-    for name in ("all", "", "host-name", "file-changed,file-missing"):
+    for name in ("all", "host-name", "file-changed,file-missing"):
         done = crcli.run("restore", "agent", "--store", crcli.store, "--json", "--force-guard", name, code=2)
         assert "library-changed" in done.json["error"]["hint"]
 
