@@ -171,14 +171,14 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
         try:
             return _dump_once(options, progress, watch, shared)
         except _Outrun as error:
-            outrun = error.with_traceback(None)  # and with it all that the first dump holds
+            outrun = error.alone()
         return _dump_again(options, progress, watch.again(), shared, outrun)
 
 
 def _dump_again(
     options: DumpOptions, progress: Progress, watch: Stopwatch, shared: Shared, outrun: _Outrun
 ) -> DumpReport:
-    """Dump a tree that has outrun its trial; `frozen_ms` is of both freezes."""
+    """Dump a tree again that has outrun a dump, carefully; `frozen_ms` is of both freezes."""
     options = replace(options, start_time=outrun.root.start_time)
     try:
         report = _dump_once(options, progress, watch, shared, outrun)
@@ -200,7 +200,7 @@ def _dump_once(
     shared: Shared,
     outrun: _Outrun | None = None,
 ) -> DumpReport:
-    """The dump; `outrun` is how it went before, with the trial beside the running tree."""
+    """The dump; `outrun` is how it went before, where it is made again."""
     with _alone(options, watch, shared) as lock:
         return _dump_alone(options, progress, watch, shared, lock, outrun)
 
@@ -257,8 +257,10 @@ def _dump_alone(
         target = look(options, careful=outrun is not None)
         found = (*found, *([outrun.finding] if outrun is not None else []))
         target = replace(target, findings=(*target.findings, *found))
-    for finding in target.findings if outrun is None else (outrun.finding,):
-        progress.finding(finding)
+    told = outrun.told if outrun is not None else frozenset()
+    for finding in target.findings:
+        if finding.message not in told:
+            progress.finding(finding)
     report = _begin_report(options, target)
     if options.dry_run:
         lock.release()
@@ -409,7 +411,7 @@ class _Dump:
         self.is_careful = False
         """Whether the tree was dumped before, and had outrun what was decided when it was looked at."""
         self.tries_later = False
-        """Whether it does."""
+        """Whether the trial takes place beside the running tree."""
         self.criu_pid = 0
         self.waited_ms: dict[int, int] = {}
         self.frozen_at = 0.0
@@ -948,7 +950,7 @@ class _Dump:
 
     def _outrun(self, name: str, failure: DumpFailed, why: str) -> _Outrun:
         """The tree did something since it was looked at that was not counted on."""
-        return _Outrun(name, failure, why, self.report.frozen_ms, self.target.evidence.root.identity)
+        return _Outrun(name, failure, why, self.report, self.target.evidence.root.identity)
 
     # The trial comes before the kill. A tree that runs on need not wait for it, unless what it has open goes
     # away by then.
@@ -1236,16 +1238,22 @@ class _Outrun(DumpFailed):
     """The tree was not as it had been when it was looked at, and runs on: the dump is made again, carefully.
     Nothing was published."""
 
-    def __init__(self, name: str, failure: DumpFailed, why: str, frozen_ms: float, root: ProcessId) -> None:
+    def __init__(self, name: str, failure: DumpFailed, why: str, report: DumpReport, root: ProcessId) -> None:
         super().__init__(failure.message, hint=failure.hint, state=failure.state, cause=failure.cause)
-        self.frozen_ms = frozen_ms
+        self.frozen_ms = report.frozen_ms
+        self.told = frozenset(finding.message for finding in report.findings)
         self.root = root
         self.finding = note(
             name,
             f"{failure.message}, {why}",
-            {"frozen_ms": frozen_ms},
+            {"frozen_ms": report.frozen_ms},
             "dumps it again, with packets held back, and frozen for as long as the trial takes",
         )
+
+    def alone(self) -> _Outrun:
+        """Itself, without what led to it, which holds all that the first dump had."""
+        self.__cause__ = self.__context__ = None
+        return self.with_traceback(None)
 
 
 class _CriuKilled(BaseException):

@@ -612,11 +612,13 @@ class Vigil:
         self._tell(Event(name, message, data))
 
 
+_OTHER_SIDES = {"pipe-outside": "other_end", "fifo-outside": "other_end", "terminal-outside": "driver"}
+"""Where a finding's evidence has who is at the other side."""
+
+
 def _leads_to_us(finding: Finding) -> bool:
     """Whether it is about a pipe or terminal of the tree's whose other side this process alone has."""
-    others = finding.evidence.get("other_end") or finding.evidence.get("driver") or ()
-    if isinstance(others, str):  # the version of a GPU's driver
-        return False
+    others = finding.evidence.get(_OTHER_SIDES.get(finding.name, ""), ())
     return bool(others) and all(one["pid"] == os.getpid() for one in others)
 
 

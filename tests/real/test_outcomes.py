@@ -92,6 +92,14 @@ def goes_on(program: Program) -> None:
     wait_until(lambda: len(program.output) > len(before) + 100, "it stands still")
 
 
+def counts_on_from(image: str, crcli: Crcli, program: Program) -> None:
+    """Assert that a counter which is ended comes back from its image, and comes as far as it had come."""
+    end(tree_of(program.pid))
+    last = counted(program)[-1]
+    crcli.restore(image)
+    wait_until(lambda: counted(program).count(last) == 2, "the copy does not come so far")
+
+
 def untraced(pid: int) -> bool:
     """Whether nobody traces a process, and it is not stopped."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -119,10 +127,7 @@ def test_leave_running_leaves_it_running(crcli: Crcli) -> None:
         assert report["outcome"] == "running"
         assert untraced(program.pid)
         assert_goes_on(program)
-        end(tree_of(program.pid))
-        last = counted(program)[-1]
-        crcli.restore(report["image"])
-        wait_until(lambda: counted(program).count(last) == 2, "the copy does not come so far")
+        counts_on_from(report["image"], crcli, program)
 
 
 def _install_plugin(site: Path, name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,10 +180,7 @@ def test_a_tree_that_outruns_its_trial_is_dumped_again(crcli: Crcli, opened: Pat
         assert report["frozen_ms"] > again["evidence"]["frozen_ms"] > 0
         assert untraced(program.pid)
         assert_goes_on(program)
-        end(tree_of(program.pid))
-        last = counted(program)[-1]
-        crcli.restore(report["image"])
-        wait_until(lambda: counted(program).count(last) == 2, "the copy does not come so far")
+        counts_on_from(report["image"], crcli, program)
 
 
 def test_a_dump_that_is_made_again_can_be_interrupted(crcli: Crcli, opened: Path) -> None:
