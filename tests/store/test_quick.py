@@ -213,6 +213,21 @@ def test_what_is_looked_for_in_several_folders(server: S3Server, url: str) -> No
         store.close()
 
 
+def test_more_than_can_be_asked_for_at_once_is_listed(server: S3Server, url: str) -> None:
+    """One request tells of all that lie in a folder; what lies elsewhere is asked for by itself."""
+    with FaultyProxy(server) as proxy:
+        store = open_store(url, endpoint_url=proxy.endpoint_url)
+        keys = [f"packs/{number:02}" for number in range(17)]
+        for key in keys:
+            store.put(key, b"?")
+        proxy.requests.clear()
+        assert store.missing([*keys, "images/a"]) == set()
+        assert (proxy.count("HEAD"), len(proxy.requests)) == (1, 2)
+        assert not has_asked_botocore(store)
+        assert store.missing([*keys, "packs/gone", "images/gone"]) == {"packs/gone", "images/gone"}
+        store.close()
+
+
 def test_of_a_listing_so_much_is_read_as_saves_requests(
     server: S3Server, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

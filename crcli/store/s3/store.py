@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections import Counter
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import StoreError
@@ -21,6 +21,7 @@ from crcli.store.s3.uploads import PART_SIZE, S3Writer, UploadThreads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from concurrent.futures import ThreadPoolExecutor
 
     from crcli.store.address import StoreAddress
     from crcli.store.base import Buffer
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 _HEADS_AT_ONCE = 16
 """So many objects are asked for at once."""
 
-_WORTH_A_LISTING = 32
-"""Of so many objects one answer to a listing must tell: meanwhile as many can be asked for by themselves."""
+_WORTH_A_LISTING = _HEADS_AT_ONCE + 1
+"""Of so many objects one answer to a listing must tell: fewer can be asked for by themselves meanwhile."""
 
 
 class S3Store:
@@ -125,23 +126,36 @@ class S3Store:
         return ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp())
 
     def missing(self, keys: Iterable[str]) -> set[str]:
-        """List the objects beside them, for as long as each answer tells of many of them, and ask for the
+        """List a folder in which many of them are, for as long as each answer tells of many, and ask for the
         others by themselves.
 
         A store whose listings are not up to date is asked for what is new as well.
         """
-        left = set(keys)
-        if len(left) >= _WORTH_A_LISTING:
-            for page in self._pages(_folder_of(left)):
-                there = left.intersection(info.key for info in page)
-                left -= there
-                if len(there) < _WORTH_A_LISTING:
-                    break
-        if not left:
-            return left
-        with asking(min(_HEADS_AT_ONCE, len(left)), "s3-head", self) as threads:
-            answers = dict(zip(left, threads.map(partial(is_there, self), left), strict=True))
-        return {key for key, is_there in answers.items() if not is_there}
+        wanted = set(keys)
+        if not wanted:
+            return wanted
+        counts = Counter(map(_folder_of, wanted))
+        folders = [folder for folder, count in counts.items() if count >= _WORTH_A_LISTING]
+        alone = {key for key in wanted if _folder_of(key) not in folders}
+        with asking(min(_HEADS_AT_ONCE, len(wanted)), "s3-head", self) as threads:
+            told = threads.map(partial(self._told_of, wanted), folders)
+            there = self._those_there(threads, alone).union(*told)
+            return wanted - there - self._those_there(threads, wanted - there - alone)
+
+    def _told_of(self, wanted: set[str], folder: str) -> set[str]:
+        """Those of the wanted objects of which a listing of the folder tells, as far as it is read."""
+        found: set[str] = set()
+        for page in self._pages(folder):
+            there = wanted.intersection(info.key for info in page)
+            found |= there
+            if len(there) < _WORTH_A_LISTING:
+                break
+        return found
+
+    def _those_there(self, threads: ThreadPoolExecutor, keys: Iterable[str]) -> set[str]:
+        """Those of the objects that are there, each asked for."""
+        some = list(keys)
+        return set(compress(some, threads.map(partial(is_there, self), some)))
 
     def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:
         """List page by page, as far as the caller reads."""
@@ -221,7 +235,6 @@ class S3Store:
         return self._bucket.patiently(attempt, key)
 
 
-def _folder_of(keys: Iterable[str]) -> str:
-    """What all these keys begin with, up to a slash; empty where they have that not in common."""
-    folder = os.path.commonpath(list(keys))
-    return f"{folder}/" if folder else ""
+def _folder_of(key: str) -> str:
+    """The folder, of those at the top of a store, that an object is in."""
+    return key.partition("/")[0] + "/"
