@@ -57,6 +57,9 @@ OTHERS_LIMIT = 32
 LINEAGES = 16
 """So many of the newest images of a name are asked what they consist of, where several trees share it."""
 
+_AS_LARGE = 15 / 16
+"""A tree that had so much of its memory at an image of its own has little that only images of others have."""
+
 _PAGE_BITS = 16
 _LAST_PAGE = (1 << _PAGE_BITS) - 1
 _OFFSET_BITS = 64
@@ -402,7 +405,9 @@ def load_known(
     """Read what the images called `name` consist of, then, while that is fewer than `wanted` pages (None:
     always), the newest `others` indexes of the store (None: all).
 
-    `is_same` tells by an image's JSON head whether it is of the very tree: older ones then matter no more.
+    `is_same` tells by an image's JSON head whether it is of the very tree: older ones then matter no more,
+    nor, if the tree has hardly grown since, do those of others, though fewer pages are known than it has:
+    zero ones are not, and those that come twice are once.
     It ends with the index that takes the number of pages to `limit`. An index whose pack is gone, or that
     cannot be read, is left out: it only costs chances to reuse.
     """
@@ -414,6 +419,10 @@ def load_known(
     lineages = _lineages(store, name, same_name[:LINEAGES], is_same)
     loading.vouch(lineages)
     loading.take([ref for image in lineages for ref in image.indexes][:SAME_NAME_LIMIT])
+    if wanted is not None and any(
+        is_same(image.head) and image.pages >= _AS_LARGE * wanted for image in lineages
+    ):
+        wanted = 0
     if wanted is None or known.page_count < wanted:
         loading.take([IndexRef(info.key.rpartition("/")[2]) for info in same_name[:SAME_NAME_LIMIT]])
     if wanted is None or known.page_count < wanted:
@@ -445,6 +454,13 @@ class _Lineage(NamedTuple):
             *(IndexRef(one) for one in ids_in(self.head.get("indexes", [self.head.get("id")]))),
             *(IndexRef(one, is_merged=True) for one in ids_in(self.head.get("merged"))),
         ]
+
+    @property
+    def pages(self) -> int:
+        """How many pages it maps, zero ones among them; 0 where it does not say so."""
+        counts = self.head.get("counts")
+        total = counts.get("total") if isinstance(counts, dict) else None
+        return total // PAGE if isinstance(total, int) else 0
 
 
 def _lineages(

@@ -39,7 +39,7 @@ from crcli.memory.classify import Classified, Classifier
 from crcli.memory.extents import PAGE, ZERO_PAGE, Source, SpaceKey, SpaceKind
 from crcli.pipeline.knowing import Knowing
 from crcli.store.file import FileStore
-from tests.support.images import make_image, pages
+from tests.support.images import forge, make_image, pages
 from tests.support.stores import WatchedStore
 
 if TYPE_CHECKING:
@@ -92,6 +92,16 @@ def test_other_images_cost_nothing(store: FileStore) -> None:
         make_image(store, f"other-{number}", pages(1000 + number, 20))
     assert asked(store, "agent", 20) == before
     assert sum(before.values()) < 20
+
+
+@pytest.mark.parametrize(("had", "is_read"), [(19, False), (18, True)], ids=["hardly grown", "grown"])
+def test_other_images_matter_where_a_tree_has_grown(store: FileStore, had: int, is_read: bool) -> None:
+    """Fewer pages are known than it has, where some are zero: its own image says how many it had."""
+    ref = make_image(store, "agent", pages(1, 5))
+    forge(store, ref, {"counts": {"total": had * PAGE}})
+    before = asked(store, "agent", 20)
+    make_image(store, "other", pages(2, 20))
+    assert (asked(store, "agent", 20) != before) == is_read
 
 
 def test_everything_of_the_last_image_is_known(store: FileStore) -> None:
