@@ -78,7 +78,6 @@ from crcli.pipeline.trial import try_skeleton
 from crcli.pipeline.watch import crashed, kill_all, tree_state, wait_until_dead
 from crcli.pipeline.weights import WeightsInUse, chosen_files
 from crcli.plugins.loader import load_hooks
-from crcli.plugins.spec import DumpTarget, failure_of
 from crcli.process import notify
 from crcli.process.memory_room import spare_memory
 from crcli.process.processors import usable_processors
@@ -99,7 +98,8 @@ if TYPE_CHECKING:
     from crcli.pipeline.gpu import DumpSide
     from crcli.pipeline.plan import OutsideLink
     from crcli.pipeline.stages import DumpOptions, Progress
-    from crcli.plugins.loader import PluginInfo
+    from crcli.plugins.loader import Hooks
+    from crcli.plugins.spec import DumpTarget
     from crcli.process.evidence import Evidence
     from crcli.process.identity import ProcessId
     from crcli.process.tree import Process
@@ -274,23 +274,21 @@ def _dump_alone(
         return report
     hooks = load_hooks()
     with _failing_at_its_deadline(target), interruptible(_left_s(options, watch)) as interrupts:
-        work = _Dump(options, target, watch, report, interrupts, progress, shared, lock)
-        work.on_frozen = lambda: hooks.call("dump_frozen", target=work.described())
+        work = _Dump(options, target, watch, report, interrupts, progress, shared, lock, hooks)
         work.found = found
         work.is_careful = outrun is not None
-        work.plugins = [one for one in hooks.plugins if not one.error]
         shared.see_caller()
         try:
-            hooks.call("dump_before_freeze", target=work.described())
+            work.tell("dump_before_freeze")
             work.run()
         except BaseException as error:
-            hooks.call("dump_failed", target=work.described(), failure=failure_of(error))
+            work.tell_of_failure(error)
             raise
     report.phases = watch.phases
     report.total_ms = watch.since_start_ms()
     if outrun is None:
         work.learn()
-    hooks.call("dump_finished", target=work.described(), report=report.as_json())
+    work.tell("dump_finished", report=report.as_json())
     report.findings = (*report.findings, *hooks.findings)
     return report
 
@@ -385,6 +383,7 @@ class _Dump:
         progress: Progress,
         shared: Shared,
         lock: TreeLock,
+        hooks: Hooks,
     ) -> None:
         self.options = options
         self.target = target
@@ -394,8 +393,7 @@ class _Dump:
         self.report = report
         self.interrupts = interrupts
         self.progress = progress
-        self.on_frozen: Callable[[], None] = lambda: None
-        self.plugins: list[PluginInfo] = []
+        self.hooks = hooks
         self.look_ahead: Callable[[], None] = lambda: None
         """What is left to do before the freeze when CRIU is called."""
         self.nice = 0
@@ -461,8 +459,22 @@ class _Dump:
                     self.store.give_up()  # it may be what failed: nobody waits for it a second time
                 raise
 
-    def described(self) -> DumpTarget:
+    def tell(self, hook: str, **arguments: Any) -> None:
+        """Call a hook of the plug-ins, where there are any."""
+        if not self.hooks.is_empty:
+            self.hooks.call(hook, target=self._described(), **arguments)
+
+    def tell_of_failure(self, error: BaseException) -> None:
+        """Tell them how the dump failed."""
+        if not self.hooks.is_empty:
+            from crcli.plugins.spec import failure_of
+
+            self.tell("dump_failed", failure=failure_of(error))
+
+    def _described(self) -> DumpTarget:
         """The dump as plug-ins are told of it."""
+        from crcli.plugins.spec import DumpTarget
+
         return DumpTarget(
             pid=self.options.pid,
             processes=tuple(process.pid for process in self.target.evidence.tree),
@@ -915,7 +927,7 @@ class _Dump:
         if self.rounds.done:
             self.rounds.prove(scan_tree(self.target.evidence.root.identity))
         self.watch.add("take", time.monotonic() - self.frozen_at)
-        self.on_frozen()
+        self.tell("dump_frozen")
         evidence = self.target.evidence
         if evidence.reopened_terminals or evidence.outside_terminals:
             settle_terminals(self.images, evidence.root.identity, self.target.links)
@@ -1087,7 +1099,9 @@ class _Dump:
             "mounts": describe_mounts(self.target.evidence),
             "cgroups": self.target.evidence.root.cgroups.splitlines(),
             "plugins": [
-                {"name": one.name, "package": one.package, "version": one.version} for one in self.plugins
+                {"name": one.name, "package": one.package, "version": one.version}
+                for one in self.hooks.plugins
+                if not one.error
             ],
             **({"job": dict(self.options.job)} if self.options.job else {}),
             **({"gpu": self.gpu.described(self.tree)} if self.gpu is not None else {}),

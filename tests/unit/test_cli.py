@@ -176,7 +176,7 @@ def test_a_dump_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
         loaded = loaded_by("dump", str(program.pid), "--dry-run", "--store", f"file://{tmp_path}/store")
     assert {"crcli.pipeline.dump", "crcli.memory.sample"} <= loaded
     assert not loaded.intersection(set().union(*UNUSED) - {"crcli.criu.log"})
-    assert "crcli.pipeline.restore" not in loaded
+    assert not loaded.intersection({"crcli.pipeline.restore", "crcli.plugins.spec", "dataclasses"})
 
 
 def test_records_are_structs() -> None:
