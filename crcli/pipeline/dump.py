@@ -945,6 +945,8 @@ class _Dump:
             self._begin_work()
         if not self.tries_later:
             self._try()
+            if not is_kept:
+                self._end_trial()
             self.shared.end_turn()
         if self.options.outcome != Outcome.KILLED:
             self._resume_calls()
@@ -985,6 +987,14 @@ class _Dump:
             plan, links, kept = self.target.plan, self.target.links, self.intake.kept
             try_skeleton(self.sandbox, self.trial, self.images, kept, plan, links)
 
+    def _end_trial(self) -> None:
+        """End what the trial has restored, which has open what the tree has: a program that it is writing
+        could not be started meanwhile."""
+        if self.sandbox is not None:
+            self.sandbox.learn()
+            self.sandbox.close()
+            self.sandbox = None
+
     def _try_beside(self) -> None:
         """The trial, with the tree running. A failure may mean that the tree has outrun it."""
         try:
@@ -1016,9 +1026,7 @@ class _Dump:
     def _publish(self) -> None:
         """Finish the memory, make everything durable, write the manifest: the image exists on return."""
         assert self.store is not None
-        if self.sandbox is not None:
-            self.sandbox.learn()
-            self.sandbox.close()
+        self._end_trial()
         taken = self.intake.finish(self.progress.amount)
         spaces, counts, references = self.rounds.whole(*taken, self.writer)
         self.report.wasted_bytes = self.rounds.wasted_bytes

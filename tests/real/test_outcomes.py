@@ -183,6 +183,35 @@ def test_a_tree_that_outruns_its_trial_is_dumped_again(crcli: Crcli, opened: Pat
         counts_on_from(report["image"], crcli, program)
 
 
+MAKES_A_PROGRAM = """
+import os, time
+print("ready")
+while True:
+    with open(PATH, "wb") as file:
+        os.fchmod(file.fileno(), 0o755)
+        file.write(b"#!/bin/sh")
+        file.flush()
+        before = time.monotonic()
+        while time.monotonic() < before + 0.01:  # until it was frozen
+            before = time.monotonic()
+            time.sleep(0.0002)
+    try:
+        os.waitpid(os.posix_spawn(PATH, [PATH], {}), 0)
+        print("started")
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_program_that_is_being_made_can_be_started_at_once(crcli: Crcli, tmp_path: Path) -> None:
+    """A tree that goes on finds it open for writing nowhere else: what its trial has restored is gone."""
+    with spawn_python(MAKES_A_PROGRAM.replace("PATH", repr(str(tmp_path / "program")))) as program:
+        for number in range(5):
+            crcli.dump(program.pid, "--leave-running")
+            wait_until(lambda number=number: program.output.count("\n") > number + 1, "it was not frozen")
+        assert set(program.output.split("\n")) == {"ready", "started", ""}
+
+
 def test_a_dump_that_is_made_again_can_be_interrupted(crcli: Crcli, opened: Path) -> None:
     """A signal that comes in the second dump is heard as it is in the first."""
     (opened.parent / f"{int(signal.SIGTERM)} crcli").touch()
