@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from crcli import kernel
+from crcli.criu.question import remove_question
 from crcli.criu.rpc import CriuProcess
 from crcli.criu.sandbox import dodge_pids, exec_criu, reap_until_alone
 from crcli.errors import HostLacks
@@ -270,6 +271,7 @@ def _oversee(duty: _Duty) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)  # CRIU does not inherit this: see start_criu
         kernel.become_subreaper()
+        began = time.time()
         criu = duty.start_criu()
         duty.control.send(READY)
         word, changes = duty.wait_for_word(criu)
@@ -278,6 +280,7 @@ def _oversee(duty: _Duty) -> None:
             duty.let_others_finish()
             _kill_children()
             duty.undo(changes)
+            remove_question(began)
         elif word["stay"]:
             warden.become_reaper(word["root"], "root", duty.ending, duty.bound_to(word))
     except BaseException as error:
@@ -304,6 +307,7 @@ def _reside(duty: _Duty, taken: tuple[int, ...]) -> NoReturn:
         dodge_pids(taken)
         for fd in duty.keep:
             warden.reopen(fd)
+        began = time.time()
         criu = duty.start_criu_below() if duty.new_root else duty.start_criu()
         duty.control.send(READY)
         word, changes = duty.wait_for_word(criu)
@@ -312,6 +316,7 @@ def _reside(duty: _Duty, taken: tuple[int, ...]) -> NoReturn:
             os.kill(-1, signal.SIGKILL)
             reap_until_alone()
             duty.undo(changes)
+            remove_question(began, duty.new_root or "/")
         else:
             warden.become_reaper(word["root"], word["until"], duty.ending, duty.bound_to(word))
     except BaseException as error:

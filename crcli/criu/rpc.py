@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from crcli.criu.binary import criu_command
 from crcli.criu.limits import with_limits_answered
 from crcli.criu.messages import rpc
+from crcli.criu.question import remove_question
 from crcli.errors import HostLacks
 from crcli.process.tree import child_pids
 from crcli.records import Struct
@@ -85,11 +86,16 @@ class CriuProcess:
     """A `criu swrk` process in its own process group; a context manager that never leaves one behind."""
 
     def __init__(
-        self, channel: socket.socket, process: subprocess.Popen[bytes] | None, enter: int = 0
+        self,
+        channel: socket.socket,
+        process: subprocess.Popen[bytes] | None,
+        enter: int = 0,
+        began: float = 0.0,
     ) -> None:
         self.channel = channel
         self.process = process
         self.enter = enter
+        self._began = began
 
     @classmethod
     def start(cls, pass_fds: Sequence[int] = (), answer_limits: bool = False, enter: int = 0) -> CriuProcess:
@@ -116,8 +122,9 @@ class CriuProcess:
                 except OSError as error:
                     raise HostLacks(f"{command[0]} cannot be started: {error.strerror}") from error
 
+            began = time.time()
             process = with_limits_answered(launch) if answer_limits else launch()
-        return cls(ours, process, enter)
+        return cls(ours, process, enter, began)
 
     def request(
         self,
@@ -214,4 +221,5 @@ class CriuProcess:
     ) -> None:
         """Close the channel, upon which CRIU thaws what it holds and ends; kill it only if it does not."""
         self.channel.close()
-        self.wait()
+        if (code := self.wait()) is not None and code < 0:
+            remove_question(self._began)

@@ -12,11 +12,13 @@ import json
 import os
 import signal
 import socket
+import time
 from typing import TYPE_CHECKING
 
 from crcli import kernel
 from crcli.criu import kerndat
 from crcli.criu.binary import criu_command
+from crcli.criu.question import remove_question
 from crcli.criu.rpc import CriuProcess
 from crcli.errors import HostLacks
 from crcli.process.warden import READY, mount_proc, reset_signals, say
@@ -50,6 +52,7 @@ class Sandbox:
 
     def __init__(self, images_fd: int) -> None:
         """Fork it. Call before any thread is started. CRIU will find its images in `images_fd`."""
+        self._began = time.time()
         self._answers = kerndat.Answers() if kerndat.is_wanted() else None
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -95,6 +98,8 @@ class Sandbox:
                 except ProcessLookupError:
                     pass
             os.waitpid(keeper, 0)
+            if self._answers is not None and not self._answers.known:
+                remove_question(self._began)  # of one that asked until now, or is still asking
         self._control.close()
         self.channel.close()
 

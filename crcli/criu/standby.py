@@ -22,6 +22,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
@@ -30,6 +31,7 @@ from crcli.criu.compel import Text
 from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME
 from crcli.criu.puppet import MACHINES, Ending, Puppet
+from crcli.criu.question import remove_question
 from crcli.criu.rescue import SocketSettings, free_sockets, remember, remove_link_remaps, remove_tables
 from crcli.criu.unread import give_back_unread
 from crcli.criu.workspace import Workspace
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from crcli.kernel import Stop
 
 _LIMIT_S = 20.0
+_START_S = 1.0
+"""How long ago, at most, CRIU was started when it begins to be watched (seconds)."""
 _POKE_LIMIT_S = 5.0
 _POKES_AT_ONCE = 200
 _PTRACE_POKEUSER = 6
@@ -224,6 +228,7 @@ class _Watch:
 
     def run(self, criu: int) -> None:
         """Trace CRIU to its end, and do what there is to do right before that."""
+        began = time.time() - _START_S
         for pid in (os.getpid(), criu):
             kernel.go_first(pid)
         kernel.trace_exit(criu)
@@ -252,6 +257,8 @@ class _Watch:
             report["lost"] = [pair for pair in report["held"] if pair[0] in self.recalled.lost]
         if report is not None:
             self._say(report)
+            if self.is_alone:
+                remove_question(began)
 
     def _say(self, word: dict[str, Any]) -> None:
         try:

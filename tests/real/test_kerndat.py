@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from crcli import kernel
 from crcli.criu import kerndat
 from crcli.criu.binary import criu_command
 from tests.support.crcli import Crcli, assert_goes_on, counter
+from tests.support.faults import Attempt
 from tests.support.programs import spawn_python
 
 pytestmark = [
@@ -117,3 +121,48 @@ def _what(name: str) -> object:
         return os.readlink(path)
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+# --- a CRIU that is killed while it asks --------------------------------------------------------------------
+
+
+@contextmanager
+def question() -> Iterator[Path]:
+    """A folder in /tmp with something mounted there, as CRIU has it for a tenth of a millisecond."""
+    path = Path(tempfile.mkdtemp(prefix=".criu.move_mount_set_group.", dir="/tmp"))
+    kernel.mount("criu.move_mount_set_group", str(path), "tmpfs", 0)
+    try:
+        yield path
+    finally:
+        if path.exists():
+            kernel.unmount(str(path))
+            path.rmdir()
+
+
+def assert_cut_short(attempt: Attempt, code: int) -> None:
+    """Kill the command's CRIU: what looks like a question of its is gone, and an older one is not."""
+    with question() as of_another:
+        assert attempt.wait_for(lambda: attempt.criu() or attempt.deep_criu()), attempt.describe()
+        with question() as asked:
+            os.kill(attempt.criu() or attempt.deep_criu(), signal.SIGKILL)
+            attempt.end()
+            assert attempt.code == code, attempt.describe()
+            assert not asked.exists() and str(asked) not in kernel.mount_points()
+        assert of_another.exists()
+
+
+def test_a_dump_whose_criu_is_killed_while_it_asks_leaves_nothing(tmp_path: Path) -> None:
+    """What CRIU had in /tmp is gone when the command has ended, and the tree runs."""
+    with spawn_python(counter()) as program:
+        assert_cut_short(Attempt(tmp_path, ("dump", str(program.pid), "--store", f"file://{tmp_path}/x")), 11)
+        assert_goes_on(program)
+
+
+@pytest.mark.parametrize("namespace", ["host", "new"])
+def test_a_restore_whose_criu_is_killed_while_it_asks_leaves_nothing(crcli: Crcli, namespace: str) -> None:
+    """The same, below a warden."""
+    with spawn_python(counter()) as program:
+        image = crcli.dump(program.pid)["image"]
+        program.process.wait()
+        words = ("restore", image, "--store", crcli.store, "--pid-namespace", namespace)
+        assert_cut_short(Attempt(crcli.folder, words), 21)

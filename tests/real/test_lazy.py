@@ -410,7 +410,8 @@ def test_the_end_of_the_pager_is_waited_for(far: Far) -> None:
         image = far.dump(program)
         with far.crcli.start("restore", image, "--store", far.url, "--lazy", "--wait") as process:
             try:
-                wait_until(lambda: len(pagers()) == 2, "there is no pager", 30)
+                both = ["crcli-keeper", "crcli-pager"]  # at first the keeper is called as who forked it
+                wait_until(lambda: sorted(one.name() for one in pagers()) == both, "there is no pager", 30)
                 (pager,) = [one for one in pagers() if one.name() == "crcli-pager"]
                 assert_goes_on(program)
                 far.through.set()
