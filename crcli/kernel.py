@@ -332,12 +332,25 @@ def wait_for_stop(pid: int) -> Stop | None:
 
     A stop by job control is left as it is.
     """
+    return _next_stop(pid, 0)
+
+
+def stopped_again(pid: int) -> Stop | None:
+    """The stop at which a process that had stopped for us stands by now, if that is another.
+
+    A process that is killed leaves its stop, and stops again on its way out: told to go on from where it was
+    seen, it would be let go from there.
+    """
+    return _next_stop(pid, os.WNOHANG)
+
+
+def _next_stop(pid: int, flags: int) -> Stop | None:
     while True:
         try:
-            _, status = os.waitpid(pid, _WALL)
+            found, status = os.waitpid(pid, _WALL | flags)
         except ChildProcessError:
             return None
-        if not os.WIFSTOPPED(status):
+        if not found or not os.WIFSTOPPED(status):
             return None
         event = status >> 16
         if event == _PTRACE_EVENT_STOP and os.WSTOPSIG(status) != signals.SIGTRAP:

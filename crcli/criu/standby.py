@@ -234,6 +234,7 @@ class _Watch:
         kernel.trace_exit(criu)
         self._say({"watching": criu})
         report = None
+        was_seen_ending = False
         stop = kernel.wait_for_stop(criu)
         while stop is not None:
             number = stop.signal
@@ -243,6 +244,7 @@ class _Watch:
                 if self.pokes and (end := self._poke(criu)) is not None:
                     stop = end
             if stop.is_exit:
+                was_seen_ending = True
                 self._hear()
                 killed = os.WIFSIGNALED(kernel.exit_status(criu))
                 number = 0
@@ -250,8 +252,12 @@ class _Watch:
                     report = self._after_death(criu)
                 else:
                     self._after_end()
-            kernel.go_on(criu, number)
-            stop = kernel.wait_for_stop(criu)
+            if (stop := kernel.stopped_again(criu)) is None:
+                kernel.go_on(criu, number)
+                stop = kernel.wait_for_stop(criu)
+        if not was_seen_ending:  # killed between the last two calls: what can be done late is done
+            self._hear()
+            report = self._after_death(criu)
         if self.recalled is not None and report is not None:
             self.recalled.give_back()
             report["lost"] = [pair for pair in report["held"] if pair[0] in self.recalled.lost]

@@ -156,9 +156,17 @@ def victim(tmp_path: Path) -> Iterator[Victim]:
 
 
 def killed_after(
-    steps: Steps, victim: Victim, tid: int, until: Callable[[], bool], folder: Path
+    steps: Steps,
+    victim: Victim,
+    tid: int,
+    until: Callable[[], bool],
+    folder: Path,
+    last: signal.Signals = signal.SIGKILL,
 ) -> AfterDeath:
-    """Kill a borrower of this thread after these steps, once `until` holds; return what the standby says."""
+    """Kill a borrower of this thread after these steps, once `until` holds; return what the standby says.
+
+    With another signal as the `last` it is somebody else who kills it then.
+    """
     images = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     begin, done = os.pipe(), os.pipe()
     try:
@@ -179,7 +187,7 @@ def killed_after(
             os.write(begin[1], b"!")
             assert os.read(done[0], 1)
             wait_until(until, "the thread does not get there")
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, last)
             report = standby.wait()
             os.waitpid(child, 0)
             assert report is not None
@@ -199,6 +207,28 @@ def test_a_borrowed_thread_is_given_back(which: int, number: int, victim: Victim
     victim.assert_goes_on()
     assert victim.looks() == before
     assert registers_of(victim.threads[2]) == waiting
+
+
+def test_a_death_while_another_signal_is_dealt_with_is_seen(
+    victim: Victim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRIU is killed when the standby has seen a signal for it, and not passed it on yet."""
+    wait_for_stop = kernel.wait_for_stop
+
+    def and_kill(pid: int) -> kernel.Stop | None:
+        stop = wait_for_stop(pid)
+        if stop is not None and stop.signal == signal.SIGURG:
+            os.kill(pid, signal.SIGKILL)
+            while os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT) is None:
+                pass
+        return stop
+
+    monkeypatch.setattr(kernel, "wait_for_stop", and_kill)
+    before = victim.looks()
+    report = killed_after(STEPS, victim, victim.threads[1], lambda: True, tmp_path, signal.SIGURG)
+    assert not report.lost
+    victim.assert_goes_on()
+    assert victim.looks() == before
 
 
 def test_what_the_real_criu_has_borrowed_is_known(tmp_path: Path) -> None:
