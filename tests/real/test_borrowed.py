@@ -246,24 +246,29 @@ def test_what_the_real_criu_has_borrowed_is_known(tmp_path: Path) -> None:
             os.kill(criu, signal.SIGSTOP)
             wait_until(partial(_is_stopped, criu), "CRIU does not stop")
             try:
-                found = _has_criu_code(tree.pid)
-                if found:  # else CRIU had left it meanwhile
+                # Else CRIU had left it meanwhile, or had not come to all of its threads.
+                found = _has_criu_code(tree.pid) and all(notes_of_threads(criu, tree.pid).values())
+                if found:
                     assert_is_known(criu, tree.pid)
             finally:
                 os.kill(criu, signal.SIGCONT)
                 attempt.end()
             if found:
                 return
-        pytest.fail("CRIU's code was never seen")
+        pytest.fail("CRIU's code, and its notes of all threads, were never seen")
+
+
+def notes_of_threads(criu: int, pid: int) -> dict[int, list[compel.Context]]:
+    """CRIU's notes of each thread of this process."""
+    contexts = compel.contexts(criu)
+    threads = map(int, os.listdir(f"/proc/{pid}/task"))
+    return {tid: [one for one in contexts if one.is_of(tid, one.registers)] for tid in threads}
 
 
 def assert_is_known(criu: int, pid: int) -> None:
-    """Assert that CRIU's notes of all threads of this process are found, and the end of its routine in it."""
-    contexts = compel.contexts(criu)
+    """Assert that CRIU's notes of all threads of this process are right, and the end of its routine in it."""
     machine = MACHINES["x86_64"]
-    for tid in map(int, os.listdir(f"/proc/{pid}/task")):
-        mine = [one for one in contexts if one.is_of(tid, one.registers)]
-        assert mine, f"CRIU's notes of thread {tid} are not found"
+    for tid, mine in notes_of_threads(criu, pid).items():
         words = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
         blocked = int(_line(f"/proc/{pid}/task/{tid}/status", "SigBlk"), 16)
         if blocked != compel.ALL_BUT_TRAP:  # it stands where it was
