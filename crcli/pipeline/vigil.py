@@ -11,6 +11,9 @@ the newest whole image. An image that is being taken when the notice comes is gi
 go yet; otherwise it may use half of the time, for it spares the last dump what it has sent.
 
 **On notice of a risk** an image is taken at once, and the tree runs on.
+
+**Some seconds after its beginning** a tree without an image is looked at, as `crcli check` does it: that it
+cannot be saved as it stands is better known before there is notice.
 """
 
 from __future__ import annotations
@@ -61,6 +64,9 @@ _LONGEST_STOP_S, _STOP_SHARE = 5.0, 0.15
 
 _LONGEST_WAIT_S = 3600.0
 """For how long nothing is looked at (seconds); poll(2) takes 24 days at most."""
+
+_FIRST_LOOK_S = 10.0
+"""When a tree is looked at for what keeps it from being dumped (seconds): it has begun its work by then."""
 
 _LOOK_AGAIN_S = 0.05
 """How often a tree is looked at whose dump should have ended (seconds)."""
@@ -140,6 +146,9 @@ class Purpose(StrEnum):
     RISK = "risk"
     LEAVE = LEAVE
 
+    LOOK = "look"
+    """For nothing: what an image would find."""
+
 
 class _UnderWay(Struct):
     """A dump that was begun and not answered. `since` sorts before the id of its image; `seen` is what the
@@ -207,6 +216,8 @@ class Vigil:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         weakref.finalize(self, os.close, self._wake)
         self._began = time.monotonic()
+        self._look_at: float | None = None if image else self._began + _FIRST_LOOK_S
+        """When the tree is to be looked at, if no image was taken by then; None: not."""
         self._history = History.noted(keeping.dump.job)
         rate = keeping.failure_rate_per_h
         self._schedule = Schedule(
@@ -259,7 +270,8 @@ class Vigil:
         if self._has_ended:
             return None if self._under_way is not None else time.monotonic()
         if (leaving := self._leaving) is None:
-            return None if self._under_way is not None else self._schedule.due
+            dues = [due for due in (self._schedule.due, self._look_at) if due is not None]
+            return min(dues, default=None) if self._under_way is None else None
         if self._under_way is None:
             return leaving.next_try
         until = leaving.limit if self._under_way.purpose is Purpose.LEAVE else leaving.half
@@ -291,6 +303,8 @@ class Vigil:
             self._begin_to_leave(leaving)
         elif self._is_at_risk or (self._schedule.due is not None and now >= self._schedule.due):
             self._begin_image(now)
+        elif self._look_at is not None and now >= self._look_at:
+            self._begin_look()
         return None
 
     # Notices.
@@ -342,14 +356,23 @@ class Vigil:
             return
         self._begin(purpose, activity, replace(self._keeping.dump, outcome=Outcome.RUNNING))
 
-    def _begin(self, purpose: Purpose, activity: Activity, options: DumpOptions) -> None:
+    def _begin_look(self) -> None:
+        """Have what would keep the tree from being dumped be found. Absent weights would not."""
+        self._begin(
+            Purpose.LOOK, activity_of(self._root), replace(self._keeping.dump, weights=()), dry_run=True
+        )
+
+    def _begin(
+        self, purpose: Purpose, activity: Activity, options: DumpOptions, *, dry_run: bool = False
+    ) -> None:
+        self._look_at = None
         self._under_way = _UnderWay(purpose, time.monotonic(), new_image_id(), activity)
         self._dumper.begin(
             replace(
                 options,
                 pid=self._root.pid,
                 start_time=self._root.start_time,
-                dry_run=False,
+                dry_run=dry_run,
                 job=self._note(purpose),
             )
         )
@@ -376,6 +399,11 @@ class Vigil:
 
     def _image_failed(self, under_way: _UnderWay, error: CrcliError) -> None:
         if under_way.stopped_at is not None:
+            return
+        if under_way.purpose is Purpose.LOOK:
+            if isinstance(error, PreflightRefused):
+                what = "; ".join(filter(None, [error.message, error.hint]))
+                self._say("cannot-save", f"as it is now it could not be saved: {what}", **_of(error))
             return
         self._schedule.failed(time.monotonic())
         self._say("image-failed", f"no image could be taken: {error.message}", **_of(error))
@@ -541,6 +569,8 @@ class Vigil:
             return None
         assert under_way is not None
         self._under_way = None
+        if under_way.purpose is Purpose.LOOK:
+            return None
         self._image = str(report["image"])
         self._uses_gpus = report["gpu"] is not None
         self._taken += 1
@@ -597,6 +627,8 @@ class Vigil:
 
     def finding(self, finding: Finding) -> None:
         """See Progress."""
+        if self._under_way is not None and self._under_way.purpose is Purpose.LOOK:
+            return  # an image says so, or what keeps there from being one
         if finding.name == "deadline-forecast" and self._leaving is not None:
             needs_s = float(finding.evidence["needs_s"])
             self._leaving.forecast = time.monotonic() + needs_s

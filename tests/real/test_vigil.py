@@ -256,6 +256,46 @@ def ticks_on(program: Program) -> None:
     wait_until(lambda: len(program.output) > before, "it stands still")
 
 
+SHARES_MEMORY = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.shmat.restype = ctypes.c_void_p
+segment = libc.shmget(0, ctypes.c_size_t(4096), 0o1600)
+libc.shmat(segment, None, 0)
+libc.shmctl(segment, 0, None)
+"""
+"""Memory of System V, outside an IPC namespace, which goes when the program does."""
+
+
+def test_what_cannot_be_saved_is_said_before_there_is_notice(
+    crcli: Crcli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tree that is dumped on notice only is looked at when it has begun; it is watched on all the same."""
+    monkeypatch.setattr("crcli.pipeline.vigil._FIRST_LOOK_S", 0.1)
+    with spawn_python(SHARES_MEMORY + counter()) as program, kept(crcli, program) as (vigil, _):
+        said = vigil.wait_for("cannot-save")
+        assert "System V" in said.message and said.data["hint"] in said.message
+        assert_goes_on(program)
+        assert vigil.end is None and not (crcli.folder / "store").exists()
+
+
+def test_nothing_is_said_of_a_tree_that_can_be_saved(crcli: Crcli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was looked at, and is dumped as ever when there is notice: also when it is being looked at."""
+    monkeypatch.setattr("crcli.pipeline.vigil._FIRST_LOOK_S", 0.1)
+    for is_early in (False, True):
+        with spawn_python(counter()) as program, kept(crcli, program) as (vigil, notices):
+            tree = tree_of(program.pid)
+            watch = vigil.vigil
+            wait_until(lambda watch=watch: watch._look_at is None, "it is not looked at")
+            if not is_early:
+                wait_until(lambda watch=watch: watch._under_way is None, "the look has no end")
+                assert not vigil.events
+            notices.say(30)
+            assert vigil.wait().why is Why.SAVED, vigil.events
+            assert not vigil.named("cannot-save")
+            reap(tree)
+
+
 def test_a_second_notice_may_come_closer(crcli: Crcli) -> None:
     """The dump under way then has until the earlier deadline, and no longer."""
     with spawn_python(TOLD) as program, kept(crcli, program) as (vigil, notices):
