@@ -54,12 +54,20 @@ class Puppet:
 
     `wait` waits for its next stop, and returns the stop's signal; it raises `Ending` when there is none. On
     leaving the thread gets `registers`, and blocks the signals of `mask`: its own, unless they were changed.
+    `see_that_it_stands`, called before it goes on, raises `Ending` when it stands on its way out by now.
     """
 
-    def __init__(self, tid: int, machine: Machine, wait: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        tid: int,
+        machine: Machine,
+        wait: Callable[[], int],
+        see_that_it_stands: Callable[[], None] = lambda: None,
+    ) -> None:
         self.tid = tid
         self.machine = machine
         self._wait = wait
+        self._see_that_it_stands = see_that_it_stands
 
     def __enter__(self) -> Puppet:
         self.memory = os.open(f"/proc/{self.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
@@ -108,6 +116,7 @@ class Puppet:
     def stand_as_if_signalled(self) -> None:
         """Have it stand where signals are looked at: the call that it was in when it stopped begins again."""
         kernel.interrupt(self.tid)
+        self._see_that_it_stands()
         kernel.go_on(self.tid, 0)
         self._wait()
 
@@ -124,6 +133,7 @@ class Puppet:
     def _run_to_system_call(self) -> None:
         """Let it run until it enters, or leaves, a system call."""
         for _ in range(16):
+            self._see_that_it_stands()
             kernel.go_on_to_system_call(self.tid)
             if self._wait() == _AT_SYSTEM_CALL:
                 return

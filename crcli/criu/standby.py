@@ -283,10 +283,16 @@ class _Watch:
                 raise Ending
             return stop.signal
 
+        def see_that_it_stands() -> None:
+            nonlocal stop
+            if (again := kernel.stopped_again(criu)) is not None:
+                stop = again
+                raise Ending
+
         machine = MACHINES[os.uname().machine]
         pokes, self.pokes = self.pokes, []
         try:
-            with Puppet(criu, machine, wait) as puppet:
+            with Puppet(criu, machine, wait, see_that_it_stands) as puppet:
                 for tid, changes in pokes:
                     for offset, value in changes:
                         puppet.call(machine.nr_ptrace, _PTRACE_POKEUSER, tid, offset, value)

@@ -161,12 +161,9 @@ def killed_after(
     tid: int,
     until: Callable[[], bool],
     folder: Path,
-    last: signal.Signals = signal.SIGKILL,
+    kill: Callable[[Standby, int], object] = lambda _, child: os.kill(child, signal.SIGKILL),
 ) -> AfterDeath:
-    """Kill a borrower of this thread after these steps, once `until` holds; return what the standby says.
-
-    With another signal as the `last` it is somebody else who kills it then.
-    """
+    """Kill a borrower of this thread after these steps, once `until` holds; return what the standby says."""
     images = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     begin, done = os.pipe(), os.pipe()
     try:
@@ -187,7 +184,7 @@ def killed_after(
             os.write(begin[1], b"!")
             assert os.read(done[0], 1)
             wait_until(until, "the thread does not get there")
-            os.kill(child, last)
+            kill(standby, child)
             report = standby.wait()
             os.waitpid(child, 0)
             assert report is not None
@@ -209,15 +206,23 @@ def test_a_borrowed_thread_is_given_back(which: int, number: int, victim: Victim
     assert registers_of(victim.threads[2]) == waiting
 
 
-def test_a_death_while_another_signal_is_dealt_with_is_seen(
-    victim: Victim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+DISTRACTIONS: dict[int, Callable[[Standby, int], object]] = {
+    signal.SIGURG: lambda _, child: os.kill(child, signal.SIGURG),
+    signal.SIGTRAP | 0x80: lambda standby, child: standby.poke(child, [(child, [(0, 0)])]),
+}
+"""What has the standby deal with a stop of CRIU's, by the stop's signal: another signal, a call for us."""
+
+
+@pytest.mark.parametrize("number", DISTRACTIONS, ids=["a signal", "a call"])
+def test_a_death_while_another_stop_is_dealt_with_is_seen(
+    number: int, victim: Victim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CRIU is killed when the standby has seen a signal for it, and not passed it on yet."""
+    """CRIU is killed when the standby has seen it stop for something else, and not let it go on yet."""
     wait_for_stop = kernel.wait_for_stop
 
     def and_kill(pid: int) -> kernel.Stop | None:
         stop = wait_for_stop(pid)
-        if stop is not None and stop.signal == signal.SIGURG:
+        if stop is not None and stop.signal == number:
             os.kill(pid, signal.SIGKILL)
             while os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT) is None:
                 pass
@@ -225,7 +230,8 @@ def test_a_death_while_another_signal_is_dealt_with_is_seen(
 
     monkeypatch.setattr(kernel, "wait_for_stop", and_kill)
     before = victim.looks()
-    report = killed_after(STEPS, victim, victim.threads[1], lambda: True, tmp_path, signal.SIGURG)
+    tid = victim.threads[1]
+    report = killed_after(STEPS, victim, tid, lambda: True, tmp_path, DISTRACTIONS[number])
     assert not report.lost
     victim.assert_goes_on()
     assert victim.looks() == before
