@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from crcli.criu import messages
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 _COMMON_MAGIC, _SERVICE_MAGIC = 0x54564319, 0x55105940
 _SHARED_MAGICS = tuple(struct.pack("<I", value) for value in (_COMMON_MAGIC, _SERVICE_MAGIC))
 _SIZE = struct.Struct("<I")
-_PRESENT = 4
+_IN_PARENT, _PRESENT = 1, 4
+_REMEMBERED_RUNS = 4096
 _MADV_WIPEONFORK = 18
 _TASK_ALIVE, _TASK_STOPPED = 1, 3
 _COUNTS = ("nr_pages", "compat_nr_pages")
@@ -253,19 +255,46 @@ def _remaps(images: ImageFolder) -> list[Any]:
     return ImageFile.parse(images.read("remap-fpath.img"), messages.remap_file_path_entry).entries
 
 
-def write_pagemap(images: Workspace, space: SpaceKey, pages_id: int, runs: Iterable[tuple[int, int]]) -> None:
-    """Write the list of pages of one address space that stand in `pages-<pages_id>.img`, in order.
+def write_pagemap(
+    images: Workspace,
+    space: SpaceKey,
+    pages_id: int,
+    runs: Iterable[tuple[int, int]],
+    in_parent: Iterable[tuple[int, int]] = (),
+) -> None:
+    """Write the list of pages of one address space: `runs` stand in `pages-<pages_id>.img`, in order, those
+    `in_parent` are to be found by the pagemap of the same name in the folder `parent`.
 
-    `runs` are (first page number, pages), ascending.
+    All are (first page number, pages); `runs` ascend.
     """
-    known = messages.pagemap_entry.DESCRIPTOR.fields_by_name
-    counts = [name for name in _COUNTS if name in known]
     parts = [_head("PAGEMAP"), _message(messages.pagemap_head(pages_id=pages_id))]
-    parts += [
-        _message(messages.pagemap_entry(vaddr=start * PAGE, flags=_PRESENT, **dict.fromkeys(counts, pages)))
-        for start, pages in runs
-    ]
+    parts += [_page_run(start, pages, flags) for start, pages, flags in _entries(runs, in_parent)]
     images.write(pagemap_name(space), b"".join(parts))
+
+
+def _entries(
+    runs: Iterable[tuple[int, int]], in_parent: Iterable[tuple[int, int]]
+) -> list[tuple[int, int, int]]:
+    """All runs in order, those joined that continue one another: CRIU takes longer for many short ones."""
+    found = [(start, pages, _PRESENT) for start, pages in runs]
+    found += [(start, pages, _IN_PARENT) for start, pages in in_parent]
+    joined: list[tuple[int, int, int]] = []
+    first, end, last = 0, 0, 0
+    for start, pages, flags in sorted(found):
+        if start != end or flags != last:
+            if last:
+                joined.append((first, end - first, last))
+            first, last = start, flags
+        end = start + pages
+    return [*joined, (first, end - first, last)] if last else joined
+
+
+@lru_cache(_REMEMBERED_RUNS)
+def _page_run(start: int, pages: int, flags: int) -> bytes:
+    """The message for one run; of a process with many children most have the same."""
+    known = messages.pagemap_entry.DESCRIPTOR.fields_by_name
+    counts = {name: pages for name in _COUNTS if name in known}
+    return _message(messages.pagemap_entry(vaddr=start * PAGE, flags=flags, **counts))
 
 
 def pagemap_name(space: SpaceKey) -> str:
@@ -273,8 +302,13 @@ def pagemap_name(space: SpaceKey) -> str:
     return f"pagemap-{'shmem-' if space.kind == SpaceKind.SHARED else ''}{space.number}.img"
 
 
+def pages_name(pages_id: int) -> str:
+    """The name of the page file of this number."""
+    return f"pages-{pages_id}.img"
+
+
 def create_pages(images: Workspace, pages_id: int, pages: int) -> int:
-    """Make `pages-<pages_id>.img`, all holes, and return a descriptor to fill it with."""
-    fd = images.create_file(f"pages-{pages_id}.img")
+    """Make the page file of this number, all holes, and return a descriptor to fill it with."""
+    fd = images.create_file(pages_name(pages_id))
     os.ftruncate(fd, pages * PAGE)
     return fd

@@ -15,6 +15,8 @@ from crcli.criu.images import (
     create_pages,
     holders_of,
     mapped_ids,
+    pagemap_name,
+    pages_name,
     read_files,
     remapped_ids,
     text_of,
@@ -22,6 +24,7 @@ from crcli.criu.images import (
     write_pagemap,
 )
 from crcli.criu.inspect import inet_socket, writes_anywhere
+from crcli.criu.options import PARENT_LINK
 from crcli.memory.extents import PAGE, Extent, SpaceKey
 from crcli.memory.huge import Runs
 from crcli.records import Struct
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
     from crcli.criu.needs import InetSocket
     from crcli.criu.workspace import Workspace
+    from crcli.memory.replay import Inherited
 
 _TCP, _UDP = 6, 17
 _PROTOCOLS = {_TCP: "tcp", _UDP: "udp"}
@@ -50,14 +54,21 @@ _ESTABLISHED_STATES = frozenset((1, 2, 3, 4, 5, 6, 8, 9, 11))
 
 @contextmanager
 def laid_out_memory(
-    images: Workspace, early: Mapping[SpaceKey, list[Extent]]
+    images: Workspace,
+    early: Mapping[SpaceKey, list[Extent]],
+    inherited: Mapping[SpaceKey, Inherited] | None = None,
 ) -> Iterator[Mapping[SpaceKey, tuple[int, dict[int, int]]]]:
     """Write pagemaps, and page files of zeros, that hold the `early` extents.
+
+    What a process has `inherited` stands in its parent's page file: CRIU reads it there, as it reads pages
+    that were not written to since a pre-dump. Of fifty children of one process, 7 MiB each, only what they
+    have changed is written here.
 
     Gives for each space a descriptor of its page file and the map from an extent's first page to its offset
     in that file (bytes), for whoever writes what is not zero.
     """
     places: dict[SpaceKey, tuple[int, dict[int, int]]] = {}
+    inherited = inherited or {}
     try:
         for pages_id, (space, extents) in enumerate(early.items(), start=1):
             offsets: dict[int, int] = {}
@@ -65,12 +76,27 @@ def laid_out_memory(
             for extent in extents:
                 offsets[extent.start] = at
                 at += extent.pages * PAGE
-            write_pagemap(images, space, pages_id, ((e.start, e.pages) for e in extents))
+            runs = inherited[space].runs if space in inherited else ()
+            write_pagemap(images, space, pages_id, ((e.start, e.pages) for e in extents), runs)
             places[space] = (create_pages(images, pages_id, at // PAGE), offsets)
+        if inherited:
+            _show_parents(images, early, inherited)
         yield places
     finally:
         for fd, _ in places.values():
             os.close(fd)
+
+
+def _show_parents(
+    images: Workspace, early: Iterable[SpaceKey], inherited: Mapping[SpaceKey, Inherited]
+) -> None:
+    """Have CRIU find, under the names of those who inherit, the pagemaps and page files of their parents."""
+    ids = {space: pages_id for pages_id, space in enumerate(early, start=1)}
+    with images.folder(PARENT_LINK) as folder:
+        for parent in {parent for parent, _ in inherited.values()}:
+            folder.link_from(images, pages_name(ids[parent]))
+        for child, (parent, _) in inherited.items():
+            folder.link_from(images, pagemap_name(parent), pagemap_name(child))
 
 
 def ask_for_huge_pages(images: Workspace, pid: int, runs: Runs) -> Runs:

@@ -73,9 +73,9 @@ class Workspace:
         """Make an empty file and return a descriptor that it can be read and written with."""
         return os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
 
-    def link_from(self, other: Workspace, name: str) -> None:
-        """Make the file `name` of `other` appear here too, without copying it."""
-        os.link(name, name, src_dir_fd=other.fd, dst_dir_fd=self.fd)
+    def link_from(self, other: Workspace, name: str, as_name: str = "") -> None:
+        """Make the file `name` of `other` appear here too (`as_name`), without copying it."""
+        os.link(name, as_name or name, src_dir_fd=other.fd, dst_dir_fd=self.fd)
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from crcli.memory.extents import PAGE, Extent, Origin, Source, SpaceKey, SpaceKind
@@ -20,7 +21,7 @@ from crcli.memory.writing import write_all, write_scattered
 from crcli.threads import Worker, start_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from crcli.memory.huge import HugeMemory
     from crcli.memory.userfault import Userfault
@@ -64,10 +65,19 @@ class Target(NamedTuple):
     pages: int
 
 
+class Inherited(NamedTuple):
+    """What a process still has as its `parent` has it: these runs, ascending."""
+
+    parent: SpaceKey
+    runs: list[Run]
+
+
 class Split(NamedTuple):
-    """The memory map in two: what CRIU must find in its images, and what is written afterwards."""
+    """The memory map in three: what CRIU must find in a process's own images, what it finds in its parent's,
+    and what is written afterwards."""
 
     early: dict[SpaceKey, list[Extent]]
+    inherited: dict[SpaceKey, Inherited]
     late: dict[SpaceKey, list[Extent]]
 
 
@@ -80,44 +90,76 @@ def split(
     """Divide the memory map.
 
     `parents` are (child, parent) pids of the tree, `kernel_pages` the page numbers, by pid, that the kernel
-    writes to during the restore, `references` the image's, into files of weights.
+    writes to during the restore, `references` the image's, into files of weights. What a process shares with
+    its parent is early; it is inherited where that process has no children itself.
     """
     early_runs: dict[SpaceKey, list[Run]] = {
         SpaceKey(SpaceKind.PROCESS, pid): [Run(page, 1) for page in pages]
         for pid, pages in kernel_pages.items()
     }
-    for child, parent in parents:
-        mine, theirs = (SpaceKey(SpaceKind.PROCESS, pid) for pid in (child, parent))
-        shared = list(_common(spaces.get(mine, []), spaces.get(theirs, []), references))
-        early_runs.setdefault(mine, []).extend(shared)
-        early_runs.setdefault(theirs, []).extend(shared)
+    parent_of = {
+        SpaceKey(SpaceKind.PROCESS, child): SpaceKey(SpaceKind.PROCESS, parent) for child, parent in parents
+    }
+    relatives = {parent: _Parent(spaces.get(parent, ()), references) for parent in set(parent_of.values())}
+    inherited: dict[SpaceKey, Inherited] = {}
+    others: dict[SpaceKey, list[Extent]] = {}
+    for child, parent in parent_of.items():
+        runs, rest = relatives[parent].divide(spaces.get(child, ()))
+        if child in relatives:
+            early_runs.setdefault(child, []).extend(runs)
+        elif runs:
+            inherited[child], others[child] = Inherited(parent, runs), rest
     early: dict[SpaceKey, list[Extent]] = {}
     late: dict[SpaceKey, list[Extent]] = {}
     for space, extents in spaces.items():
         if space.kind == SpaceKind.SHARED:
             early[space], late[space] = extents, []
-        else:
-            early[space], late[space] = _divide(extents, _joined(early_runs.get(space, [])))
-    return Split(early, late)
-
-
-def _common(
-    ours: Sequence[Extent], theirs: Sequence[Extent], references: Sequence[Reference]
-) -> Iterator[Run]:
-    """The runs that hold the same pages of the same chunks or files at the same addresses."""
-    at = 0
-    for extent in ours:
-        if extent.source == Source.ZERO:
             continue
-        while at < len(theirs) and theirs[at].end <= extent.start:
-            at += 1
-        other = at
-        while other < len(theirs) and theirs[other].start < extent.end:
-            found = theirs[other]
-            if found.source == extent.source and _line(found, references) == _line(extent, references):
+        wanted = early_runs.get(space, [])
+        if space in relatives:
+            wanted = [*wanted, *relatives[space].shared()]
+        early[space], late[space] = _divide(others.get(space, extents), _joined(wanted))
+    return Split(early, inherited, late)
+
+
+class _Parent:
+    """A process's memory, with which that of its children is compared: an extent that several have, once."""
+
+    def __init__(self, extents: Sequence[Extent], references: Sequence[Reference]) -> None:
+        self._extents = extents
+        self._ends = [extent.end for extent in extents]
+        self._references = references
+        self._found: dict[Extent, tuple[list[Run], list[Extent]]] = {}
+
+    def divide(self, extents: Iterable[Extent]) -> tuple[list[Run], list[Extent]]:
+        """The runs that hold the same pages of the same chunks or files here, at the same addresses, and
+        what is left of these extents."""
+        shared: list[Run] = []
+        rest: list[Extent] = []
+        for extent in extents:
+            if (found := self._found.get(extent)) is None:
+                found = self._found[extent] = self._compare(extent)
+            shared += found[0]
+            rest += found[1]
+        return shared, rest
+
+    def shared(self) -> list[Run]:
+        """What children have been found to share."""
+        return [run for runs, _ in self._found.values() for run in runs]
+
+    def _compare(self, extent: Extent) -> tuple[list[Run], list[Extent]]:
+        if extent.source == Source.ZERO:
+            return [], [extent]
+        shared: list[Run] = []
+        line = _line(extent, self._references)
+        for at in range(bisect_right(self._ends, extent.start), len(self._extents)):
+            found = self._extents[at]
+            if found.start >= extent.end:
+                break
+            if found.source == extent.source and _line(found, self._references) == line:
                 start = max(extent.start, found.start)
-                yield Run(start, min(extent.end, found.end) - start)
-            other += 1
+                shared.append(Run(start, min(extent.end, found.end) - start))
+        return shared, _cut(extent, shared)[1]
 
 
 def _line(extent: Extent, references: Sequence[Reference]) -> tuple[int, ...]:
@@ -156,16 +198,30 @@ def _divide(extents: Sequence[Extent], runs: Sequence[Run]) -> tuple[list[Extent
         if at == len(runs) or runs[at].start >= extent.end:  # most are whole: there may be many
             outside.append(extent)
             continue
-        position, run = extent.start, at
-        while position < extent.end:
-            if run < len(runs) and runs[run].start <= position:
-                end = min(extent.end, runs[run].start + runs[run].pages)
-                inside.append(part(extent, position, end))
-                run += 1
-            else:
-                end = min(extent.end, runs[run].start if run < len(runs) else extent.end)
-                outside.append(part(extent, position, end))
-            position = end
+        end = at
+        while end < len(runs) and runs[end].start < extent.end:
+            end += 1
+        within, without = _cut(extent, runs[at:end])
+        inside += within
+        outside += without
+    return inside, outside
+
+
+def _cut(extent: Extent, runs: Iterable[Run]) -> tuple[list[Extent], list[Extent]]:
+    """The parts of an extent that lie in `runs` (sorted, disjoint, each of them in it at least in part), and
+    all others."""
+    inside: list[Extent] = []
+    outside: list[Extent] = []
+    position = extent.start
+    for run in runs:
+        if position < run.start:
+            outside.append(part(extent, position, run.start))
+            position = run.start
+        end = min(extent.end, run.start + run.pages)
+        inside.append(part(extent, position, end))
+        position = end
+    if position < extent.end:
+        outside.append(part(extent, position, extent.end))
     return inside, outside
 
 

@@ -501,8 +501,9 @@ class _Restore:
 
     def _begin_early(self) -> None:
         """Begin to fetch what CRIU must find, into files that have room for it."""
-        wanted = targets(self.divided.early)
-        places = self.held.enter_context(laid_out_memory(self.images, self.divided.early))
+        early, inherited, _ = self.divided
+        wanted = targets(early)
+        places = self.held.enter_context(laid_out_memory(self.images, early, inherited))
         in_files = {
             origin: [one._replace(start=places[one.space][1][one.start] // PAGE) for one in whither]
             for origin, whither in wanted.items()
@@ -553,6 +554,7 @@ class _Restore:
             tcp_close=self.options.tcp == TcpPolicy.CLOSE,
             external=tuple(self.replacements.external),
             inherit=self.replacements.inherit,
+            has_children=len(self.members) > 1,
             any_cpu="cpu-features" in self.options.forced or cpu_promise(self.manifest.meta) is not None,
         )
         if plan.manage_cgroups:

@@ -85,6 +85,7 @@ def try_skeleton(
         inherit={link.inherit_key: STAND_IN_FD + number for number, link in enumerate(outside)},
         leave_stopped=True,
         sibling=True,
+        has_children=len(members) > 1,
     )
     try:
         criu = sandbox.start_criu(order)

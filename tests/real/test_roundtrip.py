@@ -93,6 +93,50 @@ SHARED_SINCE_THE_FORK = """
             print(f"turns={common[0]},{common[1]}")
     """
 
+FAMILY = """
+    import ctypes, hashlib, mmap, os, random, tempfile, time
+    libc = ctypes.CDLL(None)
+    source = random.Random(6)
+    ours = mmap.mmap(-1, 2000 << 12, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    ours[:] = source.randbytes(len(ours))
+    file = tempfile.TemporaryFile()
+    file.write(source.randbytes(60 << 12))
+    file.flush()
+    of_file = mmap.mmap(file.fileno(), 60 << 12, flags=mmap.MAP_PRIVATE)
+    of_file[: 50 << 12] = of_file[: 50 << 12]
+    parts = [slice(0, 2000 << 12)]
+    def write(every, memory):
+        for page in range(0, len(memory) >> 12, every):
+            memory[page << 12 : (page + 1) << 12] = source.randbytes(4096)
+    def at(page):
+        return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(ours)) + (page << 12))
+    name = "root"
+    if not os.fork():
+        name = "changed"
+        write(7, ours)
+        write(9, of_file)
+        libc.madvise(at(100), 100 << 12, 4)
+        libc.munmap(at(500), 50 << 12)
+        libc.mprotect(at(600), 200 << 12, 1)
+        parts = [slice(0, 500 << 12), slice(550 << 12, 2000 << 12)]
+    elif not os.fork():
+        name = "parent"
+        write(5, ours)
+        if not os.fork():
+            name = "grandchild"
+            write(11, ours)
+            write(3, of_file)
+    elif not os.fork():
+        name = "same"
+    else:
+        write(13, ours)
+        print("ready")
+    while True:
+        digest = hashlib.blake2b(b"".join([*(ours[part] for part in parts), of_file[:]])).hexdigest()
+        print(f"{name}={digest}", flush=True)
+        time.sleep(0.05)
+    """
+
 PAGES = """
     import mmap, os, random, signal, time
     from hashlib import blake2b
@@ -307,6 +351,28 @@ def test_memory_shared_since_a_fork_stays_shared(crcli: Crcli) -> None:
         assert after < before * 1.1, f"{before >> 10} KiB before, {after >> 10} KiB after"
         turns = program.value_of("turns")
         wait_until(lambda: program.value_of("turns") != turns, "the family stands still after the restore")
+
+
+@pytest.mark.parametrize("way", ["--eager", "--lazy"])
+def test_generations_that_went_their_ways_have_each_its_memory(crcli: Crcli, way: str) -> None:
+    """Pages changed, dropped, unmapped and protected since the forks are what they were; the others are
+    shared still, among children and grandchildren."""
+    if way == "--lazy" and not is_available():
+        pytest.skip("needs userfaultfd")
+    names = ("root", "changed", "parent", "grandchild", "same")
+    with spawn_python(FAMILY) as program:
+        wait_until(lambda: all(f"{name}=" in program.output for name in names), "it does not begin")
+        expected = {name: program.value_of(name) for name in names}
+        before = proportional_bytes(program.pid)
+        report = crcli.restore(crcli.dump(program.pid)["image"], way)
+        seen = len(lines(program))
+        wait_until(
+            lambda: all(sum(f"{name}=" in line for line in lines(program)[seen:]) > 1 for name in names),
+            "the family stands still",
+        )
+        assert set(lines(program)) == {f"{name}={digest}" for name, digest in expected.items()}
+        after = proportional_bytes(report["host_pid"])
+        assert after < before * 1.1, f"{before >> 10} KiB before, {after >> 10} KiB after"
 
 
 @pytest.mark.skipif(not is_available(), reason="needs userfaultfd")

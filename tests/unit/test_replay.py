@@ -83,34 +83,51 @@ def pages_of(extents: Sequence[Extent]) -> Pages:
     return found
 
 
-def is_early(spaces: Mapping[SpaceKey, Pages], space: SpaceKey, number: int, kernel: set[int]) -> bool:
-    """Whether CRIU must find this page: the rules of FORMAT.md, page by page."""
-    where, lazy = spaces[space][number]
-    if space.kind == SpaceKind.SHARED or not lazy or number in kernel:
-        return True
-    relative = {PARENT: CHILD, CHILD: PARENT}.get(space)
-    same = spaces.get(relative, {}).get(number) if relative else None
-    return same is not None and where[0] == Source.CHUNK and same[0] == where
+def are_alike(spaces: Mapping[SpaceKey, Pages], one: SpaceKey, other: SpaceKey, number: int) -> bool:
+    """Whether two spaces have the same page of the same chunk there."""
+    where, same = spaces[one].get(number), spaces[other].get(number)
+    return where is not None and same is not None and where[0][0] == Source.CHUNK and where[0] == same[0]
 
 
 @given(
     st.tuples(spaces_of(), spaces_of(), spaces_of(), spaces_of()),
     st.dictionaries(st.sampled_from([1, 2, 3]), st.sets(st.integers(0, 100), max_size=4)),
+    st.sampled_from([{}, {CHILD: PARENT}, {CHILD: PARENT, OTHER: PARENT}, {CHILD: PARENT, OTHER: CHILD}]),
 )
 @settings(deadline=None, max_examples=300)
 def test_every_page_is_early_or_late(
-    extents: tuple[list[Extent], ...], kernel_pages: dict[int, set[int]]
+    extents: tuple[list[Extent], ...],
+    kernel_pages: dict[int, set[int]],
+    parents: dict[SpaceKey, SpaceKey],
 ) -> None:
-    """Each page of each space is in exactly one part, from where it was; which one, the rules say."""
+    """Each page of each space is in exactly one part, from where it was; which one, the rules say: those of
+    FORMAT.md, and that who has no children inherits what is its parent's too, which finds that early."""
     spaces = dict(zip((PARENT, CHILD, OTHER, SHARED), extents, strict=True))
-    divided = split(spaces, [(CHILD.number, PARENT.number)], kernel_pages)
+    pairs = [(child.number, parent.number) for child, parent in parents.items()]
+    divided = split(spaces, pairs, kernel_pages)
     whole = {space: pages_of(listed) for space, listed in spaces.items()}
     for space in spaces:
         early, late = pages_of(divided.early[space]), pages_of(divided.late[space])
-        assert {**early, **late} == whole[space]
-        assert len(early) + len(late) == len(whole[space])
         kernel = kernel_pages.get(space.number, set()) if space.kind == SpaceKind.PROCESS else set()
-        assert set(early) == {number for number in whole[space] if is_early(whole, space, number, kernel)}
+        family = [parents[space]] if space in parents else []
+        children = [child for child, parent in parents.items() if parent == space]
+        alike = {
+            number
+            for number in whole[space]
+            if any(are_alike(whole, space, other, number) for other in family + children)
+        }
+        inherits = alike if family and not children else set()
+        assert inherits == {
+            run.start + index
+            for run in (divided.inherited[space].runs if space in divided.inherited else [])
+            for index in range(run.pages)
+        }
+        assert all(number in pages_of(divided.early[family[0]]) for number in inherits)
+        assert {**early, **late} == {n: page for n, page in whole[space].items() if n not in inherits}
+        assert len(early) + len(late) + len(inherits) == len(whole[space])
+        must = {n for n, (_, lazy) in whole[space].items() if not lazy or n in kernel}
+        everything = set(whole[space]) if space.kind == SpaceKind.SHARED else must | alike
+        assert set(early) == everything - inherits
         for part in (divided.early[space], divided.late[space]):
             assert [extent.start for extent in part] == sorted(extent.start for extent in part)
 
