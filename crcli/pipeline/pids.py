@@ -101,8 +101,11 @@ def _instruction_pointer(tid: int) -> int:
 
 def host_threads(pid: int, depth: int) -> dict[int, int]:
     """Map the thread ids of a process, as its pid namespace of this depth (1: ours) sees them, to ours."""
+    tids = [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
+    if depth == 1:
+        return {tid: tid for tid in tids}
     found = {}
-    for tid in map(int, os.listdir(f"/proc/{pid}/task")):
+    for tid in tids:
         with open(f"/proc/{pid}/task/{tid}/status", encoding="utf-8", errors="replace") as file:
             numbers = next((line.split()[1:] for line in file if line.startswith("NSpid:")), [str(tid)])
         found[int(numbers[depth - 1])] = tid
