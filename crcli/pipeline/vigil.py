@@ -12,8 +12,8 @@ go yet; otherwise it may use half of the time, for it spares the last dump what 
 
 **On notice of a risk** an image is taken at once, and the tree runs on.
 
-**Some seconds after its beginning** a tree without an image is looked at, as `crcli check` does it: that it
-cannot be saved as it stands is better known before there is notice.
+**Between images** a tree is looked at now and then, as `crcli check` does it: that it cannot be saved as it
+stands is better known before there is notice.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ _LONGEST_STOP_S, _STOP_SHARE = 5.0, 0.15
 _LONGEST_WAIT_S = 3600.0
 """For how long nothing is looked at (seconds); poll(2) takes 24 days at most."""
 
-_FIRST_LOOK_S = 10.0
-"""When a tree is looked at for what keeps it from being dumped (seconds): it has begun its work by then."""
+_LOOKS_S = (10.0, 60.0, 900.0)
+"""After how long without an image it is looked at what keeps a tree from being dumped (seconds): at first,
+when it has begun its work, once more, and from then on."""
+
+_NEVER = float("inf")
 
 _LOOK_AGAIN_S = 0.05
 """How often a tree is looked at whose dump should have ended (seconds)."""
@@ -216,8 +219,11 @@ class Vigil:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         weakref.finalize(self, os.close, self._wake)
         self._began = time.monotonic()
-        self._look_at: float | None = None if image else self._began + _FIRST_LOOK_S
-        """When the tree is to be looked at, if no image was taken by then; None: not."""
+        self._looks = 0
+        self._look_at = self._began + _LOOKS_S[0]
+        """When the tree is to be looked at, if no image was begun by then."""
+        self._obstacle = ""
+        """What keeps it from being dumped, as it was said last."""
         self._history = History.noted(keeping.dump.job)
         rate = keeping.failure_rate_per_h
         self._schedule = Schedule(
@@ -270,8 +276,7 @@ class Vigil:
         if self._has_ended:
             return None if self._under_way is not None else time.monotonic()
         if (leaving := self._leaving) is None:
-            dues = [due for due in (self._schedule.due, self._look_at) if due is not None]
-            return min(dues, default=None) if self._under_way is None else None
+            return min(self._schedule.due or _NEVER, self._look_at) if self._under_way is None else None
         if self._under_way is None:
             return leaving.next_try
         until = leaving.limit if self._under_way.purpose is Purpose.LEAVE else leaving.half
@@ -303,7 +308,7 @@ class Vigil:
             self._begin_to_leave(leaving)
         elif self._is_at_risk or (self._schedule.due is not None and now >= self._schedule.due):
             self._begin_image(now)
-        elif self._look_at is not None and now >= self._look_at:
+        elif now >= self._look_at:
             self._begin_look()
         return None
 
@@ -365,7 +370,8 @@ class Vigil:
     def _begin(
         self, purpose: Purpose, activity: Activity, options: DumpOptions, *, dry_run: bool = False
     ) -> None:
-        self._look_at = None
+        self._looks += 1
+        self._look_at = time.monotonic() + _LOOKS_S[min(self._looks, len(_LOOKS_S) - 1)]
         self._under_way = _UnderWay(purpose, time.monotonic(), new_image_id(), activity)
         self._dumper.begin(
             replace(
@@ -401,10 +407,12 @@ class Vigil:
         if under_way.stopped_at is not None:
             return
         if under_way.purpose is Purpose.LOOK:
-            if isinstance(error, PreflightRefused):
+            if isinstance(error, PreflightRefused) and self._obstacle != error.message:
+                self._obstacle = error.message
                 what = "; ".join(filter(None, [error.message, error.hint]))
                 self._say("cannot-save", f"as it is now it could not be saved: {what}", **_of(error))
             return
+        self._obstacle = error.message
         self._schedule.failed(time.monotonic())
         self._say("image-failed", f"no image could be taken: {error.message}", **_of(error))
 
@@ -569,7 +577,10 @@ class Vigil:
             return None
         assert under_way is not None
         self._under_way = None
+        was_in_the_way, self._obstacle = self._obstacle, ""
         if under_way.purpose is Purpose.LOOK:
+            if was_in_the_way:
+                self._say("can-save", "as it is now it could be saved")
             return None
         self._image = str(report["image"])
         self._uses_gpus = report["gpu"] is not None

@@ -257,36 +257,42 @@ def ticks_on(program: Program) -> None:
 
 
 SHARES_MEMORY = """
-import ctypes
+import ctypes, signal
 libc = ctypes.CDLL(None)
-libc.shmat.restype = ctypes.c_void_p
+libc.shmat.restype, libc.shmdt.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 segment = libc.shmget(0, ctypes.c_size_t(4096), 0o1600)
-libc.shmat(segment, None, 0)
+at = libc.shmat(segment, None, 0)
 libc.shmctl(segment, 0, None)
+signal.signal(signal.SIGUSR1, lambda *_: libc.shmdt(at))
 """
-"""Memory of System V, outside an IPC namespace, which goes when the program does."""
+"""Memory of System V, outside an IPC namespace, which goes when the program does, or on a signal."""
 
 
 def test_what_cannot_be_saved_is_said_before_there_is_notice(
     crcli: Crcli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tree that is dumped on notice only is looked at when it has begun; it is watched on all the same."""
-    monkeypatch.setattr("crcli.pipeline.vigil._FIRST_LOOK_S", 0.1)
+    """A tree that is dumped on notice only is looked at again and again; it is watched on all the same. What
+    is in the way is said once, and when it is not there any more."""
+    monkeypatch.setattr("crcli.pipeline.vigil._LOOKS_S", (0.1,))
     with spawn_python(SHARES_MEMORY + counter()) as program, kept(crcli, program) as (vigil, _):
         said = vigil.wait_for("cannot-save")
         assert "System V" in said.message and said.data["hint"] in said.message
+        looks = vigil.vigil._looks
+        wait_until(lambda: vigil.vigil._looks > looks + 1, "it is not looked at again")
         assert_goes_on(program)
-        assert vigil.end is None and not (crcli.folder / "store").exists()
+        os.kill(program.pid, signal.SIGUSR1)
+        vigil.wait_for("can-save")
+        assert len(vigil.events) == 2 and vigil.end is None and not (crcli.folder / "store").exists()
 
 
 def test_nothing_is_said_of_a_tree_that_can_be_saved(crcli: Crcli, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was looked at, and is dumped as ever when there is notice: also when it is being looked at."""
-    monkeypatch.setattr("crcli.pipeline.vigil._FIRST_LOOK_S", 0.1)
+    monkeypatch.setattr("crcli.pipeline.vigil._LOOKS_S", (0.1, 900.0))
     for is_early in (False, True):
         with spawn_python(counter()) as program, kept(crcli, program) as (vigil, notices):
             tree = tree_of(program.pid)
             watch = vigil.vigil
-            wait_until(lambda watch=watch: watch._look_at is None, "it is not looked at")
+            wait_until(lambda watch=watch: watch._looks > 0, "it is not looked at")
             if not is_early:
                 wait_until(lambda watch=watch: watch._under_way is None, "the look has no end")
                 assert not vigil.events
