@@ -69,6 +69,8 @@ class Residence:
         self.init = 0
         """The first process of the tree's namespace, as we see it; 0 where it lives in ours."""
         self._is_over = False
+        self._root = new_root or "/"
+        self._began = time.time()
         self._ending, ending = os.pipe()
         ours = os.pidfd_open(os.getpid())
         duty = _Duty(theirs, criu_end, tuple(keep_fds), undo, new_root, ending, ours, first)
@@ -137,6 +139,7 @@ class Residence:
             except OSError:
                 pass  # it is dead
             _reap_within(self.warden, _UNDO_LIMIT_S)
+            remove_question(self._began, self._root)  # should the warden have been killed too
         self._control.close()
         self.criu.channel.close()
         if self._ending >= 0:

@@ -98,6 +98,15 @@ class Session(Announcement):
     def __init__(self, store: Store, name: str) -> None:
         super().__init__(store, f"{SESSIONS}{name}")
 
+    def rename(self, name: str) -> None:
+        """Announce the same under another name: that of the image, by which `gc` knows that it is there."""
+        before, self.key = self.key, f"{SESSIONS}{name}"
+        self._store.put(self.key, self._text)
+        try:
+            self._store.delete(before)
+        except StoreError:
+            pass  # it goes stale by itself
+
 
 def announced(store: Store, prefix: str, store_time: float) -> tuple[list[str], list[str]]:
     """Keys of the announcements below `prefix`: those behind which somebody is at work, and the dead ones."""

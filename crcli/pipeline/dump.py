@@ -652,6 +652,7 @@ class _Dump:
             self.target = replace(self.target, image_id=new_image_id(newest))
             self.report.id = self.target.image_id
             self.report.image = f"{self.target.name}@{self.report.id}"
+            self.session.rename(self.report.id)
 
     # Whatever should be wrong with a forecast, the dump goes on. Where nothing depends on it, what the store
     # has is waited for, and the memory looked at, while CRIU gets ready, and not before CRIU is called.

@@ -183,6 +183,28 @@ def test_a_tree_that_outruns_its_trial_is_dumped_again(crcli: Crcli, opened: Pat
         counts_on_from(report["image"], crcli, program)
 
 
+def test_a_dump_is_announced_as_the_image_that_it_becomes(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when dated after one of a host whose clock is ahead: else `gc` may wait for it in vain."""
+    store, seen = tmp_path / "store", tmp_path / "seen"
+    code = f"""
+        import os, pathlib
+        from crcli.plugins import hookimpl
+
+        @hookimpl
+        def crcli_dump_frozen(target):
+            pathlib.Path({str(seen)!r}).write_text(" ".join(os.listdir({str(store / "sessions")!r})))
+        """
+    with spawn_python(counter()) as program:
+        first = crcli.dump(program.pid, "--leave-running", "--name", "x")["id"]
+        folder = store / "images" / "x"
+        (folder / first).rename(folder / f"2999{first[4:]}")
+        _install_plugin(tmp_path / "site", "watcher", code, monkeypatch)
+        second = crcli.dump(program.pid, "--leave-running", "--name", "x")["id"]
+        assert second.startswith("2999") and seen.read_text() == second
+
+
 MAKES_A_PROGRAM = """
 import os, time
 print("ready")
