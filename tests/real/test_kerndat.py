@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from crcli import kernel
 from crcli.criu import kerndat
 from crcli.criu.binary import criu_command
+from crcli.criu.question import remove_question
 from tests.support.crcli import Crcli, assert_goes_on, counter
 from tests.support.faults import Attempt
 from tests.support.programs import spawn_python
@@ -127,35 +129,43 @@ def _what(name: str) -> object:
 
 
 @contextmanager
-def question() -> Iterator[Path]:
+def question(root: str = "/") -> Iterator[Path]:
     """A folder in /tmp with something mounted there, as CRIU has it for a tenth of a millisecond."""
-    path = Path(tempfile.mkdtemp(prefix=".criu.move_mount_set_group.", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix=".criu.move_mount_set_group.", dir=os.path.join(root, "tmp")))
     kernel.mount("criu.move_mount_set_group", str(path), "tmpfs", 0)
     try:
         yield path
     finally:
-        if path.exists():
+        if path.exists():  # nobody else's, whose CRIU was killed beside this, either
             kernel.unmount(str(path))
             path.rmdir()
 
 
+def test_an_older_question_is_another_crius(tmp_path: Path) -> None:
+    """Only what was asked since goes, with its mount."""
+    (tmp_path / "tmp").mkdir()
+    with question(str(tmp_path)) as older:
+        time.sleep(0.1)
+        since = time.time()
+        with question(str(tmp_path)) as newer:
+            remove_question(since, str(tmp_path))
+            assert older.exists() and not newer.exists() and str(newer) not in kernel.mount_points()
+
+
 def assert_cut_short(attempt: Attempt, code: int) -> None:
-    """Kill the command's CRIU: what looks like a question of its is gone, and an older one is not."""
-    with question() as of_another:
-        assert attempt.wait_for(lambda: attempt.criu() or attempt.deep_criu()), attempt.describe()
-        attempt.send(signal.SIGSTOP)  # so that CRIU, which asks it first, begins nothing
-        criu = attempt.criu() or attempt.deep_criu()
-        assert criu, "there is no CRIU, and 0 would be all of us"
-        with question() as asked:
-            os.kill(criu, signal.SIGKILL)
-            attempt.send(signal.SIGCONT)
-            attempt.end()
-            assert attempt.code == code, attempt.describe()
-            assert not asked.exists() and str(asked) not in kernel.mount_points()
-        assert of_another.exists()
+    """Kill the command's CRIU: what looks like a question of its is gone."""
+    assert attempt.wait_for(lambda: attempt.criu() or attempt.deep_criu()), attempt.describe()
+    attempt.send(signal.SIGSTOP)  # so that CRIU, which asks it first, begins nothing
+    criu = attempt.criu() or attempt.deep_criu()
+    assert criu, "there is no CRIU, and 0 would be all of us"
+    with question() as asked:
+        os.kill(criu, signal.SIGKILL)
+        attempt.send(signal.SIGCONT)
+        attempt.end()
+        assert attempt.code == code, attempt.describe()
+        assert not asked.exists() and str(asked) not in kernel.mount_points()
 
 
-@pytest.mark.alone  # others whose CRIU is killed would take a folder that stays here for one of its
 def test_a_dump_whose_criu_is_killed_while_it_asks_leaves_nothing(tmp_path: Path) -> None:
     """What CRIU had in /tmp is gone when the command has ended, and the tree runs."""
     with spawn_python(counter()) as program:
@@ -163,7 +173,6 @@ def test_a_dump_whose_criu_is_killed_while_it_asks_leaves_nothing(tmp_path: Path
         assert_goes_on(program)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("namespace", ["host", "new"])
 def test_a_restore_whose_criu_is_killed_while_it_asks_leaves_nothing(crcli: Crcli, namespace: str) -> None:
     """The same, below a warden."""
