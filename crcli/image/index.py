@@ -158,6 +158,12 @@ class KnownChunks:
         """The keys of the indexes that told of these chunks."""
         return [index.ref.key for index in self._indexes]
 
+    @property
+    def relied_on(self) -> list[str]:
+        """The keys of all that must be in the store for these chunks to be there, and to stay."""
+        packs = {pack for index in self._indexes for pack in index.used_packs}
+        return [*self.told_by, *self.vouched_by, *map(pack_key, packs)]
+
     def chunks_of(self, refs: Iterable[IndexRef]) -> set[int]:
         """The chunks that some indexes told of."""
         wanted, found = set(refs), set[int]()
@@ -401,19 +407,23 @@ def load_known(
     wanted: int | None = None,
     is_same: Callable[[dict[str, Any]], bool] = lambda head: False,
     others: int | None = OTHERS_LIMIT,
+    *,
+    sees_packs: bool = True,
 ) -> KnownChunks:
     """Read what the images called `name` consist of, then, while that is fewer than `wanted` pages (None:
     always), the newest `others` indexes of the store (None: all).
 
     `is_same` tells by an image's JSON head whether it is of the very tree: older ones then matter no more,
     nor, if the tree has hardly grown since, do those of others, though fewer pages are known than it has:
-    zero ones are not, and those that come twice are once.
-    It ends with the index that takes the number of pages to `limit`. An index whose pack is gone, or that
-    cannot be read, is left out: it only costs chances to reuse.
+    zero ones are not, and those that come twice are once. It ends with the index that takes the number of
+    pages to `limit`.
+
+    An index whose pack is gone, or that cannot be read, is left out: it only costs chances to reuse. Without
+    `sees_packs` nobody looks for packs, and whoever asked must look for all that is `relied_on`.
     """
     known = KnownChunks()
     known.wanted = wanted or 0
-    loading = _Loading(store, known, limit)
+    loading = _Loading(store, known, limit, sees_packs=sees_packs)
     same_name = newest_in(store, f"{IMAGES}{name}/", LINEAGES, image_at)
     known.newest_image = same_name[0].key.rpartition("/")[2] if same_name else ""
     lineages = _lineages(store, name, same_name[:LINEAGES], is_same)
@@ -492,10 +502,11 @@ def _lineage(store: Store, name: str, image: ObjectInfo) -> _Lineage:
 class _Loading:
     """Indexes on their way into what is known, each once."""
 
-    def __init__(self, store: Store, known: KnownChunks, limit: int) -> None:
+    def __init__(self, store: Store, known: KnownChunks, limit: int, *, sees_packs: bool) -> None:
         self._store = store
         self._known = known
         self._limit = limit
+        self._sees_packs = sees_packs
         self._seen: set[IndexRef] = set()
         self._vouched: set[bytes] = set()
 
@@ -528,7 +539,8 @@ class _Loading:
             for index in read
             if index is not None
         ]
-        missing = self._missing({pack for index in found for pack in index.used_packs})
+        packs = {pack for index in found for pack in index.used_packs}
+        missing = self._missing(packs) if self._sees_packs else set()
         for index in found:
             if index.ref.is_merged:
                 index = index.of_packs(index.used_packs - missing)

@@ -631,7 +631,11 @@ class _Dump:
 
     def _begin_knowing(self, held: ExitStack, store: Store, gpu_bytes: int) -> None:
         evidence, name = self.target.evidence, self.target.name
-        self.knowing = Knowing(store, partial(known_for, evidence, store, name, gpu_bytes=gpu_bytes))
+
+        def read(sees_packs: bool) -> KnownChunks:
+            return known_for(evidence, store, name, gpu_bytes=gpu_bytes, sees_packs=sees_packs)
+
+        self.knowing = Knowing(store, read)
         self.knowing.start()
         held.callback(self.knowing.join)
 

@@ -170,11 +170,17 @@ def look_ahead(
 
 
 def known_for(
-    evidence: Evidence, store: Store, name: str, limit: int = PAGE_LIMIT, gpu_bytes: int = 0
+    evidence: Evidence,
+    store: Store,
+    name: str,
+    limit: int = PAGE_LIMIT,
+    gpu_bytes: int = 0,
+    *,
+    sees_packs: bool = True,
 ) -> KnownChunks:
-    """What a dump of this tree under this name knows of what the store has."""
+    """What a dump of this tree under this name knows of what the store has; see load_known."""
     wanted = (evidence.expected_bytes + gpu_bytes) // PAGE
-    return load_known(store, name, limit, wanted, lambda head: is_of(evidence, head))
+    return load_known(store, name, limit, wanted, lambda head: is_of(evidence, head), sees_packs=sees_packs)
 
 
 def _silent(store: str, error: StoreError) -> Finding:

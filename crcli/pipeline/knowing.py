@@ -2,7 +2,8 @@
 
 Only a dump that has announced itself (see crcli.image.session) may rely on what a store has: `gc` removes
 what nobody may have seen. The reading need not wait for that: it begins at once, and what was read counts if
-the store, once it was told of the dump, still has it: the indexes, and the manifests that vouched for them.
+the store, once it was told of the dump, has all that it relies on: the indexes, the manifests that vouched
+for them, and the packs, which are looked for only then.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 
 
 class Knowing(threading.Thread):
-    """Reads what a store has by `read`; `finish` it once the dump is announced."""
+    """Reads what a store has by `read`, which is told whether to look for packs itself (see load_known);
+    `finish` it once the dump is announced."""
 
-    def __init__(self, store: Store, read: Callable[[], KnownChunks]) -> None:
+    def __init__(self, store: Store, read: Callable[[bool], KnownChunks]) -> None:
         super().__init__(name="knowing", daemon=True)
         self._store = store
         self._read = read
@@ -31,13 +33,13 @@ class Knowing(threading.Thread):
     def run(self) -> None:
         """What the thread does."""
         try:
-            self._known = self._read()
+            self._known = self._read(False)
         except (CrcliError, MemoryError, RuntimeError):
             pass  # perhaps the announcement was just making a directory: it is read once more after that
 
     def finish(self) -> KnownChunks:
         """Return what the store has, now that it is told of the dump. Raises StoreError."""
         self.join()
-        if self._known is None or self._store.missing([*self._known.told_by, *self._known.vouched_by]):
-            self._known = self._read()
+        if self._known is None or self._store.missing(self._known.relied_on):
+            self._known = self._read(True)
         return self._known

@@ -82,7 +82,10 @@ class Scene:
 
     def dump(self, store: Any, memory: Sequence[bytes]) -> ImageRef:
         """See the module. Raises as a dump does."""
-        knowing = Knowing(store, lambda: load_known(store, "agent", wanted=0, is_same=lambda head: True))
+        knowing = Knowing(
+            store,
+            lambda sees: load_known(store, "agent", wanted=0, is_same=lambda head: True, sees_packs=sees),
+        )
         knowing.start()
         image_id = new_image_id()
         with Session(store, image_id) as session:

@@ -7,7 +7,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,6 +27,7 @@ from crcli.image.names import (
     manifest_key,
     merged_key,
     new_image_id,
+    pack_key,
     pages_key,
 )
 from crcli.image.packs import ChunkReader, PackWriter
@@ -43,7 +44,7 @@ from tests.support.images import forge, make_image, pages
 from tests.support.stores import WatchedStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from crcli.image.index import KnownChunks
@@ -498,7 +499,10 @@ def test_an_image_by_which_packs_are_believed_must_be_there_when_the_dump_is_ann
 ) -> None:
     """A collection that is at work by then may have found it gone, and did not see the dump."""
     grown(store, merging.MOST_SEPARATE + 1)
-    knowing = Knowing(store, lambda: load_known(store, "agent", wanted=0, is_same=lambda head: True))
+    knowing = Knowing(
+        store,
+        lambda sees: load_known(store, "agent", wanted=0, is_same=lambda head: True, sees_packs=sees),
+    )
     knowing.start()
     knowing.join()
     newest = max(info.key for info in store.list("images/agent/"))
@@ -616,8 +620,8 @@ def test_what_is_read_before_the_announcement_counts_if_it_still_stands(store: F
     made, memory = generations(store, "agent", 2)
     reads = []
 
-    def read() -> KnownChunks:
-        reads.append(load_known(store, "agent"))
+    def read(sees_packs: bool) -> KnownChunks:
+        reads.append(load_known(store, "agent", sees_packs=sees_packs))
         return reads[-1]
 
     knowing = Knowing(store, read)
@@ -632,15 +636,40 @@ def test_what_is_read_before_the_announcement_counts_if_it_still_stands(store: F
     assert len(reads) == 3
 
 
+def test_packs_are_looked_for_once_and_after_the_announcement(store: FileStore) -> None:
+    """In the same breath as the index. One that is gone takes what its index tells with it, as ever."""
+    made, memory = generations(store, "agent", 2)
+    (gone,) = set(manifest.load(store, made[1]).packs) - set(manifest.load(store, made[0]).packs)
+    asked_for: list[set[str]] = []
+
+    class Asked(WatchedStore):
+        def missing(self, keys: Iterable[str]) -> set[str]:
+            asked_for.append(set(keys))
+            return store.missing(asked_for[-1])
+
+    watched: Any = Asked(store, lambda _: nullcontext())
+    knowing = Knowing(watched, lambda sees: load_known(watched, "agent", sees_packs=sees))
+    knowing.start()
+    knowing.join()
+    assert not asked_for
+    assert all(is_known(knowing.finish(), memory))
+    assert [pack_key(gone) in keys and index_key(made[1].id) in keys for keys in asked_for] == [True]
+    knowing = Knowing(store, lambda sees: load_known(store, "agent", sees_packs=sees))
+    knowing.start()
+    knowing.join()
+    store.delete(pack_key(gone))
+    assert sum(is_known(knowing.finish(), memory)) == 19
+
+
 def test_a_directory_that_the_announcement_makes(tmp_path: Path) -> None:
     """A store that is not there yet, or only in part, is asked once more when it is."""
     store = FileStore(str(tmp_path / "new"))
     failures: list[StoreError] = [StoreError("failed: No such file or directory"), NotFound("no such store")]
 
-    def read() -> KnownChunks:
+    def read(sees_packs: bool) -> KnownChunks:
         if threading.current_thread() is not threading.main_thread() and failures:
             raise failures.pop()
-        return load_known(store, "agent")
+        return load_known(store, "agent", sees_packs=sees_packs)
 
     while failures:
         knowing = Knowing(store, read)
@@ -653,7 +682,7 @@ def test_a_directory_that_the_announcement_makes(tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_read(store: FileStore) -> None:
     """What is wrong with a store is told to whoever waits for what it has."""
 
-    def fail() -> KnownChunks:
+    def fail(_: bool) -> KnownChunks:
         raise StoreError("no answer")
 
     knowing = Knowing(store, fail)
