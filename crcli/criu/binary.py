@@ -10,7 +10,6 @@ into the very file that it runs from itself.
 from __future__ import annotations
 
 import os
-import shutil
 
 from crcli.errors import HostLacks
 
@@ -30,6 +29,8 @@ def criu_command() -> list[str]:
     prefix = os.environ.get("CRCLI_CRIU_PREFIX", DEFAULT_PREFIX)
     if command := _from_prefix(prefix):
         return command
+    import shutil  # with all that it can unpack: 2 ms that who has CRIU in a prefix need not wait for
+
     if found := shutil.which("criu", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin"):
         return [found]
     raise HostLacks(

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from crcli.criu import messages
 from crcli.criu.images import ImageFile, mapped_ids, read_descriptors, read_files, text_of
-from crcli.criu.puppet import MACHINES, Seized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,6 +65,8 @@ def take_again(pid: int, locks: Sequence[FileLock]) -> None:
 
     Raises OSError when another process holds one of them, or when this process cannot be made to.
     """
+    from crcli.criu.puppet import MACHINES, Seized  # few trees have such locks
+
     machine = MACHINES.get(os.uname().machine)
     if machine is None:
         raise OSError("this architecture's registers are not known to crcli")

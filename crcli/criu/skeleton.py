@@ -26,7 +26,6 @@ from crcli.criu.images import (
 from crcli.criu.inspect import inet_socket, writes_anywhere
 from crcli.criu.options import PARENT_LINK
 from crcli.memory.extents import PAGE, Extent, SpaceKey
-from crcli.memory.huge import Runs
 from crcli.records import Struct
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
     from crcli.criu.needs import InetSocket
     from crcli.criu.workspace import Workspace
+    from crcli.memory.huge import Runs
     from crcli.memory.replay import Inherited
 
 _TCP, _UDP = 6, 17
@@ -105,6 +105,8 @@ def ask_for_huge_pages(images: Workspace, pid: int, runs: Runs) -> Runs:
     Only private memory of no file is given them; its mappings are divided where a run begins or ends. Returns
     the runs for which it is done.
     """
+    from crcli.memory.huge import Runs  # for trees with GPUs
+
     image = ImageFile.parse(images.read(f"mm-{pid}.img"), messages.mm_entry)
     (mm,) = image.entries
     done: list[tuple[int, int]] = []

@@ -52,7 +52,6 @@ from crcli.image.names import parse_image
 from crcli.image.packs import READ_BYTES
 from crcli.image.weights import MemoryReader
 from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
-from crcli.memory.huge import HugeMemory, Runs, aligned, can_be_had, empty_blocks
 from crcli.memory.replay import FILL_IN_BYTES, FILL_IN_PAGES, Replay, Split, split, targets
 from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
@@ -69,7 +68,6 @@ from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
 from crcli.process.processors import usable_processors
 from crcli.process.settings import give_back, give_core_filter
-from crcli.process.terminals import TerminalTurn, free_terminals
 from crcli.process.tree import child_pids
 from crcli.records import Struct, asdict, replace
 from crcli.store.caching import CachingStore
@@ -81,12 +79,14 @@ if TYPE_CHECKING:
     from crcli.cause import Cause
     from crcli.job.relay import Relay
     from crcli.memory.extents import Origin
+    from crcli.memory.huge import HugeMemory, Runs
     from crcli.pipeline.gpu import RestoreSide
     from crcli.pipeline.handover import Handover
     from crcli.pipeline.pager import Pager
     from crcli.pipeline.stages import Progress, RestoreOptions
     from crcli.plugins.loader import Hooks
     from crcli.plugins.spec import RestoreTarget
+    from crcli.process.terminals import TerminalTurn
     from crcli.store.base import Store
 
 CRIU_LIMIT_S = float(os.environ.get("CRCLI_RESTORE_LIMIT", "120"))
@@ -415,6 +415,8 @@ class _Restore:
             forget_network_lock(self.images)
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
         if "tty-info.img" in self.images.names():
+            from crcli.process.terminals import TerminalTurn, free_terminals
+
             self.terminals = TerminalTurn()
             self.held.callback(self.terminals.end)
             spared = self.spared_terminals
@@ -430,7 +432,11 @@ class _Restore:
 
     def _ask_for_huge_pages(self) -> None:
         """What goes to GPUs as soon as it is here comes and goes in huge pages, where the kernel has them."""
-        if self.gpu is None or not can_be_had():
+        if self.gpu is None:
+            return
+        from crcli.memory.huge import Runs, aligned, can_be_had
+
+        if not can_be_had():
             return
         for pid, runs in self.gpu.saved().items():
             if found := ask_for_huge_pages(self.images, pid, Runs(aligned(runs))):
@@ -706,6 +712,8 @@ class _Restore:
         self.watch.add("memory", time.monotonic() - began)
 
     def _huge_memory(self, space: SpaceKey, file: int) -> HugeMemory:
+        from crcli.memory.huge import HugeMemory, empty_blocks
+
         runs = self.huge[space]
         empty = empty_blocks(runs, self.manifest.spaces[space])
         return HugeMemory(self.host[space.number], file, runs, empty)
