@@ -480,6 +480,8 @@ def named_files(images: Workspace) -> list[dict[str, Any]]:
 
 def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> None:
     """Let CRIU open these files (None: all) whatever their size: their content was compared, or may grow."""
+    if paths is not None and not paths:
+        return
     files = read_files(images)
     for entry in files.entries:
         if entry.type == messages.fd_types.REG and (paths is None or text_of(entry.reg.name) in paths):

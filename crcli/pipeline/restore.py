@@ -108,6 +108,9 @@ _BOARD = "crcli-notify"
 _MOST_THREADS = 16
 """Threads that fetch memory from nearby and write it, at most."""
 
+_FEW_READS = 2
+"""So many, of what is near, are made while CRIU gets ready: threads would hold up the laying out before."""
+
 _FAR_THREADS = 8
 """So many fetch it from a store far away, which answers many in the time of one."""
 
@@ -289,6 +292,7 @@ class _Restore:
         self.held = held
         self.hooks = hooks
         self.described: RestoreTarget | None = None
+        self.early: Replay | None = None
         self.replay: Replay | None = None
         self.pager: Pager | None = None
         self.handover: Handover | None = None
@@ -506,7 +510,7 @@ class _Restore:
         return split(self.manifest.spaces, parents, kernel_pages, self.manifest.references)
 
     def _begin_early(self) -> None:
-        """Begin to fetch what CRIU must find, into files that have room for it."""
+        """Make files that have room for what CRIU must find; begin to fetch it, where that takes long."""
         early, inherited, _ = self.divided
         wanted = targets(early)
         places = self.held.enter_context(laid_out_memory(self.images, early, inherited))
@@ -515,15 +519,25 @@ class _Restore:
             for origin, whither in wanted.items()
         }
         self.early_files = {space: fd for space, (fd, _) in places.items()}
-        self.early = Replay(in_files, self.memory.plan(wanted), self.memory.read, self._threads(wanted))
-        self.held.callback(self.early.abandon)  # nobody may write into a file that is closed
-        if not self._is_near(wanted):
+        plan = self.memory.plan(wanted)
+        self.fetch_early = partial(Replay, in_files, plan, self.memory.read, self._threads(wanted))
+        is_near = self._is_near(wanted)
+        if len(plan) > _FEW_READS or not is_near:
+            self._fetch_early()
+        if not is_near:
             self._begin_replay()  # a store far away is waited for: the rest is asked for right behind
+
+    def _fetch_early(self) -> Replay:
+        """Begin to fetch what CRIU must find, if that was not begun."""
+        if self.early is None:
+            self.early = self.fetch_early()
+            self.held.callback(self.early.abandon)  # nobody may write into a file that is closed
+        return self.early
 
     def _finish_early(self) -> None:
         """CRIU has its request, and finds out about this kernel, which takes it 50 ms where it may not keep
         what it found: it reads no page before its "pre-restore" is answered."""
-        self.early.write_to(self.early_files)
+        self._fetch_early().write_to(self.early_files)
         self._begin_replay()
 
     def _begin_replay(self) -> None:

@@ -6,14 +6,14 @@ import json
 import re
 from typing import Any
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+# Compiled when they are first used: few commands show text from outside, or names that are no UTF-8.
+_CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+_SURROGATE = r"[\ud800-\udfff]"
 
 
 def printable(text: str) -> str:
     """Return `text` with control characters written out, so that no foreign text can steer a terminal."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return re.sub(_CONTROL, lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def json_text(data: Any) -> str:
@@ -24,7 +24,7 @@ def json_text(data: Any) -> str:
     """
     text = json.dumps(data, ensure_ascii=False)
     if not text.isascii():
-        text = json.dumps(json.loads(_SURROGATE.sub("\ufffd", text)))
+        text = json.dumps(json.loads(re.sub(_SURROGATE, "\ufffd", text)))
     return text
 
 
