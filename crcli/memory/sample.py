@@ -398,6 +398,8 @@ class Sampler:
                 yield space.pid, run.start, space.read(run), 1.0
                 return
             states = space.states(run)
+            if len(states) < run.end - run.start:  # the process has ended
+                return
             shares = self._shares(space, run, states)
             zero = zero_frame() or -1
             if all(state.in_memory and state.frame != zero for state in states):

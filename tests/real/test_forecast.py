@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from crcli.memory.sample import Sampler, Subject, _Pieces
 from tests.support.crcli import Crcli, assert_goes_on, counter
 from tests.support.programs import Program, spawn_python, then_wait
 from tests.support.s3servers import start_moto
@@ -153,6 +154,22 @@ def test_check_shows_the_forecast_and_disturbs_nobody(crcli: Crcli, tmp_path: Pa
     assert all(value > 0 for value in found["forecast"].values())
     assert "forecast: frozen for " in shown
     assert not (tmp_path / "store").exists()
+
+
+def test_a_process_that_ends_while_it_is_sampled_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pages are gone when they are to be read."""
+    with spawn_python(counter(kilobytes=1 << 10)) as program:
+        draw = _Pieces.draw
+
+        def and_kill(pieces: _Pieces, most: int) -> list[int]:
+            program.process.kill()
+            program.process.wait()
+            return draw(pieces, most)
+
+        with Sampler([Subject(program.pid, 1 << 20)], None, lambda _: 1.0, 0.1) as sampler:
+            monkeypatch.setattr(_Pieces, "draw", and_kill)
+            makeup = sampler.makeup()
+    assert makeup.zero == makeup.reused == 0
 
 
 def test_a_tree_that_cannot_be_dumped_has_no_forecast(crcli: Crcli) -> None:
