@@ -25,7 +25,7 @@ import weakref
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from crcli.errors import CrcliError, DumpFailed, PreflightRefused, StoreError, TooLate, TreeState
+from crcli.errors import CrcliError, DumpFailed, HostLacks, PreflightRefused, StoreError, TooLate, TreeState
 from crcli.findings import Finding, Severity
 from crcli.image.names import ImageRef, new_image_id
 from crcli.notice.base import Urgency
@@ -223,7 +223,7 @@ class Vigil:
         self._look_at = self._began + _LOOKS_S[0]
         """When the tree is to be looked at, if no image was begun by then."""
         self._obstacle = ""
-        """What keeps it from being dumped, as it was said last."""
+        """What keeps it from being dumped, as it was said last, if a look finds it."""
         self._history = History.noted(keeping.dump.job)
         rate = keeping.failure_rate_per_h
         self._schedule = Schedule(
@@ -407,14 +407,18 @@ class Vigil:
         if under_way.stopped_at is not None:
             return
         if under_way.purpose is Purpose.LOOK:
-            if isinstance(error, PreflightRefused) and self._obstacle != error.message:
-                self._obstacle = error.message
-                what = "; ".join(filter(None, [error.message, error.hint]))
-                self._say("cannot-save", f"as it is now it could not be saved: {what}", **_of(error))
+            self._saw(error)
             return
-        self._obstacle = error.message
+        self._obstacle = error.message if _is_seen_by_looking(error) else ""
         self._schedule.failed(time.monotonic())
         self._say("image-failed", f"no image could be taken: {error.message}", **_of(error))
+
+    def _saw(self, error: CrcliError) -> None:
+        """A look has failed: say what is in the way, unless that was said, or the tree has just ended."""
+        if _is_seen_by_looking(error) and error.message != self._obstacle and self._root.alive():
+            self._obstacle = error.message
+            what = "; ".join(filter(None, [error.message, error.hint]))
+            self._say("cannot-save", f"as it is now it could not be saved: {what}", **_of(error))
 
     # Leaving.
 
@@ -670,6 +674,14 @@ def _may_pass(error: CrcliError) -> bool:
     if isinstance(error, PreflightRefused):
         return True  # some findings last for a moment only, and there is nothing better to do
     return isinstance(error, DumpFailed | StoreError) and not isinstance(error, TooLate)
+
+
+def _is_seen_by_looking(error: CrcliError) -> bool:
+    """Whether a look at the tree finds what is in the way of a dump, and finds when it is not there any more.
+
+    Nothing was found of a tree that has ended, or that somebody else is dumping.
+    """
+    return isinstance(error, HostLacks) or (isinstance(error, PreflightRefused) and bool(error.findings))
 
 
 def _of(error: CrcliError) -> dict[str, Any]:

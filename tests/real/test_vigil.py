@@ -28,6 +28,7 @@ from crcli.process.identity import identify
 from crcli.records import replace
 from tests.support.crcli import Crcli, assert_goes_on, counter, crcli_in, reap, tree_of, wait_until
 from tests.support.programs import SLOWNESS, Program, spawn_python
+from tests.support.raw_criu import started_with
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
@@ -300,6 +301,41 @@ def test_nothing_is_said_of_a_tree_that_can_be_saved(crcli: Crcli, monkeypatch: 
             assert vigil.wait().why is Why.SAVED, vigil.events
             assert not vigil.named("cannot-save")
             reap(tree)
+
+
+def test_nothing_is_said_of_a_tree_that_ends_while_it_is_looked_at(
+    crcli: Crcli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it cannot be saved any more is nothing to be done about: its end is said soon."""
+    monkeypatch.setattr("crcli.pipeline.vigil._LOOKS_S", (0.1,))
+    told, tell = os.pipe()
+    dump = DumpOptions(pid=0, store=crcli.store, name="job")
+    with spawn_python(counter()) as program, Said() as notices:
+        vigil = Kept(Keeping(dump), program.pid, notices, told)
+        wait_until(lambda: vigil.vigil._looks > 0, "it is not looked at")
+        program.process.kill()
+        looks = vigil.vigil._looks
+        wait_until(lambda: vigil.vigil._looks > looks + 2, "it is not looked at again")
+        os.close(tell)
+        assert vigil.wait().why is Why.ENDED and not vigil.events
+    os.close(told)
+
+
+def test_a_look_does_not_take_back_what_it_cannot_see(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRIU fails with this tree, which only a dump finds: that it could be saved is not said afterwards."""
+    monkeypatch.setattr("crcli.pipeline.vigil._LOOKS_S", (0.1,))
+    with (
+        spawn_python(counter()) as program,
+        started_with("exec setpriv --bounding-set=-sys_ptrace", tmp_path),
+        kept(crcli, program) as (vigil, notices),
+    ):
+        notices.say(None, Urgency.RISK)
+        vigil.wait_for("image-failed")
+        looks = vigil.vigil._looks
+        wait_until(lambda: vigil.vigil._looks > looks + 2, "it is not looked at again")
+        assert not vigil.named("can-save") and not vigil.named("cannot-save")
 
 
 def test_a_second_notice_may_come_closer(crcli: Crcli) -> None:
