@@ -67,12 +67,6 @@ OF_DUMPS = (
         upstream=Upstream("criu/sockets.c", "do_dump_opt", "Can't get %d:%d opt"),
     ),
     KnownCause(
-        "capability-missing",
-        r"Effective capability (?P<number>\d+) missing",
-        "CRIU was started without a capability that it cannot do without (number {number})",
-        _NEEDS_ROOT + "; `crcli doctor` lists what is lacking",
-    ),
-    KnownCause(
         "limits-unreadable",
         r"Can't get rlimit \d+: Operation not permitted",
         "a process of the tree runs as another user, and reading its limits needs CAP_SYS_RESOURCE here",

@@ -27,7 +27,6 @@ _LINE = re.compile(
     r"^(?:\(\d+\.\d+\))?\s*(?:pie: )?\s*(?:(?P<pid>\d+):\s*)?"
     r"(?P<level>Error|Warn)\s*\([^)]*:\d+\): (?P<text>.*)$"
 )
-_BARE = re.compile(r"^\(\d+\.\d+\)\s*(?P<text>Effective capability \d+ missing.*)$")
 _WARNINGS_THAT_COUNT = re.compile(r"Unable to interrupt task")
 """A process that cannot be stopped is a warning at first, for it may be a zombie; then CRIU just gives up."""
 
@@ -76,11 +75,13 @@ def version_in(log: bytes) -> str:
     return found[1] if found else ""
 
 
-def explain(log: str) -> Cause:
-    """Return why CRIU gave up, as far as its log says.
+def explain(log: str | None) -> Cause:
+    """Return why CRIU gave up, as far as its log says (None: it wrote none).
 
     A cause that is not known has no name, and its meaning is the line itself.
     """
+    if log is None:
+        return Cause(name="", said="", meaning="CRIU wrote no log", remedy=DOES_IT_START, retry=None)
     lines = [line for line in _parse(log) if not _HARMLESS.match(line.text)]
     errors = [line for line in lines if line.is_error]
     causes = [line for line in errors if not _CONSEQUENCES.match(line.text)]
@@ -95,8 +96,6 @@ def _parse(log: str) -> Iterable[_Line]:
     for text in log[: end.start() if end else None].splitlines():
         if found := _LINE.match(text):
             yield _Line(int(found["pid"] or 0), found["text"].strip(), found["level"] == "Error")
-        elif bare := _BARE.match(text):
-            yield _Line(0, bare["text"], True)
 
 
 def _of_the_first_to_fail(lines: list[_Line]) -> list[str]:
@@ -129,7 +128,12 @@ def _known(said: list[str]) -> Cause | None:
 def _unknown(said: list[str], log: str) -> Cause:
     if said:
         return Cause(name="", said=said[0], meaning=said[0], remedy="", retry=None)
-    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")
-    meaning = f"CRIU's log ends without an error, with: {last}" if last else "CRIU wrote no log"
-    remedy = "" if last else DOES_IT_START
-    return Cause(name="", said=last, meaning=meaning, remedy=remedy, retry=None)
+    last = next((line.strip() for line in reversed(log.splitlines()) if _tells(line)), "")
+    meaning = f"CRIU's log ends without an error, with: {last}" if last else "CRIU's log tells of no error"
+    return Cause(name="", said=last, meaning=meaning, remedy=DOES_IT_START, retry=None)
+
+
+def _tells(line: str) -> bool:
+    """Whether a line may say how far CRIU had come: none does where only errors are logged."""
+    found = _LINE.match(line)
+    return bool(line.strip()) and not (found and _HARMLESS.match(found["text"]))

@@ -21,5 +21,5 @@ def explain_failure(folder: Workspace, kind: str, said: str = "") -> Cause:
     """
     from crcli.criu.log import explain  # what goes well needs none of it
 
-    log = folder.read(LOG_NAME).decode(errors="replace") if LOG_NAME in folder.names() else ""
-    return replace(explain(log or said), log=keep_log(log, kind))
+    log = folder.read(LOG_NAME).decode(errors="replace") if LOG_NAME in folder.names() else None
+    return replace(explain(log or said or log), log=keep_log(log or "", kind))

@@ -15,6 +15,9 @@ from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
 
 LIMIT_SECONDS = 20.0
 
+_LEAST_LEVELS = {rpc.DUMP: 3, rpc.RESTORE: 2}
+"""How much crcli has CRIU log, at least: causes must be found in that."""
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -59,7 +62,7 @@ def _asked(kind: int, folder: Path, images: int, options: dict[str, Any], answer
     wanted = rpc.criu_opts(
         images_dir_fd=-1,
         images_dir=f"/proc/self/fd/{images}",  # CRIU 4.1 wants a link here
-        log_level=4,
+        log_level=_LEAST_LEVELS[kind],
         log_file=LOG_NAME,
         notify_scripts=True,
     )
