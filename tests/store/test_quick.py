@@ -242,6 +242,9 @@ def test_of_a_listing_so_much_is_read_as_saves_requests(
         keys = [f"packs/{number}" for number in (10, 11, 13, 14, 16, 20)]
         assert store.missing(keys) == set()  # two, two, one, and then the last one by itself
         assert (proxy.count("HEAD"), len(proxy.requests)) == (1, 4)
+        proxy.requests.clear()
+        assert store.missing(keys[:2]) == set()  # after which no more is listed, though there is more
+        assert len(proxy.requests) == 1
         assert not has_asked_botocore(store)
         store.close()
 

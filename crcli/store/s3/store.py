@@ -144,13 +144,14 @@ class S3Store:
 
     def _told_of(self, wanted: set[str], folder: str) -> set[str]:
         """Those of the wanted objects of which a listing of the folder tells, as far as it is read."""
-        found: set[str] = set()
+        here = {key for key in wanted if _folder_of(key) == folder}
+        left = set(here)
         for page in self._pages(folder):
-            there = wanted.intersection(info.key for info in page)
-            found |= there
-            if len(there) < _WORTH_A_LISTING:
+            there = left.intersection(info.key for info in page)
+            left -= there
+            if not left or len(there) < _WORTH_A_LISTING:
                 break
-        return found
+        return here - left
 
     def _those_there(self, threads: ThreadPoolExecutor, keys: Iterable[str]) -> set[str]:
         """Those of the objects that are there, each asked for."""
