@@ -325,7 +325,9 @@ class PackWriter:
 
     def _see_packs(self) -> None:
         """Make sure that all packs of the image are in the store."""
-        for key in self._store.missing(map(pack_key, self._packs)):
+        for key in self._store.missing(
+            map(pack_key, self._packs), crowded=self._known is not None and self._known.are_in_a_crowd
+        ):
             self._store.stat(key)  # which says best what is wrong
 
     def close(self) -> None:

@@ -40,6 +40,9 @@ class Knowing(threading.Thread):
     def finish(self) -> KnownChunks:
         """Return what the store has, now that it is told of the dump. Raises StoreError."""
         self.join()
-        if self._known is None or self._store.missing(self._known.relied_on):
+        if self._known is None or self._is_outdated(self._known):
             self._known = self._read(True)
         return self._known
+
+    def _is_outdated(self, known: KnownChunks) -> bool:
+        return bool(self._store.missing(known.relied_on, crowded=known.are_in_a_crowd))

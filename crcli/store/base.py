@@ -162,8 +162,9 @@ class Store(Protocol):
         """Describe one object."""
         ...
 
-    def missing(self, keys: Iterable[str]) -> set[str]:
-        """Those of these objects that are not there; few requests where few others lie beside them."""
+    def missing(self, keys: Iterable[str], *, crowded: bool = False) -> set[str]:
+        """Those of these objects that are not there; few requests where few others lie beside them.
+        `crowded`: it is known that many do."""
         ...
 
     def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:

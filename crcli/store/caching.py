@@ -157,9 +157,9 @@ class CachingStore:
         """Ask the origin."""
         return self._reached().stat(key)
 
-    def missing(self, keys: Iterable[str]) -> set[str]:
+    def missing(self, keys: Iterable[str], *, crowded: bool = False) -> set[str]:
         """Ask the origin."""
-        return self._reached().missing(keys)
+        return self._reached().missing(keys, crowded=crowded)
 
     def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:
         """Ask the origin."""

@@ -643,7 +643,7 @@ def test_packs_are_looked_for_once_and_after_the_announcement(store: FileStore) 
     asked_for: list[set[str]] = []
 
     class Asked(WatchedStore):
-        def missing(self, keys: Iterable[str]) -> set[str]:
+        def missing(self, keys: Iterable[str], *, crowded: bool = False) -> set[str]:
             asked_for.append(set(keys))
             return store.missing(asked_for[-1])
 
@@ -700,3 +700,12 @@ def test_a_head_that_is_nested_too_deep_is_damage(store: FileStore) -> None:
     with pytest.raises(ImageDamaged):
         ManifestPeek(store, key, len(data))
     assert len(load_known(store, "agent")) == 0
+
+
+def test_a_store_with_many_images_of_a_name_is_crowded(store: FileStore) -> None:
+    """Whoever looks for packs there is told so: each image has brought some."""
+    generations(store, "agent", 4)
+    assert not load_known(store, "agent").are_in_a_crowd
+    generations(store, "agent", 1)
+    assert load_known(store, "agent").are_in_a_crowd
+    assert not load_known(store, "other").are_in_a_crowd

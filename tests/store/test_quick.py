@@ -225,6 +225,9 @@ def test_more_than_can_be_asked_for_at_once_is_listed(server: S3Server, url: str
         assert (proxy.count("HEAD"), len(proxy.requests)) == (1, 2)
         assert not has_asked_botocore(store)
         assert store.missing([*keys, "packs/gone", "images/gone"]) == {"packs/gone", "images/gone"}
+        proxy.requests.clear()
+        assert store.missing([*keys, "packs/gone"], crowded=True) == {"packs/gone"}
+        assert proxy.count("GET") == 0  # a listing would tell of a thousand others
         store.close()
 
 

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 _HEADS_AT_ONCE = 16
 """So many objects are asked for at once."""
 
-_WORTH_A_LISTING = _HEADS_AT_ONCE + 1
-"""Of so many objects one answer to a listing must tell: fewer can be asked for by themselves meanwhile."""
+_WORTH_A_LISTING, _WORTH_IN_A_CROWD = _HEADS_AT_ONCE + 1, 8 * _HEADS_AT_ONCE
+"""Of so many objects one answer to a listing must tell: fewer can be asked for by themselves meanwhile. An
+answer that tells of a thousand others takes as long as to ask for more."""
 
 
 class S3Store:
@@ -125,7 +126,7 @@ class S3Store:
         head = self._bucket.request("head_object", self._bucket.of(key), key)
         return ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp())
 
-    def missing(self, keys: Iterable[str]) -> set[str]:
+    def missing(self, keys: Iterable[str], *, crowded: bool = False) -> set[str]:
         """List a folder in which many of them are, for as long as each answer tells of many, and ask for the
         others by themselves.
 
@@ -135,21 +136,23 @@ class S3Store:
         if not wanted:
             return wanted
         counts = Counter(map(_folder_of, wanted))
-        folders = [folder for folder, count in counts.items() if count >= _WORTH_A_LISTING]
+        least = _WORTH_IN_A_CROWD if crowded else _WORTH_A_LISTING
+        folders = [folder for folder, count in counts.items() if count >= least]
         alone = {key for key in wanted if _folder_of(key) not in folders}
         with asking(min(_HEADS_AT_ONCE, len(wanted)), "s3-head", self) as threads:
-            told = threads.map(partial(self._told_of, wanted), folders)
+            told = threads.map(partial(self._told_of, wanted, least), folders)
             there = self._those_there(threads, alone).union(*told)
             return wanted - there - self._those_there(threads, wanted - there - alone)
 
-    def _told_of(self, wanted: set[str], folder: str) -> set[str]:
-        """Those of the wanted objects of which a listing of the folder tells, as far as it is read."""
+    def _told_of(self, wanted: set[str], least: int, folder: str) -> set[str]:
+        """Those of the wanted objects of which a listing of the folder tells, as far as each answer tells of
+        at least so many."""
         here = {key for key in wanted if _folder_of(key) == folder}
         left = set(here)
         for page in self._pages(folder):
             there = left.intersection(info.key for info in page)
             left -= there
-            if not left or len(there) < _WORTH_A_LISTING:
+            if not left or len(there) < least:
                 break
         return here - left
 
