@@ -286,6 +286,7 @@ def test_a_connection_that_is_opened_late_is_held_too(
             wait_until(lambda: netlock.tables() <= before, "the lock is still there")
 
 
+@pytest.mark.alone
 def test_a_tree_without_connections_needs_no_lock(crcli: Crcli) -> None:
     """Nothing is held back for it, so that nothing need be let go while it stands still."""
     with spawn_python(counter()) as program:
