@@ -368,7 +368,7 @@ def test_generations_that_went_their_ways_have_each_its_memory(crcli: Crcli, way
     with spawn_python(FAMILY) as program:
         wait_until(lambda: all(f"{name}=" in program.output for name in names), "it does not begin")
         expected = {name: program.value_of(name) for name in names}
-        before = proportional_bytes(program.pid)
+        before = min(proportional_bytes(program.pid) for _ in range(10))  # copies are made for each hash
         report = crcli.restore(crcli.dump(program.pid)["image"], way)
         seen = len(lines(program))
         wait_until(
@@ -376,9 +376,8 @@ def test_generations_that_went_their_ways_have_each_its_memory(crcli: Crcli, way
             "the family stands still",
         )
         assert set(lines(program)) == {f"{name}={digest}" for name, digest in expected.items()}
-        after = proportional_bytes(report["host_pid"])
         # A tenth more: what a parent has changed since, CRIU gives to each of its children by itself.
-        assert after < before * 1.2, f"{before >> 10} KiB before, {after >> 10} KiB after"
+        wait_until(lambda: proportional_bytes(report["host_pid"]) < before * 1.2, "less is shared than was")
 
 
 @pytest.mark.skipif(not is_available(), reason="needs userfaultfd")
