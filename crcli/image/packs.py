@@ -325,9 +325,8 @@ class PackWriter:
 
     def _see_packs(self) -> None:
         """Make sure that all packs of the image are in the store."""
-        for key in self._store.missing(
-            map(pack_key, self._packs), crowded=self._known is not None and self._known.are_in_a_crowd
-        ):
+        crowded = self._known is not None and self._known.are_in_a_crowd
+        for key in self._store.missing(map(pack_key, self._packs), crowded=crowded):
             self._store.stat(key)  # which says best what is wrong
 
     def close(self) -> None:

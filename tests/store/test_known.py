@@ -7,7 +7,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -703,9 +703,24 @@ def test_a_head_that_is_nested_too_deep_is_damage(store: FileStore) -> None:
 
 
 def test_a_store_with_many_images_of_a_name_is_crowded(store: FileStore) -> None:
-    """Whoever looks for packs there is told so: each image has brought some."""
-    generations(store, "agent", 4)
-    assert not load_known(store, "agent").are_in_a_crowd
-    generations(store, "agent", 1)
-    assert load_known(store, "agent").are_in_a_crowd
-    assert not load_known(store, "other").are_in_a_crowd
+    """Each image has brought some, so a dump looks for its packs one by one, before it relies on them and at
+    its end."""
+    generations(store, "first", 1)
+    told: list[bool] = []
+
+    class Asked(WatchedStore):
+        def missing(self, keys: Iterable[str], *, crowded: bool = False) -> set[str]:
+            told.append(crowded)
+            return store.missing(keys)
+
+    watched: Any = Asked(store, lambda _: nullcontext())
+    for count in range(6):
+        for name in ("agent", f"other-{count}"):
+            told.clear()
+            knowing = Knowing(watched, lambda sees, name=name: load_known(watched, name, sees_packs=sees))
+            knowing.start()
+            known = knowing.finish()
+            with closing(PackWriter(watched, new_image_id(), known)) as writer:
+                writer.seal()
+            assert told == [name == "agent" and count > 4] * 2
+        generations(store, "agent", 1)
