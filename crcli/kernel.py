@@ -19,7 +19,7 @@ from fcntl import ioctl
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 CLONE_NEWNS = 0x0002_0000
 CLONE_NEWIPC = 0x0800_0000
@@ -62,7 +62,7 @@ _WALL = 0x4000_0000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
-_libc.process_vm_writev.restype = ctypes.c_ssize_t
+_libc.process_vm_readv.restype = _libc.process_vm_writev.restype = ctypes.c_ssize_t
 _ONE, _NO_FLAGS = ctypes.c_ulong(1), ctypes.c_ulong(0)
 _libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
 
@@ -486,17 +486,30 @@ def write_memory(pid: int, at: int, address: int, size: int) -> int:
     return _checked(written, f"process_vm_writev {pid}")
 
 
+def read_scattered(pid: int, address: int, parts: Sequence[tuple[int, int, int]]) -> int:
+    """process_vm_readv(2) of many parts: where each goes (bytes behind our `address`), where it is in the
+    process, how large it is. Return how many bytes were copied: up to the first that could not be."""
+    return _scattered(_libc.process_vm_readv, pid, address, parts)
+
+
 def write_scattered(pid: int, address: int, parts: Sequence[tuple[int, int, int]]) -> int:
     """process_vm_writev(2) of many parts: where each begins (bytes behind our `address`), where it goes in
     the process, how large it is. Return how many bytes were copied: up to the first that could not be."""
+    return _scattered(_libc.process_vm_writev, pid, address, parts)
+
+
+def _scattered(
+    call: Callable[..., int], pid: int, address: int, parts: Sequence[tuple[int, int, int]]
+) -> int:
+    """One of the two: `address` with the first column of `parts` is ours, the second is the process's."""
     ours, theirs = array("Q", bytes(16 * len(parts))), array("Q", bytes(16 * len(parts)))
     begins, places, sizes = (array("Q", column) for column in zip(*parts, strict=True))
     ours[::2], theirs[::2] = array("Q", [address + begin for begin in begins]), places
     ours[1::2] = theirs[1::2] = sizes
     count = ctypes.c_ulong(len(parts))
     vectors = (ctypes.c_void_p(one.buffer_info()[0]) for one in (ours, theirs))
-    written = _libc.process_vm_writev(pid, next(vectors), count, next(vectors), count, _NO_FLAGS)
-    return _checked(written, f"process_vm_writev {pid}")
+    done = call(pid, next(vectors), count, next(vectors), count, _NO_FLAGS)
+    return _checked(done, f"{call.__name__} {pid}")
 
 
 def io_priority(tid: int) -> int:

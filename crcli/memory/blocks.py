@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from blake3 import blake3
 
-from crcli.memory.extents import ZERO_PAGE, SpaceKey
+from crcli.memory.extents import PAGE, ZERO_PAGE, SpaceKey
 from crcli.memory.places import NOWHERE
 
 if TYPE_CHECKING:
@@ -91,6 +91,17 @@ def divide(runs: Sequence[Run], places: list[int] | None) -> tuple[list[int], li
         heads = sorted(set(heads).difference(broken))
         loose = [page for page in loose if places[page] == NOWHERE]
     return heads, loose
+
+
+def parts_of(runs: Sequence[Run], begin: int, end: int) -> list[tuple[int, int, int]]:
+    """Where the pages from `begin` to `end` of a block are: of each part its place in the block, its address
+    and its size (bytes)."""
+    cut = [(run, max(begin, run.at), min(end, run.at + run.pages)) for run in runs]
+    return [
+        (first * PAGE, (run.start + first - run.at) * PAGE, (last - first) * PAGE)
+        for run, first, last in cut
+        if first < last
+    ]
 
 
 def ranges(pages: Sequence[int]) -> list[tuple[int, int]]:

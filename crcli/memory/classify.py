@@ -225,7 +225,7 @@ def _digests_of_groups(memory: bytearray, heads: list[int]) -> dict[int, bytes]:
     }
 
 
-def find_weights(matcher: Matcher, memory: bytearray, runs: Sequence[Run]) -> Iterator[Found]:
+def find_weights(matcher: Matcher, memory: bytearray | memoryview, runs: Sequence[Run]) -> Iterator[Found]:
     """Return what of a block, which `runs` describe, stands in files of weights."""
     view = memoryview(memory)
     for at, pages, pieces in matcher.stretches(memory, runs):

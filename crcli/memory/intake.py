@@ -9,32 +9,38 @@ receiver waits, the socket fills, and CRIU waits too: memory stays bounded and n
 before what lies in the overflow, so that a tree that does not fit stands frozen until the rest is stored, and
 not until all is.
 
+Where the tree stands still until all is done, pages that belong to one process alone are not taken out of it:
+a list of them is kept, and the workers read each block in the process, once. What stands there a second later
+is copied after all, as far as there is room: should somebody kill the tree meanwhile, nothing is lost by it.
+
 A dump may come in rounds, the last of which alone finds the tree frozen. Those before it use neither the gate
 nor the overflow.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import queue
 import socket
 import threading
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 from crcli.errors import DumpFailed, TreeState
-from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES, Ahead, Run
+from crcli.kernel import signals_held
+from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES, Ahead, Run, Seen, parts_of
 from crcli.memory.classify import Classified, Classifier, MemoryCounts
 from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind, join
 from crcli.memory.pagemap import PageRun
+from crcli.memory.reading import read_scattered
 from crcli.memory.replay import AMOUNT_EVERY_S
+from crcli.memory.spill import Overflow, Spill
 from crcli.records import Struct, field
 from crcli.threads import Worker, start_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
 
-    from crcli.memory.blocks import Seen
     from crcli.memory.chunking import ChunkSink
     from crcli.memory.classify import KnownPages
     from crcli.memory.lookahead import Lookahead
@@ -43,10 +49,13 @@ if TYPE_CHECKING:
 BLOCK_COUNT = 16
 """Blocks of crcli's own memory: with 4 MiB each, what it holds of a tree's pages beyond the overflow."""
 
-_PIECE_BYTES = 256 << 10
-"""How much goes into the overflow at once. A tmpfs takes one folio for a write, as large as that: small ones
-are cut from what is left of memory that was in use lately, while those of 1 MiB and more are mostly such that
-a virtual machine's host has taken back, and must find again (2 s for each GiB instead of 0.1)."""
+_KEPT_AT = 1 << 44
+"""Behind what is spilled (bytes): where is kept what was seen to be needed of blocks that are in the tree
+still, each of which has a block's room."""
+
+_SAVE_AFTER_S = 1.0
+"""What is in the tree still after so long (seconds), because the store takes its time, is copied out of it as
+far as there is room: should somebody kill the tree meanwhile, then its image comes to be all the same."""
 
 _KEEP_RUN, _KEEP_PAGES = 64, 16 << 10
 """Early pages that are kept for the trial: runs up to this long, and so many pages in all (64 MiB)."""
@@ -57,6 +66,8 @@ class _Pages(Struct):
 
     runs: list[Run] = field(default_factory=list)
     used: int = 0
+    owner: int = 0
+    """The process whose memory they are in still; 0: they were taken out of it."""
 
     def next_run(self, space: SpaceKey, start: int, pages: int, lazy: bool) -> Run:
         """As much of a run as there is room for; if that is not all of it, it ends with a whole group."""
@@ -83,23 +94,21 @@ class _Block(_Pages):
     memory: bytearray = field(default_factory=lambda: bytearray(BLOCK_PAGES * PAGE))
 
 
-class _Spilled(_Pages):
-    """A block's worth of pages that lies in the overflow, from `offset` (bytes) on."""
+class _Aside(_Pages):
+    """A block's worth of pages that was spilled, to `offset` (bytes), unless it has an owner."""
 
     offset: int = 0
+    kept_at: int = 0
+    """Where among what is spilled (bytes) is kept what was seen to be needed of it, while it had an owner."""
     is_asked: bool = False
     """Whether it is looked at ahead."""
+    is_begun: bool = False
+    """Whether a worker has it."""
 
 
-class Overflow(Protocol):
-    """Where pages wait that do not fit the blocks: a file of bounded size, named by its descriptor."""
-
-    fd: int
-    limit: int
-
-    def give_back(self, offset: int, size: int) -> None:
-        """Free a part that nobody reads any more (bytes). Called from several threads."""
-        ...
+class _NotKept(Exception):
+    """Pages that are needed were seen ahead in the tree and not kept: they are not read again for that. What
+    was seen of them may not be what they are now, should something write to memory that stands still."""
 
 
 class Taken(NamedTuple):
@@ -121,24 +130,35 @@ class Intake:
         matcher: Matcher | None = None,
         workers: int = 2,
         lookahead: Lookahead | None = None,
+        owner_of: Callable[[SpaceKey], int] | None = None,
     ) -> None:
+        """`owner_of` names the process that a space belongs to (0: none that is known). Is it given, the tree
+        stands still until `finish` has returned, and what can be read there is not taken out of it."""
         self._classifier = Classifier(known, sink, matcher)
         self._matcher = matcher
-        self._doubtful: list[tuple[_Spilled, Classified]] = []
+        self._doubtful: list[tuple[_Aside, Classified]] = []
         self._believed: set[int] = set()
-        self._overflow = overflow
+        self._spill = Spill(overflow)
         self._lookahead = lookahead
-        self._asked: dict[int, _Spilled] = {}
+        self._asked: dict[int, _Aside] = {}
+        self._owner_of = owner_of
+        self._owners: dict[SpaceKey, int] = {}
+        self._is_worth_a_look = matcher is not None
+        """Whether to look ahead at pages that are in the tree: some are to be found elsewhere."""
+        self._left = 0
+        """So many blocks were left where they are."""
+        self._in_place: list[_Aside] = []
+        """Those, until they are copied out of the tree."""
+        self._saver: Worker | None = None
         self._gate = threading.Event()
         self._blocks = threading.Semaphore(BLOCK_COUNT)
         self._spare: list[_Block] = []
         self._full: queue.SimpleQueue[_Block] = queue.SimpleQueue()
-        self._aside: queue.SimpleQueue[_Spilled | None] = queue.SimpleQueue()
+        self._aside: queue.SimpleQueue[_Aside | None] = queue.SimpleQueue()
         self._waiting = threading.Semaphore(0)
         """As many as there are in both."""
-        self._open: _Block | _Spilled | None = None
-        self._spill_end = 0
-        self._pipe: tuple[int, int] | None = None
+        self._open: dict[int, _Block | _Aside] = {}
+        """What is being filled, by its owner."""
         self._lock = threading.Lock()
         self._spaces: dict[SpaceKey, list[list[Extent]]] = {}
         self._counts = MemoryCounts()
@@ -160,8 +180,14 @@ class Intake:
         """Take note of what the store has, before the first page comes. `group_keys` are the first bytes of
         its groups' digests, by which it is seen ahead of which groups the pages will be asked for."""
         self._classifier.known = known
+        self._is_worth_a_look |= bool(group_keys)
         if self._lookahead is not None:
             self._lookahead.learn(group_keys)
+
+    @property
+    def has_left_pages(self) -> bool:
+        """Whether pages were read in the tree, which so must have stood still."""
+        return self._left > 0
 
     def _start_workers(self) -> None:
         start_workers(self._workers, self._worker_count, self._work, "intake", self.close)
@@ -220,8 +246,11 @@ class Intake:
         if space.kind == SpaceKind.SHARED and not self._is_last:
             self._pass_over(channel, pages)
             return
-        for into, run in self._places(space, start, pages, lazy):
-            self._keep_early(run, self._receive_run(into, channel, run))
+        for into, run in self._places(space, start, pages, lazy, may_stay=lazy):
+            if into.owner:
+                self._spill.discard(channel.fileno(), run.pages * PAGE)
+            else:
+                self._keep_early(run, self._receive_run(into, channel, run))
 
     def _pass_over(self, channel: socket.socket, pages: int) -> None:
         nowhere = memoryview(bytearray(min(pages, BLOCK_PAGES) * PAGE))
@@ -236,22 +265,32 @@ class Intake:
             self._put(into, run, memoryview(data)[(run.start - start) * PAGE :][: run.pages * PAGE])
 
     def _places(
-        self, space: SpaceKey, start: int, pages: int, lazy: bool
-    ) -> Iterator[tuple[_Block | _Spilled, Run]]:
+        self, space: SpaceKey, start: int, pages: int, lazy: bool, *, may_stay: bool = False
+    ) -> Iterator[tuple[_Block | _Aside, Run]]:
         """Where the pages of a run go, piece by piece; each is there when the next is asked for."""
         while pages:
             self._raise_failure()
-            if self._open is None:
-                self._open = self._next_place()
-            run = self._open.next_run(space, start, pages, lazy)
+            owner = self._owner(space) if may_stay else 0
+            place = self._open.get(owner)
+            if place is None:
+                place = self._open[owner] = self._next_place(owner)
+            run = place.next_run(space, start, pages, lazy)
             if run.pages:
-                yield self._open, run
-                self._open.add(run)
-            if self._open.used == BLOCK_PAGES or not run.pages:
-                self.flush()
+                yield place, run
+                place.add(run)
+            if place.used == BLOCK_PAGES or not run.pages:
+                self._close(owner)
             start += run.pages
             pages -= run.pages
             self._received += run.pages
+
+    def _owner(self, space: SpaceKey) -> int:
+        """The process in which the next pages of a space may stay, and shall; 0: they are taken out of it."""
+        if self._owner_of is None or not self._is_last:
+            return 0
+        if space not in self._owners:
+            self._owners[space] = self._owner_of(space)
+        return self._owners[space]
 
     def open_gate(self) -> None:
         """Let the workers begin: the tree's state is here, or there is no more room for it."""
@@ -261,24 +300,30 @@ class Intake:
 
     def flush(self) -> None:
         """Hand on what has been received so far."""
-        if self._open is not None:
-            if isinstance(self._open, _Spilled) and self._lookahead is not None:
-                with self._lock:
-                    number = self._lookahead.ask(self._open.offset, self._open.runs)
-                    if number is not None:
-                        self._asked[number] = self._open
-                        self._open.is_asked = True
-            self._hand_on(self._open)
-            self._open = None
+        for owner in list(self._open):
+            self._close(owner)
 
-    def _hand_on(self, item: _Block | _Spilled | None) -> None:
+    def _close(self, owner: int) -> None:
+        """Hand on what was being filled."""
+        place = self._open.pop(owner)
+        if isinstance(place, _Aside) and self._lookahead is not None and (self._is_worth_a_look or not owner):
+            with self._lock:
+                number = self._lookahead.ask(place.kept_at or place.offset, place.runs, owner)
+                if number is not None:
+                    self._asked[number] = place
+                    place.is_asked = True
+        if isinstance(place, _Aside) and owner:
+            self._in_place.append(place)
+        self._hand_on(place)
+
+    def _hand_on(self, item: _Block | _Aside | None) -> None:
         if isinstance(item, _Block):
             self._full.put(item)
         else:
             self._aside.put(item)
         self._waiting.release()
 
-    def _next_item(self) -> _Block | _Spilled | None:
+    def _next_item(self) -> _Block | _Aside | None:
         """What is to be worked on next; None when there will be no more."""
         self._waiting.acquire()
         try:
@@ -297,10 +342,13 @@ class Intake:
         self._end_workers()
         if self._lookahead is not None:
             self._lookahead.hurry()
+        save_at = time.monotonic() + _SAVE_AFTER_S
         for worker in self._workers:
             while worker.is_alive():
                 worker.join(AMOUNT_EVERY_S)
                 amount(self._counts.total, self._received * PAGE)
+                if self._saver is None and self._in_place and time.monotonic() > save_at:
+                    self._begin_to_save()
         self._raise_failure()
         self._believe_or_store()
         self._classifier.finish()
@@ -346,21 +394,53 @@ class Intake:
         for worker in self._workers:
             worker.join()
         self._workers = []
-        if self._pipe is not None:
-            for end in self._pipe:
-                os.close(end)
-            self._pipe = None
+        if self._saver is not None:
+            self._saver.join()
+            self._saver = None
+        self._spill.close()
 
     def _end_workers(self) -> None:
         self.open_gate()
         for _ in self._workers:
             self._hand_on(None)
 
-    def _next_place(self) -> _Block | _Spilled:
+    def _begin_to_save(self) -> None:
+        saver = Worker(self._save, name="intake-save")
+        with signals_held(), suppress(RuntimeError):  # no more threads can be had: it is for more safety
+            saver.start()
+            self._saver = saver
+
+    def _save(self) -> None:
+        """Copy what no worker has begun out of the tree, as far as there is room: what comes last first."""
+        own = _Block()
+        while self._in_place and self._spill.has_room() and self._failure is None:
+            item = self._in_place.pop()
+            if item.is_begun:
+                continue
+            begin = self._spill.end
+            try:
+                self._fetch(item, own)
+                self._spill.append(memoryview(own.memory)[: item.used * PAGE])
+            except (OSError, DumpFailed):  # no memory, or no process: whoever is to read it will be told
+                return
+            with self._lock:
+                if not item.is_begun:
+                    item.owner, item.offset = 0, begin
+            if item.owner:
+                self._spill.give_back(begin, item.used * PAGE)
+
+    def _next_place(self, owner: int) -> _Block | _Aside:
         """Where the next pages go: aside as long as nobody works on them, else where they are worked on."""
+        if owner:
+            self._left += 1
+            return _Aside(owner=owner, kept_at=_KEPT_AT + self._left * BLOCK_PAGES * PAGE)
         if self._gate.is_set() and self._blocks.acquire(blocking=False):
             return self._spare.pop() if self._spare else _Block()
-        return _Spilled(offset=self._spill_end) if self._spill_room() else self._free_block()
+        return _Aside(offset=self._spill.end) if self._has_room() else self._free_block()
+
+    def _has_room(self) -> bool:
+        """Whether more may be spilled: nobody waits for those who come before the last round."""
+        return self._is_last and self._spill.has_room()
 
     def _free_block(self) -> _Block:
         """A block that nobody uses; when there is none, the workers are let in, and one is waited for."""
@@ -370,29 +450,22 @@ class Intake:
                 self._raise_failure()
         return self._spare.pop() if self._spare else _Block()
 
-    def _spill_room(self) -> bool:
-        return self._is_last and self._overflow is not None and self._spill_end < self._overflow.limit
-
-    def _receive_run(self, into: _Block | _Spilled, channel: socket.socket, run: Run) -> Callable[[], bytes]:
+    def _receive_run(self, into: _Block | _Aside, channel: socket.socket, run: Run) -> Callable[[], bytes]:
         """Move a run out of the channel; return what reads it again."""
         size = run.pages * PAGE
         if isinstance(into, _Block):
             view = memoryview(into.memory)[run.at * PAGE :][:size]
             receive_exactly(channel, view)
             return view.tobytes
-        assert self._overflow is not None
-        begin, overflow = self._spill_end, self._overflow.fd
-        self._splice(channel.fileno(), overflow, size)
-        return lambda: os.pread(overflow, size, begin)
+        begin = self._spill.end
+        self._spill.take(channel.fileno(), size)
+        return lambda: self._spill.read(begin, size)
 
-    def _put(self, into: _Block | _Spilled, run: Run, data: memoryview) -> None:
+    def _put(self, into: _Block | _Aside, run: Run, data: memoryview) -> None:
         if isinstance(into, _Block):
             memoryview(into.memory)[run.at * PAGE :][: len(data)] = data
-            return
-        assert self._overflow is not None
-        if os.pwrite(self._overflow.fd, data, self._spill_end) != len(data):
-            raise OSError("the overflow area is full")
-        self._spill_end += len(data)
+        else:
+            self._spill.append(data)
 
     def _keep_early(self, run: Run, read: Callable[[], bytes]) -> None:
         """Keep a copy of pages that the trial needs."""
@@ -405,32 +478,13 @@ class Intake:
             self.kept[run.space].append((run.start, read()))
             self._kept_pages += run.pages
 
-    def _splice(self, source: int, target: int, size: int) -> None:
-        """Append so many bytes to the overflow; they do not pass through this process."""
-        if self._pipe is None:
-            self._pipe = os.pipe()
-            try:
-                fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, _PIECE_BYTES)
-            except OSError:  # the user's pipe budget is spent; a small pipe works as well, slower
-                pass
-        reader, writer = self._pipe
-        while size:
-            got = os.splice(source, writer, size)
-            if not got:
-                raise ConnectionError("CRIU closed the page connection in the middle of a run")
-            size -= got
-            while got:
-                put = os.splice(reader, target, got, offset_dst=self._spill_end)
-                self._spill_end += put
-                got -= put
-
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
 
     def _under_pressure(self) -> bool:
         """Whether the receiver is being held back, or would be next, while the tree stands still."""
-        return self._is_last and not self._spill_room() and self._full.qsize() >= BLOCK_COUNT // 2
+        return self._is_last and not self._has_room() and self._full.qsize() >= BLOCK_COUNT // 2
 
     def _work(self) -> None:
         self._gate.wait()
@@ -442,7 +496,7 @@ class Intake:
                         self._take(item)
                     else:
                         own = own or _Block()
-                        self._take_spilled(item, own)
+                        self._take_aside(item, own)
                 except BaseException as error:  # raised again in the receiving thread, or by finish
                     self._failure = error
             if isinstance(item, _Block):
@@ -457,15 +511,16 @@ class Intake:
         with self._lock:
             self._believed |= found.files
 
-    def _take_spilled(self, item: _Spilled, own: _Block) -> None:
-        """The pages stay in the overflow for as long as a file that they were found in may change."""
-        ahead = None
+    def _take_aside(self, item: _Aside, own: _Block) -> None:
+        """The pages stay where they are for as long as a file that they were found in may change."""
+        seen = None
         if item.is_asked and self._lookahead is not None:  # then it is told which of those was looked at
             number, seen = self._lookahead.next()
             with self._lock:
                 item = self._asked.pop(number)
-            ahead = self._ahead(item, own, seen) if seen is not None else None
-        found = self._classify(own if ahead is not None else self._fetch(item, own), ahead)
+        with self._lock:
+            item.is_begun = True
+        found = self._classify(self._fetch(item, own)) if seen is None else self._reuse(item, own, seen)
         if found.files:
             with self._lock:
                 self._doubtful.append((item, found))
@@ -473,33 +528,60 @@ class Intake:
             self._accept(found)
             self._give_back(item)
 
-    def _ahead(self, spilled: _Spilled, block: _Block, seen: Seen) -> Ahead:
-        """Spilled pages that were looked at; those that are needed nevertheless are read into `block`."""
-        block.runs, block.used = spilled.runs, spilled.used
+    def _reuse(self, item: _Aside, own: _Block, seen: Seen) -> Classified:
+        """Classify pages that were looked at."""
+        try:
+            return self._classify(own, self._ahead(item, own, seen))
+        except _NotKept:
+            all_are_here = Ahead(Seen({}, seen.found, {}), lambda ranges: None)
+            return self._classify(self._fetch(item, own), all_are_here)
+
+    def _ahead(self, aside: _Aside, block: _Block, seen: Seen) -> Ahead:
+        """Pages that were looked at; those that are needed nevertheless are read into `block`."""
+        block.runs, block.used = aside.runs, aside.used
+        whole = seen.digests
 
         def fetch(ranges: Sequence[tuple[int, int]]) -> None:
             for begin, end in ranges:
-                self._read(spilled, block, begin, end)
+                if aside.kept_at and begin in seen.pages:
+                    self._read_spilled(aside.kept_at, block, begin, end)
+                elif aside.kept_at and any(head < end and begin < head + GROUP_PAGES for head in whole):
+                    raise _NotKept
+                else:
+                    self._read(aside, block, begin, end)
 
         return Ahead(seen, fetch)
 
-    def _fetch(self, spilled: _Spilled, block: _Block) -> _Block:
-        """Read spilled pages into a worker's own block."""
-        self._read(spilled, block, 0, spilled.used)
-        block.runs, block.used = spilled.runs, spilled.used
+    def _fetch(self, aside: _Aside, block: _Block) -> _Block:
+        """Read all pages of a block into a worker's own."""
+        self._read(aside, block, 0, aside.used)
+        block.runs, block.used = aside.runs, aside.used
         return block
 
-    def _read(self, spilled: _Spilled, block: _Block, begin: int, end: int) -> None:
-        """Read spilled pages, from page `begin` to `end`, to where they belong in a block."""
-        assert self._overflow is not None
-        view = memoryview(block.memory)[begin * PAGE : end * PAGE]
-        if os.preadv(self._overflow.fd, [view], spilled.offset + begin * PAGE) != len(view):
-            raise OSError("the overflow area lost pages")
+    def _read(self, aside: _Aside, block: _Block, begin: int, end: int) -> None:
+        """Read pages where they are, from page `begin` to `end`, to where they belong in a block."""
+        if not aside.owner:
+            self._read_spilled(aside.offset, block, begin, end)
+            return
+        try:
+            read_scattered(aside.owner, memoryview(block.memory), parts_of(aside.runs, begin, end))
+        except OSError as error:
+            raise DumpFailed(
+                f"the memory of process {aside.owner}, which stands still, cannot be read: {error.strerror}",
+                hint="if somebody has killed it: let `crcli dump` end first, which kills the tree by itself",
+                state=TreeState.RUNNING,
+            ) from error
 
-    def _give_back(self, spilled: _Spilled) -> None:
+    def _read_spilled(self, offset: int, block: _Block, begin: int, end: int) -> None:
+        view = memoryview(block.memory)[begin * PAGE : end * PAGE]
+        self._spill.read_into(view, offset + begin * PAGE)
+
+    def _give_back(self, aside: _Aside) -> None:
         """Free the memory of pages that are stored, or need not be."""
-        assert self._overflow is not None
-        self._overflow.give_back(spilled.offset, spilled.used * PAGE)
+        if not aside.owner:
+            self._spill.give_back(aside.offset, aside.used * PAGE)
+        if aside.kept_at:
+            self._spill.give_back(aside.kept_at, aside.used * PAGE)
 
     def _classify(self, block: _Block, ahead: Ahead | None = None) -> Classified:
         hurry = self._under_pressure()

@@ -7,6 +7,10 @@ processors to spare, or nobody waits for the tree to run on, they begin with the
 workers begin. The workers take what is done; when there is none of that, they do themselves what came last,
 until they meet.
 
+Pages that are in the tree still are read there once and for all: those of groups that the store does not
+have are kept, for the workers to store. Should something have written to the tree meanwhile, then an image
+has what was seen, and no digest of other contents.
+
 Nothing depends on it: what it does not do, the workers do.
 """
 
@@ -19,7 +23,7 @@ import signal
 import struct
 import threading
 from collections import deque
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from blake3 import blake3
@@ -36,9 +40,11 @@ from crcli.memory.blocks import (
     Run,
     Seen,
     heads_of,
+    parts_of,
 )
 from crcli.memory.classify import find_weights
 from crcli.memory.extents import PAGE, SpaceKey, SpaceKind
+from crcli.memory.reading import read_scattered
 from crcli.memory.weights.references import Piece
 from crcli.memory.weights.views import View
 
@@ -59,9 +65,9 @@ _LEAST_BLOCK_BYTES = (_MOST_GROUPS - 1) * _GROUP_BYTES
 _MOST_BLOCKS = 1 << 16
 """So many are asked for at most (256 GiB): of the rest of a larger tree the workers do all."""
 
-_ASKED = struct.Struct("<QBB")
-"""What is asked for: where the block begins (bytes), whether a worker has taken it, how many runs it has.
-These follow."""
+_ASKED = struct.Struct("<QBBI")
+"""What is asked for: where the block begins (bytes), whether a worker has taken it, how many runs it has, the
+process whose memory they are in still (0: they lie in the file). These follow."""
 
 _TAKEN_AT = 8
 _RUN = struct.Struct("<BQQHHB")
@@ -83,6 +89,9 @@ _NUMBER = struct.Struct("<I")
 _MOST_WRITTEN = 1024
 """Numbers written to a pipe at once: so many the kernel never parts."""
 
+_KEPT_SHARE = 8
+"""Of the room in the file this part is for pages that are kept."""
+
 _POPULATED = mmap.MAP_SHARED | mmap.MAP_POPULATE
 _COVERED = bytes(DIGEST)
 """In place of the digest of a group of which pages were found in files."""
@@ -92,12 +101,21 @@ class Lookahead:
     """See the module. A context manager: leaving it ends the processes."""
 
     def __init__(
-        self, fd: int, limit: int, count: int = 1, matcher: Matcher | None = None, *, at_once: bool = False
+        self,
+        fd: int,
+        limit: int,
+        count: int = 1,
+        matcher: Matcher | None = None,
+        *,
+        in_place: int = 0,
+        at_once: bool = False,
     ) -> None:
         """Fork `count` processes, or as many as we may, before any thread is started. Pages lie in the file
-        `fd`, of `limit` bytes at most; weights are found by `matcher`. `at_once`: they need not wait until
-        the workers begin. Raises OSError where there is no room for what is asked and answered."""
-        self._room = min(limit // _LEAST_BLOCK_BYTES + 1, _MOST_BLOCKS)
+        `fd`, of `limit` bytes at most, or (about `in_place` bytes) in the tree still; weights are found by
+        `matcher`. `at_once`: they need not wait until the workers begin. Raises OSError where there is no
+        room for what is asked and answered."""
+        self._room = min(max(limit, in_place) // _LEAST_BLOCK_BYTES + 1, _MOST_BLOCKS)
+        most_kept = limit // _KEPT_SHARE // count
         self._shared = mmap.mmap(-1, self._room * _RECORD)
         self._known = os.memfd_create("known")
         self._runs: list[Sequence[Run]] = []
@@ -112,7 +130,7 @@ class Lookahead:
         self._answers, answers = os.pipe()
         self.pids: list[int] = []
         try:
-            self._fork(count, lambda: _run(fd, self._shared, self._known, matcher, tasks, answers))
+            self._fork(count, lambda: _run(fd, self._shared, self._known, matcher, tasks, answers, most_kept))
         except BaseException:  # a signal or a deadline: nobody would end those that have begun
             self.close()
             raise
@@ -138,14 +156,18 @@ class Lookahead:
         with suppress(OSError):  # no memory: the workers hash the pages of others
             os.write(self._known, keys)
 
-    def ask(self, offset: int, runs: Sequence[Run]) -> int | None:
+    def ask(self, offset: int, runs: Sequence[Run], owner: int = 0) -> int | None:
         """Have a block looked at that begins at `offset` (bytes), and stays as it is until `next` gives it
-        out. Return its number; None where that will not be done."""
+        out. Return its number; None where that will not be done.
+
+        Is there an `owner`, then the block is in the memory of that process, and of what is seen there the
+        pages of groups that the store does not have are kept: at `offset` the file is as long as a block.
+        """
         if len(self._runs) == self._room or not 0 < len(runs) <= MOST_RUNS or not heads_of(runs):
             return None
         number = len(self._runs)
         at = number * _RECORD
-        _ASKED.pack_into(self._shared, at, offset, 0, len(runs))
+        _ASKED.pack_into(self._shared, at, offset, 0, len(runs), owner)
         for place, run in enumerate(runs):
             where = at + _ASKED.size + place * _RUN.size
             _RUN.pack_into(self._shared, where, *run.space, run.start, run.pages, run.at, run.lazy)
@@ -162,15 +184,6 @@ class Lookahead:
             self._has_begun = True
             self._hand_out()
 
-    def begin_beside(self, sender: int) -> None:
-        """Have them begin with the first block, on one processor together with the process that sends the
-        pages, until they are to hurry: whoever takes the pages in needs another one for himself. Left to
-        the kernel, he is made to share his, and waits for a third of the time."""
-        for pid in (*self.pids, sender):
-            if pid:  # 0: not known, and would be ourselves
-                _keep_to(pid, {max(os.sched_getaffinity(0))})
-        self.begin()
-
     def _hand_out(self) -> None:
         """Tell them what is asked for, as far as there is room for it."""
         try:
@@ -184,7 +197,6 @@ class Lookahead:
     def hurry(self) -> None:
         """Let them work as we do: the tree has been let go of, or waits for us."""
         for pid in self.pids:
-            _keep_to(pid, os.sched_getaffinity(0))
             try:
                 os.sched_setscheduler(pid, os.sched_getscheduler(0), os.sched_getparam(0))
             except OSError:
@@ -251,16 +263,14 @@ class Lookahead:
         self.close()
 
 
-def _keep_to(pid: int, processors: Set[int]) -> None:
-    """Have a process use these processors alone."""
-    try:
-        os.sched_setaffinity(pid, processors)
-    except OSError:
-        pass  # it has ended, or goes where it likes
-
-
 def _run(
-    fd: int, shared: mmap.mmap, known: int, matcher: Matcher | None, tasks: int, answers: int
+    fd: int,
+    shared: mmap.mmap,
+    known: int,
+    matcher: Matcher | None,
+    tasks: int,
+    answers: int,
+    most_kept: int,
 ) -> NoReturn:
     """What a process does."""
     try:
@@ -269,7 +279,7 @@ def _run(
         kernel.close_all_but(fd, known, tasks, answers, *files)
         gc.disable()  # it would touch, and so copy, all of the memory that is our parent's too
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        looking = _Looking(fd, shared, known, matcher)
+        looking = _Looking(fd, shared, known, matcher, most_kept)
         while task := os.read(tasks, _NUMBER.size):
             if looking.look(*_NUMBER.unpack(task)):
                 os.write(answers, task)
@@ -280,44 +290,58 @@ def _run(
 class _Looking:
     """One process at work."""
 
-    def __init__(self, fd: int, shared: mmap.mmap, known: int, matcher: Matcher | None) -> None:
+    def __init__(
+        self, fd: int, shared: mmap.mmap, known: int, matcher: Matcher | None, most_kept: int
+    ) -> None:
         self._fd = fd
         self._shared = shared
         self._matcher = matcher
-        self._block = bytearray(BLOCK_PAGES * PAGE if matcher is not None else 0)
+        self._block = memoryview(bytearray(BLOCK_PAGES * PAGE))
         self._known_fd = known
         self._known: frozenset[bytes] | None = None
+        self._may_keep = most_kept
 
     def look(self, number: int) -> bool:
         """Look at a block; return whether all of it was seen, and is in its record."""
         at = number * _RECORD
-        offset, is_taken, count = _ASKED.unpack_from(self._shared, at)
+        offset, is_taken, count, owner = _ASKED.unpack_from(self._shared, at)
         if is_taken:
             return False
         places = range(at + _ASKED.size, at + _ASKED.size + count * _RUN.size, _RUN.size)
         runs = [_unpack_run(self._shared, place) for place in places]
-        size = (runs[-1].at + runs[-1].pages) * PAGE
-        found: list[Found] = []
-        if self._matcher is not None:
-            block = self._block
-            if os.preadv(self._fd, [memoryview(block)[:size]], offset) != size:
+        keep_at = offset if owner else None
+        with ExitStack() as held:
+            try:
+                pages = self._pages(held, owner, offset, runs)
+            except (OSError, ValueError):  # no address space, or no such process any more
                 return False
-            found += find_weights(self._matcher, block, runs)
-        if not _pack_found(self._shared, at + _FOUND_AT, found):
-            return False
-        covered = {page for one in found for page in range(one.at, one.at + one.pages)}
-        try:
-            window = mmap.mmap(self._fd, size, _POPULATED, mmap.PROT_READ, offset=offset)
-        except (OSError, ValueError):  # no address space
-            return False
-        with window, memoryview(window) as view:
-            return self._hash(at, window, view, heads_of(runs), covered)
+            found = [*find_weights(self._matcher, pages, runs)] if self._matcher is not None else []
+            if not _pack_found(self._shared, at + _FOUND_AT, found):
+                return False
+            covered = {page for one in found for page in range(one.at, one.at + one.pages)}
+            return self._hash(at, pages, heads_of(runs), covered, keep_at)
+
+    def _pages(self, held: ExitStack, owner: int, offset: int, runs: Sequence[Run]) -> memoryview:
+        """The pages of a block: copied, or as they lie in the file for as long as `held` holds them."""
+        size = (runs[-1].at + runs[-1].pages) * PAGE
+        if owner:
+            block = self._block[:size]
+            read_scattered(owner, block, parts_of(runs, 0, BLOCK_PAGES))
+            return block
+        if self._matcher is not None:  # which looks at single places of many pages
+            block = self._block[:size]
+            if os.preadv(self._fd, [block], offset) != size:
+                raise OSError
+            return block
+        window = held.enter_context(mmap.mmap(self._fd, size, _POPULATED, mmap.PROT_READ, offset=offset))
+        return held.enter_context(memoryview(window))
 
     def _hash(
-        self, at: int, window: mmap.mmap, view: memoryview, heads: Sequence[int], covered: Set[int]
+        self, at: int, pages: memoryview, heads: Sequence[int], covered: Set[int], keep_at: int | None
     ) -> bool:
         """Note the digests of groups where they lie, and those of pages of groups that the store does not
-        have: so near behind, these are still in the processor's cache."""
+        have: so near behind, these are still in the processor's cache. Keep these pages from `keep_at` on,
+        if that is given: only what is kept has its digests noted then."""
         known = self._keys()
         changed: list[tuple[int, bytes]] = []
         for place, head in enumerate(heads):
@@ -325,14 +349,28 @@ class _Looking:
                 return False
             digest = _COVERED
             if covered.isdisjoint(range(head, head + GROUP_PAGES)):
-                digest = _digest_of_group(window, view, head * PAGE)
+                digest = _digest_of_group(pages, head * PAGE)
                 is_known = not known or digest[:KEY] in known or digest == ZERO_GROUP_DIGEST
-                if not is_known and len(changed) < _MOST_CHANGED:
-                    changed.append((head, _digests_of_pages(view, head * PAGE)))
+                if not is_known and len(changed) < _MOST_CHANGED and self._keep(pages, head, keep_at):
+                    changed.append((head, _digests_of_pages(pages, head * PAGE)))
             where = at + _DIGESTS_AT + place * DIGEST
             self._shared[where : where + DIGEST] = digest
         _pack_pages(self._shared, at + _PAGES_AT, changed)
         return True
+
+    def _keep(self, pages: memoryview, head: int, keep_at: int | None) -> bool:
+        """Put a group's pages where the workers find them, if there is room; return whether they will."""
+        if keep_at is None:
+            return True
+        if self._may_keep < _GROUP_BYTES:
+            return False
+        self._may_keep -= _GROUP_BYTES
+        begin = head * PAGE
+        try:
+            kept = os.pwrite(self._fd, pages[begin : begin + _GROUP_BYTES], keep_at + begin)
+        except OSError:
+            return False
+        return kept == _GROUP_BYTES
 
     def _keys(self) -> frozenset[bytes]:
         """The keys of the groups that the store has; none where it is not known, so that all may be there."""
@@ -342,10 +380,9 @@ class _Looking:
         return self._known
 
 
-def _digest_of_group(window: mmap.mmap, view: memoryview, begin: int) -> bytes:
-    if window[begin] == 0 and window[begin : begin + _GROUP_BYTES] == ZERO_GROUP:
-        return ZERO_GROUP_DIGEST
-    return blake3(view[begin : begin + _GROUP_BYTES]).digest()
+def _digest_of_group(view: memoryview, begin: int) -> bytes:
+    group = view[begin : begin + _GROUP_BYTES]
+    return ZERO_GROUP_DIGEST if group[0] == 0 and bytes(group) == ZERO_GROUP else blake3(group).digest()
 
 
 def _digests_of_pages(view: memoryview, begin: int) -> bytes:

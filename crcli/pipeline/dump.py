@@ -42,7 +42,7 @@ from crcli.image.packs import PackWriter
 from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
-from crcli.memory.extents import PAGE
+from crcli.memory.extents import PAGE, SpaceKind
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import Lookahead
 from crcli.memory.overflow import Overflow
@@ -79,6 +79,7 @@ from crcli.pipeline.watch import crashed, kill_all, tree_state, wait_until_dead
 from crcli.pipeline.weights import WeightsInUse, chosen_files
 from crcli.plugins.loader import load_hooks
 from crcli.process import notify
+from crcli.process.identity import identify
 from crcli.process.memory_room import spare_memory
 from crcli.process.processors import usable_processors
 from crcli.process.tree import find_target, refuse_bad_target, scan_tree, tracer_label
@@ -120,8 +121,8 @@ _LARGE_BYTES = 128 << 20
 _BUSY_PROCESSORS = 2
 """What a tree keeps busy that is being copied: CRIU, and our thread that receives."""
 
-_FEW_PROCESSORS = 2
-"""So many are all busy while a tree is copied, one of them for a quarter of the time."""
+_STOPPED_S = 2.0
+"""How long CRIU may stand stopped by its debugger at the end of a dump (seconds): it looks at a signal."""
 
 _MOST_LOOKAHEADS, _MOST_WORKERS = 8, 8
 """Processes that look at pages ahead, and threads that work on them, at most: more wait for each other."""
@@ -394,6 +395,9 @@ class _Dump:
         self.interrupts = interrupts
         self.progress = progress
         self.hooks = hooks
+        self.stays = options.outcome != Outcome.RUNNING
+        """Whether the tree stands still until its image is durable, so that its pages may be read where they
+        are: copied out of its way, as those of one that runs on, they would take memory and time."""
         self.look_ahead: Callable[[], None] = lambda: None
         """What is left to do before the freeze when CRIU is called."""
         self.nice = 0
@@ -411,6 +415,7 @@ class _Dump:
         self.tries_later = False
         """Whether the trial takes place beside the running tree."""
         self.criu_pid = 0
+        self.criu: ProcessId | None = None
         self.waited_ms: dict[int, int] = {}
         self.frozen_at = 0.0
         self.skeleton: list[StoredFile] = []
@@ -426,6 +431,8 @@ class _Dump:
         """The network of a tree that does not share ours, for as long as the dump lasts."""
         self.found: tuple[Finding, ...] = ()
         """What was found otherwise than by looking at the tree, or is not to be seen of it any more."""
+        self.owners: dict[int, int] | None = None
+        """The frozen tree's processes, by the pids that they have in a pid namespace of their own."""
         self.tree = target.evidence.tree
         """The tree as last seen: before the freeze it may still have grown, once frozen it is exact."""
 
@@ -539,19 +546,28 @@ class _Dump:
     # Everything that takes time and does not need the tree frozen comes first.
 
     def _reserve(self, *, may_fork: bool = False) -> None:
-        """Begin to get memory for the tree's pages, of a tree without GPUs: theirs needs all the room.
+        """Begin to get memory for the pages that are taken out of the tree, of one without GPUs: theirs needs
+        all the room.
 
         After rounds little is left for the freeze.
         """
         if not self.options.pre_copy:
-            self.overflow.reserve(self.target.evidence.expected_bytes, may_fork=may_fork)
+            self.overflow.reserve(self._taken_bytes(), may_fork=may_fork)
+
+    def _taken_bytes(self) -> int:
+        """So much of the tree is expected to be taken out of it, and not read there: see `Intake`."""
+        evidence = self.target.evidence
+        if not self.stays:
+            return evidence.expected_bytes
+        locked = sum(process.locked_bytes for process in evidence.tree)
+        return min(evidence.shared_bytes + locked, evidence.expected_bytes)
 
     def reserve_for_gpus(self) -> None:
         """Begin to get memory for the pages of a tree that leaves its GPUs, beside what comes from there."""
         if self.gpu is not None:
             coming = self.gpu.memory_bytes
             room = max(0, spare_memory() - coming) // 2
-            self.overflow.reserve(min(self.target.evidence.expected_bytes + coming, room))
+            self.overflow.reserve(min(self._taken_bytes() + (0 if self.stays else coming), room))
 
     def _start_lookahead(self, held: ExitStack) -> Lookahead | None:
         """Start processes that look at pages beside us, where they are worth it: for one tree, all sent at
@@ -563,7 +579,14 @@ class _Dump:
         overflow, matcher = self.overflow, self.weights.matcher
         count = min(worth, max(1, spare), _MOST_LOOKAHEADS)
         try:
-            ahead = Lookahead(overflow.fd, overflow.limit, count, matcher, at_once=spare > 0)
+            ahead = Lookahead(
+                overflow.fd,
+                overflow.limit,
+                count,
+                matcher,
+                in_place=evidence.expected_bytes if self.stays else 0,
+                at_once=spare > 0 or self.stays,
+            )
         except OSError:  # no address space is left, or no descriptor: the workers do all
             return None
         return held.enter_context(ahead)
@@ -600,7 +623,15 @@ class _Dump:
             self.writer = PackWriter(store, self.target.image_id)
             held.callback(self.writer.close)
             workers = min(max(2, usable_processors() // 2 // self.shared.at_once), _MOST_WORKERS)
-            self.intake = Intake(None, self.writer, overflow, self.weights.matcher, workers, self.lookahead)
+            self.intake = Intake(
+                None,
+                self.writer,
+                overflow,
+                self.weights.matcher,
+                workers,
+                self.lookahead,
+                self._owner_of if self.stays else None,
+            )
             held.callback(self.intake.abandon)
             self.rounds = Rounds(
                 self.workspace,
@@ -620,14 +651,29 @@ class _Dump:
             if not self._acts_on_forecast():
                 self.look_ahead = partial(self._look_ahead, gpu_bytes, self.watch.since_start_ms())
 
-    def _look_ahead_early(self) -> None:
-        """Have pages be hashed as they come where few processors would rather copy first, if that brings
-        more than it costs: the tree, of which the store has most, is not to run on. It stands still for up
-        to a tenth longer, and is durable a tenth sooner."""
-        is_known = 2 * self.known_bytes > self.target.evidence.expected_bytes
-        has_few = usable_processors() == len(os.sched_getaffinity(0)) == _FEW_PROCESSORS
-        if self.lookahead is not None and self.options.outcome != Outcome.RUNNING and is_known and has_few:
-            self.lookahead.begin_beside(self.criu_pid)
+    def _owner_of(self, space: SpaceKey) -> int:
+        """The process of the frozen tree that CRIU names so; 0 where that is not known, as for other spaces,
+        and where nobody could say whether CRIU has held the tree until all was read."""
+        if self.criu is None or space.kind != SpaceKind.PROCESS:
+            return 0
+        depth = len(self.target.evidence.root.nspid)
+        if depth <= 1:  # of our own pid namespace
+            return space.number
+        if self.owners is None:
+            with suppress(PreflightRefused):  # its root was killed: whoever reads it will be told
+                tree = scan_tree(self.target.evidence.root.identity)
+                self.owners = {one.nspid[depth - 1]: one.pid for one in tree if len(one.nspid) >= depth}
+        return (self.owners or {}).get(space.number, 0)
+
+    def _see_that_it_stood_still(self) -> None:
+        """Raise _CriuKilled when CRIU may have let go of the tree, of which pages were read until now."""
+        if self.criu is None or not self.intake.has_left_pages:
+            return
+        end = time.monotonic() + _STOPPED_S
+        while not self.criu.is_at_work():
+            if not self.criu.alive() or time.monotonic() > end:
+                raise _CriuKilled("CRIU was killed")
+            time.sleep(0.001)
 
     def _begin_knowing(self, held: ExitStack, store: Store, gpu_bytes: int) -> None:
         evidence, name = self.target.evidence, self.target.name
@@ -672,7 +718,6 @@ class _Dump:
         """Do what is to be done before the freeze: some ms pass before CRIU asks whether it may."""
         messages.import_all()
         self.look_ahead()
-        self._look_ahead_early()
 
     def _measure(self, known: KnownChunks, gpu_bytes: int) -> Load | None:
         """What lies ahead."""
@@ -770,13 +815,14 @@ class _Dump:
             stored_bytes=report.stored_bytes,
             file_bytes=sum(file.size for file in self.files),
             gpu_bytes=self.gpu.memory_bytes if self.gpu is not None else 0,
+            stays=self.stays,
         )
 
     def _was_unhindered(self) -> bool:
         """Whether no deadline cut anything short, no weights were looked for, nothing was copied ahead, and
-        all of the tree's pages found room outside of it."""
+        all of the tree's pages found room outside of it, or were read in it."""
         is_plain = self.options.deadline_s is None and not self.target.weights and not self.report.rounds
-        return is_plain and self.report.memory_bytes <= self.room
+        return is_plain and (self.stays or self.report.memory_bytes <= self.room)
 
     def _wants_trial(self) -> bool:
         """Whether a trial is asked for and harmless: opening a file again breaks a lease on it."""
@@ -851,6 +897,7 @@ class _Dump:
             ) as criu,
         ):
             self.criu_pid = criu.host_pid()
+            self.criu = identify(self.criu_pid) if self.criu_pid else None
             self.standby.watch(
                 self.criu_pid, self._on_criu_death, kills=self.options.outcome == Outcome.KILLED
             )
@@ -944,18 +991,17 @@ class _Dump:
             failure = DumpFailed("the tree has opened a connection since it was looked at")
             raise self._outrun("connection-again", failure, "and nobody held its packets back")
         self.tries_later = self._can_try_later()
-        is_kept = self.options.outcome != Outcome.RUNNING
-        if is_kept:
+        if self.stays:
             self._stood_still()
             self._begin_work()
         if not self.tries_later:
             self._try()
-            if not is_kept:
+            if not self.stays:
                 self._end_trial()
             self.shared.end_turn()
         if self.options.outcome != Outcome.KILLED:
             self._resume_calls()
-        if is_kept:
+        if self.stays:
             with self.watch.phase("hold"):
                 self._publish()
             self.standby.settle(self.options.outcome.value, self.tree.identities, self.keeps_lock)
@@ -977,7 +1023,7 @@ class _Dump:
     def _can_try_later(self) -> bool:
         """Whether a trial beside the running tree will find what it would find now, as far as can be told:
         files that were open already when we looked at the tree are likely to stay for as long again."""
-        if self.options.outcome != Outcome.RUNNING or self.is_careful or link_remaps(self.images):
+        if self.stays or self.is_careful or link_remaps(self.images):
             return False
         evidence = self.target.evidence
         if any(flags & os.O_ACCMODE and mode & 0o111 for _, flags, mode, _ in regular_files(self.images)):
@@ -1033,6 +1079,7 @@ class _Dump:
         assert self.store is not None
         self._end_trial()
         taken = self.intake.finish(self.progress.amount)
+        self._see_that_it_stood_still()
         spaces, counts, references = self.rounds.whole(*taken, self.writer)
         self.report.wasted_bytes = self.rounds.wasted_bytes
         self.skeleton = store_skeleton(self.images, self.writer)

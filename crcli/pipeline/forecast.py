@@ -83,6 +83,13 @@ class Load(Struct, frozen=True):
     trial: bool = True
     reaped: bool = True
     gpu_bytes: int = 0
+    stays: bool = True
+    """Whether the tree stands still until its image is durable, and so is read where it is."""
+
+    @property
+    def taking(self) -> str:
+        """The step in which CRIU sends the tree's pages."""
+        return "take in place" if self.stays else "take"
 
     def amounts(self) -> Amounts:
         """The same as the rates count it."""
@@ -121,18 +128,19 @@ def image_bytes(processes: int, threads: int, memory: Makeup, file_stored: int) 
 def predict(load: Load, rates: Rates, store: str, room: int, spent_ms: float | None = None) -> Forecast:
     """The forecast for a load at a store.
 
-    `room` is how much memory can wait outside of the tree until it was let go (bytes): for what does not fit,
-    the tree waits for the store. `spent_ms` is what has passed since the command's start, when everything is
-    ready for the freeze.
+    `room` is how much memory can wait outside of a tree that runs on until it was let go (bytes): for what
+    does not fit, the tree waits for the store. `spent_ms` is what has passed since the command's start, when
+    everything is ready for the freeze.
     """
     amounts = load.amounts()
 
     def takes(name: str, at: str = "") -> float:
         return rates.step(name, at).takes(amounts)
 
-    spill = max(0.0, 1 - room / load.memory.total) if load.memory.total else 0.0
+    total = load.memory.total
+    spill = max(0.0, 1 - room / total) if total and not load.stays else 0.0
     ship = takes("ship", store)
-    frozen = takes("take") + rates.step("files").takes(load.file_amounts())
+    frozen = takes(load.taking) + rates.step("files").takes(load.file_amounts())
     frozen += rates.step("gpu").takes(load.gpu_amounts()) if load.gpu_bytes else 0.0
     frozen += ship * spill
     before = takes("look") + takes("prepare", store) if spent_ms is None else spent_ms
@@ -242,6 +250,7 @@ def measure(
         file_bytes=total,
         trial=options.trial,
         reaped=options.outcome == Outcome.KILLED,
+        stays=options.outcome != Outcome.RUNNING,
         gpu_bytes=gpu_bytes,
     )
 
@@ -348,6 +357,6 @@ def learn_from(report: DumpReport, load: Load, fits: bool) -> None:
     }
     if fits:
         times[("prepare", store)] = phases.get("prepare", 0.0)
-        times[("take", "")] = phases.get("take", 0.0)
+        times[(load.taking, "")] = phases.get("take", 0.0)
         times[("ship", store)] = phases.get("store", 0.0) + phases.get("hold", 0.0)
     learn({step: (own.get(step[0], amounts), took) for step, took in times.items() if took > 0})

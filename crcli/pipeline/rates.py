@@ -31,6 +31,7 @@ BUILT_IN: dict[str, Amounts] = {
     "prepare s3": {"once": 450, "mib": 1.5},
     "gpu": {"once": 150, "processes": 50, "mib": 0.5},
     "take": {"once": 20, "processes": 4, "threads": 0.3, "mib": 0.3},
+    "take in place": {"once": 20, "processes": 4, "threads": 0.3, "mib": 0.12},
     "files": {"once": 10, "mib": 4},
     "trial": {"once": 35, "processes": 3, "threads": 0.1},
     "ship file": {"once": 35, "processes": 1, "zero": 0.2, "reused": 0.5, "new": 1, "stored": 1},

@@ -560,9 +560,13 @@ class Evidence(Struct, frozen=True):
 
     @property
     def expected_bytes(self) -> int:
-        """About what CRIU will send as pages. Shared memory counts as if all processes had the same."""
-        shared = max((process.shared_bytes for process in self.tree), default=0)
-        return sum(process.anonymous_bytes for process in self.tree) + shared
+        """About what CRIU will send as pages."""
+        return sum(process.anonymous_bytes for process in self.tree) + self.shared_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """About what of it is shared memory, which counts as if all processes had the same."""
+        return max((process.shared_bytes for process in self.tree), default=0)
 
     @property
     def threads(self) -> int:

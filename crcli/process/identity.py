@@ -13,6 +13,8 @@ from crcli.records import Struct
 PF_KTHREAD = 0x00200000
 """The bit of `Stat.flags` that marks a kernel thread (include/linux/sched.h)."""
 
+_PF_EXITING = 0x4
+
 ENDED = ("Z", "X", "x")
 """The states of a thread that runs no more. Others of the process may: the first can end before them."""
 
@@ -108,6 +110,15 @@ class ProcessId(Struct, frozen=True):
         except ProcessLookupError:
             return False
         return stat.start_time == self.start_time and not stat.is_zombie
+
+    def is_at_work(self) -> bool:
+        """Whether it runs or waits, and has not begun to end: whom it traces, it traces still. While a
+        debugger has stopped it, that is not known: it may have been told of its end."""
+        try:
+            stat = read_stat(self.pid)
+        except ProcessLookupError:
+            return False
+        return stat.start_time == self.start_time and stat.state in "RSD" and not stat.flags & _PF_EXITING
 
 
 def identify(pid: int) -> ProcessId:

@@ -239,12 +239,12 @@ def test_forecasts_come_from_the_dumps_that_this_host_made(crcli: Crcli, tmp_pat
         crcli.dump(program.pid, "--leave-running")
         learned = json.loads(path.read_text())
         assert {step["seen"] for step in learned["steps"].values()} == {1}
-        before = crcli.dump(program.pid, "--dry-run")["forecast"]
+        before = crcli.dump(program.pid, "--leave-running", "--dry-run")["forecast"]
         for name in ("take", f"ship {crcli.store}"):
             for rate in learned["steps"][name]["rates"]:
                 learned["steps"][name]["rates"][rate] *= 20
         path.write_text(json.dumps(learned))
-        slow = crcli.dump(program.pid, "--dry-run")["forecast"]
+        slow = crcli.dump(program.pid, "--leave-running", "--dry-run")["forecast"]
     assert slow["frozen_ms"] > 2 * before["frozen_ms"] and slow["total_ms"] > 2 * before["total_ms"]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,3 +183,53 @@ def expected(sent: Sequence[Sent]) -> dict[tuple[SpaceKey, int], tuple[bytes, bo
         for run in sent
         for index, number in enumerate(run.contents)
     }
+
+
+class Standing:
+    """A process that holds pages of these numbers in memory of its own, and stands still; a context manager.
+
+    `start` is the number of the first page, as its own address space has it. The pages in `unreadable` are
+    such that the program itself may not read them.
+    """
+
+    _PROGRAM = """
+import ctypes, mmap, sys
+raw = sys.stdin.buffer.read(int(sys.argv[1]))
+memory = mmap.mmap(-1, len(raw), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory[:] = raw
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+for page in map(int, sys.argv[2:]):
+    ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page * 4096), ctypes.c_size_t(4096), 0)
+print(address, flush=True)
+sys.stdin.read()
+"""
+
+    def __init__(self, contents: Sequence[int], unreadable: Sequence[int] = ()) -> None:
+        self.raw = b"".join(map(page, contents))
+        self._command = [sys.executable, "-c", self._PROGRAM, str(len(self.raw)), *map(str, unreadable)]
+
+    def __enter__(self) -> Standing:
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(self.raw)
+        self._process.stdin.flush()
+        self.start = int(self._process.stdout.readline()) // PAGE
+        self.pid = self._process.pid
+        os.kill(self.pid, signal.SIGSTOP)
+        return self
+
+    def write(self, number: int, raw: bytes) -> None:
+        """Have other bytes in a page, behind the process's back."""
+        memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR)
+        try:
+            assert os.pwrite(memory, raw, (self.start + number) * PAGE) == len(raw)
+        finally:
+            os.close(memory)
+
+    def end(self) -> None:
+        """Kill it."""
+        self._process.kill()
+        self._process.communicate()
+
+    def __exit__(self, *_: object) -> None:
+        self.end()

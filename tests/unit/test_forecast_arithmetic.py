@@ -116,12 +116,20 @@ def test_a_tree_that_lives_on_is_not_waited_for() -> None:
 
 
 def test_memory_that_finds_no_room_waits_for_the_store_while_frozen() -> None:
-    """The freeze grows by the store's part, the whole stays what it was."""
-    roomy = predict(load(1024), Rates(), "s3://b", room=1 << 40)
-    tight = predict(load(1024), Rates(), "s3://b", room=512 * MIB)
-    ship = Rates().step("ship", "s3://b").takes(load(1024).amounts())
+    """The freeze of a tree that runs on grows by the store's part, the whole stays what it was."""
+    running = load(1024, stays=False)
+    roomy = predict(running, Rates(), "s3://b", room=1 << 40)
+    tight = predict(running, Rates(), "s3://b", room=512 * MIB)
+    ship = Rates().step("ship", "s3://b").takes(running.amounts())
     assert tight.frozen_ms - roomy.frozen_ms == pytest.approx(ship / 2, rel=0.01)
     assert tight.total_ms == pytest.approx(roomy.total_ms, abs=0.2)
+
+
+def test_a_tree_that_stands_still_needs_no_room() -> None:
+    """It is read where it is, which takes CRIU less than being copied."""
+    still = predict(load(1024), Rates(), "s3://b", room=0)
+    assert still == predict(load(1024), Rates(), "s3://b", room=1 << 40)
+    assert still.frozen_ms < predict(load(1024, stays=False), Rates(), "s3://b", room=1 << 40).frozen_ms
 
 
 def test_what_has_passed_already_is_no_forecast() -> None:

@@ -6,7 +6,6 @@ import fcntl
 import os
 import select
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,31 +160,6 @@ def test_with_processors_to_spare_they_begin_with_the_first_block(overflow: Memo
         while _done(lookahead) < len(asked):
             assert time.monotonic() < end
             time.sleep(0.01)
-
-
-def test_beside_a_sender_they_begin_at_once_and_leave_a_processor_alone(
-    overflow: MemoryFile, lookahead: Lookahead
-) -> None:
-    """Once they are to hurry, they go where we do."""
-    os.ftruncate(overflow.fd, GROUP_BYTES)
-    lookahead.ask(0, runs_of(GROUP_PAGES))
-    ours = os.sched_getaffinity(0)
-    with subprocess.Popen(["sleep", "100"]) as sender:
-        try:
-            lookahead.begin_beside(sender.pid)
-            kept_to = [os.sched_getaffinity(pid) for pid in (*lookahead.pids, sender.pid)]
-        finally:
-            sender.kill()
-    assert kept_to == [{max(ours)}] * 2
-    assert os.sched_getaffinity(0) == ours
-    end = time.monotonic() + 10
-    while not _done(lookahead):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    lookahead.begin_beside(0)
-    assert os.sched_getaffinity(0) == ours
-    lookahead.hurry()
-    assert [os.sched_getaffinity(pid) for pid in lookahead.pids] == [ours]
 
 
 def test_more_is_not_asked_of_it_than_it_has_room_for(lookahead: Lookahead) -> None:

@@ -1,0 +1,54 @@
+"""Bytes read out of the memory of a process that stands still."""
+
+from __future__ import annotations
+
+import errno
+import os
+from bisect import bisect_right
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from crcli import kernel
+from crcli.memory.buffers import address_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_MOST_PARTS = 1024
+"""So many parts the kernel takes at once."""
+
+
+def read_scattered(pid: int, into: memoryview, parts: Sequence[tuple[int, int, int]]) -> None:
+    """Read parts of a process's memory: where in `into` each goes, where it is, how large it is (bytes).
+
+    Hundreds take one call. What the program itself may not read, and all where the host allows no such call,
+    comes out of its `/proc/PID/mem`. OSError where it cannot be read; ProcessLookupError when it has ended.
+    """
+    with address_of(into) as address:
+        while parts:
+            some = parts[:_MOST_PARTS]
+            try:
+                done = kernel.read_scattered(pid, address, some)
+            except OSError as error:
+                if error.errno == errno.ESRCH:
+                    raise
+                done = 0
+            whole = bisect_right([*accumulate(size for _, _, size in some)], done)
+            if whole < len(some):
+                place, at, size = some[whole]
+                _read_forced(pid, into[place : place + size], at)
+                whole += 1
+            parts = parts[whole:]
+
+
+def _read_forced(pid: int, into: memoryview, at: int) -> None:
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while into:
+            done = os.preadv(memory, [into], at)
+            if not done:  # the kernel says no more of it
+                raise ProcessLookupError(errno.ESRCH, "the process ended whose memory was to be read")
+            into = into[done:]
+            at += done
+    finally:
+        os.close(memory)
