@@ -2,7 +2,9 @@
 
 `import pycriu` runs the modules of all messages that CRIU has, and costs every command 11 ms. So these few
 are taken from its folder one by one, those of image files when they are first used: a dump reaches CRIU
-without them. They import each other by bare names, for which pycriu extends sys.path just as it is done here.
+without them. They are run with upb alone (`protoc`), which spares as much again. Where that does not work
+they are imported: they import each other by bare names, for which pycriu extends sys.path just as it is done
+here.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from typing import Any
 
+from crcli.criu.protoc import Modules
 from crcli.errors import HostLacks
 
 
@@ -36,15 +39,34 @@ def _module_at(path: str) -> Any:
 
 
 _folder = _pycriu_folder()
-if f"{_folder}/images" not in sys.path:
-    sys.path.append(f"{_folder}/images")
 
 
-def _message(name: str, module: str) -> Any:
-    return getattr(import_module(f"{module}_pb2"), name)
+@cache
+def _modules(folder: str) -> Modules:
+    """Those of a folder."""
+    return Modules(folder)
 
 
-rpc = _module_at(f"{_folder}/rpc_pb2.py")
+def _rpc() -> Any:
+    """The module of what is said to CRIU."""
+    try:
+        return _modules(_folder).module("rpc_pb2")
+    except Exception:  # protobuf has no upb here, or one that we do not know: its own way works
+        return _module_at(f"{_folder}/rpc_pb2.py")
+
+
+def _of_images(name: str) -> Any:
+    """One of the modules of image files."""
+    folder = f"{_folder}/images"
+    try:
+        return _modules(folder).module(name)
+    except Exception:  # see above
+        if folder not in sys.path:
+            sys.path.append(folder)
+        return import_module(name)
+
+
+rpc = _rpc()
 
 _MODULES = {
     "core_entry": "core",
@@ -73,7 +95,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{_MODULES[name]}_pb2"), name)
+    found = getattr(_of_images(f"{_MODULES[name]}_pb2"), name)
     globals()[name] = found
     return found
 

@@ -44,7 +44,7 @@ HEAVY = (
 )
 UNUSED = (
     {"boto3", "botocore", "obstore", "numpy", "rich", "pydantic", "yaml", "psutil", "cuda"},
-    {"core_pb2", "fdinfo_pb2", "tcp_stream_pb2"},
+    {"core_entry", "fdinfo_entry", "tcp_stream_entry"},
     {"crcli.gpu", "crcli.notice", "crcli.store.s3", "crcli.pipeline.gpu", "crcli.pipeline.pager"},
     {"crcli.memory.weights.match", "crcli.memory.weights.cache", "crcli.criu.log", "crcli.criu.causes"},
 )
@@ -111,10 +111,13 @@ def one_error(text: str) -> dict[str, Any]:
 
 
 def loaded_by(*arguments: str) -> set[str]:
-    """The modules that a command line imports, by their first names, and crcli's by their full ones."""
+    """The modules that a command line imports, by their first names, and crcli's by their full ones; and
+    those of CRIU's messages that it has made classes of."""
     code = (
         "import sys\nfrom crcli.main import main\n"
-        f"code = main({list(arguments)!r})\nprint('\\0'.join(sys.modules), file=sys.stderr)\nsys.exit(code)"
+        f"code = main({list(arguments)!r})\n"
+        "made = vars(sys.modules.get('crcli.criu.messages', sys))\n"
+        "print('\\0'.join([*sys.modules, *made]), file=sys.stderr)\nsys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     names = done.stderr.rstrip("\n").rpartition("\n")[2].split("\0")
