@@ -19,35 +19,45 @@ setup_criu() { "$root/scripts/install-criu" --pycriu "$venv"; }
 # setup_venv [EXTRA [REQUIREMENTS_FILE...]]: .venv has crcli of this checkout (editable) with that extra of
 # pyproject.toml and with what the files ask for, compiled to bytecode.
 setup_venv() {
-    local extras=${1:-} file
+    local extras=${1:-} file stamp wanted=()
+    local -A stamps=()
     shift || true
     exec 8<"$root"
     flock 8   # two scripts at once in one checkout
     venv_works || new_venv
     [[ ! -e /dev/nvidiactl ]] || extras=${extras:+$extras,}gpu
     # compat: a plain line in a .pth file; the finder that setuptools makes else costs every command 10 ms.
-    installed_from "$root/pyproject.toml" -e "$root${extras:+[$extras]}" --config-settings editable_mode=compat
-    for file; do installed_from "$file" -r "$file"; done
+    want_from "$root/pyproject.toml" -e "$root${extras:+[$extras]}" --config-settings editable_mode=compat
+    for file; do want_from "$file" -r "$file"; done
+    if ((${#wanted[@]})); then
+        say "installing Python packages: ${wanted[*]}"
+        # pip would compile one file after another.
+        "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check "${wanted[@]}"
+        bytecode "$venv"/lib/python3*/site-packages
+        for stamp in "${!stamps[@]}"; do printf '%s\n' "${stamps[$stamp]}" >"$stamp"; done
+    fi
     bytecode "$root/crcli"
     exec 8<&-
 }
 
-# installed_from FILE PIP_ARGUMENTS...: pip has done this, with this Python, since FILE last changed. A stamp in
-# .venv, one for each way of calling, remembers from what.
-installed_from() {
+# want_from FILE PIP_ARGUMENTS...: `wanted` has these, unless pip has done this, with this Python, since FILE last
+# changed. A stamp in .venv, one for each way of calling, remembers from what: `stamps` has it, to be written then.
+want_from() {
     local stamp want
     stamp=$venv/.set-up-$(tr -c 'a-z0-9\n' - <<<"${*:2}")
     want=$("$venv/bin/python" -VV; cat "$1")
     [[ $(cat "$stamp" 2>/dev/null) != "$want" ]] || return 0
-    say "installing Python packages: ${*:2}"
     rm -f "$stamp"
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check "${@:2}"
-    bytecode "$venv"/lib/python3*/site-packages
-    printf '%s\n' "$want" >"$stamp"
+    wanted+=("${@:2}")
+    stamps[$stamp]=$want
 }
 
-# Without bytecode every start of crcli would compile again what it imports.
-bytecode() { env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -m compileall -q "$@" >/dev/null || true; }
+# Without bytecode every start of crcli would compile again what it imports. All processors compile; where they
+# cannot (no /dev/shm), one does.
+bytecode() {
+    local compile=(env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -m compileall -q)
+    "${compile[@]}" -j 0 "$@" >/dev/null 2>&1 || "${compile[@]}" "$@" >/dev/null || true
+}
 
 venv_works() { [[ -x $venv/bin/python ]] && "$venv/bin/python" -c 'import pip' 2>/dev/null; }
 

@@ -66,7 +66,7 @@ def remote(tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def assert_goes_on(program: Program) -> None:
-    """The counter goes on, and the hash of its memory is what it was."""
+    """The counter goes on, and the checksum of its memory is what it was."""
     before = counted(program)[-1]
     wait_until(lambda: counted(program)[-1] > before + 10, "the counter stands still")
 

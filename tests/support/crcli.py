@@ -26,14 +26,17 @@ ROOT = Path(__file__).parents[2]
 COMMAND_LIMIT_SECONDS = 60.0 * SLOWNESS
 
 COUNTER = """
-import hashlib, itertools, random, time
+import itertools, random, time, zlib
 memory = random.Random({seed}).randbytes({kilobytes} << 10)
 print('ready')
 for number in itertools.count():
-    print(number, hashlib.blake2b(memory, digest_size=8).hexdigest())
+    print(number, f'{{zlib.crc32(memory):016x}}')
     time.sleep(0.01)
 """
-"""The code of a program that prints a counter and the hash of its memory, line after line."""
+"""The code of a program that prints a counter and the checksum of its memory, line after line.
+
+Many of them count beside each other, a hundred times a second: CRC-32 takes a sixth of what BLAKE2 does.
+"""
 
 
 def counter(seed: int = 1, kilobytes: int = 512) -> str:
