@@ -18,7 +18,7 @@ import pytest
 from crcli.memory.userfault import is_available
 from tests.support.faults import Attempt, Victim, victim
 from tests.support.faulty_proxy import FaultyProxy, Trickle
-from tests.support.s3servers import S3Server, start_moto
+from tests.support.s3servers import S3Server
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
@@ -65,10 +65,10 @@ class Behind:
 
 
 @pytest.fixture
-def behind(tmp_path: Path) -> Iterator[Behind]:
-    """A bucket of its own, and a proxy before it that does no harm yet."""
-    with start_moto() as server, FaultyProxy(server) as proxy:
-        yield Behind(tmp_path, server, proxy)
+def behind(tmp_path: Path, moto: S3Server) -> Iterator[Behind]:
+    """An empty bucket, and a proxy before it that does no harm yet."""
+    with FaultyProxy(moto) as proxy:
+        yield Behind(tmp_path, moto, proxy)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from tests.support.crcli import (
 )
 from tests.support.faulty_proxy import Exchange, FaultyProxy, answer, pass_on
 from tests.support.programs import Program, spawn_python
-from tests.support.s3servers import start_moto
+from tests.support.s3servers import S3Server
 
 pytestmark = [
     pytest.mark.skipif(os.getuid() != 0, reason="needs root"),
@@ -186,13 +186,13 @@ class Far:
 
 
 @pytest.fixture
-def far(tmp_path: Path) -> Iterator[Far]:
+def far(tmp_path: Path, moto: S3Server) -> Iterator[Far]:
     """The command, its store behind a proxy, and the end of all that was restored."""
     crcli = Crcli(tmp_path)
-    with start_moto() as server, FaultyProxy(server) as proxy:
+    with FaultyProxy(moto) as proxy:
         far_away = {"AWS_ENDPOINT_URL": proxy.endpoint_url, "AWS_MAX_ATTEMPTS": "1", "CRCLI_CACHE_SIZE": "0"}
-        os.environ.update(server.env | far_away)
-        far = Far(crcli, proxy, server.url("far"))
+        os.environ.update(moto.env | far_away)
+        far = Far(crcli, proxy, moto.url("far"))
         proxy.inject(far.fault, method="GET", containing="/packs/", times=float("inf"))
         try:
             yield far
@@ -200,7 +200,7 @@ def far(tmp_path: Path) -> Iterator[Far]:
             far.down.clear()
             far.through.set()
             crcli.clean_up()
-            for name in server.env | far_away:
+            for name in moto.env | far_away:
                 os.environ.pop(name, None)
             wait_until(lambda: not pagers(), f"left behind: {pagers()}", 40)
 

@@ -9,6 +9,7 @@ moto is quick and believes everybody; Swift enforces signatures and digests. Bot
 
 from __future__ import annotations
 
+import http.client
 import os
 import select
 import shutil
@@ -67,6 +68,16 @@ class S3Server:
             verify=self.ca_bundle,
             **overrides,
         )
+
+    def empty(self) -> None:
+        """Have moto forget all that it stores; the bucket is there, as when it started."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        try:
+            connection.request("POST", "/moto-api/reset")
+            assert connection.getresponse().status == 200
+        finally:
+            connection.close()
+        self.client().create_bucket(Bucket=self.bucket)
 
     def close(self) -> None:
         """Kill the server and remove what it stored."""
