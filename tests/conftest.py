@@ -1,6 +1,6 @@
 """What all lanes share: limits that suit the machine, and how tests run beside each other.
 
-`scripts/test` runs as many tests at once as there are processors, and one more: a test often waits.
+`scripts/test` runs twice as many tests at once as there are processors: a test waits half of its time.
 One with `@pytest.mark.alone` judges the whole machine, or needs all of it: it runs afterwards, by itself.
 """
 
@@ -31,7 +31,7 @@ def hang_ups_end_us() -> Iterator[None]:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """How many workers `-n auto` means."""
-    return (os.cpu_count() or 1) + 1
+    return 2 * (os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
