@@ -9,11 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from crcli import kernel
@@ -74,10 +73,15 @@ class Supervisor:
     log: Path
 
     def pid(self) -> int:
-        """The supervisor's own pid here."""
-        children = psutil.Process(self.process.pid).children()
-        wait_until(lambda: bool(psutil.Process(self.process.pid).children()), "no supervisor")
-        return int((children or psutil.Process(self.process.pid).children())[0].pid)
+        """The supervisor's own pid here; ProcessLookupError once it has ended."""
+        wait_until(lambda: bool(tree_of(self.process.pid)[1:]) or self.has_ended(), "no supervisor")
+        for process in tree_of(self.process.pid)[1:]:
+            return int(process.pid)
+        raise ProcessLookupError
+
+    def has_ended(self) -> bool:
+        """Whether it is gone."""
+        return self.process.poll() is not None
 
     def end(self) -> int:
         """Wait for its end; return its exit code."""
@@ -220,9 +224,10 @@ def test_nodes_that_go_away_at_random(crcli: Crcli) -> None:
             supervisor(crcli, turn + 1, 150, 0.02, *options),
         ):
             time.sleep(chance.uniform(1.5, 5))
-            if chance.random() < 0.7 and one.process.poll() is None:
-                os.kill(one.pid(), signal.SIGTERM)
-                one.end()
+            if chance.random() < 0.7:
+                with suppress(ProcessLookupError):  # it may have done the job, also just now
+                    os.kill(one.pid(), signal.SIGTERM)
+                    one.end()
         turn += 2
     assert_never_two(crcli.folder)
     assert (crcli.folder / "result").read_text() == result(150)
