@@ -156,6 +156,15 @@ def code(pid: int) -> Iterator[tuple[int, int, bool]]:
             yield *area.bounds, MEMORY_FILE.encode() in area.name
 
 
+def writes_over_memory(pid: int) -> bool:
+    """Whether CRIU writes its system calls over anonymous memory of a process, and not over a file's: for as
+    long as they run it is other than the program left it. Raises OSError."""
+    for area in areas(pid, holding=b"x"):
+        if b"x" in area.permissions and MEMORY_FILE.encode() not in area.name:
+            return not area.name.startswith(b"/")
+    return True
+
+
 def read_memory(pid: int, address: int, length: int) -> bytes:
     """Return memory of another process. Raises OSError."""
     fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)

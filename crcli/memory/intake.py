@@ -35,6 +35,7 @@ from crcli.memory.pagemap import PageRun
 from crcli.memory.reading import read_scattered
 from crcli.memory.replay import AMOUNT_EVERY_S
 from crcli.memory.spill import Overflow, Spill
+from crcli.process.identity import ProcessId, identify
 from crcli.records import Struct, field
 from crcli.threads import Worker, start_workers
 
@@ -66,8 +67,8 @@ class _Pages(Struct):
 
     runs: list[Run] = field(default_factory=list)
     used: int = 0
-    owner: int = 0
-    """The process whose memory they are in still; 0: they were taken out of it."""
+    owner: ProcessId | None = None
+    """The process whose memory they are in still; None: they were taken out of it."""
 
     def next_run(self, space: SpaceKey, start: int, pages: int, lazy: bool) -> Run:
         """As much of a run as there is room for; if that is not all of it, it ends with a whole group."""
@@ -100,6 +101,8 @@ class _Aside(_Pages):
     offset: int = 0
     kept_at: int = 0
     """Where among what is spilled (bytes) is kept what was seen to be needed of it, while it had an owner."""
+    seen_in: ProcessId | None = None
+    """The owner that it had when it was asked that it be looked at."""
     is_asked: bool = False
     """Whether it is looked at ahead."""
     is_begun: bool = False
@@ -142,7 +145,9 @@ class Intake:
         self._lookahead = lookahead
         self._asked: dict[int, _Aside] = {}
         self._owner_of = owner_of
-        self._owners: dict[SpaceKey, int] = {}
+        self._owners: dict[SpaceKey, ProcessId | None] = {}
+        self._unproven: set[ProcessId] = set()
+        """Processes that CRIU's own code ran in when they had been read: they must stand still at the end."""
         self._is_worth_a_look = matcher is not None
         """Whether to look ahead at pages that are in the tree: some are to be found elsewhere."""
         self._left = 0
@@ -157,7 +162,7 @@ class Intake:
         self._aside: queue.SimpleQueue[_Aside | None] = queue.SimpleQueue()
         self._waiting = threading.Semaphore(0)
         """As many as there are in both."""
-        self._open: dict[int, _Block | _Aside] = {}
+        self._open: dict[ProcessId | None, _Block | _Aside] = {}
         """What is being filled, by its owner."""
         self._lock = threading.Lock()
         self._spaces: dict[SpaceKey, list[list[Extent]]] = {}
@@ -270,7 +275,7 @@ class Intake:
         """Where the pages of a run go, piece by piece; each is there when the next is asked for."""
         while pages:
             self._raise_failure()
-            owner = self._owner(space) if may_stay else 0
+            owner = self._owner(space) if may_stay else None
             place = self._open.get(owner)
             if place is None:
                 place = self._open[owner] = self._next_place(owner)
@@ -284,12 +289,15 @@ class Intake:
             pages -= run.pages
             self._received += run.pages
 
-    def _owner(self, space: SpaceKey) -> int:
-        """The process in which the next pages of a space may stay, and shall; 0: they are taken out of it."""
+    def _owner(self, space: SpaceKey) -> ProcessId | None:
+        """The process in which the next pages of a space may stay, and shall; None: they are taken out."""
         if self._owner_of is None or not self._is_last:
-            return 0
+            return None
         if space not in self._owners:
-            self._owners[space] = self._owner_of(space)
+            self._owners[space] = None
+            with suppress(ProcessLookupError):
+                pid = self._owner_of(space)
+                self._owners[space] = identify(pid) if pid else None
         return self._owners[space]
 
     def open_gate(self) -> None:
@@ -303,15 +311,17 @@ class Intake:
         for owner in list(self._open):
             self._close(owner)
 
-    def _close(self, owner: int) -> None:
+    def _close(self, owner: ProcessId | None) -> None:
         """Hand on what was being filled."""
         place = self._open.pop(owner)
         if isinstance(place, _Aside) and self._lookahead is not None and (self._is_worth_a_look or not owner):
             with self._lock:
-                number = self._lookahead.ask(place.kept_at or place.offset, place.runs, owner)
+                number = self._lookahead.ask(
+                    place.kept_at or place.offset, place.runs, owner.pid if owner else 0
+                )
                 if number is not None:
                     self._asked[number] = place
-                    place.is_asked = True
+                    place.is_asked, place.seen_in = True, owner
         if isinstance(place, _Aside) and owner:
             self._in_place.append(place)
         self._hand_on(place)
@@ -351,6 +361,8 @@ class Intake:
                     self._begin_to_save()
         self._raise_failure()
         self._believe_or_store()
+        for owner in self._unproven:
+            _see_that_it_stands_still(owner)
         self._classifier.finish()
         self.close()
         return self._joined(), self._counts
@@ -425,11 +437,11 @@ class Intake:
                 return
             with self._lock:
                 if not item.is_begun:
-                    item.owner, item.offset = 0, begin
+                    item.owner, item.offset = None, begin
             if item.owner:
                 self._spill.give_back(begin, item.used * PAGE)
 
-    def _next_place(self, owner: int) -> _Block | _Aside:
+    def _next_place(self, owner: ProcessId | None) -> _Block | _Aside:
         """Where the next pages go: aside as long as nobody works on them, else where they are worked on."""
         if owner:
             self._left += 1
@@ -520,6 +532,8 @@ class Intake:
                 item = self._asked.pop(number)
         with self._lock:
             item.is_begun = True
+        if seen is not None and item.seen_in is not None and item.owner is None:
+            seen = seen if item.seen_in.stands_still() else None  # it may have been looked at too late
         found = self._classify(self._fetch(item, own)) if seen is None else self._reuse(item, own, seen)
         if found.files:
             with self._lock:
@@ -531,7 +545,9 @@ class Intake:
     def _reuse(self, item: _Aside, own: _Block, seen: Seen) -> Classified:
         """Classify pages that were looked at."""
         try:
-            return self._classify(own, self._ahead(item, own, seen))
+            found = self._classify(own, self._ahead(item, own, seen))
+            self._prove(item)
+            return found
         except _NotKept:
             all_are_here = Ahead(Seen({}, seen.found, {}), lambda ranges: None)
             return self._classify(self._fetch(item, own), all_are_here)
@@ -555,8 +571,19 @@ class Intake:
     def _fetch(self, aside: _Aside, block: _Block) -> _Block:
         """Read all pages of a block into a worker's own."""
         self._read(aside, block, 0, aside.used)
+        self._prove(aside)
         block.runs, block.used = aside.runs, aside.used
         return block
+
+    def _prove(self, aside: _Aside) -> None:
+        """See that the process whose memory was read stood still meanwhile, or note that it is to be seen."""
+        owner = aside.owner
+        if owner is None or owner.stands_still():
+            return
+        if not owner.is_at_work():
+            raise _unreadable(owner, "it has ended")
+        with self._lock:
+            self._unproven.add(owner)
 
     def _read(self, aside: _Aside, block: _Block, begin: int, end: int) -> None:
         """Read pages where they are, from page `begin` to `end`, to where they belong in a block."""
@@ -564,13 +591,9 @@ class Intake:
             self._read_spilled(aside.offset, block, begin, end)
             return
         try:
-            read_scattered(aside.owner, memoryview(block.memory), parts_of(aside.runs, begin, end))
+            read_scattered(aside.owner.pid, memoryview(block.memory), parts_of(aside.runs, begin, end))
         except OSError as error:
-            raise DumpFailed(
-                f"the memory of process {aside.owner}, which stands still, cannot be read: {error.strerror}",
-                hint="if somebody has killed it: let `crcli dump` end first, which kills the tree by itself",
-                state=TreeState.RUNNING,
-            ) from error
+            raise _unreadable(aside.owner, str(error.strerror)) from error
 
     def _read_spilled(self, offset: int, block: _Block, begin: int, end: int) -> None:
         view = memoryview(block.memory)[begin * PAGE : end * PAGE]
@@ -592,6 +615,19 @@ class Intake:
             self._counts += found.counts
             for space, extents in found.extents:
                 self._spaces.setdefault(space, []).append(extents)
+
+
+def _see_that_it_stands_still(owner: ProcessId) -> None:
+    if not owner.stands_still():
+        raise _unreadable(owner, "it was woken")
+
+
+def _unreadable(owner: ProcessId, why: str) -> DumpFailed:
+    return DumpFailed(
+        f"the memory of process {owner.pid}, which stands still, cannot be read: {why}",
+        hint="if somebody has killed it: let `crcli dump` end first, which kills the tree by itself",
+        state=TreeState.RUNNING,
+    )
 
 
 def _within(kept: list[tuple[int, bytes]], run: PageRun) -> Iterator[tuple[int, bytes]]:

@@ -20,6 +20,7 @@ import crcli
 from crcli import kernel
 from crcli.criu import messages, netlock
 from crcli.criu.binary import criu_command
+from crcli.criu.compel import writes_over_memory
 from crcli.criu.images import link_remaps, read_tree, rename_sockets, run_id
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
@@ -653,9 +654,18 @@ class _Dump:
 
     def _owner_of(self, space: SpaceKey) -> int:
         """The process of the frozen tree that CRIU names so; 0 where that is not known, as for other spaces,
-        and where nobody could say whether CRIU has held the tree until all was read."""
+        where nobody could say whether CRIU has held the tree until all was read, and where CRIU writes to
+        what would be read."""
         if self.criu is None or space.kind != SpaceKind.PROCESS:
             return 0
+        pid = self._pid_of(space)
+        try:
+            return 0 if not pid or writes_over_memory(pid) else pid
+        except OSError:  # it was killed
+            return 0
+
+    def _pid_of(self, space: SpaceKey) -> int:
+        """The process of the frozen tree that CRIU names so; 0 where that is not known."""
         depth = len(self.target.evidence.root.nspid)
         if depth <= 1:  # of our own pid namespace
             return space.number

@@ -120,6 +120,15 @@ class ProcessId(Struct, frozen=True):
             return False
         return stat.start_time == self.start_time and stat.state in "RSD" and not stat.flags & _PF_EXITING
 
+    def stands_still(self) -> bool:
+        """Whether it is stopped. Who kills it wakes it for good: then nothing has changed its memory since it
+        was stopped, not even threads on their way out, which the kernel has write there (set_tid_address)."""
+        try:
+            stat = read_stat(self.pid)
+        except ProcessLookupError:
+            return False
+        return stat.start_time == self.start_time and stat.state in "tT"
+
 
 def identify(pid: int) -> ProcessId:
     """Return the identity of the process that has this pid now; raise ProcessLookupError for none."""

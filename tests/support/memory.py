@@ -226,6 +226,10 @@ sys.stdin.read()
         finally:
             os.close(memory)
 
+    def wake(self) -> None:
+        """Have it run again."""
+        os.kill(self.pid, signal.SIGCONT)
+
     def end(self) -> None:
         """Kill it."""
         self._process.kill()

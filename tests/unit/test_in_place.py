@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from random import Random
 from unittest.mock import patch
@@ -19,6 +20,7 @@ from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import Lookahead
 from crcli.memory.reading import read_scattered
+from tests.support import memory
 from tests.support.memory import (
     KeepingSink,
     KnownFrom,
@@ -259,11 +261,15 @@ def test_the_image_of_a_tree_that_is_killed_while_the_store_takes_its_time_comes
 
 def _kill_once_saved(standing: Standing, overflow: MemoryFile, go_on: threading.Event) -> None:
     """Kill it when the two blocks that the two workers do not have were copied."""
+    _wait_until_saved(overflow)
+    standing.end()
+    go_on.set()
+
+
+def _wait_until_saved(overflow: MemoryFile) -> None:
     end = time.monotonic() + 10
     while os.fstat(overflow.fd).st_blocks * 512 < 2 * BLOCK and time.monotonic() < end:
         time.sleep(0.01)
-    standing.end()
-    go_on.set()
 
 
 def test_a_tree_that_was_killed_before_is_said_to_be(overflow: MemoryFile) -> None:
@@ -274,6 +280,58 @@ def test_a_tree_that_was_killed_before_is_said_to_be(overflow: MemoryFile) -> No
         with pytest.raises(DumpFailed, match=f"process {standing.pid}, which stands still, cannot be read"):
             taking.finish()
         taking.abandon()
+
+
+@pytest.mark.parametrize("how", ["killed", "woken"])
+def test_a_tree_that_is_woken_while_it_is_read_has_no_image(overflow: MemoryFile, how: str) -> None:
+    """What its threads had the kernel write on their way out may have been read."""
+    with Standing(numbers(64)) as standing:
+        taking = left(standing, KeepingSink(), overflow)
+
+        def read_just_before(pid: int, into: memoryview, parts: Sequence[tuple[int, int, int]]) -> None:
+            read_scattered(pid, into, parts)
+            if how == "killed":
+                standing.end()
+            else:
+                standing.wake()
+
+        with patch.object(intake_module, "read_scattered", read_just_before), pytest.raises(DumpFailed):
+            taking.finish()
+        taking.abandon()
+
+
+def test_what_was_saved_is_not_looked_at_in_a_tree_that_was_woken_since(overflow: MemoryFile) -> None:
+    """Whoever looked ahead may have done so later than it was copied out."""
+    old = [n or 1 for n in numbers(4 * BLOCK_PAGES)]
+    go_on = threading.Event()
+
+    class Slow(KeepingSink):
+        def add(self, *given: object, **more: object) -> None:
+            go_on.wait(20)
+            super().add(*given, **more)  # type: ignore[arg-type]
+
+    def wake_once_saved() -> None:
+        _wait_until_saved(overflow)
+        standing.write(40, memory.page(OTHER))
+        standing.wake()
+        os.kill(ahead.pids[0], signal.SIGCONT)
+        time.sleep(0.5)  # it looks at what is left
+        go_on.set()
+
+    sink = Slow()
+    with (
+        Standing(old) as standing,
+        Lookahead(overflow.fd, overflow.limit, in_place=LIMIT, at_once=True) as ahead,
+        patch.object(intake_module, "_SAVE_AFTER_S", 0.0),
+    ):
+        os.kill(ahead.pids[0], signal.SIGSTOP)
+        earlier, keys = before(standing, [*old[: 2 * BLOCK_PAGES], *numbers(2 * BLOCK_PAGES, seed=9)])
+        taking = left(standing, sink, overflow, ahead, known=KnownFrom(earlier, 1000), keys=keys)
+        waking = threading.Thread(target=wake_once_saved)
+        waking.start()
+        spaces, _ = taking.finish()
+        waking.join()
+        assert memory_of(spaces, (0, sink), (1000, earlier)) == standing.raw
 
 
 def test_nothing_depends_on_who_looks_ahead(overflow: MemoryFile, lookahead: Lookahead) -> None:
