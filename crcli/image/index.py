@@ -54,9 +54,6 @@ SAME_NAME_LIMIT = 64
 OTHERS_LIMIT = 32
 """And so many for other images, where the former know less than the tree has pages."""
 
-_FEW_IMAGES = 4
-"""A store that has more images of one name has many packs: each brings its own."""
-
 LINEAGES = 16
 """So many of the newest images of a name are asked what they consist of, where several trees share it."""
 
@@ -128,8 +125,6 @@ class KnownChunks:
     def __init__(self) -> None:
         self.newest_image = ""
         """The id of the newest image of the name that was asked for; empty where there is none."""
-        self.are_in_a_crowd = False
-        """Whether the store has many other packs, as far as its images of that name tell."""
         self.wanted = 0
         """How many pages whoever asked has."""
         self._indexes: list[Index] = []
@@ -430,7 +425,6 @@ def load_known(
     known.wanted = wanted or 0
     loading = _Loading(store, known, limit, sees_packs=sees_packs)
     same_name = newest_in(store, f"{IMAGES}{name}/", LINEAGES, image_at)
-    known.are_in_a_crowd = len(same_name) > _FEW_IMAGES
     known.newest_image = same_name[0].key.rpartition("/")[2] if same_name else ""
     lineages = _lineages(store, name, same_name[:LINEAGES], is_same)
     loading.vouch(lineages)

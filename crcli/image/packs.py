@@ -48,7 +48,15 @@ if TYPE_CHECKING:
 PACK_BYTES = 64 << 20
 """A pack is closed when it has grown past this size (bytes)."""
 
+FIRST_PACK_BYTES, FIRST_PACKS = 7 << 20, 4
+"""The same for the first ones of a dump, so many. Mostly they hold all that has changed since the last dump,
+and are on their way while the rest of the memory is still being looked at. Even with the chunk that ends it
+such a pack is one part to S3: that takes one request, and a client that need not be waited for."""
+
 PACK_MAGIC = b"crclipk\x01"
+
+_FAMILY = 4
+"""So many bytes of a pack's id are the same for all images of a name: one listing tells of their packs."""
 
 BLOB_BYTES = 1 << 20
 """Files are cut into chunks of this size (bytes)."""
@@ -87,11 +95,13 @@ class PackWriter:
     removes.
     """
 
-    def __init__(self, store: Store, image_id: str, known: KnownChunks | None = None) -> None:
+    def __init__(self, store: Store, image_id: str, known: KnownChunks | None = None, name: str = "") -> None:
+        """`name` is that of the image, beside whose packs those of others of the name lie in the store."""
         from concurrent.futures import ThreadPoolExecutor
 
         self._store = store
         self._image_id = image_id
+        self._family = blake3(name.encode()).digest()[:_FAMILY] if name else b""
         self._known = known
         self._lock = threading.Lock()
         self._packs: list[bytes] = []
@@ -108,6 +118,7 @@ class PackWriter:
         self._pack: ObjectWriter | None = None
         self._pack_number = 0
         self._pack_size = 0
+        self._packs_begun = 0
         self._pages: ObjectWriter | None = None
         self._pages_hash = blake3()
         self._page_table = TableMaker()
@@ -325,8 +336,7 @@ class PackWriter:
 
     def _see_packs(self) -> None:
         """Make sure that all packs of the image are in the store."""
-        crowded = self._known is not None and self._known.are_in_a_crowd
-        for key in self._store.missing(map(pack_key, self._packs), crowded=crowded):
+        for key in self._store.missing(map(pack_key, self._packs)):
             self._store.stat(key)  # which says best what is wrong
 
     def close(self) -> None:
@@ -362,16 +372,17 @@ class PackWriter:
             self.stored_bytes += len(stored)
             if page_digests:
                 self._note_pages(b"".join(page_digests))
-            if self._pack_size >= PACK_BYTES:
+            if self._pack_size >= (PACK_BYTES if self._packs_begun > FIRST_PACKS else FIRST_PACK_BYTES):
                 self._end_pack()
 
     def _open_pack(self) -> ObjectWriter:
         if self._pack is None:
             self._raise_failed_commits()
-            pack_id = os.urandom(PACK_ID)
+            pack_id = self._family + os.urandom(PACK_ID - len(self._family))
             self._pack = self._store.writer(pack_key(pack_id))
             self._pack_number = len(self._packs)
             self._packs.append(pack_id)
+            self._packs_begun += 1
             self._pack.write(PACK_MAGIC)
             self._pack_size = len(PACK_MAGIC)
         return self._pack

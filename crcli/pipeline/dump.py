@@ -621,7 +621,7 @@ class _Dump:
             gpu_bytes = self._look_at_gpus()
             self._begin_knowing(held, store, gpu_bytes)
             self.session = held.enter_context(Session(store, self.target.image_id))
-            self.writer = PackWriter(store, self.target.image_id)
+            self.writer = PackWriter(store, self.target.image_id, name=self.target.name)
             held.callback(self.writer.close)
             workers = min(max(2, usable_processors() // 2 // self.shared.at_once), _MOST_WORKERS)
             self.intake = Intake(

@@ -45,4 +45,4 @@ class Knowing(threading.Thread):
         return self._known
 
     def _is_outdated(self, known: KnownChunks) -> bool:
-        return bool(self._store.missing(known.relied_on, crowded=known.are_in_a_crowd))
+        return bool(self._store.missing(known.relied_on))

@@ -162,9 +162,9 @@ class Store(Protocol):
         """Describe one object."""
         ...
 
-    def missing(self, keys: Iterable[str], *, crowded: bool = False) -> set[str]:
-        """Those of these objects that are not there; few requests where few others lie beside them.
-        `crowded`: it is known that many do."""
+    def missing(self, keys: Iterable[str]) -> set[str]:
+        """Those of these objects that are not there; few requests where they lie side by side, in folders
+        below those at the top of the store."""
         ...
 
     def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:

@@ -157,9 +157,9 @@ class CachingStore:
         """Ask the origin."""
         return self._reached().stat(key)
 
-    def missing(self, keys: Iterable[str], *, crowded: bool = False) -> set[str]:
+    def missing(self, keys: Iterable[str]) -> set[str]:
         """Ask the origin."""
-        return self._reached().missing(keys, crowded=crowded)
+        return self._reached().missing(keys)
 
     def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:
         """Ask the origin."""

@@ -124,7 +124,7 @@ class FileStore:
         with self._reading(key) as descriptor:
             return _describe(key, os.fstat(descriptor))
 
-    def missing(self, keys: Iterable[str], *, crowded: bool = False) -> set[str]:
+    def missing(self, keys: Iterable[str]) -> set[str]:
         """Look for each of the files."""
         return {key for key in keys if not is_there(self, key)}
 

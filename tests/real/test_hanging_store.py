@@ -22,7 +22,7 @@ from tests.support.s3servers import S3Server
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
-MEGABYTES = 24
+MEGABYTES = 56
 
 
 @dataclass
@@ -73,7 +73,7 @@ def behind(tmp_path: Path, moto: S3Server) -> Iterator[Behind]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[Victim]:
-    """A tree in which everything moves, and that is large enough to be sent in parts."""
+    """A tree in which everything moves, and that is large enough for packs that are sent in parts."""
     with victim(tmp_path / "victim", MEGABYTES) as found:
         yield found
 

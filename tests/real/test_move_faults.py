@@ -21,7 +21,7 @@ from tests.support.nodes.moves import dumped, restored
 from tests.support.nodes.namespaces import OUTSIDE, Lan, NamespaceNode, lan, why_not
 from tests.support.s3servers import S3Server, start_moto
 
-LARGE_KIB = 24 << 10
+LARGE_KIB = 56 << 10
 """Enough random memory for an upload of several parts."""
 
 MOST_ON_DEMAND = 5 << 19

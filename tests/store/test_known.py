@@ -14,7 +14,7 @@ import pytest
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound, StoreError
-from crcli.image import index, lookup, manifest, merging, newest
+from crcli.image import index, lookup, manifest, merging, newest, packs
 from crcli.image.container import ContainerKind, pack_container, unpack_container
 from crcli.image.copy import copy
 from crcli.image.gc import Collecting, collect_garbage, may_miss
@@ -30,16 +30,18 @@ from crcli.image.names import (
     pack_key,
     pages_key,
 )
-from crcli.image.packs import ChunkReader, PackWriter
+from crcli.image.packs import FIRST_PACK_BYTES, ChunkReader, PackWriter
 from crcli.image.peek import ManifestPeek
 from crcli.image.remove import remove
 from crcli.image.session import Session
 from crcli.image.tables import NO_PACK, MixedGroups, write_mixed
 from crcli.memory.blocks import DIGEST, GROUP_PAGES, Run
+from crcli.memory.chunking import CHUNK_PAGES
 from crcli.memory.classify import Classified, Classifier
 from crcli.memory.extents import PAGE, ZERO_PAGE, Source, SpaceKey, SpaceKind
 from crcli.pipeline.knowing import Knowing
 from crcli.store.file import FileStore
+from crcli.store.s3.uploads import PART_SIZE
 from tests.support.images import forge, make_image, pages
 from tests.support.stores import WatchedStore
 
@@ -643,7 +645,7 @@ def test_packs_are_looked_for_once_and_after_the_announcement(store: FileStore) 
     asked_for: list[set[str]] = []
 
     class Asked(WatchedStore):
-        def missing(self, keys: Iterable[str], *, crowded: bool = False) -> set[str]:
+        def missing(self, keys: Iterable[str]) -> set[str]:
             asked_for.append(set(keys))
             return store.missing(asked_for[-1])
 
@@ -702,25 +704,37 @@ def test_a_head_that_is_nested_too_deep_is_damage(store: FileStore) -> None:
     assert len(load_known(store, "agent")) == 0
 
 
-def test_a_store_with_many_images_of_a_name_is_crowded(store: FileStore) -> None:
-    """Each image has brought some, so a dump looks for its packs one by one, before it relies on them and at
-    its end."""
-    generations(store, "first", 1)
-    told: list[bool] = []
-
-    class Asked(WatchedStore):
-        def missing(self, keys: Iterable[str], *, crowded: bool = False) -> set[str]:
-            told.append(crowded)
-            return store.missing(keys)
-
-    watched: Any = Asked(store, lambda _: nullcontext())
-    for count in range(6):
-        for name in ("agent", f"other-{count}"):
-            told.clear()
-            knowing = Knowing(watched, lambda sees, name=name: load_known(watched, name, sees_packs=sees))
-            knowing.start()
-            known = knowing.finish()
-            with closing(PackWriter(watched, new_image_id(), known)) as writer:
-                writer.seal()
-            assert told == [name == "agent" and count > 4] * 2
+def test_packs_of_a_name_lie_side_by_side(store: FileStore) -> None:
+    """In a folder of their own, so that one listing tells of all of them, in whatever order they came."""
+    for _ in range(3):
         generations(store, "agent", 1)
+        generations(store, "other", 1)
+    folders = [
+        {pack_key(pack)[:17] for info in store.list(f"images/{name}/") for pack in packs_of(store, info.key)}
+        for name in ("agent", "other")
+    ]
+    assert [len(folder) for folder in folders] == [1, 1] and folders[0] != folders[1]
+
+
+def packs_of(store: FileStore, key: str) -> list[bytes]:
+    """The packs that the image at `key` refers to."""
+    ref = image_at(key)
+    assert ref is not None
+    return manifest.load(store, ref).packs
+
+
+def test_the_first_packs_of_a_dump_are_small(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has changed is on its way before all of it is known; a large dump makes few packs all the same.
+    To S3 such a pack is one part."""
+    monkeypatch.setattr(packs, "FIRST_PACK_BYTES", 3 * PAGE)
+    monkeypatch.setattr(packs, "PACK_BYTES", 10 * PAGE)
+    source = random.Random(1)
+    with closing(PackWriter(store, image_id := new_image_id())) as writer:
+        for _ in range(40):
+            page = source.randbytes(PAGE)
+            writer.add(writer.reserve(), [page], [blake3(page).digest()])
+        writer.seal()
+    sizes = [sum(chunk.raw for chunk in writer.chunks if chunk.pack == at) for at in writer.own_packs()]
+    assert [size // PAGE for size in sizes] == [3] * packs.FIRST_PACKS + [10, 10, 8]
+    assert store.stat(index_key(image_id)).size
+    assert FIRST_PACK_BYTES + max(packs.BLOB_BYTES, CHUNK_PAGES * PAGE) <= PART_SIZE

@@ -213,41 +213,48 @@ def test_what_is_looked_for_in_several_folders(server: S3Server, url: str) -> No
         store.close()
 
 
-def test_more_than_can_be_asked_for_at_once_is_listed(server: S3Server, url: str) -> None:
-    """One request tells of all that lie in a folder; what lies elsewhere is asked for by itself."""
+def test_what_lies_side_by_side_is_listed(server: S3Server, url: str) -> None:
+    """One request tells of all that lie in a folder below another; what lies elsewhere is asked for by
+    itself, and so is what lies at the top, among what is everybody's."""
     with FaultyProxy(server) as proxy:
         store = open_store(url, endpoint_url=proxy.endpoint_url)
-        keys = [f"packs/{number:02}" for number in range(17)]
-        for key in keys:
+        keys = [f"packs/ab/ab{number:02}" for number in range(5)]
+        for key in (*keys, "packs/ab/aa", "indexes/a", "indexes/b", "indexes/c", "indexes/d", "indexes/e"):
             store.put(key, b"?")
         proxy.requests.clear()
         assert store.missing([*keys, "images/a"]) == set()
         assert (proxy.count("HEAD"), len(proxy.requests)) == (1, 2)
         assert not has_asked_botocore(store)
-        assert store.missing([*keys, "packs/gone", "images/gone"]) == {"packs/gone", "images/gone"}
+        gone = {"packs/ab/ab0", "packs/ab/ab001", "packs/ab/ac", "packs/cd/gone", "images/gone"}
+        assert store.missing([*keys, *gone]) == gone
         proxy.requests.clear()
-        assert store.missing([*keys, "packs/gone"], crowded=True) == {"packs/gone"}
-        assert proxy.count("GET") == 0  # a listing would tell of a thousand others
+        assert store.missing([f"indexes/{name}" for name in "abcde"]) == set()
+        assert (proxy.count("HEAD"), len(proxy.requests)) == (5, 5)
         store.close()
 
 
 def test_of_a_listing_so_much_is_read_as_saves_requests(
     server: S3Server, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies far apart is asked for by itself."""
+    """What lies far apart is asked for by itself, and what lies before all of it not told of."""
     monkeypatch.setattr("crcli.store.s3.store._WORTH_A_LISTING", 2)
+    monkeypatch.setattr("crcli.store.s3.store._WORTH_ANOTHER_PAGE", 2)
     monkeypatch.setattr(quick, "_AT_ONCE", 3)
     with FaultyProxy(server) as proxy:
         store = open_store(url, endpoint_url=proxy.endpoint_url)
-        for number in range(10, 22):
-            store.put(f"packs/{number}", b"?")
+        for number in range(1, 22):
+            store.put(f"packs/ab/{number:03}", b"?")
         proxy.requests.clear()
-        keys = [f"packs/{number}" for number in (10, 11, 13, 14, 16, 20)]
+        keys = [f"packs/ab/{number:03}" for number in (10, 11, 13, 14, 16, 20)]
         assert store.missing(keys) == set()  # two, two, one, and then the last one by itself
         assert (proxy.count("HEAD"), len(proxy.requests)) == (1, 4)
         proxy.requests.clear()
         assert store.missing(keys[:2]) == set()  # after which no more is listed, though there is more
         assert len(proxy.requests) == 1
+        store.delete(keys[2])
+        proxy.requests.clear()
+        assert store.missing(keys[:3]) == {keys[2]}  # it would have come before what the answer ends with
+        assert (proxy.count("HEAD"), len(proxy.requests)) == (1, 2)
         assert not has_asked_botocore(store)
         store.close()
 

@@ -33,7 +33,7 @@ def make_image(store: Store, name: str, memory: Sequence[bytes], file: bytes = b
     image_id = new_image_id()
     with Session(store, image_id):
         known = load_known(store, name)
-        writer = PackWriter(store, image_id, known)
+        writer = PackWriter(store, image_id, known, name)
         try:
             extents = add_memory(writer, KnownPagesOf(known, writer.adopt), memory)
             blob = writer.add_blob(file)

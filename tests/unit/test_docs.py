@@ -182,7 +182,7 @@ def test_readme_names_the_fields_of_reports() -> None:
         ("before the tree can take them | 256 MiB", replay.AHEAD_BYTES),
         ("cache of S3 (more is not kept) | 32 MiB", cache_of_host.WAITING_BYTES),
         ("| 32 MiB, and 96 MiB more until a restored tree runs", cache_of_host.PUT_OFF_BYTES),
-        ("packs of about 64 MiB", packs.PACK_BYTES),
+        ("packs of up to about 64 MiB", packs.PACK_BYTES),
     ],
 )
 def test_the_sizes_in_readme_are_those_of_the_code(phrase: str, size: int) -> None:
@@ -298,6 +298,9 @@ def test_format_has_the_constants() -> None:
     assert container._RAW_LIMIT == 4 << 30 and "at most 4 GiB" in FORMAT_FLAT
     assert packs.BLOB_BYTES == 1 << 20 and "pieces of files, of 1 MiB" in FORMAT_FLAT
     assert packs.PACK_BYTES == 64 << 20 and "past 64 MiB" in FORMAT_FLAT
+    assert (packs.FIRST_PACK_BYTES, packs.FIRST_PACKS) == (7 << 20, 4)
+    assert "the first four of a dump past 7 MiB" in FORMAT_FLAT
+    assert packs._FAMILY == 4 and "The first 4 bytes of PACK" in FORMAT_FLAT
     assert chunking.CHUNK_PAGES == 64 and "at most 64 (256 KiB)" in FORMAT_FLAT
     assert blocks.GROUP_PAGES == 16 and "for each 16 pages" in FORMAT_FLAT
     assert (session.HEARTBEAT_S, session.LAPSED_AFTER_S, session.STALE_AFTER_S) == (60, 600, 900)

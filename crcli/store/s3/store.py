@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 _HEADS_AT_ONCE = 16
 """So many objects are asked for at once."""
 
-_WORTH_A_LISTING, _WORTH_IN_A_CROWD = _HEADS_AT_ONCE + 1, 8 * _HEADS_AT_ONCE
-"""Of so many objects one answer to a listing must tell: fewer can be asked for by themselves meanwhile. An
-answer that tells of a thousand others takes as long as to ask for more."""
+_WORTH_A_LISTING, _WORTH_ANOTHER_PAGE = 5, _HEADS_AT_ONCE + 1
+"""So many objects in one folder are looked for in a listing, which is as much work for a store as to ask for
+four; it goes on while each answer tells of so many, since fewer can be asked for at once."""
 
 
 class S3Store:
@@ -126,33 +126,33 @@ class S3Store:
         head = self._bucket.request("head_object", self._bucket.of(key), key)
         return ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp())
 
-    def missing(self, keys: Iterable[str], *, crowded: bool = False) -> set[str]:
-        """List a folder in which many of them are, for as long as each answer tells of many, and ask for the
-        others by themselves.
+    def missing(self, keys: Iterable[str]) -> set[str]:
+        """List a folder in which several of them are, from the first to the last of them, for as long as each
+        answer tells of many; and ask for the others by themselves.
 
-        A store whose listings are not up to date is asked for what is new as well.
+        Folders at the top of a store are not listed: most of what is there is somebody else's. A store whose
+        listings are not up to date is asked for what is new as well.
         """
         wanted = set(keys)
         if not wanted:
             return wanted
         counts = Counter(map(_folder_of, wanted))
-        least = _WORTH_IN_A_CROWD if crowded else _WORTH_A_LISTING
-        folders = [folder for folder, count in counts.items() if count >= least]
+        folders = {at for at, count in counts.items() if count >= _WORTH_A_LISTING and at.count("/") > 1}
         alone = {key for key in wanted if _folder_of(key) not in folders}
         with asking(min(_HEADS_AT_ONCE, len(wanted)), "s3-head", self) as threads:
-            told = threads.map(partial(self._told_of, wanted, least), folders)
+            told = threads.map(partial(self._told_of, wanted), folders)
             there = self._those_there(threads, alone).union(*told)
             return wanted - there - self._those_there(threads, wanted - there - alone)
 
-    def _told_of(self, wanted: set[str], least: int, folder: str) -> set[str]:
+    def _told_of(self, wanted: set[str], folder: str) -> set[str]:
         """Those of the wanted objects of which a listing of the folder tells, as far as each answer tells of
-        at least so many."""
+        many."""
         here = {key for key in wanted if _folder_of(key) == folder}
         left = set(here)
-        for page in self._pages(folder):
+        for page in self._pages(folder, after=min(here)[:-1]):
             there = left.intersection(info.key for info in page)
             left -= there
-            if not left or len(there) < least:
+            if not left or len(there) < _WORTH_ANOTHER_PAGE or page[-1].key > max(left):
                 break
         return here - left
 
@@ -240,5 +240,5 @@ class S3Store:
 
 
 def _folder_of(key: str) -> str:
-    """The folder, of those at the top of a store, that an object is in."""
-    return key.partition("/")[0] + "/"
+    """The folder that an object is in, with a slash at its end."""
+    return key.rpartition("/")[0] + "/"
