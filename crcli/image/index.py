@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from itertools import accumulate, compress
 from operator import add, not_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,7 +39,7 @@ from crcli.memory.places import NOWHERE, ZERO, place_in
 from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Set
+    from collections.abc import Container, Iterator, Sequence, Set
     from concurrent.futures import Future
 
     from crcli.image.lookup import Digests
@@ -72,6 +73,9 @@ is of those whose pages come from several chunks: `index << _INDEX_BITS | number
 
 _MOST_TABLES = 3
 """So many stored tables are looked into for a page, one after another: what more indexes tell is sorted."""
+
+Expect = Callable[[Iterable[str]], None]
+"""Is told the keys of what will most likely be relied on."""
 
 _NO_GROUPS = Groups((), (), (), b"")
 
@@ -408,7 +412,7 @@ def load_known(
     is_same: Callable[[dict[str, Any]], bool] = lambda head: False,
     others: int | None = OTHERS_LIMIT,
     *,
-    sees_packs: bool = True,
+    expect: Expect | None = None,
 ) -> KnownChunks:
     """Read what the images called `name` consist of, then, while that is fewer than `wanted` pages (None:
     always), the newest `others` indexes of the store (None: all).
@@ -418,16 +422,19 @@ def load_known(
     zero ones are not, and those that come twice are once. It ends with the index that takes the number of
     pages to `limit`.
 
-    An index whose pack is gone, or that cannot be read, is left out: it only costs chances to reuse. Without
-    `sees_packs` nobody looks for packs, and whoever asked must look for all that is `relied_on`.
+    An index whose pack is gone, or that cannot be read, is left out: it only costs chances to reuse. With
+    `expect` nobody looks for packs, and whoever asked must look for all that is `relied_on`; most of that is
+    told to `expect` before any index is read.
     """
     known = KnownChunks()
     known.wanted = wanted or 0
-    loading = _Loading(store, known, limit, sees_packs=sees_packs)
+    loading = _Loading(store, known, limit, sees_packs=expect is None)
     same_name = newest_in(store, f"{IMAGES}{name}/", LINEAGES, image_at)
     known.newest_image = same_name[0].key.rpartition("/")[2] if same_name else ""
     lineages = _lineages(store, name, same_name[:LINEAGES], is_same)
     loading.vouch(lineages)
+    if expect is not None:
+        expect(key for image in lineages[:1] for key in image.needs)
     loading.take([ref for image in lineages for ref in image.indexes][:SAME_NAME_LIMIT])
     if wanted is not None and any(
         is_same(image.head) and image.pages >= _AS_LARGE * wanted for image in lineages
@@ -450,8 +457,8 @@ def _some_indexes(store: Store, others: int | None) -> list[ObjectInfo]:
 
 
 class _Lineage(NamedTuple):
-    """What the image at `key` says of what it consists of: its JSON head, and, where that names merged
-    indexes, the packs that it refers to; both empty where it cannot be read."""
+    """What the image at `key` says of what it consists of: its JSON head, and the packs that it refers to, if
+    it is the newest or names merged indexes; both empty where it cannot be read."""
 
     key: str
     head: dict[str, Any]
@@ -464,6 +471,17 @@ class _Lineage(NamedTuple):
             *(IndexRef(one) for one in ids_in(self.head.get("indexes", [self.head.get("id")]))),
             *(IndexRef(one, is_merged=True) for one in ids_in(self.head.get("merged"))),
         ]
+
+    @property
+    def vouches(self) -> bool:
+        """Whether its word counts for packs: that of one which names merged indexes does."""
+        return "merged" in self.head and bool(self.packs)
+
+    @property
+    def needs(self) -> list[str]:
+        """The keys of what a dump will rely on that refers to all of it."""
+        vouching = [self.key] if self.vouches else []
+        return [*vouching, *(ref.key for ref in self.indexes[:SAME_NAME_LIMIT]), *map(pack_key, self.packs)]
 
     @property
     def pages(self) -> int:
@@ -480,7 +498,7 @@ def _lineages(
 
     The newest is most often of the same tree, and then all that is needed.
     """
-    newest = [_lineage(store, name, info) for info in images[:1]]
+    newest = [_lineage(store, name, info, reads_packs=True) for info in images[:1]]
     if any(is_same(one.head) for one in newest):
         return newest
     with asking(_READERS, "lineage", store) as threads:
@@ -489,12 +507,12 @@ def _lineages(
     return same + all_
 
 
-def _lineage(store: Store, name: str, image: ObjectInfo) -> _Lineage:
+def _lineage(store: Store, name: str, image: ObjectInfo, *, reads_packs: bool = False) -> _Lineage:
     image_id = image.key.rpartition("/")[2]
     key = manifest_key(name, image_id)
     try:
         peek = ManifestPeek(store, key, image.size)
-        return _Lineage(key, peek.head, peek.packs() if "merged" in peek.head else ())
+        return _Lineage(key, peek.head, peek.packs() if reads_packs or "merged" in peek.head else ())
     except (ImageDamaged, NotFound):
         return _Lineage(key, {}, ())
 
@@ -513,7 +531,7 @@ class _Loading:
     def vouch(self, images: Iterable[_Lineage]) -> None:
         """Take the word of images for the packs that they need, of which merged indexes tell."""
         for image in images:
-            if image.packs and image.key not in self._known.vouched_by:
+            if image.vouches and image.key not in self._known.vouched_by:
                 self._known.vouched_by.append(image.key)
                 self._vouched.update(image.packs)
 

@@ -277,11 +277,11 @@ class PackWriter:
         written afterwards makes a new one. Raises NotFound then.
         """
         self.end()
+        commits, self._commits = self._commits, []
+        seen = self._committer.submit(self._see_packs, commits)
         written = self._written_indexes()  # while the packs are on their way
-        for commit in self._commits:
+        for commit in commits:
             commit.result()
-        self._commits.clear()
-        seen = self._committer.submit(self._see_packs)
         # Threads': ours may be interrupted, which a store's client need not notice.
         for put in [self._committer.submit(self._store.put, *one) for one in written]:
             put.result()
@@ -334,8 +334,10 @@ class PackWriter:
                     parts.append((chunks[chunk].pack, chunks[chunk].offset, page, end - begin))
             yield digest, parts
 
-    def _see_packs(self) -> None:
-        """Make sure that all packs of the image are in the store."""
+    def _see_packs(self, commits: Iterable[Future[None]]) -> None:
+        """Make sure that all packs of the image are in the store, once these of ours are written."""
+        for commit in commits:
+            commit.result()
         for key in self._store.missing(map(pack_key, self._packs)):
             self._store.stat(key)  # which says best what is wrong
 

@@ -94,7 +94,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from crcli.criu.options import DumpPlan
-    from crcli.image.index import KnownChunks
+    from crcli.image.index import Expect, KnownChunks
     from crcli.image.manifest import StoredFile
     from crcli.memory.extents import Extent, SpaceKey
     from crcli.pipeline.gpu import DumpSide
@@ -621,6 +621,7 @@ class _Dump:
             gpu_bytes = self._look_at_gpus()
             self._begin_knowing(held, store, gpu_bytes)
             self.session = held.enter_context(Session(store, self.target.image_id))
+            self.knowing.announced()
             self.writer = PackWriter(store, self.target.image_id, name=self.target.name)
             held.callback(self.writer.close)
             workers = min(max(2, usable_processors() // 2 // self.shared.at_once), _MOST_WORKERS)
@@ -688,12 +689,12 @@ class _Dump:
     def _begin_knowing(self, held: ExitStack, store: Store, gpu_bytes: int) -> None:
         evidence, name = self.target.evidence, self.target.name
 
-        def read(sees_packs: bool) -> KnownChunks:
-            return known_for(evidence, store, name, gpu_bytes=gpu_bytes, sees_packs=sees_packs)
+        def read(expect: Expect | None) -> KnownChunks:
+            return known_for(evidence, store, name, gpu_bytes=gpu_bytes, expect=expect)
 
         self.knowing = Knowing(store, read)
         self.knowing.start()
-        held.callback(self.knowing.join)
+        held.callback(self.knowing.end)
 
     def _take_in_known(self) -> KnownChunks:
         """Have what the store has already be referred to, and return it. The dump is announced."""

@@ -32,7 +32,7 @@ from crcli.store.open import open_store
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from crcli.image.index import KnownChunks
+    from crcli.image.index import Expect, KnownChunks
     from crcli.memory.weights.match import Matcher
     from crcli.pipeline.rates import Amounts
     from crcli.pipeline.stages import DumpOptions, DumpReport
@@ -184,11 +184,11 @@ def known_for(
     limit: int = PAGE_LIMIT,
     gpu_bytes: int = 0,
     *,
-    sees_packs: bool = True,
+    expect: Expect | None = None,
 ) -> KnownChunks:
     """What a dump of this tree under this name knows of what the store has; see load_known."""
     wanted = (evidence.expected_bytes + gpu_bytes) // PAGE
-    return load_known(store, name, limit, wanted, lambda head: is_of(evidence, head), sees_packs=sees_packs)
+    return load_known(store, name, limit, wanted, lambda head: is_of(evidence, head), expect=expect)
 
 
 def _silent(store: str, error: StoreError) -> Finding:

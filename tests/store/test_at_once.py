@@ -84,7 +84,7 @@ class Scene:
         """See the module. Raises as a dump does."""
         knowing = Knowing(
             store,
-            lambda sees: load_known(store, "agent", wanted=0, is_same=lambda head: True, sees_packs=sees),
+            lambda expect: load_known(store, "agent", wanted=0, is_same=lambda head: True, expect=expect),
         )
         knowing.start()
         image_id = new_image_id()

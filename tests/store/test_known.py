@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from crcli.image.index import KnownChunks
+    from crcli.image.index import Expect, KnownChunks
 
 
 @pytest.fixture
@@ -503,7 +503,7 @@ def test_an_image_by_which_packs_are_believed_must_be_there_when_the_dump_is_ann
     grown(store, merging.MOST_SEPARATE + 1)
     knowing = Knowing(
         store,
-        lambda sees: load_known(store, "agent", wanted=0, is_same=lambda head: True, sees_packs=sees),
+        lambda expect: load_known(store, "agent", wanted=0, is_same=lambda head: True, expect=expect),
     )
     knowing.start()
     knowing.join()
@@ -622,8 +622,8 @@ def test_what_is_read_before_the_announcement_counts_if_it_still_stands(store: F
     made, memory = generations(store, "agent", 2)
     reads = []
 
-    def read(sees_packs: bool) -> KnownChunks:
-        reads.append(load_known(store, "agent", sees_packs=sees_packs))
+    def read(expect: Expect | None) -> KnownChunks:
+        reads.append(load_known(store, "agent", expect=expect))
         return reads[-1]
 
     knowing = Knowing(store, read)
@@ -650,16 +650,27 @@ def test_packs_are_looked_for_once_and_after_the_announcement(store: FileStore) 
             return store.missing(asked_for[-1])
 
     watched: Any = Asked(store, lambda _: nullcontext())
-    knowing = Knowing(watched, lambda sees: load_known(watched, "agent", sees_packs=sees))
+    knowing = Knowing(watched, lambda expect: load_known(watched, "agent", expect=expect))
     knowing.start()
     knowing.join()
     assert not asked_for
     assert all(is_known(knowing.finish(), memory))
     assert [pack_key(gone) in keys and index_key(made[1].id) in keys for keys in asked_for] == [True]
-    knowing = Knowing(store, lambda sees: load_known(store, "agent", sees_packs=sees))
+    asked_for.clear()
+    knowing = Knowing(watched, lambda expect: load_known(watched, "agent", expect=expect))
+    knowing.announced()
+    knowing.start()
+    assert all(is_known(knowing.finish(), memory))  # looked for before it was read, and then not again
+    assert [pack_key(gone) in keys and index_key(made[1].id) in keys for keys in asked_for] == [True, False]
+    assert not asked_for[1]
+    knowing = Knowing(store, lambda expect: load_known(store, "agent", expect=expect))
     knowing.start()
     knowing.join()
     store.delete(pack_key(gone))
+    assert sum(is_known(knowing.finish(), memory)) == 19
+    knowing = Knowing(store, lambda expect: load_known(store, "agent", expect=expect))
+    knowing.announced()
+    knowing.start()
     assert sum(is_known(knowing.finish(), memory)) == 19
 
 
@@ -668,10 +679,10 @@ def test_a_directory_that_the_announcement_makes(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path / "new"))
     failures: list[StoreError] = [StoreError("failed: No such file or directory"), NotFound("no such store")]
 
-    def read(sees_packs: bool) -> KnownChunks:
+    def read(expect: Expect | None) -> KnownChunks:
         if threading.current_thread() is not threading.main_thread() and failures:
             raise failures.pop()
-        return load_known(store, "agent", sees_packs=sees_packs)
+        return load_known(store, "agent", expect=expect)
 
     while failures:
         knowing = Knowing(store, read)
@@ -706,21 +717,15 @@ def test_a_head_that_is_nested_too_deep_is_damage(store: FileStore) -> None:
 
 def test_packs_of_a_name_lie_side_by_side(store: FileStore) -> None:
     """In a folder of their own, so that one listing tells of all of them, in whatever order they came."""
-    for _ in range(3):
-        generations(store, "agent", 1)
-        generations(store, "other", 1)
-    folders = [
-        {pack_key(pack)[:17] for info in store.list(f"images/{name}/") for pack in packs_of(store, info.key)}
-        for name in ("agent", "other")
-    ]
-    assert [len(folder) for folder in folders] == [1, 1] and folders[0] != folders[1]
-
-
-def packs_of(store: FileStore, key: str) -> list[bytes]:
-    """The packs that the image at `key` refers to."""
-    ref = image_at(key)
-    assert ref is not None
-    return manifest.load(store, ref).packs
+    store.warm(for_writing=True)
+    packs_of: dict[str, set[str]] = {"agent": set(), "other": set()}
+    for seed in range(6):
+        name = ("agent", "other")[seed % 2]
+        made = make_image(store, name, pages(seed, 2), file=name.encode())
+        packs_of[name].update(map(pack_key, manifest.load(store, made).packs))
+    assert [len(found) for found in packs_of.values()] == [3, 3]
+    families = [{key[:17] for key in found} for found in packs_of.values()]
+    assert [len(family) for family in families] == [1, 1] and families[0] != families[1]
 
 
 def test_the_first_packs_of_a_dump_are_small(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
