@@ -17,7 +17,7 @@ from tests.support.s3servers import S3Server, start_moto
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
-KILOBYTES = 110 << 10
+KILOBYTES = 128 << 10
 """More than what is on its way to S3 at once: the workers have the rest still to read."""
 
 
@@ -57,7 +57,7 @@ def test_who_kills_a_tree_that_the_store_is_slow_to_take(crcli: Crcli, server: S
             server.process.send_signal(signal.SIGSTOP)
             try:
                 if when == "saved":
-                    wait_until(lambda: _grows_no_more(dump.pid), "nothing is copied out of the tree", 30)
+                    wait_until(lambda: _has_all(dump.pid), "nothing is copied out of the tree", 60)
                 program.process.kill()
             finally:
                 server.process.send_signal(signal.SIGCONT)
@@ -71,14 +71,14 @@ def test_who_kills_a_tree_that_the_store_is_slow_to_take(crcli: Crcli, server: S
             wait_until(lambda: counted(program)[-1] > last + 2, "the copy does not go on")
         else:
             assert (dump.returncode, report["error"]["state"]) == (12, "dead"), out
-            assert f"process {program.pid}, which stands still, cannot be read" in report["error"]["message"]
             assert not crcli.run("ls", "--store", store, "--json").json["images"]
 
 
-def _grows_no_more(pid: int) -> bool:
+def _has_all(pid: int) -> bool:
+    """Whether crcli has taken much more out of the tree than what is not private to it, and takes no more."""
     before = taken_out(pid)
-    time.sleep(1)
-    return 0 < before == taken_out(pid)
+    time.sleep(1.5)
+    return 16 << 20 < before == taken_out(pid)
 
 
 @pytest.mark.parametrize("namespace", ["host", "new"])
