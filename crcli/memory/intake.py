@@ -50,10 +50,6 @@ if TYPE_CHECKING:
 BLOCK_COUNT = 16
 """Blocks of crcli's own memory: with 4 MiB each, what it holds of a tree's pages beyond the overflow."""
 
-_KEPT_AT = 1 << 44
-"""Behind what is spilled (bytes): where is kept what was seen to be needed of blocks that are in the tree
-still, each of which has a block's room."""
-
 _SAVE_AFTER_S = 1.0
 """What is in the tree still after so long (seconds), because the store takes its time, is copied out of it as
 far as there is room: should somebody kill the tree meanwhile, then its image comes to be all the same."""
@@ -99,12 +95,10 @@ class _Aside(_Pages):
     """A block's worth of pages that was spilled, to `offset` (bytes), unless it has an owner."""
 
     offset: int = 0
-    kept_at: int = 0
-    """Where among what is spilled (bytes) is kept what was seen to be needed of it, while it had an owner."""
+    number: int | None = None
+    """Its number among the blocks that are looked at ahead, if it is one of them."""
     seen_in: ProcessId | None = None
     """The owner that it had when it was asked that it be looked at."""
-    is_asked: bool = False
-    """Whether it is looked at ahead."""
     is_begun: bool = False
     """Whether a worker has it."""
 
@@ -150,10 +144,10 @@ class Intake:
         """Processes that CRIU's own code ran in when they had been read: they must stand still at the end."""
         self._is_worth_a_look = matcher is not None
         """Whether to look ahead at pages that are in the tree: some are to be found elsewhere."""
-        self._left = 0
-        """So many blocks were left where they are."""
+        self.has_left_pages = False
+        """Whether pages were read in the tree, or will be, which so must have stood still."""
         self._in_place: list[_Aside] = []
-        """Those, until they are copied out of the tree."""
+        """Blocks that were left where they are, until they are copied out of the tree."""
         self._saver: Worker | None = None
         self._gate = threading.Event()
         self._blocks = threading.Semaphore(BLOCK_COUNT)
@@ -188,11 +182,6 @@ class Intake:
         self._is_worth_a_look |= bool(group_keys)
         if self._lookahead is not None:
             self._lookahead.learn(group_keys)
-
-    @property
-    def has_left_pages(self) -> bool:
-        """Whether pages were read in the tree, which so must have stood still."""
-        return self._left > 0
 
     def _start_workers(self) -> None:
         start_workers(self._workers, self._worker_count, self._work, "intake", self.close)
@@ -316,12 +305,10 @@ class Intake:
         place = self._open.pop(owner)
         if isinstance(place, _Aside) and self._lookahead is not None and (self._is_worth_a_look or not owner):
             with self._lock:
-                number = self._lookahead.ask(
-                    place.kept_at or place.offset, place.runs, owner.pid if owner else 0
-                )
-                if number is not None:
-                    self._asked[number] = place
-                    place.is_asked, place.seen_in = True, owner
+                place.number = self._lookahead.ask(place.offset, place.runs, owner.pid if owner else 0)
+                if place.number is not None:
+                    self._asked[place.number] = place
+                    place.seen_in = owner
         if isinstance(place, _Aside) and owner:
             self._in_place.append(place)
         self._hand_on(place)
@@ -444,8 +431,8 @@ class Intake:
     def _next_place(self, owner: ProcessId | None) -> _Block | _Aside:
         """Where the next pages go: aside as long as nobody works on them, else where they are worked on."""
         if owner:
-            self._left += 1
-            return _Aside(owner=owner, kept_at=_KEPT_AT + self._left * BLOCK_PAGES * PAGE)
+            self.has_left_pages = True
+            return _Aside(owner=owner)
         if self._gate.is_set() and self._blocks.acquire(blocking=False):
             return self._spare.pop() if self._spare else _Block()
         return _Aside(offset=self._spill.end) if self._has_room() else self._free_block()
@@ -526,7 +513,7 @@ class Intake:
     def _take_aside(self, item: _Aside, own: _Block) -> None:
         """The pages stay where they are for as long as a file that they were found in may change."""
         seen = None
-        if item.is_asked and self._lookahead is not None:  # then it is told which of those was looked at
+        if item.number is not None and self._lookahead is not None:  # it says which of those was looked at
             number, seen = self._lookahead.next()
             with self._lock:
                 item = self._asked.pop(number)
@@ -559,9 +546,9 @@ class Intake:
 
         def fetch(ranges: Sequence[tuple[int, int]]) -> None:
             for begin, end in ranges:
-                if aside.kept_at and begin in seen.pages:
-                    self._read_spilled(aside.kept_at, block, begin, end)
-                elif aside.kept_at and any(head < end and begin < head + GROUP_PAGES for head in whole):
+                if aside.seen_in and begin in seen.pages:
+                    self._read_kept(aside, block, begin, end)
+                elif aside.seen_in and any(head < end and begin < head + GROUP_PAGES for head in whole):
                     raise _NotKept
                 else:
                     self._read(aside, block, begin, end)
@@ -595,6 +582,10 @@ class Intake:
         except OSError as error:
             raise _unreadable(aside.owner, str(error.strerror)) from error
 
+    def _read_kept(self, aside: _Aside, block: _Block, begin: int, end: int) -> None:
+        assert self._lookahead is not None and aside.number is not None
+        self._lookahead.read_kept(aside.number, begin, memoryview(block.memory)[begin * PAGE : end * PAGE])
+
     def _read_spilled(self, offset: int, block: _Block, begin: int, end: int) -> None:
         view = memoryview(block.memory)[begin * PAGE : end * PAGE]
         self._spill.read_into(view, offset + begin * PAGE)
@@ -603,8 +594,8 @@ class Intake:
         """Free the memory of pages that are stored, or need not be."""
         if not aside.owner:
             self._spill.give_back(aside.offset, aside.used * PAGE)
-        if aside.kept_at:
-            self._spill.give_back(aside.kept_at, aside.used * PAGE)
+        if aside.seen_in and aside.number is not None and self._lookahead is not None:
+            self._lookahead.forget(aside.number)
 
     def _classify(self, block: _Block, ahead: Ahead | None = None) -> Classified:
         hurry = self._under_pressure()
@@ -625,7 +616,7 @@ def _see_that_it_stands_still(owner: ProcessId) -> None:
 def _unreadable(owner: ProcessId, why: str) -> DumpFailed:
     return DumpFailed(
         f"the memory of process {owner.pid}, which stands still, cannot be read: {why}",
-        hint="if somebody has killed it: let `crcli dump` end first, which kills the tree by itself",
+        hint="if somebody has killed it: wait until `crcli dump` has ended",
         state=TreeState.RUNNING,
     )
 

@@ -24,7 +24,7 @@ import struct
 import threading
 from collections import deque
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from blake3 import blake3
 
@@ -59,6 +59,7 @@ MOST_RUNS = 16
 
 _MOST_GROUPS = BLOCK_PAGES // GROUP_PAGES
 _GROUP_BYTES = GROUP_PAGES * PAGE
+_BLOCK_BYTES = BLOCK_PAGES * PAGE
 _LEAST_BLOCK_BYTES = (_MOST_GROUPS - 1) * _GROUP_BYTES
 """Blocks are hardly ever smaller; those for which there is no record are left to the workers."""
 
@@ -90,7 +91,7 @@ _MOST_WRITTEN = 1024
 """Numbers written to a pipe at once: so many the kernel never parts."""
 
 _KEPT_SHARE = 8
-"""Of the room in the file this part is for pages that are kept."""
+"""Pages that are kept take so large a part of the file's room, beside it."""
 
 _POPULATED = mmap.MAP_SHARED | mmap.MAP_POPULATE
 _COVERED = bytes(DIGEST)
@@ -118,6 +119,9 @@ class Lookahead:
         most_kept = limit // _KEPT_SHARE // count
         self._shared = mmap.mmap(-1, self._room * _RECORD)
         self._known = os.memfd_create("known")
+        # A file of its own: with pages so far behind its end as these may lie, the overflow would count as so
+        # long that the kernel gives 2 MiB for each 64 KiB.
+        self._kept = os.memfd_create("kept")
         self._runs: list[Sequence[Run]] = []
         self._handed = 0
         self._has_begun = at_once
@@ -130,7 +134,8 @@ class Lookahead:
         self._answers, answers = os.pipe()
         self.pids: list[int] = []
         try:
-            self._fork(count, lambda: _run(fd, self._shared, self._known, matcher, tasks, answers, most_kept))
+            files = _Files(fd, self._known, self._kept, tasks, answers)
+            self._fork(count, lambda: _run(files, self._shared, matcher, most_kept))
         except BaseException:  # a signal or a deadline: nobody would end those that have begun
             self.close()
             raise
@@ -161,7 +166,7 @@ class Lookahead:
         out. Return its number; None where that will not be done.
 
         Is there an `owner`, then the block is in the memory of that process, and of what is seen there the
-        pages of groups that the store does not have are kept: at `offset` the file is as long as a block.
+        pages of groups that the store does not have are kept, for `read_kept`.
         """
         if len(self._runs) == self._room or not 0 < len(runs) <= MOST_RUNS or not heads_of(runs):
             return None
@@ -242,6 +247,17 @@ class Lookahead:
             _unpack_pages(self._shared, at + _PAGES_AT),
         )
 
+    def read_kept(self, number: int, first: int, view: memoryview) -> None:
+        """Read pages of a block, from page `first` on, that are among those of which its `Seen` has digests,
+        and that were in the tree."""
+        if os.preadv(self._kept, [view], number * _BLOCK_BYTES + first * PAGE) != len(view):
+            raise OSError("pages were lost that were kept")
+
+    def forget(self, number: int) -> None:
+        """Free what was kept of a block."""
+        with suppress(OSError):  # then it goes with the whole
+            kernel.punch_hole(self._kept, number * _BLOCK_BYTES, _BLOCK_BYTES)
+
     def close(self) -> None:
         """End them; safe to call again."""
         for pid in self.pids:
@@ -251,6 +267,7 @@ class Lookahead:
             os.close(self._tasks)
             os.close(self._answers)
             os.close(self._known)
+            os.close(self._kept)
             self._shared.close()
         self._tasks, self.pids = -1, []
 
@@ -263,26 +280,28 @@ class Lookahead:
         self.close()
 
 
-def _run(
-    fd: int,
-    shared: mmap.mmap,
-    known: int,
-    matcher: Matcher | None,
-    tasks: int,
-    answers: int,
-    most_kept: int,
-) -> NoReturn:
+class _Files(NamedTuple):
+    """Descriptors of what the processes have in common with those who ask."""
+
+    pages: int
+    known: int
+    kept: int
+    tasks: int
+    answers: int
+
+
+def _run(files: _Files, shared: mmap.mmap, matcher: Matcher | None, most_kept: int) -> NoReturn:
     """What a process does."""
     try:
         kernel.die_with_parent(signal.SIGKILL)
-        files = [file.fd for file in matcher.files] if matcher is not None else []
-        kernel.close_all_but(fd, known, tasks, answers, *files)
+        weights = [file.fd for file in matcher.files] if matcher is not None else []
+        kernel.close_all_but(*files, *weights)
         gc.disable()  # it would touch, and so copy, all of the memory that is our parent's too
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        looking = _Looking(fd, shared, known, matcher, most_kept)
-        while task := os.read(tasks, _NUMBER.size):
+        looking = _Looking(files, shared, matcher, most_kept)
+        while task := os.read(files.tasks, _NUMBER.size):
             if looking.look(*_NUMBER.unpack(task)):
-                os.write(answers, task)
+                os.write(files.answers, task)
     finally:
         os._exit(0)
 
@@ -290,14 +309,11 @@ def _run(
 class _Looking:
     """One process at work."""
 
-    def __init__(
-        self, fd: int, shared: mmap.mmap, known: int, matcher: Matcher | None, most_kept: int
-    ) -> None:
-        self._fd = fd
+    def __init__(self, files: _Files, shared: mmap.mmap, matcher: Matcher | None, most_kept: int) -> None:
+        self._files = files
         self._shared = shared
         self._matcher = matcher
-        self._block = memoryview(bytearray(BLOCK_PAGES * PAGE))
-        self._known_fd = known
+        self._block = memoryview(bytearray(_BLOCK_BYTES))
         self._known: frozenset[bytes] | None = None
         self._may_keep = most_kept
 
@@ -309,7 +325,7 @@ class _Looking:
             return False
         places = range(at + _ASKED.size, at + _ASKED.size + count * _RUN.size, _RUN.size)
         runs = [_unpack_run(self._shared, place) for place in places]
-        keep_at = offset if owner else None
+        keep_at = number * _BLOCK_BYTES if owner else None
         with ExitStack() as held:
             try:
                 pages = self._pages(held, owner, offset, runs)
@@ -330,11 +346,11 @@ class _Looking:
             return block
         if self._matcher is not None:  # which looks at single places of many pages
             block = self._block[:size]
-            if os.preadv(self._fd, [block], offset) != size:
+            if os.preadv(self._files.pages, [block], offset) != size:
                 raise OSError
             return block
-        window = held.enter_context(mmap.mmap(self._fd, size, _POPULATED, mmap.PROT_READ, offset=offset))
-        return held.enter_context(memoryview(window))
+        pages = mmap.mmap(self._files.pages, size, _POPULATED, mmap.PROT_READ, offset=offset)
+        return held.enter_context(memoryview(held.enter_context(pages)))
 
     def _hash(
         self, at: int, pages: memoryview, heads: Sequence[int], covered: Set[int], keep_at: int | None
@@ -367,7 +383,7 @@ class _Looking:
         self._may_keep -= _GROUP_BYTES
         begin = head * PAGE
         try:
-            kept = os.pwrite(self._fd, pages[begin : begin + _GROUP_BYTES], keep_at + begin)
+            kept = os.pwrite(self._files.kept, pages[begin : begin + _GROUP_BYTES], keep_at + begin)
         except OSError:
             return False
         return kept == _GROUP_BYTES
@@ -375,7 +391,8 @@ class _Looking:
     def _keys(self) -> frozenset[bytes]:
         """The keys of the groups that the store has; none where it is not known, so that all may be there."""
         if self._known is None:
-            keys = os.pread(self._known_fd, os.fstat(self._known_fd).st_size, 0)
+            known = self._files.known
+            keys = os.pread(known, os.fstat(known).st_size, 0)
             self._known = frozenset(keys[at : at + KEY] for at in range(0, len(keys), KEY))
         return self._known
 

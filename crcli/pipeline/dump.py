@@ -908,7 +908,8 @@ class _Dump:
             ) as criu,
         ):
             self.criu_pid = criu.host_pid()
-            self.criu = identify(self.criu_pid) if self.criu_pid else None
+            with suppress(ProcessLookupError):  # not known, or ended: its request will say so
+                self.criu = identify(self.criu_pid)
             self.standby.watch(
                 self.criu_pid, self._on_criu_death, kills=self.options.outcome == Outcome.KILLED
             )

@@ -89,7 +89,11 @@ def crcli_dump_before_freeze(target: DumpTarget) -> None:
 
 
 def crcli_dump_frozen(target: DumpTarget) -> None:
-    """The tree stands frozen, all of its memory was taken, and files are captured next. Be quick."""
+    """The tree stands frozen, and files are captured next. Be quick.
+
+    The memory of a tree that runs on was taken. That of one that is to be killed or stopped may be read from
+    now on still, where it is.
+    """
 
 
 def crcli_dump_finished(target: DumpTarget, report: dict[str, Any]) -> None:

@@ -190,7 +190,7 @@ def test_what_has_a_known_key_and_is_not_known_is_read_again(
 
 
 def test_where_there_is_no_room_to_keep_anything_it_is_read_again(overflow: MemoryFile) -> None:
-    """What is kept of what was seen takes a part of the overflow at most."""
+    """What is kept of what was seen takes a part of the overflow's room at most."""
     old, sink = numbers(BLOCK_PAGES), KeepingSink()
     new = [5, *old[1:700], 6, *old[701:]]
     with (
@@ -200,10 +200,31 @@ def test_where_there_is_no_room_to_keep_anything_it_is_read_again(overflow: Memo
         earlier, keys = before(standing, old)
         taking = left(standing, sink, overflow, lookahead, known=KnownFrom(earlier, 1000), keys=keys)
         wait_for(lookahead, 1)
-        assert os.fstat(overflow.fd).st_blocks == 0
+        assert os.fstat(lookahead._kept).st_blocks == 0
         spaces, counts = taking.finish()
         assert memory_of(spaces, (0, sink), (1000, earlier)) == standing.raw
     assert counts.new == 2 * PAGE
+
+
+def test_what_is_kept_takes_as_much_as_it_is_and_is_given_back(
+    overflow: MemoryFile, lookahead: Lookahead
+) -> None:
+    """A group of each block. The overflow does not become longer by it: of a long file the kernel may give
+    2 MiB for each group."""
+    old, sink = [n or 1 for n in numbers(3 * BLOCK_PAGES)], KeepingSink()
+    new = list(old)
+    for page in (300, BLOCK_PAGES + 300, 2 * BLOCK_PAGES + 300):
+        new[page] = 77_000 + page
+    with Standing(new) as standing:
+        earlier, keys = before(standing, old)
+        taking = left(standing, sink, overflow, lookahead, known=KnownFrom(earlier, 1000), keys=keys)
+        wait_for(lookahead, 3)
+        assert os.fstat(overflow.fd).st_size == 0
+        assert os.fstat(lookahead._kept).st_blocks * 512 == 3 * GROUP_PAGES * PAGE
+        spaces, counts = taking.finish()
+        assert memory_of(spaces, (0, sink), (1000, earlier)) == standing.raw
+    assert counts.new == 3 * PAGE
+    assert os.fstat(lookahead._kept).st_blocks == 0
 
 
 @pytest.mark.parametrize("kept", [True, False])
