@@ -1116,6 +1116,7 @@ class _Dump:
         self.writer.seal()
         self._see_that_the_name_is_ours(self.store)
         self._see_time_left(len(manifest.chunks) + sum(map(len, spaces.values())))
+        self._see_that_it_stood_still()  # still: a tree that runs on is no tree that was killed
         self.interrupts.past_return(self.store.give_up)  # nothing to be undone, but not to be waited for long
         size = publish_whole(self.store, manifest, encoded, self.session, self.vouched_by)
         self.report.stored_bytes = self.writer.stored_bytes + size

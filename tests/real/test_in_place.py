@@ -11,7 +11,9 @@ from contextlib import suppress
 
 import pytest
 
+from crcli.process.tree import child_pids
 from tests.support.crcli import Crcli, assert_goes_on, counted, counter, end, reap, tree_of, wait_until
+from tests.support.faults import Attempt
 from tests.support.programs import Program, spawn_python
 from tests.support.s3servers import S3Server, start_moto
 
@@ -117,3 +119,27 @@ def test_stopped_trees_are_read_where_they_are_too(crcli: Crcli) -> None:
         seen = len(counted(program))
         crcli.restore(image)
         wait_until(lambda: last + 1 in counted(program)[seen:], "the copy does not go on from there")
+
+
+def test_a_tree_that_was_let_go_by_everybody_is_none_that_was_killed(crcli: Crcli, server: S3Server) -> None:
+    """CRIU and who stands by are killed when all was read: crcli looks once more before it publishes."""
+    store = server.url("images")
+    with spawn_python(counter(kilobytes=8 << 10)) as program:
+        wait_until(lambda: len(program.output.splitlines()) > 2, "it does not count")
+        attempt = Attempt(crcli.folder, ("dump", str(program.pid), "--name", "agent", "--store", store))
+        wait_until(lambda: is_frozen(program), "it was not frozen")
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            time.sleep(2)
+            criu = attempt.criu()
+            for pid in child_pids(attempt.pid):
+                if os.getsid(pid) == pid and pid != criu:
+                    os.kill(pid, signal.SIGKILL)
+            os.kill(criu, signal.SIGKILL)
+            wait_until(lambda: not is_frozen(program), "it is held still")
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        attempt.end()
+        assert (attempt.code, attempt.json["error"]["state"]) == (11, "running"), attempt.describe()
+        assert not crcli.run("ls", "--store", store, "--json").json["images"]
+        assert_goes_on(program)
