@@ -51,8 +51,9 @@ BLOCK_COUNT = 16
 """Blocks of crcli's own memory: with 4 MiB each, what it holds of a tree's pages beyond the overflow."""
 
 _SAVE_AFTER_S = 1.0
-"""What is in the tree still after so long (seconds), because the store takes its time, is copied out of it as
-far as there is room: should somebody kill the tree meanwhile, then its image comes to be all the same."""
+"""What is in the tree still when `finish` has waited for so long (seconds), because the store takes its time,
+is copied out of it as far as there is room: should somebody kill the tree by then, its image comes to be all
+the same."""
 
 _KEEP_RUN, _KEEP_PAGES = 64, 16 << 10
 """Early pages that are kept for the trial: runs up to this long, and so many pages in all (64 MiB)."""
