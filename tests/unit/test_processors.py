@@ -60,7 +60,7 @@ def test_threads_of_a_restore(
 def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Start what looks ahead for a tree of so many MiB, where so many processors are usable."""
 
-    def start(held: ExitStack, usable: int, mib: int, at_once: int = 1) -> Any:
+    def start(held: ExitStack, usable: int, mib: int, at_once: int = 1, *, stays: bool = False) -> Any:
         monkeypatch.setattr(dump, "usable_processors", lambda: usable)
         dumping = SimpleNamespace(
             target=SimpleNamespace(evidence=SimpleNamespace(may_use_gpus=False, expected_bytes=mib << 20)),
@@ -68,6 +68,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             options=SimpleNamespace(pre_copy=None),
             overflow=SimpleNamespace(fd=0, limit=mib << 20),
             weights=SimpleNamespace(matcher=None),
+            stays=stays,
         )
         return dump._Dump._start_lookahead(dumping, held)  # type: ignore[arg-type]
 
@@ -87,6 +88,13 @@ def test_processes_look_ahead_where_processors_are_spare(
         assert (len(ahead.pids), ahead._has_begun) == (count, at_once)
         assert started(held, usable, 100) is None
         assert started(held, usable, mib, at_once=2) is None
+
+
+def test_nobody_waits_to_look_at_a_tree_that_stands_still(started: Callable[..., Any]) -> None:
+    """There is nobody who copies it, and could be disturbed. It may be larger than what there is room for."""
+    with ExitStack() as held:
+        ahead = started(held, 2, 4096, stays=True)
+        assert (len(ahead.pids), ahead._has_begun) == (1, True)
 
 
 @pytest.mark.parametrize("lacking", ["mmap.mmap", "os.pipe"])
