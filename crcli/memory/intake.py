@@ -412,7 +412,10 @@ class Intake:
 
     def _save(self) -> None:
         """Copy what no worker has begun out of the tree, as far as there is room: what comes last first."""
-        own = _Block()
+        try:
+            own = _Block()
+        except MemoryError:
+            return
         while self._in_place and self._spill.has_room() and self._failure is None:
             item = self._in_place.pop()
             if item.is_begun:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from bisect import bisect_right
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,22 @@ if TYPE_CHECKING:
 
 _MOST_PARTS = 1024
 """So many parts the kernel takes at once."""
+
+
+@cache
+def may_read_all() -> bool:
+    """Whether `/proc/PID/mem` has what a program itself may not read. A host can forbid that (Linux 6.12 and
+    newer, `proc_mem.force_override`); whoever then needs such pages has to get them another way."""
+    with (
+        mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0) as page,
+        memoryview(page) as view,
+        address_of(view) as address,
+    ):
+        try:
+            _read_forced(os.getpid(), memoryview(bytearray(mmap.PAGESIZE)), address)
+        except OSError:
+            return False
+    return True
 
 
 def read_scattered(pid: int, into: memoryview, parts: Sequence[tuple[int, int, int]]) -> None:

@@ -47,6 +47,7 @@ from crcli.memory.extents import PAGE, SpaceKind
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import Lookahead
 from crcli.memory.overflow import Overflow
+from crcli.memory.reading import may_read_all
 from crcli.memory.sample import Makeup
 from crcli.pipeline.capture import capture_files, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
@@ -655,9 +656,9 @@ class _Dump:
 
     def _owner_of(self, space: SpaceKey) -> int:
         """The process of the frozen tree that CRIU names so; 0 where that is not known, as for other spaces,
-        where nobody could say whether CRIU has held the tree until all was read, and where CRIU writes to
-        what would be read."""
-        if self.criu is None or space.kind != SpaceKind.PROCESS:
+        where nobody could say whether CRIU has held the tree until all was read, where CRIU writes to what
+        would be read, and on hosts that let nobody read all of it."""
+        if self.criu is None or space.kind != SpaceKind.PROCESS or not may_read_all():
             return 0
         pid = self._pid_of(space)
         try:

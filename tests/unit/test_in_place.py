@@ -7,8 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -19,7 +22,9 @@ from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES, KEY
 from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import Lookahead
-from crcli.memory.reading import read_scattered
+from crcli.memory.reading import may_read_all, read_scattered
+from crcli.pipeline import dump
+from crcli.process.identity import identify
 from tests.support import memory
 from tests.support.memory import (
     KeepingSink,
@@ -39,6 +44,19 @@ LIMIT = 64 << 20
 BLOCK = BLOCK_PAGES * PAGE
 OTHER = 999_999
 """What comes out of the channel for pages that are to be read elsewhere."""
+
+
+class SlowSink(KeepingSink):
+    """One that takes nothing before it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+
+    def add(self, *given: object, **more: object) -> None:
+        """See ChunkSink."""
+        self.go_on.wait(20)
+        super().add(*given, **more)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -262,17 +280,10 @@ def test_the_image_of_a_tree_that_is_killed_while_the_store_takes_its_time_comes
 ) -> None:
     """What waits for longer is copied out of the tree meanwhile."""
     contents = [n or 1 for n in numbers(4 * BLOCK_PAGES)]
-    go_on = threading.Event()
-
-    class Slow(KeepingSink):
-        def add(self, *given: object, **more: object) -> None:
-            go_on.wait(20)
-            super().add(*given, **more)  # type: ignore[arg-type]
-
-    sink = Slow()
+    sink = SlowSink()
     with Standing(contents) as standing, patch.object(intake_module, "_SAVE_AFTER_S", 0.0):
         taking = left(standing, sink, overflow)
-        ending = threading.Thread(target=_kill_once_saved, args=(standing, overflow, go_on))
+        ending = threading.Thread(target=_kill_once_saved, args=(standing, overflow, sink))
         taking.open_gate()
         ending.start()
         spaces, _ = taking.finish()
@@ -280,11 +291,11 @@ def test_the_image_of_a_tree_that_is_killed_while_the_store_takes_its_time_comes
         assert memory_of(spaces, (0, sink)) == standing.raw
 
 
-def _kill_once_saved(standing: Standing, overflow: MemoryFile, go_on: threading.Event) -> None:
+def _kill_once_saved(standing: Standing, overflow: MemoryFile, sink: SlowSink) -> None:
     """Kill it when the two blocks that the two workers do not have were copied."""
     _wait_until_saved(overflow)
     standing.end()
-    go_on.set()
+    sink.go_on.set()
 
 
 def _wait_until_saved(overflow: MemoryFile) -> None:
@@ -324,12 +335,6 @@ def test_a_tree_that_is_woken_while_it_is_read_has_no_image(overflow: MemoryFile
 def test_what_was_saved_is_not_looked_at_in_a_tree_that_was_woken_since(overflow: MemoryFile) -> None:
     """Whoever looked ahead may have done so later than it was copied out."""
     old = [n or 1 for n in numbers(4 * BLOCK_PAGES)]
-    go_on = threading.Event()
-
-    class Slow(KeepingSink):
-        def add(self, *given: object, **more: object) -> None:
-            go_on.wait(20)
-            super().add(*given, **more)  # type: ignore[arg-type]
 
     def wake_once_saved() -> None:
         _wait_until_saved(overflow)
@@ -337,9 +342,9 @@ def test_what_was_saved_is_not_looked_at_in_a_tree_that_was_woken_since(overflow
         standing.wake()
         os.kill(ahead.pids[0], signal.SIGCONT)
         time.sleep(0.5)  # it looks at what is left
-        go_on.set()
+        sink.go_on.set()
 
-    sink = Slow()
+    sink = SlowSink()
     with (
         Standing(old) as standing,
         Lookahead(overflow.fd, overflow.limit, in_place=LIMIT, at_once=True) as ahead,
@@ -378,6 +383,24 @@ def test_scattered_parts_come_where_they_belong() -> None:
         read_scattered(standing.pid, memoryview(into), parts)
         for at, page in enumerate(order):
             assert into[at * PAGE : (at + 1) * PAGE] == standing.raw[page * PAGE : (page + 1) * PAGE]
+
+
+def test_a_host_that_lets_nobody_read_all_is_noticed() -> None:
+    """Then all is taken out of the tree, as CRIU sends it."""
+
+    def refused(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    forbidden = "proc_mem.force_override=" in Path("/proc/cmdline").read_text()
+    assert forbidden or may_read_all.__wrapped__()
+    dumping = SimpleNamespace(criu=identify(os.getpid()), _pid_of=lambda space: os.getpid())
+    with patch.object(dump, "writes_over_memory", lambda pid: False):
+        for refusing in (False, True):
+            may_read_all.cache_clear()
+            with patch.object(os, "preadv", refused) if refusing else nullcontext():
+                owner = dump._Dump._owner_of(dumping, A)  # type: ignore[arg-type]
+            assert owner == (0 if refusing or forbidden else os.getpid())
+    may_read_all.cache_clear()
 
 
 def test_what_cannot_be_read_is_an_error() -> None:
