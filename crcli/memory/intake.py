@@ -9,9 +9,9 @@ receiver waits, the socket fills, and CRIU waits too: memory stays bounded and n
 before what lies in the overflow, so that a tree that does not fit stands frozen until the rest is stored, and
 not until all is.
 
-Where the tree stands still until all is done, pages that belong to one process alone are not taken out of it:
-a list of them is kept, and the workers read each block in the process, once. What stands there a second later
-is copied after all, as far as there is room: should somebody kill the tree meanwhile, nothing is lost by it.
+Where the tree stands still until all is done, a process's own anonymous pages are not taken out of it: a list
+of them is kept, and each block is read in the process. What is there still a second after `finish` was called
+is copied after all, as far as there is room: who kills the tree once that is done takes no image with him.
 
 A dump may come in rounds, the last of which alone finds the tree frozen. Those before it use neither the gate
 nor the overflow.

@@ -5,19 +5,17 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from bisect import bisect_right
 from functools import cache
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from crcli import kernel
 from crcli.memory.buffers import address_of
+from crcli.memory.scattered import copy_parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_MOST_PARTS = 1024
-"""So many parts the kernel takes at once."""
+    from crcli.memory.scattered import Part
 
 
 @cache
@@ -36,27 +34,18 @@ def may_read_all() -> bool:
     return True
 
 
-def read_scattered(pid: int, into: memoryview, parts: Sequence[tuple[int, int, int]]) -> None:
+def read_scattered(pid: int, into: memoryview, parts: Sequence[Part]) -> None:
     """Read parts of a process's memory: where in `into` each goes, where it is, how large it is (bytes).
 
     Hundreds take one call. What the program itself may not read, and all where the host allows no such call,
     comes out of its `/proc/PID/mem`. OSError where it cannot be read; ProcessLookupError when it has ended.
     """
     with address_of(into) as address:
-        while parts:
-            some = parts[:_MOST_PARTS]
-            try:
-                done = kernel.read_scattered(pid, address, some)
-            except OSError as error:
-                if error.errno == errno.ESRCH:
-                    raise
-                done = 0
-            whole = bisect_right([*accumulate(size for _, _, size in some)], done)
-            if whole < len(some):
-                place, at, size = some[whole]
-                _read_forced(pid, into[place : place + size], at)
-                whole += 1
-            parts = parts[whole:]
+        copy_parts(
+            parts,
+            lambda some: kernel.read_scattered(pid, address, some),
+            lambda part: _read_forced(pid, into[part[0] : part[0] + part[2]], part[1]),
+        )
 
 
 def _read_forced(pid: int, into: memoryview, at: int) -> None:

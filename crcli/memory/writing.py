@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from bisect import bisect_right
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from crcli import kernel
 from crcli.memory.buffers import address_of
+from crcli.memory.scattered import copy_parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_MOST_PARTS = 1024
-"""So many parts the kernel takes at once."""
+    from crcli.memory.scattered import Part
 
 
 def write_all(fd: int, piece: memoryview, at: int) -> None:
@@ -28,7 +26,7 @@ def write_all(fd: int, piece: memoryview, at: int) -> None:
         at += done
 
 
-def write_scattered(pid: int, memory: int, raw: memoryview, parts: Sequence[tuple[int, int, int]]) -> None:
+def write_scattered(pid: int, memory: int, raw: memoryview, parts: Sequence[Part]) -> None:
     """Write parts of `raw` into a process that stands still: where each begins, where it goes, how large it
     is (bytes). Hundreds take one call.
 
@@ -36,19 +34,8 @@ def write_scattered(pid: int, memory: int, raw: memoryview, parts: Sequence[tupl
     `/proc/PID/mem`, the descriptor `memory`. ProcessLookupError when it has ended.
     """
     with address_of(raw) as address:
-        while parts:
-            some = parts[:_MOST_PARTS]
-            try:
-                done = kernel.write_scattered(pid, address, some)
-            except OSError as error:
-                if error.errno != errno.EFAULT:
-                    for begin, at, size in parts:
-                        write_all(memory, raw[begin : begin + size], at)
-                    return
-                done = 0
-            whole = bisect_right([*accumulate(size for _, _, size in some)], done)
-            if whole < len(some):
-                begin, at, size = some[whole]
-                write_all(memory, raw[begin : begin + size], at)
-                whole += 1
-            parts = parts[whole:]
+        copy_parts(
+            parts,
+            lambda some: kernel.write_scattered(pid, address, some),
+            lambda part: write_all(memory, raw[part[0] : part[0] + part[2]], part[1]),
+        )

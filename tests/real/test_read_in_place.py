@@ -8,8 +8,10 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from crcli.process.tree import child_pids
 from tests.support.crcli import Crcli, assert_goes_on, counted, counter, end, reap, tree_of, wait_until
@@ -103,6 +105,9 @@ def test_nothing_is_taken_out_of_a_tree_that_is_killed_soon(crcli: Crcli, namesp
         second = json.loads(out)
         assert second["reused_bytes"] > 32 << 20 and second["stored_bytes"] < 4 << 20
         assert 0 < most < 16 << 20
+        family = blake3(second["name"].encode()).hexdigest()[:8]  # where one listing tells of all packs of it
+        packs = [path.name for path in Path(crcli.folder, "store", "packs").glob("*/*")]
+        assert packs and all(pack.startswith(family) for pack in packs)
         crcli.restore(second["image"])
         assert_goes_on(program)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from unittest.mock import patch
 
 import pytest
 
+from crcli import kernel
 from crcli.errors import DumpFailed
 from crcli.memory import intake as intake_module
 from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES, KEY
@@ -372,15 +374,22 @@ def test_nothing_depends_on_who_looks_ahead(overflow: MemoryFile, lookahead: Loo
     assert counts.new == 0
 
 
-def test_scattered_parts_come_where_they_belong() -> None:
-    """More of them than the kernel takes at once, and such as the program itself may not read."""
+@pytest.mark.parametrize("refusal", [0, errno.EPERM, errno.ENOSYS])
+def test_scattered_parts_come_where_they_belong(refusal: int) -> None:
+    """More of them than the kernel takes at once, and such as the program itself may not read; also where the
+    host does not allow the call for many parts."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(refusal, "no")
+
     contents = [n or 1 for n in numbers(3000)]
     with Standing(contents, unreadable=[0, 1, 1500, 2999]) as standing:
         order = list(range(3000))
         Random(3).shuffle(order)
         into = bytearray(3000 * PAGE)
         parts = [(at * PAGE, (standing.start + page) * PAGE, PAGE) for at, page in enumerate(order)]
-        read_scattered(standing.pid, memoryview(into), parts)
+        with patch.object(kernel, "read_scattered", refuse if refusal else kernel.read_scattered):
+            read_scattered(standing.pid, memoryview(into), parts)
         for at, page in enumerate(order):
             assert into[at * PAGE : (at + 1) * PAGE] == standing.raw[page * PAGE : (page + 1) * PAGE]
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from crcli import kernel
 from crcli.memory import replay, writing
+from crcli.memory import scattered as scattered_module
 from crcli.memory.buffers import address_of
 from crcli.memory.extents import (
     PAGE,
@@ -299,7 +300,7 @@ def test_what_lies_scattered_is_written_too(most: int, refusal: int) -> None:
 
     with (
         own_memory(256) as (area, first, descriptor),
-        patch.object(writing, "_MOST_PARTS", most),
+        patch.object(scattered_module, "_MOST_PARTS", most),
         patch.object(kernel, "write_scattered", refuse if refusal else kernel.write_scattered),
     ):
         spaces = {OTHER: scattered(first, 256)}
