@@ -11,7 +11,7 @@ import os
 import signal
 import stat
 import time
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -19,26 +19,25 @@ from typing import TYPE_CHECKING, Any
 import crcli
 from crcli import kernel
 from crcli.criu import messages, netlock
-from crcli.criu.binary import criu_command
 from crcli.criu.compel import writes_over_memory
 from crcli.criu.images import link_remaps, read_tree, rename_sockets, run_id
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME, PARENT_LINK, dump_options
 from crcli.criu.page_server import socket_pair
-from crcli.criu.rescue import free_sockets, remove_link_remaps, remove_tables
-from crcli.criu.rpc import CriuDied, CriuProcess, CriuTimeout, rpc
+from crcli.criu.rescue import free_sockets, remove_tables
+from crcli.criu.rpc import CriuProcess, rpc
 from crcli.criu.sandbox import Sandbox
 from crcli.criu.skeleton import has_connections, named_files, regular_files
-from crcli.criu.standby import AfterDeath, Standby
+from crcli.criu.standby import Standby
 from crcli.criu.unread import give_back_unread
 from crcli.criu.workspace import Workspace
-from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TooLate, TreeState
+from crcli.errors import DumpFailed, PreflightRefused, TooLate, TreeState
 from crcli.findings import Finding, Severity
 from crcli.image.claims import is_held_by
 from crcli.image.index import KnownPagesOf
 from crcli.image.manifest import Manifest
-from crcli.image.names import check_name, new_image_id, suggested_name
+from crcli.image.names import new_image_id
 from crcli.image.packs import PackWriter
 from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
@@ -49,6 +48,17 @@ from crcli.memory.lookahead import Lookahead
 from crcli.memory.overflow import Overflow
 from crcli.memory.reading import may_read_all
 from crcli.memory.sample import Makeup
+from crcli.pipeline.aftermath import (
+    CRIU_GONE,
+    CriuKilled,
+    Outrun,
+    died_with_criu,
+    explained,
+    failing_at_its_deadline,
+    failure,
+    set_right,
+)
+from crcli.pipeline.alone import alone
 from crcli.pipeline.capture import capture_files, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
 from crcli.pipeline.forecast import (
@@ -64,46 +74,43 @@ from crcli.pipeline.forecast import (
 from crcli.pipeline.hashing import Hashing, describe_mounts
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible, seconds_left
 from crcli.pipeline.knowing import Knowing
-from crcli.pipeline.logs import explain_failure
-from crcli.pipeline.own_limits import limits_lifted, see_file_size
+from crcli.pipeline.own_limits import limits_lifted
 from crcli.pipeline.pids import interrupted_threads
-from crcli.pipeline.plan import NO_LOCK, make_plan, outside_links
-from crcli.pipeline.preflight import look_at
+from crcli.pipeline.plan import NO_LOCK
 from crcli.pipeline.publishing import publish_whole
 from crcli.pipeline.rates import load_rates
 from crcli.pipeline.receiver import Receiver
 from crcli.pipeline.rounds import Rounds, rounds_here
 from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
+from crcli.pipeline.target import gpus_ahead, look, refuse_blockers
 from crcli.pipeline.terminals import settle_terminals
 from crcli.pipeline.trial import try_skeleton
-from crcli.pipeline.watch import crashed, kill_all, tree_state, wait_until_dead
-from crcli.pipeline.weights import WeightsInUse, chosen_files
+from crcli.pipeline.watch import tree_state, wait_until_dead
+from crcli.pipeline.weights import WeightsInUse
 from crcli.plugins.loader import load_hooks
 from crcli.process import notify
 from crcli.process.identity import identify
 from crcli.process.memory_room import spare_memory
 from crcli.process.processors import usable_processors
-from crcli.process.tree import find_target, refuse_bad_target, scan_tree, tracer_label
+from crcli.process.tree import scan_tree
 from crcli.process.tree_lock import TreeLock
 from crcli.process.waits import waited_ms
 from crcli.process.wording import first_of, how_to_continue, note, process_list
-from crcli.records import Struct, asdict, replace
+from crcli.records import asdict, replace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from crcli.criu.options import DumpPlan
     from crcli.image.index import Expect, KnownChunks
     from crcli.image.manifest import StoredFile
     from crcli.memory.extents import Extent, SpaceKey
     from crcli.pipeline.gpu import DumpSide
-    from crcli.pipeline.plan import OutsideLink
     from crcli.pipeline.stages import DumpOptions, Progress
+    from crcli.pipeline.target import Target
     from crcli.plugins.loader import Hooks
     from crcli.plugins.spec import DumpTarget
-    from crcli.process.evidence import Evidence
     from crcli.process.identity import ProcessId
     from crcli.process.tree import Process
     from crcli.store.base import Store
@@ -141,23 +148,8 @@ _HOPELESS = 3.0
 _LOOPS_S, _MOST_LOOKS_FOR_RINGS = 5.0, 4
 """How long event loops may take to wait for events (seconds), and how often new ones are looked for."""
 
-_OTHER_DUMP_S = 120.0
-"""How long another dump of the tree is waited for, where no deadline says it (seconds)."""
-
 _NO_TIME_TO_TELL_S = 10.0
 """With less time than this (seconds) before its deadline a dump announces itself to nobody."""
-
-
-class Target(Struct, frozen=True):
-    """A tree that was looked at and can be dumped, and how. Nothing was touched."""
-
-    evidence: Evidence
-    findings: tuple[Finding, ...]
-    links: tuple[OutsideLink, ...]
-    plan: DumpPlan
-    weights: tuple[str, ...]
-    name: str
-    image_id: str
 
 
 def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared | None = None) -> DumpReport:
@@ -173,13 +165,13 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
     with limits_lifted():
         try:
             return _dump_once(options, progress, watch, shared)
-        except _Outrun as error:
+        except Outrun as error:
             outrun = error.alone()
         return _dump_again(options, progress, watch.again(), shared, outrun)
 
 
 def _dump_again(
-    options: DumpOptions, progress: Progress, watch: Stopwatch, shared: Shared, outrun: _Outrun
+    options: DumpOptions, progress: Progress, watch: Stopwatch, shared: Shared, outrun: Outrun
 ) -> DumpReport:
     """Dump a tree again that has outrun a dump, carefully; `frozen_ms` is of both freezes."""
     options = replace(options, start_time=outrun.root.start_time)
@@ -201,48 +193,11 @@ def _dump_once(
     progress: Progress,
     watch: Stopwatch,
     shared: Shared,
-    outrun: _Outrun | None = None,
+    outrun: Outrun | None = None,
 ) -> DumpReport:
     """The dump; `outrun` is how it went before, where it is made again."""
-    with _alone(options, watch, shared) as lock:
+    with alone(options, watch, shared) as lock:
         return _dump_alone(options, progress, watch, shared, lock, outrun)
-
-
-@contextmanager
-def _alone(options: DumpOptions, watch: Stopwatch, shared: Shared) -> Iterator[TreeLock]:
-    """Within the block, until the lock is released, no other crcli of this host dumps the tree, or one around
-    or inside it. One that does is waited for. Raises PreflightRefused."""
-    root = find_target(options.pid)
-    with TreeLock(root) as lock:
-        if not lock.take():
-            with watch.phase("wait"):
-                _wait_for_other(lock, _left_s(options, watch), shared, options.pid)
-            if not root.alive():
-                raise PreflightRefused(
-                    f"process {options.pid} ended while another dump of it was waited for",
-                    hint="`crcli ls` shows the image that the other dump took",
-                )
-        yield lock
-
-
-def _wait_for_other(lock: TreeLock, left_s: float | None, shared: Shared, pid: int) -> None:
-    """The lock is ours. Raises PreflightRefused when it is not in time, Interrupted on a signal."""
-    holder = lock.holder()
-    try:
-        with interruptible(left_s):
-            shared.see_caller()
-            if lock.wait(_OTHER_DUMP_S if left_s is None else left_s):
-                return
-    except Interrupted as error:
-        if error.number != signal.SIGALRM:
-            raise
-    holder = lock.holder() or holder
-    raise PreflightRefused(
-        f"another dump of process {pid}, or of a tree around or inside it, is under way"
-        + (f" and was waited for: {tracer_label(holder)}" if holder else ""),
-        hint="try again when it has ended"
-        + (f", or end it (`kill {holder}`): its tree then runs on" if holder else ""),
-    )
 
 
 def _dump_alone(
@@ -251,7 +206,7 @@ def _dump_alone(
     watch: Stopwatch,
     shared: Shared,
     lock: TreeLock,
-    outrun: _Outrun | None,
+    outrun: Outrun | None,
 ) -> DumpReport:
     """The dump, with nobody else at the tree until the lock is released."""
     wish, found = rounds_here(options.pre_copy)
@@ -267,16 +222,19 @@ def _dump_alone(
     report = _begin_report(options, target)
     if options.dry_run:
         lock.release()
-        gpu_findings, gpu_bytes = _gpus_ahead(target.evidence, options)
+        gpu_findings, gpu_bytes = gpus_ahead(target.evidence, options)
         with watch.phase("forecast"):
             report.forecast, findings = look_ahead(target.evidence, options, target.name, gpu_bytes)
         report.findings = (*report.findings, *gpu_findings, *findings)
-        _refuse_blockers(options.pid, report.findings)
+        refuse_blockers(options.pid, report.findings)
         report.total_ms = watch.since_start_ms()
         report.phases = watch.phases
         return report
     hooks = load_hooks()
-    with _failing_at_its_deadline(target), interruptible(_left_s(options, watch)) as interrupts:
+    with (
+        failing_at_its_deadline(target.evidence.tree),
+        interruptible(watch.left_s(options.deadline_s)) as interrupts,
+    ):
         work = _Dump(options, target, watch, report, interrupts, progress, shared, lock, hooks)
         work.found = found
         work.is_careful = outrun is not None
@@ -294,71 +252,6 @@ def _dump_alone(
     work.tell("dump_finished", report=report.as_json())
     report.findings = (*report.findings, *hooks.findings)
     return report
-
-
-def _left_s(options: DumpOptions, watch: Stopwatch) -> float | None:
-    """The time until the deadline (seconds), which counts from the start of the dump."""
-    return None if options.deadline_s is None else options.deadline_s - watch.since_start_ms() / 1000
-
-
-@contextmanager
-def _failing_at_its_deadline(target: Target) -> Iterator[None]:
-    """A signal before the freeze ends the command; a deadline that passes then is a dump that failed."""
-    try:
-        yield
-    except Interrupted as error:
-        if error.number != signal.SIGALRM:
-            raise
-        raise DumpFailed(
-            f"the dump was {error}, before the tree was frozen",
-            hint="nothing was lost; give it more time",
-            state=tree_state(target.evidence.tree),
-        ) from error
-
-
-def look(options: DumpOptions, *, careful: bool = False) -> Target:
-    """Look at the tree and decide how to take it; raise PreflightRefused when it cannot be taken.
-
-    `careful`: it is not to be relied on that the tree stays as it is until it is frozen.
-    """
-    if options.name:
-        check_name(options.name)
-    root = refuse_bad_target(options.pid)
-    if options.start_time not in (None, root.start_time):
-        raise PreflightRefused(f"process {options.pid} ended before its turn came; another has its pid now")
-    evidence, findings = look_at(root)
-    _refuse_blockers(options.pid, findings)
-    criu_command()  # one that is not here is said before anything is begun
-    see_file_size(evidence.expected_bytes)
-    links = outside_links(evidence)
-    plan = make_plan(evidence, links, options.outcome, careful=careful)
-    name = options.name or suggested_name(evidence.root.comm)
-    weights = _weights(options, evidence) if options.weights else ()
-    return Target(evidence, findings, links, plan, weights, name, new_image_id())
-
-
-def _refuse_blockers(pid: int, findings: Sequence[Finding]) -> None:
-    blockers = [finding for finding in findings if finding.severity == Severity.BLOCKER]
-    if blockers:
-        raise PreflightRefused(
-            f"process {pid} cannot be dumped: {blockers[0].message}",
-            hint=blockers[0].remedy,
-            findings=findings,
-        )
-
-
-def _weights(options: DumpOptions, evidence: Evidence) -> tuple[str, ...]:
-    """The files of weights to compare with. A job that is to be saved is, whatever became of them."""
-    return tuple(chosen_files(options.weights, evidence, may_be_absent=options.job is not None))
-
-
-def _gpus_ahead(evidence: Evidence, options: DumpOptions) -> tuple[list[Finding], int]:
-    """What is found of the GPU side of a tree, and its bytes on GPUs, for a dump that is not made."""
-    if not evidence.may_use_gpus:
-        return [], 0
-    from crcli.pipeline.gpu import look_at_gpus
-
-    return look_at_gpus(evidence, options)
 
 
 def _begin_report(options: DumpOptions, target: Target) -> DumpReport:
@@ -461,7 +354,7 @@ class _Dump:
                 if self.store is not None:
                     self.store.give_up()  # what is left is to clear away there
             except BaseException as error:
-                if not isinstance(error, _Outrun):
+                if not isinstance(error, Outrun):
                     self.interrupts.past_return()
                 self.shared.end_turn()
                 if self.store is not None:
@@ -641,7 +534,7 @@ class _Dump:
                 self.intake,
                 self.target.evidence.root.identity,
                 self.target.plan,
-                answer_limits=_must_answer_limits(self.target.evidence),
+                answer_limits=self.target.must_answer_limits,
             )
             self.room = max(0, overflow.limit - gpu_bytes // 2)
             if self._acts_on_forecast():
@@ -678,13 +571,13 @@ class _Dump:
         return (self.owners or {}).get(space.number, 0)
 
     def _see_that_it_stood_still(self) -> None:
-        """Raise _CriuKilled when CRIU may have let go of the tree, of which pages were read until now."""
+        """Raise CriuKilled when CRIU may have let go of the tree, of which pages were read until now."""
         if self.criu is None or not self.intake.has_left_pages:
             return
         end = time.monotonic() + _STOPPED_S
         while not self.criu.is_at_work():
             if not self.criu.alive() or time.monotonic() > end:
-                raise _CriuKilled("CRIU was killed")
+                raise CriuKilled("CRIU was killed")
             time.sleep(0.001)
 
     def _begin_knowing(self, held: ExitStack, store: Store, gpu_bytes: int) -> None:
@@ -904,9 +797,7 @@ class _Dump:
         passed = [theirs.fileno(), self.images.fd]
         with (
             ours,
-            CriuProcess.start(
-                passed, _must_answer_limits(self.target.evidence), self.target.plan.enter
-            ) as criu,
+            CriuProcess.start(passed, self.target.must_answer_limits, self.target.plan.enter) as criu,
         ):
             self.criu_pid = criu.host_pid()
             with suppress(ProcessLookupError):  # not known, or ended: its request will say so
@@ -937,7 +828,7 @@ class _Dump:
                     self.shared.end_turn()
         if not answer.success:
             receiver.raise_failure()  # CRIU fails when nobody takes its pages: it is not to blame
-            raise _explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
+            raise explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
         self._begin_work()
 
     def _begin_work(self) -> None:
@@ -966,7 +857,7 @@ class _Dump:
             try:
                 self._hold(receiver)
             except BaseException as error:
-                if not isinstance(error, _CriuKilled):
+                if not isinstance(error, CriuKilled):
                     with suppress(PreflightRefused):  # its root is gone
                         self._resume_calls()  # the tree runs on
                     if self.options.outcome == Outcome.KILLED:
@@ -978,7 +869,7 @@ class _Dump:
     def _on_criu_death(self) -> None:
         """CRIU was killed (we are told in another thread): what we do while it waits for us is in vain."""
         if self.is_holding:
-            self.interrupts.abort(_CriuKilled("CRIU was killed"))
+            self.interrupts.abort(CriuKilled("CRIU was killed"))
 
     def _check_identity(self) -> None:
         if not self.target.evidence.root.identity.alive():
@@ -1026,9 +917,9 @@ class _Dump:
         since = self.gpu.asleep_since if self.gpu is not None else self.frozen_at
         self.report.frozen_ms = round((time.monotonic() - since) * 1000, 2)
 
-    def _outrun(self, name: str, failure: DumpFailed, why: str) -> _Outrun:
+    def _outrun(self, name: str, failure: DumpFailed, why: str) -> Outrun:
         """The tree did something since it was looked at that was not counted on."""
-        return _Outrun(name, failure, why, self.report, self.target.evidence.root.identity)
+        return Outrun(name, failure, why, self.report, self.target.evidence.root.identity)
 
     # The trial comes before the kill. A tree that runs on need not wait for it, unless what it has open goes
     # away by then.
@@ -1227,67 +1118,26 @@ class _Dump:
 
     def _after_failure(self, error: BaseException) -> None:
         """Decide what a failure means: raise, or go on where the image stands all the same."""
-        if not isinstance(error, _Outrun):
+        if not isinstance(error, Outrun):
             self.interrupts.past_return()
         after = self.standby.wait()
-        if after is None and isinstance(error, _CRIU_GONE):
-            after = self._without_standby()
+        if after is None and isinstance(error, CRIU_GONE):
+            after = set_right(self.tree, self.images, self.network, is_durable=self.published)
         if after is not None and after.finished:
             return
-        victims = self._died_with_criu(after) if after is not None else ""
+        victims = died_with_criu(self.tree, after) if after is not None else ""
         raise self.failure(error, victims) from error
-
-    def _without_standby(self) -> AfterDeath:
-        """CRIU and the standby are both gone: set right what can still be set right."""
-        members = self.tree.identities
-        if self.published and not all(member.alive() for member in members):
-            kill_all(members)
-            return AfterDeath(finished=True, held=())
-        pids = [process.pid for process in self.tree.living]
-        free_sockets(pids)
-        remove_link_remaps(pids)
-        if LOG_NAME in self.images.names():
-            remove_tables(self.images.read(LOG_NAME), self.network)
-        return AfterDeath(finished=False, held=tuple(members))
-
-    def _died_with_criu(self, after: AfterDeath) -> str:
-        """Name a process that did not survive CRIU's death; empty when all did."""
-        labels = {process.pid: process.label for process in self.tree}
-        return next((labels.get(one.pid, str(one.pid)) for one in after.lost or crashed(after.held)), "")
 
     def failure(self, error: BaseException, victims: str = "") -> BaseException:
         """The error to raise, saying what the tree does now."""
-        state = tree_state(
-            self.target.evidence.tree
-        )  # before the freeze: its states are the ones to return to
-        if self.published:
-            return DumpFailed(
-                f"the image {self.report.image} is durable, but the dump did not end as asked: {error}",
-                hint="the tree still runs beside its image" if state == TreeState.RUNNING else "",
-                state=state,
-            )
-        if isinstance(error, Interrupted):
-            return DumpFailed(f"the dump was {error}", hint="nothing was lost; run it again", state=state)
-        if isinstance(error, CriuDied | _CriuKilled) and victims:
-            return DumpFailed(
-                f"CRIU was killed while its code ran inside {victims}, which died of it",
-                hint="this tree is not whole any more: end it and start it again",
-                state=TreeState.DEAD,
-            )
-        if isinstance(error, CriuDied | _CriuKilled):
-            return _explained(self.images, "CRIU died during the dump", state)
-        if isinstance(error, CriuTimeout):
-            return _explained(self.images, "CRIU took too long", state)
-        if isinstance(error, PreflightRefused) and self.is_holding:
-            return DumpFailed(f"while the tree stood still, {error.message}", hint=error.hint, state=state)
-        if isinstance(error, CrcliError):
-            if not isinstance(error, PreflightRefused):
-                error.state = state
-            return error
-        if isinstance(error, OSError):
-            return DumpFailed(f"the dump failed: {error}", state=state)
-        error.state = state  # type: ignore[attr-defined]  # a bug of ours: what became of the tree counts
-        return error
+        return failure(
+            error,
+            tree_state(self.target.evidence.tree),  # before the freeze: its states are the ones to return to
+            self.images,
+            durable=self.report.image if self.published else "",
+            is_holding=self.is_holding,
+            victims=victims,
+        )
 
 
 def _times_to_read(deadline_s: float | None) -> tuple[float | None, float | None]:
@@ -1320,43 +1170,3 @@ def _left_stopped(processes: Sequence[Process]) -> Finding:
         "left it so, as it was told",
         how_to_continue(processes),
     )
-
-
-class _Outrun(DumpFailed):
-    """The tree was not as it had been when it was looked at, and runs on: the dump is made again, carefully.
-    Nothing was published."""
-
-    def __init__(self, name: str, failure: DumpFailed, why: str, report: DumpReport, root: ProcessId) -> None:
-        super().__init__(failure.message, hint=failure.hint, state=failure.state, cause=failure.cause)
-        self.frozen_ms = report.frozen_ms
-        self.told = frozenset(finding.message for finding in report.findings)
-        self.root = root
-        self.finding = note(
-            name,
-            f"{failure.message}, {why}",
-            {"frozen_ms": report.frozen_ms},
-            "dumps it again, with packets held back, and frozen for as long as the trial takes",
-        )
-
-    def alone(self) -> _Outrun:
-        """Itself, without what led to it, which holds all that the first dump had."""
-        self.__cause__ = self.__context__ = None
-        return self.with_traceback(None)
-
-
-class _CriuKilled(BaseException):
-    """CRIU was killed while it waited for us. Not to be handled on the way up, as an interrupt is not."""
-
-
-_CRIU_GONE = (CriuDied, CriuTimeout, _CriuKilled)
-
-
-def _must_answer_limits(evidence: Evidence) -> bool:
-    """Whether CRIU needs help to read a member's limits, and can have it: see crcli.criu.limits."""
-    return bool(evidence.prlimit_denied) and not any(process.seccomp for process in evidence.tree)
-
-
-def _explained(images: Workspace, what: str, state: TreeState) -> DumpFailed:
-    """The error for a CRIU that failed, with what its log says of the cause."""
-    cause = explain_failure(images, "dump")
-    return DumpFailed(f"{what}: {cause.meaning}", hint=cause.remedy, state=state, cause=cause)

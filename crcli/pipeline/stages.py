@@ -196,6 +196,10 @@ class Stopwatch:
         """Milliseconds since this watch was started."""
         return round((time.monotonic() - self.begun) * 1000, 2)
 
+    def left_s(self, deadline_s: float | None) -> float | None:
+        """What is left of a time that counts from the start (seconds); None: it has no end."""
+        return None if deadline_s is None else deadline_s - self.since_start_ms() / 1000
+
 
 class Forecast(Struct, frozen=True):
     """How long a tree will stand still, the bytes that will go to the store, and how long the dump takes.
