@@ -145,13 +145,14 @@ class RunReport(Struct):
 
 
 class _Running(Struct, frozen=True):
-    """A job that runs: its root, our child the warden, the descriptor that tells of its end, its output, and
-    since when (time.monotonic())."""
+    """A job that runs: its root, our child the warden, the descriptor that tells of its end, its output, the
+    word of how it began, and since when (time.monotonic())."""
 
     root: ProcessId
     child: int
     ended: int
     relay: Relay
+    began: Event
     since: float = field(default_factory=time.monotonic)
 
 
@@ -232,6 +233,8 @@ class _Run:
         self.stopping = threading.Lock()
         self.stopped: list[ProcessId] = []
         self.is_lost = False
+        self.early: list[int] = []
+        """Signals for the job that came when it was there, and what passes them on was not."""
         self.lived_s = 0.0
         self.history = History()
 
@@ -259,6 +262,7 @@ class _Run:
                 self._signals_passed_on(job),
                 job.relay.raw_terminal(),
             ):
+                self._on_event(job.began)  # who reads it may send a signal, which is the job's from here on
                 job.relay.start()
                 self._keep(job)
                 job.relay.finish(_LAST_WORDS_S)
@@ -342,7 +346,9 @@ class _Run:
 
         def later(number: int, frame: FrameType | None) -> None:
             handler = handlers.get(signal.Signals(number))
-            if callable(handler):
+            if handler in (signal.SIG_DFL, signal.default_int_handler):
+                self.early.append(number)
+            elif callable(handler):
                 handler(number, frame)
 
         options = replace(
@@ -360,14 +366,9 @@ class _Run:
         self.report.begun, self.report.image = "restored", restored.report.image
         self.history = History.after(entry.meta.get("job"))
         age_s = max(0.0, time.time() - entry.created)
-        self._say(
-            "restored",
-            f"restored {entry.ref}, which was taken {age_s:.0f} s ago",
-            image=str(entry.ref),
-            age_s=round(age_s, 3),
-            ready_ms=restored.report.ready_ms,
-        )
-        return _Running(restored.root, restored.child, restored.ended, restored.relay)
+        facts = {"image": str(entry.ref), "age_s": round(age_s, 3), "ready_ms": restored.report.ready_ms}
+        began = Event("restored", f"restored {entry.ref}, which was taken {age_s:.0f} s ago", facts)
+        return _Running(restored.root, restored.child, restored.ended, restored.relay, began)
 
     def _namespace(self) -> PidNamespace:
         """A namespace of its own, so that its pids are free on every node, unless asked otherwise."""
@@ -388,8 +389,8 @@ class _Run:
                 raise
             job = start(own_namespace=False)
         self.report.begun = "fresh"
-        self._say("started", f"started {self.options.name}")
-        return _Running(job.root, job.child, job.ended, job.relay)
+        began = Event("started", f"started {self.options.name}", {})
+        return _Running(job.root, job.child, job.ended, job.relay, began)
 
     # It runs: images are taken, and notices heeded, until it ends.
 
@@ -494,6 +495,8 @@ class _Run:
                 before.callback(signal.signal, number, signal.signal(number, pass_on))
         resized = signal.signal(signal.SIGWINCH, lambda *_: job.relay.resize())
         before.callback(signal.signal, signal.SIGWINCH, resized)
+        while self.early:
+            pass_on(self.early.pop(0), None)
         return before
 
     # The lease, in a thread of its own.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,11 +176,15 @@ def test_a_restore_that_fails_leaves_nothing_below_it(
     crcli: Crcli, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When CRIU fails, the files that were laid out below the root are gone again."""
-    with spawn_python(then_wait(), cwd="/") as program:
-        image = crcli.dump(program.pid)["image"]
-        monkeypatch.setenv("CRCLI_RESTORE_LIMIT", "0.001")
-        crcli.restore(image, "--root", str(root), code=21)
-        assert list((root / "tmp").iterdir()) == []
-        monkeypatch.delenv("CRCLI_RESTORE_LIMIT")
-        crcli.restore(image, "--root", str(root))
-        assert there(root, program).output == program.output
+    with tempfile.NamedTemporaryFile("r+", dir="/var/tmp") as file:
+        locks = f"import fcntl; file = open({file.name!r}, 'r+'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        with spawn_python(locks + then_wait(), cwd="/") as program:
+            image = crcli.dump(program.pid)["image"]
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which CRIU would wait for, for ever
+            monkeypatch.setenv("CRCLI_RESTORE_LIMIT", "1")
+            crcli.restore(image, "--root", str(root), code=21)
+            assert list((root / "tmp").iterdir()) == []
+            monkeypatch.delenv("CRCLI_RESTORE_LIMIT")
+            fcntl.lockf(file, fcntl.LOCK_UN)
+            crcli.restore(image, "--root", str(root))
+            assert there(root, program).output == program.output

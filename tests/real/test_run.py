@@ -120,6 +120,35 @@ def test_signals_reach_the_job(crcli: Crcli, tmp_path: Path) -> None:
     assert one.out.splitlines()[-1] == "one"
 
 
+def test_a_signal_at_the_word_that_it_began_is_the_jobs(crcli: Crcli, tmp_path: Path) -> None:
+    """Who reads that a job was started may send it a signal at once: the job has it, and crcli lives on."""
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    try:
+        while os.write(writes, b"x" * 4096):  # crcli stands still at its first word until somebody reads
+            continue
+    except BlockingIOError:
+        os.set_blocking(writes, True)
+    script = "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done"
+    output = tmp_path / "output"
+    command = (*SHELL, f"exec >{output}; {script}")
+    with job(crcli, tmp_path / "1", "--notice", "none", *command, stderr=writes) as one:
+        os.close(writes)
+        wait_until(lambda: output.exists() and output.read_text() == "ready\n", "it did not start", 30.0)
+        wait_until(lambda: is_writing(one.process.pid), "crcli has nothing to say", 30.0)
+        one.tell(signal.SIGTERM)
+        while os.read(reads, 1 << 16):
+            continue
+        one.end(3)
+    os.close(reads)
+
+
+def is_writing(pid: int) -> bool:
+    """Whether a process's main thread is in the system call write, to its standard error."""
+    number, _, arguments = Path(f"/proc/{pid}/syscall").read_text().partition(" ")
+    return number in ("1", "64") and arguments.startswith("0x2 ")  # on x86-64, on arm64
+
+
 def test_signals_that_are_ignored_do_not_reach_the_job(crcli: Crcli, tmp_path: Path) -> None:
     """Under nohup a job outlives the terminal that it was started from."""
 

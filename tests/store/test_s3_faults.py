@@ -168,7 +168,7 @@ def test_a_lost_answer_is_asked_for_again(
     """Within the patience with a store that is silent for ever; what it was asked for may have been done."""
     monkeypatch.setattr(client_module, "SILENCE_S", 0.7)
     monkeypatch.setattr(client_module, "_LOOK_S", 0.05)
-    store = behind.open(patience_s=1)
+    store = behind.open(patience_s=20)  # less than READ_TIMEOUT_S, and a slow server may seem silent too
     behind.proxy.inject(swallow_answer, **{"method" if where.isupper() else "containing": where})
     data = os.urandom(9 * MIB)
     with store.writer("large", if_absent=True) as writer:
