@@ -7,13 +7,14 @@ One with `@pytest.mark.alone` judges the whole machine, or needs all of it: it r
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support.programs import SLOWNESS
+from tests.support.programs import FORMER_FOLDERS, SLOWNESS
 
 # No test asserts on time: on a busy machine an example takes as long as it takes.
 settings.register_profile("crcli", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -26,6 +27,17 @@ def hang_ups_end_us() -> Iterator[None]:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_in_tmp() -> Iterator[None]:
+    """A test that restores a program of its own does so while the program's folder is there."""
+    yield
+    left = [folder for folder in FORMER_FOLDERS if folder.exists()]
+    FORMER_FOLDERS.clear()
+    for folder in left:
+        shutil.rmtree(folder)
+    assert not left, f"restored after the block that had the program's folder: {left}"
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -361,10 +361,10 @@ def test_a_tree_that_is_whole_at_once_is_restored(tmp_path: Path) -> None:
     with spawn_python("import os\nprint('ready')\nos.execvp('sleep', ['sleep', '1000'])") as program:
         wait_until(lambda: psutil.Process(program.pid).name() == "sleep", "it is no sleep")
         image = crcli.dump(program.pid)["image"]
-    for _ in range(5):
-        crcli.restore(image, "--lazy")
-        crcli.clean_up()
-        wait_until(lambda: not pagers(), f"left behind: {pagers()}")
+        for _ in range(5):
+            crcli.restore(image, "--lazy")
+            crcli.clean_up()
+            wait_until(lambda: not pagers(), f"left behind: {pagers()}")
 
 
 def test_a_tree_of_zombies_is_whole_at_once(tmp_path: Path) -> None:
@@ -382,10 +382,10 @@ def test_a_tree_of_zombies_is_whole_at_once(tmp_path: Path) -> None:
         wait_until(lambda: psutil.Process(program.pid).name() == "sleep", "it is no sleep")
         wait_until(lambda: all(one.status() == "zombie" for one in tree_of(program.pid)[1:]), "a child lives")
         image = crcli.dump(program.pid)["image"]
-    for _ in range(5):
-        crcli.restore(image, "--lazy")
-        crcli.clean_up()
-        wait_until(lambda: not pagers(), f"left behind: {pagers()}")
+        for _ in range(5):
+            crcli.restore(image, "--lazy")
+            crcli.clean_up()
+            wait_until(lambda: not pagers(), f"left behind: {pagers()}")
 
 
 def test_the_pager_keeps_nothing_of_its_caller_open(far: Far) -> None:

@@ -48,6 +48,9 @@ SLOWNESS = _slowness()
 
 READY_WITHIN_SECONDS = 20.0 * SLOWNESS
 
+FORMER_FOLDERS: list[Path] = []
+"""The folders of programs that have ended. A restore lays out what one of them had open: in its old place."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -111,6 +114,7 @@ def spawn_python(
                 program.wait_for(ready_line)
             yield program
         finally:
+            FORMER_FOLDERS.append(Path(folder))
             kill_all(process.pid)
             process.wait()
 
