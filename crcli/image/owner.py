@@ -1,7 +1,7 @@
 """Who is at work on a store: a process, as others find it again in an object that it wrote.
 
-A pid means something only within one boot of one kernel and one pid namespace: whoever shares these can see
-whether the owner still runs, and nobody else can.
+A pid and its start time mean something only within one boot of one kernel, one pid namespace and one time
+namespace: whoever shares these can see whether the owner still runs, and nobody else can.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Sight(StrEnum):
     ALIVE = "alive"
     ENDED = "ended"
     UNSEEN = "unseen"
-    """It is, or was, elsewhere: another host, an earlier boot, another pid namespace."""
+    """It is, or was, elsewhere: another host, an earlier boot, another pid or time namespace."""
 
 
 def describe_owner() -> dict[str, Any]:
@@ -48,7 +48,17 @@ def clock() -> float:
 
 
 def _here() -> dict[str, str]:
-    """What makes pids comparable: the boot of this kernel, and the pid namespace."""
+    """What makes pids and start times comparable: the boot of this kernel, and the namespaces of both.
+
+    A tree that CRIU restored has a time namespace: in it every process has started at another time.
+    """
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
-    return {"boot": boot, "pids": os.readlink("/proc/self/ns/pid")}
+    return {"boot": boot, "pids": os.readlink("/proc/self/ns/pid"), "times": _time_namespace()}
+
+
+def _time_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/time")
+    except FileNotFoundError:  # a kernel without them
+        return ""

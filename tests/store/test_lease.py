@@ -25,6 +25,7 @@ from crcli.image.claims import all_claims, claimed_by, newest_claim, read_claim
 from crcli.image.gc import collect_garbage
 from crcli.image.lease import Lease, LeaseState, break_lease
 from crcli.image.names import LEASES, lease_key
+from crcli.image.owner import Sight
 from crcli.process.identity import ProcessId, identify
 from crcli.store import open_store, retrying
 from crcli.store.base import is_key
@@ -42,6 +43,9 @@ ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable, "-m", "tests.support.claimers"]
 ELSEWHERE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 """In a pid namespace of its own nobody sees whether the holder lives, as on another host."""
+
+OTHER_CLOCKS = ["unshare", "--time", "--boottime", "100000", "--fork", "--kill-child"]
+"""In a time namespace, as of whatever runs in a tree that was restored, each process has another start time."""
 
 SOON_S = 60.0
 SETTLE_S = 1.0
@@ -70,12 +74,19 @@ class Holder:
     """A process elsewhere that holds a name."""
 
     def __init__(
-        self, place: Place, name: str, ttl_s: float = 0, *, skew_s: float = 0, here: bool = False
+        self,
+        place: Place,
+        name: str,
+        ttl_s: float = 0,
+        *,
+        skew_s: float = 0,
+        here: bool = False,
+        below: list[str] = ELSEWHERE,
     ) -> None:
         ttl_s = ttl_s or (QUICK if place.leg == "file" else SLOW)
         command = [*PYTHON, "hold", place.url, name, str(ttl_s), str(SETTLE_S), str(skew_s)]
         self.process = subprocess.Popen(
-            command if here else [*ELSEWHERE, *command],
+            command if here else [*below, *command],
             cwd=ROOT,
             env=os.environ | place.env,
             stdin=subprocess.PIPE,
@@ -265,6 +276,21 @@ def test_a_holder_elsewhere_shows_that_it_lives(store: Store, holder: Callable[.
         Lease.claim(store, "job", "another")
     with pytest.raises(NameClaimed):
         Lease.claim(store, "job", "another", wait_s=0)
+
+
+@needs_namespaces
+@pytest.mark.parametrize("place", ["file"], indirect=True)
+def test_a_holder_in_a_restored_tree_is_not_taken_for_dead(
+    store: Store, holder: Callable[..., Holder]
+) -> None:
+    """Its own /proc tells it another start time than ours does: it lives, and whoever claims its name waits
+    for its next renewal. So is it with who collects garbage."""
+    other = holder(ttl_s=8, below=OTHER_CLOCKS)
+    other.claims()
+    with pytest.raises(NameClaimed):
+        Lease.claim(store, "job", "another")
+    claim = newest_claim(store, "job")
+    assert claim is not None and claim.sight() == Sight.UNSEEN
 
 
 @needs_namespaces
