@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 import time
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
-from crcli.errors import NotFound, StoreError
+from crcli.errors import NotFound, ObjectExists, StoreError
 from crcli.store.address import StoreAddress
 from crcli.store.base import ObjectInfo, check_key, check_prefix, is_key, is_there, taken
 from crcli.store.mapped import mapped
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from crcli.store.base import Buffer
 
 TEMPORARY = ".tmp"
+_NAME_OF_A_WRITERS = re.compile(r"\d+-[0-9a-f]{16}")
+"""Files that are called otherwise are not ours."""
+
 WRITE_BACK_BYTES = 8 << 20
 """How much a writer lets the kernel hold back before it asks it to start writing to the disk."""
 
@@ -145,7 +149,7 @@ class FileStore:
                 return
             _sync_directory(os.path.dirname(path))
 
-    def sweep(self, older_than_s: float) -> int:
+    def sweep(self, older_than_s: float, is_ours: Callable[[str], bool] = is_key) -> int:
         """Remove temporary files whose writers are gone: old, and locked by nobody."""
         swept = 0
         limit = time.time() - older_than_s
@@ -155,7 +159,7 @@ class FileStore:
                 names = os.listdir(temporary)
             except FileNotFoundError:
                 return 0
-            for name in names:
+            for name in filter(_NAME_OF_A_WRITERS.fullmatch, names):
                 swept += _remove_if_abandoned(os.path.join(temporary, name), limit)
         return swept
 
@@ -296,11 +300,22 @@ class FileWriter:
         except FileNotFoundError:
             _make_directories(os.path.dirname(destination))
             self._name(destination)
+        except ObjectExists:
+            if not self._is_there(destination):
+                raise
         _sync_directory(os.path.dirname(destination))
+
+    def _is_there(self, destination: str) -> bool:
+        """Whether the file has its name, whatever was answered: a server may lose its answer, and be asked
+        again for what it has done."""
+        try:
+            return os.path.samestat(os.lstat(destination), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
 
     def _name(self, destination: str) -> None:
         if not self._if_absent:
-            os.rename(self._temporary, destination)
+            self._rename(destination)
             return
         try:
             os.link(self._temporary, destination)
@@ -318,9 +333,16 @@ class FileWriter:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if os.path.lexists(destination):
                 raise taken(self._key)
-            os.rename(self._temporary, destination)
+            self._rename(destination)
         finally:
             os.close(lock)
+
+    def _rename(self, destination: str) -> None:
+        try:
+            os.rename(self._temporary, destination)
+        except FileNotFoundError:
+            if not self._is_there(destination):
+                raise
 
 
 def _describe(key: str, status: os.stat_result) -> ObjectInfo:
@@ -371,6 +393,9 @@ def _sync_directory(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # so say SMB and vboxsf, where it is the server's to do
+            raise
     finally:
         os.close(descriptor)
 
@@ -396,15 +421,20 @@ def _start_write_back(descriptor: int, offset: int, length: int) -> None:
 def _remove_if_abandoned(path: str, modified_before: float) -> bool:
     """Remove a temporary file unless it is fresh or its writer holds the lock; say whether it went."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS gives no lock to who may not write
     except FileNotFoundError:
         return False
     try:
         if os.fstat(descriptor).st_mtime >= modified_before:
             return False
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # there are no locks: its age has to do
         os.unlink(path)
-    except (BlockingIOError, FileNotFoundError):
+    except FileNotFoundError:
         return False
     finally:
         os.close(descriptor)

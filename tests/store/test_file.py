@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import stat
@@ -21,7 +22,7 @@ from crcli.store import open_store
 from crcli.store.file import FileStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 MIB = 1 << 20
@@ -300,6 +301,81 @@ def test_foreign_store(tmp_path: Path) -> None:
             assert "Run as a user" in caught.value.hint
     finally:
         os.seteuid(0)
+
+
+def flock_of_nfs(fd: int, how: int) -> None:
+    """There a lock is one of a range of bytes: who wants it alone must be allowed to write."""
+    if how & fcntl.LOCK_EX and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    _flock(fd, how)
+
+
+def no_flock(fd: int, how: int) -> None:
+    """A file system, or a server, that knows no locks."""
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+_flock = fcntl.flock
+
+
+@pytest.mark.parametrize("flock", [flock_of_nfs, no_flock])
+def test_sweep_where_locks_are_others(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch, flock: Callable[[int, int], None]
+) -> None:
+    """On NFS, and where there are no locks at all, what a killed writer left goes; what is fresh stays."""
+    monkeypatch.setattr(file_module.fcntl, "flock", flock)
+    left, fresh = store.writer("killed"), store.writer("alive")
+    os.utime(left._temporary, (0, 0))
+    if flock is flock_of_nfs:
+        assert store.sweep(10) == 0, "its writer still lives"
+    os.close(left._descriptor)  # as when it is killed
+    assert store.sweep(10) == 1
+    left._descriptor = -1
+    fresh.write(b"?")
+    fresh.commit()
+    assert store.get("alive") == b"?"
+
+
+def test_where_folders_cannot_be_synced(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On SMB shares, and folders of a virtual machine's host, fsync(2) of a folder is no valid request."""
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(fd)
+
+    monkeypatch.setattr(file_module.os, "fsync", fsync)
+    store.put("a/b/c", b"1")
+    store.put("a/b/d", b"2", if_absent=True)
+    store.delete("a/b/c")
+    assert [info.key for info in store.list()] == ["a/b/d"]
+
+
+@pytest.mark.parametrize("if_absent", [True, False])
+def test_an_answer_that_a_server_has_lost(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch, if_absent: bool
+) -> None:
+    """NFS asks again whether a name may be given that it has given: it is there, and ours."""
+    link, rename = os.link, os.rename
+
+    def link_twice(*names: str) -> None:
+        link(*names)
+        link(*names)
+
+    def rename_twice(*names: str) -> None:
+        rename(*names)
+        rename(*names)
+
+    monkeypatch.setattr(file_module.os, "link", link_twice)
+    monkeypatch.setattr(file_module.os, "rename", rename_twice)
+    store.put("claim", b"mine", if_absent=if_absent)
+    assert store.get("claim") == b"mine"
+    with pytest.raises(ObjectExists):
+        store.put("claim", b"other", if_absent=True)
+    with store.writer("claim", if_absent=True) as writer, pytest.raises(ObjectExists):
+        writer.commit()
+    assert (store.get("claim"), os.listdir(os.path.join(store.root, ".tmp"))) == (b"mine", [])
 
 
 def test_without_hard_links(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ ELSEWHERE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 """In a pid namespace of its own nobody sees whether the holder lives, as on another host."""
 
 OTHER_CLOCKS = ["unshare", "--time", "--boottime", "100000", "--fork", "--kill-child"]
-"""In a time namespace, as of whatever runs in a tree that was restored, each process has another start time."""
+"""In a time namespace, as in a tree that was restored, each process has another start time."""
 
 SOON_S = 60.0
 SETTLE_S = 1.0
