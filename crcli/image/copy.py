@@ -12,9 +12,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
-from crcli.image.gc import COLLECTIONS
 from crcli.image.manifest import Manifest, resolve
 from crcli.image.names import (
+    COLLECTIONS,
     ImageRef,
     index_key,
     manifest_key,

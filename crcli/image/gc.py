@@ -34,12 +34,17 @@ from typing import TYPE_CHECKING, Any
 from crcli.errors import ImageDamaged, NotFound, StoreError
 from crcli.image.container import ContainerKind, unpack_container
 from crcli.image.names import (
+    COLLECTIONS,
     IMAGES,
     INDEXES,
     PACKS,
     SESSIONS,
     WEIGHTS,
     image_at,
+    is_in_an_index,
+    is_pack,
+    is_weights,
+    is_written_in_parts,
     merged_key,
     pack_key,
 )
@@ -57,7 +62,6 @@ if TYPE_CHECKING:
 GRACE_S = 3600.0
 """A pack younger than this (seconds, by the store's clock) is never removed."""
 
-COLLECTIONS = "collections/"
 _SWEEP_S = 3600.0
 """Temporary files and unfinished uploads are left alone for at least this long (seconds)."""
 
@@ -183,7 +187,7 @@ class _Collection:
         """Steps 2 and 3: find out what is doomed, and whether anybody may have seen it."""
         self._read_manifests()
         self._report.images = sum(key.startswith(IMAGES) for key in self._manifests)
-        self._packs = {info.key: info for info in self._store.list(PACKS)}
+        self._packs = {info.key: info for info in self._store.list(PACKS) if is_pack(info.key)}
         self._doomed = {
             key
             for key, info in self._packs.items()
@@ -194,7 +198,8 @@ class _Collection:
 
     def _read_manifests(self) -> None:
         """Note what the manifests, and files of weights, that were not read yet refer to."""
-        listed = [info for prefix in (IMAGES, WEIGHTS) for info in self._store.list(prefix)]
+        listed = list(self._store.list(IMAGES))
+        listed += (info for info in self._store.list(WEIGHTS) if is_weights(info.key))
         new = [info for info in listed if info.key not in self._manifests]
         with asking(_THREADS, "gc", self._store) as threads:
             for info, (packs, merged) in zip(new, threads.map(self._needs_of, new), strict=True):
@@ -244,7 +249,7 @@ class _Collection:
     def _may_tell(self, key: str) -> bool:
         """Whether this is an index, and of no image: those of images tell of packs that these refer to."""
         image_id, _, kind = key.removeprefix(INDEXES).partition(".")
-        return kind == "index" and image_id not in self._ids
+        return is_in_an_index(key) and kind == "index" and image_id not in self._ids
 
     def _tells(self, index: str) -> bool:
         """Whether a dump could learn of a doomed pack from this index."""
@@ -275,7 +280,9 @@ class _Collection:
         if not self._report.deferred:
             self._remove(self._needless(now))
         try:
-            self._report.leftovers_removed = self._store.sweep(max(self._grace_s, _SWEEP_S))
+            self._report.leftovers_removed = self._store.sweep(
+                max(self._grace_s, _SWEEP_S), is_written_in_parts
+            )
         except StoreError as error:
             self._report.notes.append(f"unfinished uploads could not be looked for: {error.message}")
 
@@ -284,7 +291,7 @@ class _Collection:
         collection that was killed; and merged indexes that no image names. Those that one names tell of packs
         that it refers to: whoever reads them asks for no others, so that what they tell of doomed packs harms
         nobody."""
-        listed = {info.key: info for info in self._store.list(INDEXES)}
+        listed = {info.key: info for info in self._store.list(INDEXES) if is_in_an_index(info.key)}
         return [
             key
             for key, info in listed.items()

@@ -15,11 +15,15 @@ from crcli.store.address import split_name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}\Z")
 _ID_PATTERN = r"\d{8}T\d{6}\d{3}-[0-9a-f]{6}"
 _ID = re.compile(rf"{_ID_PATTERN}\Z")
-_BEGINS_WITH_ID = re.compile(_ID_PATTERN)
 
 IMAGES, INDEXES, PACKS, SESSIONS = "images/", "indexes/", "packs/", "sessions/"
 WEIGHTS, PINS = "weights/", "pins/"
-LEASES = "leases/"
+LEASES, COLLECTIONS = "leases/", "collections/"
+
+_IN_AN_INDEX = re.compile(rf"{INDEXES}{_ID_PATTERN}\.(index|pages|merged)\Z")
+_PACK = re.compile(rf"{PACKS}([0-9a-f]{{2}})/\1[0-9a-f]{{30}}\Z")
+_WEIGHTS = re.compile(rf"{WEIGHTS}[0-9a-f]{{64}}\Z")
+_ANNOUNCEMENT = re.compile(rf"({SESSIONS}{_ID_PATTERN}(-copy-[0-9a-f]{{8}})?|{COLLECTIONS}[0-9a-f]{{16}})\Z")
 
 
 class IndexRef(NamedTuple):
@@ -100,9 +104,32 @@ def is_id(text: str) -> bool:
     return _ID.match(text) is not None
 
 
+# A store may be a bucket or folder that others use as well: what is not called as below is theirs.
+
+
 def is_in_an_index(key: str) -> bool:
     """Whether this is the key of an index, or of something that belongs to one."""
-    return _BEGINS_WITH_ID.match(key.removeprefix(INDEXES)) is not None
+    return _IN_AN_INDEX.match(key) is not None
+
+
+def is_pack(key: str) -> bool:
+    """Whether this is the key of a pack."""
+    return _PACK.match(key) is not None
+
+
+def is_weights(key: str) -> bool:
+    """Whether this is the key of a file of weights."""
+    return _WEIGHTS.match(key) is not None
+
+
+def is_announcement(key: str) -> bool:
+    """Whether this is the key by which somebody says that he is at work."""
+    return _ANNOUNCEMENT.match(key) is not None
+
+
+def is_written_in_parts(key: str) -> bool:
+    """Whether this is the key of an object that may be large."""
+    return is_pack(key) or is_in_an_index(key) or is_weights(key) or image_at(key) is not None
 
 
 def suggested_name(comm: str) -> str:

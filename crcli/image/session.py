@@ -14,7 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Self
 
 from crcli.errors import NotFound, StoreError
-from crcli.image.names import SESSIONS
+from crcli.image.names import SESSIONS, is_announcement
 from crcli.image.owner import Sight, clock, describe_owner, sight_of
 from crcli.store.leaving import is_of_a_signal
 
@@ -113,6 +113,8 @@ def announced(store: Store, prefix: str, store_time: float) -> tuple[list[str], 
     alive: list[str] = []
     dead: list[str] = []
     for info in store.list(prefix):
+        if not is_announcement(info.key):
+            continue
         try:
             is_dead = store_time - info.modified > STALE_AFTER_S or _owner_ended(store.get(info.key))
         except NotFound:

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image.container import ContainerKind, pack_container, unpack_container
-from crcli.image.names import WEIGHTS, new_image_id, weights_key
+from crcli.image.names import WEIGHTS, is_weights, new_image_id, weights_key
 from crcli.image.packs import BLOB_BYTES, ChunkReader, PackWriter
 from crcli.image.tables import read_chunks, read_packs, write_chunks, write_packs
 from crcli.memory.extents import Origin, Source
@@ -113,6 +113,8 @@ def list_pushed(store: Store) -> list[dict[str, Any]]:
     """The files of weights that a store holds: `name` (without folders), `bytes`, `blake3`."""
     found: list[dict[str, Any]] = []
     for info in store.list(WEIGHTS):
+        if not is_weights(info.key):
+            continue
         sections = unpack_container(store.get(info.key), ContainerKind.WEIGHTS, info.key)
         head = json.loads(sections["META"])
         digest = info.key.removeprefix(WEIGHTS)

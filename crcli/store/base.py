@@ -13,7 +13,7 @@ from crcli.errors import NotFound, ObjectExists
 from crcli.records import Struct
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
 Buffer = bytes | bytearray | memoryview
@@ -175,8 +175,11 @@ class Store(Protocol):
         """Remove an object durably; removing an absent one is not an error."""
         ...
 
-    def sweep(self, older_than_s: float) -> int:
-        """Remove what killed writers left behind and nobody touched for that long; return how many."""
+    def sweep(self, older_than_s: float, is_ours: Callable[[str], bool] = is_key) -> int:
+        """Remove what killed writers left behind and nobody touched for that long; return how many.
+
+        Objects whose keys are not `is_ours` are of others, who use the same place.
+        """
         ...
 
     def give_up(self) -> None:

@@ -14,6 +14,7 @@ from blake3 import blake3
 
 from crcli.errors import NotFound, StoreUnreachable
 from crcli.records import Struct
+from crcli.store.base import is_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -170,9 +171,9 @@ class CachingStore:
         self.cache.drop(self.name_of(key))
         self._reached().delete(key)
 
-    def sweep(self, older_than_s: float) -> int:
+    def sweep(self, older_than_s: float, is_ours: Callable[[str], bool] = is_key) -> int:
         """See the origin's."""
-        return self._reached().sweep(older_than_s)
+        return self._reached().sweep(older_than_s, is_ours)
 
     def give_up(self) -> None:
         """End the origin's patience."""

@@ -13,8 +13,10 @@ from botocore import exceptions as boto
 from crcli.config import StoreChoice
 from crcli.errors import NotFound, ObjectExists, StoreError, StoreUnreachable
 from crcli.guard.doctor import places
+from crcli.image.gc import collect_garbage
 from crcli.store import open_store
 from crcli.store.address import StoreAddress
+from crcli.store.s3 import S3Store
 from crcli.store.s3 import bucket as bucket_module
 from crcli.store.s3 import client as client_module
 from crcli.store.s3.body import CRUMB, SEND_AT_ONCE, Body
@@ -450,3 +452,19 @@ def test_doctor_says_why_a_store_cannot_be_used(s3: Choose, monkeypatch: pytest.
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     (check,) = places._store(StoreChoice(server.url("doctor"), None, "--store"))
     assert check.status == "lacks" and "credentials" in check.remedy
+
+
+def test_uploads_of_others_are_left_alone(s3: Choose, prefix: str) -> None:
+    """In a bucket that is not crcli's alone somebody else's upload may take days: it is not aborted."""
+    server = s3("moto")
+    store = open_store(server.url(prefix))
+    assert isinstance(store, S3Store)
+    client, bucket = store._bucket.connection.client, store._bucket.name
+    for key in ("films/holiday.mkv", "packs/films/holiday.mkv", f"packs/ab/{'ab' * 16}", "packs"):
+        client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}/{key}")
+    collect_garbage(store)
+    left = client.list_multipart_uploads(Bucket=bucket, Prefix=f"{prefix}/").get("Uploads", ())
+    assert {upload["Key"] for upload in left} == {
+        f"{prefix}/{key}" for key in ("films/holiday.mkv", "packs/films/holiday.mkv", "packs")
+    }
+    store.close()

@@ -306,7 +306,7 @@ def test_format_has_the_constants() -> None:
     assert (session.HEARTBEAT_S, session.LAPSED_AFTER_S, session.STALE_AFTER_S) == (60, 600, 900)
     assert "every 60 s" in FORMAT_FLAT and "for 600 s" in FORMAT_FLAT and "for 900 s" in FORMAT_FLAT
     prefixes = (names.IMAGES, names.INDEXES, names.PACKS, names.SESSIONS, names.WEIGHTS, names.LEASES)
-    for prefix in (*prefixes, gc.COLLECTIONS):
+    for prefix in (*prefixes, names.COLLECTIONS):
         assert f"`{prefix}" in FORMAT_FLAT
     for pattern in (names._NAME, names._ID):
         assert f"`{pattern.pattern.removesuffix(chr(92) + 'Z')}`" in FORMAT_FLAT

@@ -20,7 +20,7 @@ from crcli.store.s3.survey import Survey, survey
 from crcli.store.s3.uploads import PART_SIZE, S3Writer, UploadThreads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import ThreadPoolExecutor
 
     from crcli.store.address import StoreAddress
@@ -190,7 +190,7 @@ class S3Store:
         if self._bucket.is_connected or not self._quick.delete(key):
             self._bucket.request("delete_object", self._bucket.of(key), key)
 
-    def sweep(self, older_than_s: float) -> int:
+    def sweep(self, older_than_s: float, is_ours: Callable[[str], bool] = is_key) -> int:
         """Abort multipart uploads that were begun so long ago and never completed."""
         limit = time.time() - older_than_s
         pages = self._bucket.pages(
@@ -199,7 +199,8 @@ class S3Store:
             {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"},
         )
         uploads = [upload for page in pages for upload in page.get("Uploads", ())]
-        old = [upload for upload in uploads if upload["Initiated"].timestamp() <= limit]
+        ours = [one for one in uploads if is_ours(one["Key"][len(self._bucket.prefix) :])]
+        old = [upload for upload in ours if upload["Initiated"].timestamp() <= limit]
         for upload in old:
             where = {"Bucket": self._bucket.name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             self._bucket.request("abort_multipart_upload", where)
