@@ -168,6 +168,12 @@ class ImageDamaged(CrcliError):
     code = "image-damaged"
 
 
+class ImageTooNew(ImageDamaged):
+    """An object is of a format that a later crcli writes: it may be whole, and cannot be read here."""
+
+    code = "image-too-new"
+
+
 class NameClaimed(CrcliError):
     """Somebody else holds the name, and lives as far as can be seen; nothing was started.
 

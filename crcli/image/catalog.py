@@ -88,11 +88,15 @@ def _read(store: Store, ref: ImageRef, info: ObjectInfo) -> Entry | None:
     created = _time_of(ref.id)
     try:
         meta = json.loads(peek_section(read, info.size, "META", ContainerKind.MANIFEST, str(ref)))
+        entry = Entry(ref, float(meta.get("created", created)), meta)
+        entry.as_json()
     except NotFound:
         return None  # removed since it was listed
-    except (ImageDamaged, ValueError) as error:
+    except ImageDamaged as error:
         return Entry(ref, created, damage=str(error))
-    return Entry(ref, float(meta.get("created", created)), meta)
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        return Entry(ref, created, damage=f"{ref} says nothing that can be shown: {error}")
+    return entry
 
 
 def _time_of(image_id: str) -> float:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from crcli.errors import ImageDamaged
+from crcli.errors import ImageDamaged, ImageTooNew
 from crcli.image.codec import Codec, compress, decompress
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ _PEEK = 64 << 10
 """How much of a container is read at first when one section is wanted: enough for most heads (bytes)."""
 
 _RAW_LIMIT = 4 << 30
-"""A section that says that it is larger than this (bytes) is damaged: nothing is allocated for it."""
+"""An object whose sections say that they are larger than this together (bytes) is damaged: nothing is
+allocated for it."""
+
+_HEAD, _HEAD_LIMIT = "META", 256 << 20
+"""The same for the section that is text, of which whoever reads it makes many times as much."""
 
 
 class ContainerKind(IntEnum):
@@ -66,7 +70,7 @@ def unpack_container(data: bytes, kind: ContainerKind, name: str) -> dict[str, b
     """Return the sections of a container after checking every hash in it.
 
     `name` is what messages call it. Raises ImageDamaged when anything is not as it was written, or was
-    written by a newer crcli than this one can read.
+    written by a newer crcli than this one can read (ImageTooNew).
     """
     if len(data) < _HEADER.size + _SEAL:
         raise ImageDamaged(f"{name} is cut short: {len(data)} bytes")
@@ -74,7 +78,7 @@ def unpack_container(data: bytes, kind: ContainerKind, name: str) -> dict[str, b
     if magic != MAGIC:
         raise ImageDamaged(f"{name} is not a crcli object")
     if version > VERSION:
-        raise ImageDamaged(
+        raise ImageTooNew(
             f"{name} is of format {version}; this crcli reads up to {VERSION}", hint="use a newer crcli"
         )
     if blake3(memoryview(data)[:-_SEAL]).digest() != data[-_SEAL:]:
@@ -82,17 +86,24 @@ def unpack_container(data: bytes, kind: ContainerKind, name: str) -> dict[str, b
     if found != kind:
         raise ImageDamaged(f"{name} is a container of another kind ({found})")
     sections: dict[str, bytes] = {}
+    total = 0
     for number in range(count):
         place = _HEADER.size + number * _ENTRY.size
         if place + _ENTRY.size > len(data):
             raise ImageDamaged(f"{name} names more sections than it has")
         tag, codec, offset, stored, raw, digest = _ENTRY.unpack_from(data, place)
-        if raw > _RAW_LIMIT or offset + stored > len(data) - _SEAL:
+        if offset + stored > len(data) - _SEAL:
             raise ImageDamaged(f"{name}: section {number} lies outside of the object")
+        if (known := _tag(tag)) in sections:
+            raise ImageDamaged(f"{name} has the section {known} twice")
+        total += raw
+        if total > _RAW_LIMIT:
+            raise ImageDamaged(f"{name} is too large: its sections are of {total} bytes and more")
+        _check_head(known, raw, name)
         body = decompress(_codec(codec, name), memoryview(data)[offset : offset + stored], raw, name)
         if blake3(body).digest() != digest:
             raise ImageDamaged(f"{name}: section {number} is not what its hash says")
-        sections[tag.decode("ascii")] = bytes(body)
+        sections[known] = bytes(body)
     return sections
 
 
@@ -114,8 +125,9 @@ def peek_section(
         tag, codec, offset, stored, raw, digest = _ENTRY.unpack_from(
             head, _HEADER.size + number * _ENTRY.size
         )
-        if tag.decode("ascii", "replace") != wanted:
+        if _tag(tag) != wanted:
             continue
+        _check_head(wanted, raw, name)
         if raw > _RAW_LIMIT or offset + stored > size - _SEAL:
             raise ImageDamaged(f"{name}: section {wanted} lies outside of the object")
         inside = offset + stored <= len(head)
@@ -126,6 +138,15 @@ def peek_section(
             raise ImageDamaged(f"{name}: section {wanted} is not what its hash says")
         return bytes(body)
     raise ImageDamaged(f"{name} has no section {wanted}")
+
+
+def _tag(tag: bytes) -> str:
+    return tag.decode("ascii", "replace")
+
+
+def _check_head(tag: str, raw: int, name: str) -> None:
+    if tag == _HEAD and raw > _HEAD_LIMIT:
+        raise ImageDamaged(f"{name} is too large: its head is of {raw} bytes")
 
 
 def _codec(number: int, name: str) -> Codec:

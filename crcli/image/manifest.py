@@ -28,7 +28,7 @@ from crcli.image.tables import (
 from crcli.records import Struct, asdict, field
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from crcli.memory.extents import Extent, SpaceKey
     from crcli.memory.weights.references import Reference
@@ -164,11 +164,30 @@ class Manifest(Struct, frozen=True):
                 weights,
                 references,
             )
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ImageDamaged(f"{name} lacks a part that every image has: {error!r}") from error
-        if any(number >= len(chunks) for file in skeleton + files for number in file.chunks):
-            raise ImageDamaged(f"{name}: a file refers to a chunk that is not there")
+        _check_files(skeleton + files, chunks, name)
+        if wrong := [file.name for file in skeleton if not _is_plain(file.name)]:
+            raise ImageDamaged(f"{name}: {wrong[0]!r} is no name of an image of CRIU's")
+        if len({file.name for file in skeleton}) < len(skeleton):
+            raise ImageDamaged(f"{name} has an image of CRIU's twice")
+        if wrong := [file.name for file in files if not file.name.startswith("/") or "\0" in file.name]:
+            raise ImageDamaged(f"{name}: {wrong[0]!r} is no full path of a file")
         return manifest
+
+
+def _check_files(files: Iterable[StoredFile], chunks: Sequence[Chunk], name: str) -> None:
+    """Raise ImageDamaged when a file refers to a chunk that is not there, or they do not make up its size."""
+    for file in files:
+        if not all(0 <= number < len(chunks) for number in file.chunks):
+            raise ImageDamaged(f"{name}: a file refers to a chunk that is not there")
+        if sum(chunks[number].raw for number in file.chunks) != file.size:
+            raise ImageDamaged(f"{name}: the chunks of {file.name!r} do not make up its size")
+
+
+def _is_plain(file: str) -> bool:
+    """Whether it names a file in the folder in which it is looked for, and nothing elsewhere."""
+    return file not in ("", ".", "..") and not {"/", "\0"}.intersection(file)
 
 
 def publish(store: Store, manifest: Manifest, encoded: bytes = b"") -> int:

@@ -24,6 +24,7 @@ from crcli.errors import (
     GuardRefused,
     HostLacks,
     ImageDamaged,
+    ImageTooNew,
     JobMismatch,
     NameClaimed,
     PreflightRefused,
@@ -278,6 +279,9 @@ class _Run:
         for entry in [] if self.options.fresh else self._images():
             try:
                 return self._bring_back(entry)
+            except ImageTooNew as error:
+                failure = error  # it may be whole: what was done since the image before is not to be lost
+                break
             except ImageDamaged as error:
                 failure = error
                 self._say("damaged", f"{entry.ref} is damaged: {error.message}", image=str(entry.ref))

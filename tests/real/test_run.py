@@ -16,7 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+from blake3 import blake3
 
+from crcli.image.container import VERSION
 from crcli.process.tree import child_pids
 from tests.support.crcli import Crcli, wait_until
 from tests.support.jobs import Job, job, python_job, result_of_steps, steps
@@ -463,6 +465,25 @@ def test_a_damaged_image_gives_way_to_the_one_before(crcli: Crcli, tmp_path: Pat
     with job(crcli, tmp_path / "3", *SHELL, WAITS) as one:
         wait_until(lambda: "restored" in one.err or one.process.poll() is not None, "nothing")
         assert f"restored {first}" in one.err and "damaged" in one.err
+
+
+def test_an_image_of_a_later_crcli_does_not_give_way(crcli: Crcli, tmp_path: Path) -> None:
+    """In a fleet that is being updated a node may not be able to read the newest image. To go on from an
+    older one would lose what was done since: nothing is started, or another node is to try."""
+    saved(crcli, tmp_path / "1", *SHELL, WAITS)
+    with job(crcli, tmp_path / "2", *SHELL, WAITS) as one:
+        wait_until(lambda: "restored" in one.err, "not restored")
+        time.sleep(0.2)
+        one.tell()
+        one.end(75)
+    path = tmp_path / "store" / "images" / "job" / one.report["saved"].partition("@")[2]
+    data = bytearray(path.read_bytes())
+    data[8:10] = (VERSION + 1).to_bytes(2, "little")
+    data[-32:] = blake3(data[:-32]).digest()
+    path.write_bytes(data)
+    refused = to_the_end(crcli, tmp_path / "3", *SHELL, WAITS, code=22)
+    assert refused.out == "" and "newer crcli" in refused.err
+    to_the_end(crcli, tmp_path / "4", "--on-failure", "retry", *SHELL, WAITS, code=75)
 
 
 # --- one live copy ----------------------------------------------------------------------------------------

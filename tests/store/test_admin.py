@@ -17,13 +17,24 @@ from crcli.errors import CrcliError, ImageDamaged, NotFound, ObjectExists, Store
 from crcli.image import copy as copying
 from crcli.image import session as announcing
 from crcli.image.catalog import list_entries
+from crcli.image.container import ContainerKind, pack_container
 from crcli.image.copy import copy
-from crcli.image.gc import COLLECTIONS, Collecting, collect_garbage
+from crcli.image.gc import Collecting, collect_garbage
 from crcli.image.index import KnownChunks, KnownPagesOf, load_known
 from crcli.image.manifest import list_images, load
-from crcli.image.names import IMAGES, INDEXES, PACKS, SESSIONS, ImageRef, index_key, manifest_key
+from crcli.image.names import (
+    COLLECTIONS,
+    IMAGES,
+    INDEXES,
+    PACKS,
+    SESSIONS,
+    ImageRef,
+    index_key,
+    manifest_key,
+)
 from crcli.image.packs import PackWriter
 from crcli.image.remove import remove
+from crcli.image.retention import retire
 from crcli.image.session import Session
 from crcli.image.verify import verify
 from crcli.memory.extents import PAGE
@@ -185,6 +196,35 @@ def test_listing_shows_damaged_images_too(directory: FileStore) -> None:
     assert entries[whole].damage == ""
     assert entries[whole].command == "agent --serve"
     assert "cut short" in entries[broken].damage
+
+
+ODD_HEADS = (
+    b"[" * 100_000,
+    b"[]",
+    b"7",
+    b'{"created": null}',
+    b'{"created": 1, "counts": []}',
+    b'{"created": 1, "counts": {"total": "much"}}',
+    b'{"created": 1, "counts": {"total": 1e999}}',
+    b'{"created": 1, "host": "node-1"}',
+    b'{"created": 1, "tree": [1]}',
+    b'{"created": 1, "tree": {"pid": 1}}',
+    b'{"created": 1, "tree": [{"argv": 5}]}',
+    b'{"created": 1, "tree": [{"argv": [5]}]}',
+)
+
+
+def test_one_odd_image_hides_no_other(directory: FileStore) -> None:
+    """A manifest whose head is none, whoever wrote it, is listed as damaged; nobody is kept from listing the
+    others, or from clearing old ones away."""
+    whole = make_image(directory, "agent", pages(1, 2))
+    for number, head in enumerate(ODD_HEADS):
+        key = manifest_key("agent", f"20260101T0000000{number:02d}-abcdef")
+        directory.put(key, pack_container(ContainerKind.MANIFEST, {"META": head, "PACK": b""}))
+    *odd, last = list_entries(directory)
+    assert len(odd) == len(ODD_HEADS) and all(entry.damage for entry in odd)
+    assert (last.ref, last.damage) == (whole, "")
+    assert retire(directory, "agent", {"identity": "none"}, 1) == []
 
 
 def test_what_others_put_beside_images_is_none(directory: FileStore) -> None:
@@ -426,7 +466,7 @@ def test_leftovers_of_killed_writers_are_swept(directory: FileStore) -> None:
     """Old temporary files, and page digests without an index, go."""
     ref = make_image(directory, "agent", pages(1, 2))
     path_of(directory, f"{INDEXES}{ref.id}.index").unlink()
-    leftover = Path(directory.root) / ".tmp" / "4711-dead"
+    leftover = Path(directory.root) / ".tmp" / f"4711-{'d' * 16}"
     leftover.write_bytes(b"?")
     os.utime(leftover, (1, 1))
     age(directory)
@@ -661,4 +701,39 @@ def test_a_dump_that_fails_late_does_not_mislead_the_next_one(directory: FileSto
     assert collector.finish()
     assert dump.finish()
     assert (collector.error, dump.error) == (None, None)
+    assert_whole(directory)
+
+
+# --- in a place that is not crcli's alone ------------------------------------------------------------------
+
+STRANGERS = (
+    "packs/textures/grass.png",
+    "packs/ab/readme.txt",
+    "packs/README",
+    "sessions/2026/alice.json",
+    "sessions/bob",
+    "collections/stamps",
+    "weights/llama.gguf",
+    "indexes/books.pages",
+    "indexes/books.index",
+    "indexes/books.merged",
+)
+
+
+def test_a_collection_leaves_alone_what_is_not_of_crcli(directory: FileStore) -> None:
+    """A store may be a whole bucket or folder, in which others have folders called `packs` or `sessions`:
+    whatever in them is not named as crcli names it stays, and keeps no collection from its work."""
+    make_image(directory, "agent", pages(1, 4))
+    remove(directory, make_image(directory, "old", pages(2, 2)))
+    for key in STRANGERS:
+        directory.put(key, b"not ours")
+    foreign = Path(directory.root) / ".tmp" / "draft.odt"
+    foreign.write_bytes(b"not ours")
+    os.utime(foreign, (1, 1))
+    age(directory)
+    report = collect_garbage(directory, grace_s=0)
+    assert keys(directory).issuperset(STRANGERS)
+    assert foreign.exists()
+    assert (report.packs_removed, report.packs_kept, report.deferred) == (1, 1, [])
+    assert (report.sessions_removed, report.leftovers_removed) == (0, 0)
     assert_whole(directory)

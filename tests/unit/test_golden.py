@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import zstandard
 from blake3 import blake3
 
 from crcli.errors import ImageDamaged
+from crcli.image import container as format_of_containers
 from crcli.image import lookup, tables
 from crcli.image.catalog import list_entries
+from crcli.image.container import ContainerKind, pack_container, unpack_container
 from crcli.image.index import KnownPagesOf, load_known
 from crcli.image.manifest import Manifest, list_images, load
 from crcli.image.names import ImageRef, check_name, index_key, manifest_key, new_image_id, parse_image
@@ -427,6 +429,87 @@ def test_no_byte_of_a_manifest_can_change(golden: FileStore, at: int) -> None:
     data[at] ^= 1
     with pytest.raises(ImageDamaged):
         Manifest.decode(bytes(data), "golden")
+
+
+Head = dict[str, Any]
+
+
+def sealed(golden: FileStore, change: Callable[[Head], object], version: int = 1) -> bytes:
+    """A manifest, whole and sealed, whose JSON head was changed."""
+    sections = take_apart(golden.get(manifest_key("golden", FIRST))).bodies
+    head = json.loads(sections["META"])
+    change(head)
+    return pack_container(
+        ContainerKind.MANIFEST, {**sections, "META": json.dumps(head).encode()}, version=version
+    )
+
+
+HEADS: dict[str, Callable[[Head], object]] = {
+    "a path out of the skeleton": lambda head: head["skeleton"][0].update(name="../../escaped.img"),
+    "a full path in the skeleton": lambda head: head["skeleton"][0].update(name="/tmp/escaped.img"),
+    "a folder in the skeleton": lambda head: head["skeleton"][0].update(name=".."),
+    "no name in the skeleton": lambda head: head["skeleton"][0].update(name=""),
+    "one name twice in the skeleton": lambda head: head["skeleton"].append(head["skeleton"][0]),
+    "a relative path of a file": lambda head: head["files"][0].update(name="log/agent.log"),
+    "a path with a zero byte": lambda head: head["files"][0].update(name="/var/log/a\0b"),
+    "a chunk before the first": lambda head: head["files"][0].update(chunks=[-1]),
+    "a chunk behind the last": lambda head: head["files"][0].update(chunks=[1 << 40]),
+    "a size that its chunks do not have": lambda head: head["files"][0].update(size=1),
+    "a size without end": lambda head: head["files"][0].update(size=float("inf")),
+    "a number that is none": lambda head: head["files"][0].update(mode="rw"),
+    "no files": lambda head: head.pop("files"),
+}
+
+
+@pytest.mark.parametrize("change", HEADS.values(), ids=HEADS)
+def test_a_manifest_that_makes_no_sense_is_refused(
+    golden: FileStore, change: Callable[[Head], object]
+) -> None:
+    """A seal proves that nothing was damaged, and not that a dump wrote it: what a manifest says is looked at
+    before anything is done with it. A name of the skeleton, for instance, is a file that a restore writes."""
+    assert Manifest.decode(sealed(golden, lambda head: None), "golden").id == FIRST
+    with pytest.raises(ImageDamaged):
+        Manifest.decode(sealed(golden, change), "golden")
+
+
+def container(*sections: tuple[bytes, bytes]) -> bytes:
+    """A manifest of these raw sections, each stored as one Zstandard frame."""
+    head = struct.pack("<8sHHI", b"crcli\x00\x1a\n", 1, 1, len(sections))
+    offset, entries, bodies = 16 + 64 * len(sections), b"", b""
+    for tag, body in sections:
+        frame = zstandard.compress(body)
+        entries += struct.pack("<4sIQQQ32s", tag, 1, offset, len(frame), len(body), blake3(body).digest())
+        offset, bodies = offset + len(frame), bodies + frame
+    return head + entries + bodies + blake3(head + entries + bodies).digest()
+
+
+@pytest.mark.parametrize(
+    ("tag", "body", "match"),
+    [
+        (b"MET\xff", b"{}", "META"),
+        (b"PACK", b"", "twice"),
+        (b"META", b"[" * 100_000, "recursion"),
+        (b"META", b" " * (257 << 20), "too large"),
+    ],
+    ids=["a tag that is no text", "a tag twice", "a head without bottom", "a head that grows when read"],
+)
+def test_a_container_that_makes_no_sense_is_refused(
+    golden: FileStore, tag: bytes, body: bytes, match: str
+) -> None:
+    """Whoever may write into a store can neither take down who lists it, nor fill that host's memory."""
+    sections = take_apart(golden.get(manifest_key("golden", FIRST))).bodies
+    head = [] if tag.startswith(b"MET") else [(b"META", sections["META"])]
+    others = [(name.encode(), raw) for name, raw in sections.items() if name != "META"]
+    with pytest.raises(ImageDamaged, match=match):
+        Manifest.decode(container(*head, (tag, body), *others), "x")
+
+
+def test_the_sections_of_an_object_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few hundred bytes of each of many sections could stand for gigabytes."""
+    monkeypatch.setattr(format_of_containers, "_RAW_LIMIT", 1 << 20)
+    sections = [(b"A%03d" % number, bytes(600 << 10)) for number in range(2)]
+    with pytest.raises(ImageDamaged, match="too large"):
+        unpack_container(container(*sections), ContainerKind.MANIFEST, "x")
 
 
 def test_names_of_version_1_are_names() -> None:
