@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 class Kinds(Struct, frozen=True):
     """Which objects are kept, and how, by what their keys begin with.
 
-    `in_pieces` and `lasting` never change under a key, in whatever store; `named` objects exist in one store.
+    `in_pieces` never change under a key, in whatever store, and who reads them compares them with hashes.
+    `lasting` never change in one store, and nobody compares them: what another store says is not to be
+    believed of this one. `named` objects exist in one store, until they are removed.
     """
 
     in_pieces: str
@@ -64,7 +66,7 @@ class CachingStore:
     def name_of(self, key: str) -> str:
         """What the cache calls an object."""
         name = plain_name(key)
-        return f"{self._scope}~{name}" if key.startswith(self._kinds.named) else name
+        return name if key.startswith(self._kinds.in_pieces) else f"{self._scope}~{name}"
 
     @contextmanager
     def impatience(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from crcli.image.cached import KINDS, describe_cache, load_near, open_cache
 from crcli.image.copy import copy
 from crcli.image.index import load_known
 from crcli.image.manifest import Manifest
-from crcli.image.names import ImageRef, pack_key, parse_image
+from crcli.image.names import ImageRef, index_key, pack_key, pages_key, parse_image
 from crcli.image.packs import ChunkReader
 from crcli.image.remove import remove
 from crcli.image.verify import verify
@@ -404,3 +404,20 @@ def test_a_pack_that_the_store_did_not_take_is_not_kept(remote: Remote) -> None:
             writer.commit()
         writer.abort()
     assert list(remote.cache_folder.iterdir()) == []
+
+
+def test_what_another_store_says_of_a_dump_is_not_believed(tmp_path: Path) -> None:
+    """An image was copied to somebody else's store, who has its index say what he likes: nobody compares what
+    an index says with what there is. This host reads it there, and then has a dump in the first store."""
+    ours, theirs = Remote(tmp_path / "ours"), Remote(tmp_path / "theirs")
+    theirs.cache_folder = ours.cache_folder
+    ref = make_image(ours.files, "agent", pages(1, 4))
+    copy(ours.files, ref, theirs.files)
+    for key in (index_key(ref.id), pages_key(ref.id)):
+        theirs.files.put(key, b"what is wrong")
+        with theirs.here("s3://theirs https://endpoint") as store:
+            assert store.get(key) == b"what is wrong"
+        for _ in range(2):
+            with ours.here() as store:
+                assert store.get(key) == ours.files.get(key)
+    assert ours.asked["get indexes"] == 2, "it is kept here"
