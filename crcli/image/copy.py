@@ -85,12 +85,11 @@ def copy(
             on_bytes = on_bytes or (lambda done, total: None)
             for file in manifest.weights:  # which may have been pushed since
                 _copy_weights(source, target, file.digest, report, on_bytes)
-            if report.was_there:
-                return report
-            _Copy(source, target, manifest.packs, manifest.chunks, report, on_bytes).packs()
-            report.copied_bytes += _copy_indexes(source, target, manifest)
-            _publish(target, key, data, full, session)
-            report.copied_bytes += len(data)
+            if not report.was_there:
+                _Copy(source, target, manifest.packs, manifest.chunks, report, on_bytes).packs()
+                report.copied_bytes += _copy_indexes(source, target, manifest)
+                _publish(target, key, data, full, session)
+                report.copied_bytes += len(data)
     report.total_ms = round((time.monotonic() - began) * 1000, 2)
     return report
 

@@ -299,6 +299,15 @@ def test_copying_an_image_with_a_missing_pack(directory: FileStore, folder: Path
         copy(directory, ref, FileStore(str(folder / "other")))
 
 
+def test_a_copy_that_is_there_already_says_how_long_it_took(directory: FileStore) -> None:
+    """Also of an image with weights, which may have been pushed since and are looked for."""
+    golden = FileStore(str(Path(__file__).parents[1] / "unit/golden/v2"))
+    (ref, _), *_ = list_images(golden)
+    reports = [copy(golden, ref, directory) for _ in range(2)]
+    assert [report.was_there for report in reports] == [False, True]
+    assert all(report.total_ms > 0 for report in reports)
+
+
 def test_copies_share_packs_as_their_originals_do(directory: FileStore, folder: Path) -> None:
     """The second of two images that share a pack takes only its own pack along."""
     first = make_image(directory, "agent", pages(1, 6))

@@ -144,6 +144,18 @@ def test_nobody_listens(s3: Choose) -> None:
     assert "--endpoint-url" in error.hint
 
 
+def test_credentials_in_an_endpoint_are_not_shown(s3: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The AWS tools take an endpoint with a password in it; messages go into logs and reports."""
+    server = s3("moto")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://alice:s3cret@127.0.0.1:{port}/path")
+        error = refusal(server.url())
+    assert f"http://127.0.0.1:{port}/path" in error.message
+    assert "s3cret" not in f"{error.message} {error.hint}"
+
+
 def test_a_store_that_never_answers(s3: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that takes a connection and says nothing is given up after the time limit."""
     monkeypatch.setattr(client_module, "SILENCE_S", 0.3)

@@ -47,6 +47,7 @@ class Connection(Struct, frozen=True):
     client: Any
     pulse: Pulse
     endpoint_url: str
+    """As it may be shown."""
     region: str
     credentials_from: str
     """By which of botocore's ways the credentials were found (env, shared-credentials-file, iam-role, …)."""
@@ -79,7 +80,7 @@ def connect(settings: S3Settings) -> Connection:
     return Connection(
         client=client,
         pulse=_watch_over(client),
-        endpoint_url=client.meta.endpoint_url,
+        endpoint_url=_without_credentials(client.meta.endpoint_url),
         region=client.meta.region_name,
         credentials_from=getattr(session.get_credentials(), "method", ""),
         is_aws=_host(client).endswith((".amazonaws.com", ".amazonaws.com.cn")),
@@ -247,6 +248,11 @@ def _watch_over(client: Any) -> Pulse:
         connection = type("Connection", (_PatientConnection, pool.ConnectionCls), parts)
         pools[scheme] = type("Pool", (pool,), {"ConnectionCls": connection})
     return pulse
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _host(client: Any) -> str:
