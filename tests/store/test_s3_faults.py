@@ -481,3 +481,46 @@ def test_max_attempts_of_the_aws_tools(behind: Behind, monkeypatch: pytest.Monke
         store.get("key")
     assert len(behind.proxy.requests) == 3
     store.close()
+
+
+# --- credentials that do not last --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_credentials_that_were_renewed_are_taken(
+    s3: Callable[[str], S3Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prefix: str, is_warm: bool
+) -> None:
+    """Those of a session expire within hours, and a job runs for days: what stands in the credentials file
+    by then is taken, by all who ask at once. Else no lease could be renewed, and jobs would stand still."""
+    server = s3("moto")
+    file = tmp_path / "credentials"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+
+    def log_in(key_id: str) -> None:
+        lines = (f"aws_access_key_id = {key_id}", "aws_secret_access_key = x", "aws_session_token = y")
+        file.write_text("\n".join(("[default]", *lines, "")))
+
+    def expire(exchange: Exchange) -> None:
+        is_old = "Credential=OLD/" in exchange.handler.headers.get("Authorization", "")
+        (answer(400, "ExpiredToken") if is_old else pass_on)(exchange)
+
+    log_in("OLD")
+    with FaultyProxy(server) as proxy:
+        store = open_store(server.url(prefix), endpoint_url=proxy.endpoint_url, patience_s=5)
+        if is_warm:
+            store.warm(for_writing=True)
+        store.put("key", b"value")
+        proxy.inject(expire, times=1000)
+        with pytest.raises(StoreError, match="Expired") as caught:
+            store.get("key")
+        assert "expired" in caught.value.hint
+        log_in("NEW")
+        with ThreadPoolExecutor(8) as threads:
+            assert set(threads.map(lambda _: store.get("key"), range(16))) == {b"value"}
+        assert store.stat("key").size == 5
+        store.put("key", b"another")
+        log_in("OLD")
+        assert store.get("key") == b"another", "nobody looks for others while these are good"
+        store.close()

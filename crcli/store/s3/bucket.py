@@ -33,7 +33,7 @@ class Bucket:
         self.settings = settings
         self._calls = calls
         self._retrier = Retrier()
-        self._making = threading.Lock()
+        self._making, self._renewing = threading.Lock(), threading.Lock()
         self._has_answered = False
 
     @property
@@ -109,23 +109,52 @@ class Bucket:
         """
         from crcli.store.s3.errors import FOREIGN
 
+        used: Connection | None = None
+
+        def try_it() -> Result:
+            nonlocal used
+            used = self.__dict__.get("_connection")
+            return self._calls.make(attempt)
+
         try:
-            return self._retrier.call(lambda: self._calls.make(attempt), self._patience, given_up)
+            return self._retrier.call(try_it, lambda error: self._patience(error, used), given_up)
         except FOREIGN as error:
             raise self._translated(error, key) from error
 
-    def _patience(self, error: Exception) -> float:
+    def _patience(self, error: Exception, used: Connection | None) -> float:
         from crcli.store.s3.client import READ_TIMEOUT_S
         from crcli.store.s3.errors import passes, status_of, was_silence
 
         if not passes(error):
-            return 0
+            return self.settings.patience_s if self._is_renewed(error, used) else 0
         silent = was_silence(error)
         if silent and self.connection.pulse.is_felt:  # it answers others: this answer is lost
             return self.settings.patience_s + READ_TIMEOUT_S
         if silent or self._has_answered or status_of(error):
             return self.settings.patience_s
         return min(self.settings.patience_s, FIRST_CONTACT_PATIENCE_S)
+
+    def _is_renewed(self, error: Exception, used: Connection | None) -> bool:
+        """Whether the store did not take the credentials that were `used`, and there are others by now.
+
+        Those of a session last for hours, and are renewed in the credentials file by somebody else.
+        """
+        from crcli.store.s3.client import connect
+        from crcli.store.s3.errors import FOREIGN, refuses_credentials
+
+        if used is None or not refuses_credentials(error):
+            return False
+        with self._renewing:
+            if self._connection is not used:
+                return True
+            try:
+                found = self._calls.make(lambda: connect(self.settings))
+            except (*FOREIGN, ValueError):
+                return False
+            if found.keys() == used.keys():
+                return False
+            self.__dict__["_connection"] = found
+            return True
 
     def _translated(self, error: Exception, key: str) -> StoreError:
         from crcli.store.s3.errors import Place, translate

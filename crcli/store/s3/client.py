@@ -51,11 +51,17 @@ class Connection(Struct, frozen=True):
     region: str
     credentials_from: str
     """By which of botocore's ways the credentials were found (env, shared-credentials-file, iam-role, …)."""
+    credentials: Any
+    """botocore's; None without any."""
     is_aws: bool
     checksums: bool
     """Whether requests carry CRC32s. Stores that choke on them are used with request_checksum_calculation =
     when_required (AWS_REQUEST_CHECKSUM_CALCULATION), as with the AWS tools."""
     max_attempts: int | None
+
+    def keys(self) -> Any:
+        """What requests are signed with by now."""
+        return self.credentials and self.credentials.get_frozen_credentials()
 
 
 def connect(settings: S3Settings) -> Connection:
@@ -83,6 +89,7 @@ def connect(settings: S3Settings) -> Connection:
         endpoint_url=_without_credentials(client.meta.endpoint_url),
         region=client.meta.region_name,
         credentials_from=getattr(session.get_credentials(), "method", ""),
+        credentials=session.get_credentials(),
         is_aws=_host(client).endswith((".amazonaws.com", ".amazonaws.com.cn")),
         checksums=client.meta.config.request_checksum_calculation == "when_supported",
         max_attempts=_configured_attempts(session),

@@ -35,6 +35,9 @@ _PASSING_CODES = frozenset(
 _PASSING_STATUS = frozenset((408, 429, 500, 502, 503, 504))
 _GATEWAY_STATUS = frozenset((502, 503, 504))
 """What those answer who stand before a store that is not there; a store that is too busy has not decided."""
+_REFUSED_CREDENTIALS = frozenset(
+    ("400", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired")
+)
 _ABSENT = frozenset(("NoSuchKey", "404", "NotFound", "NoSuchVersion"))
 
 FOREIGN = (boto.BotoCoreError, boto.ClientError, HTTPError, OSError)
@@ -132,6 +135,11 @@ def refuses_conditions(error: BaseException | None) -> bool:
 def says_it_was_done(error: BaseException | None) -> bool:
     """Whether a repeated write was refused as it would be if an earlier attempt had worked."""
     return status_of(error) == 412 or code_of(error) == "NoSuchUpload"
+
+
+def refuses_credentials(error: BaseException | None) -> bool:
+    """Whether others may be taken. Of what it is asked to describe (HEAD) a store does not say why."""
+    return code_of(error) in _REFUSED_CREDENTIALS
 
 
 def was_silence(error: Exception) -> bool:
