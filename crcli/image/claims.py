@@ -6,7 +6,6 @@ The object with the greatest number is the one that counts. It is never removed,
 from __future__ import annotations
 
 import json
-import math
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
 
 TTL_S = 30.0
 """How long a lease is good for after its last renewal began (seconds), where its holder says nothing else."""
+
+_FOR_EVER_S = 1e11
+"""No time and no date is later (seconds): it is none that a holder has written."""
 
 _READERS = 8
 
@@ -41,7 +43,7 @@ class Claim(Struct, frozen=True):
         """What it says of itself; empty where that cannot be read."""
         try:
             found = json.loads(self.text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -83,7 +85,7 @@ class Claim(Struct, frozen=True):
 
     def _seconds(self, name: str) -> float:
         given = self.facts.get(name)
-        is_sane = isinstance(given, int | float) and math.isfinite(given) and given > 0
+        is_sane = isinstance(given, int | float) and 0 < given < _FOR_EVER_S
         return float(given or 0) if is_sane else 0.0
 
     def as_json(self) -> dict[str, Any]:

@@ -127,5 +127,5 @@ def _owner_ended(text: bytes) -> bool:
     """Whether the owner is a process that would be seen from here, and is not."""
     try:
         return sight_of(json.loads(text)) == Sight.ENDED
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return False

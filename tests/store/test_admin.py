@@ -449,6 +449,20 @@ def test_a_session_whose_process_was_killed_is_dead_at_once(directory: FileStore
     assert (report.sessions_removed, report.packs_removed) == (1, 1)
 
 
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"[]", b"\xff", b"{}"])
+def test_an_announcement_that_nobody_can_read_counts_until_it_is_stale(
+    directory: FileStore, text: bytes
+) -> None:
+    """Whoever wrote it: a collection waits for its end, and does its work then."""
+    remove(directory, make_image(directory, "old", pages(1, 2)))
+    key = foreign_session(directory, 0)
+    directory.put(key, text)
+    assert collect_garbage(directory, grace_s=0).deferred
+    then = time.time() - HOURS_AGO
+    os.utime(path_of(directory, key), (then, then))
+    assert collect_garbage(directory, grace_s=0).packs_removed == 1
+
+
 def test_one_collection_at_a_time(directory: FileStore) -> None:
     """A second collection is refused while one is at work."""
     make_image(directory, "agent", pages(1, 1))

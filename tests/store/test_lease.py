@@ -352,11 +352,13 @@ def test_words_that_nobody_can_read_are_waited_for(tmp_path: Path, monkeypatch: 
     """A lease that a newer crcli wrote in other words is held for as long as one that says nothing."""
     store = open_store(f"file://{tmp_path}/store")
     monkeypatch.setattr("crcli.image.claims.TTL_S", 0.5)
-    for number, text in enumerate((b"", b"[]", b'{"ttl_s": -1, "since": "x", "covers": 3}', b"\xff"), 1):
+    unread = (b"", b"[]", b'{"ttl_s": -1, "since": "x", "covers": 3}', b"\xff", b"[" * 100_000)
+    for number, text in enumerate((*unread, b'{"since": 1e300, "ttl_s": 1e300}'), 1):
         store.put(lease_key("job", number), text)
         with pytest.raises(NameClaimed):
             Lease.claim(store, "job", "a test", wait_s=0)
-    assert Lease.claim(store, "job", "a test").number == 5
+        assert len(all_claims(store)) == 1
+    assert Lease.claim(store, "job", "a test").number == 7
 
 
 # --- keeping ----------------------------------------------------------------------------------------------
