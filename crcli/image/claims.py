@@ -80,8 +80,8 @@ class Claim(Struct, frozen=True):
             return seen
         covered = self.facts.get("covers")
         covered = [one for one in covered if isinstance(one, dict)] if isinstance(covered, list) else []
-        alive = any(sight_of({**self.facts, **one}) == Sight.ALIVE for one in covered)
-        return Sight.ALIVE if alive else Sight.ENDED
+        sights = {sight_of({**self.facts, **one}) for one in covered}
+        return next((one for one in (Sight.ALIVE, Sight.UNSEEN) if one in sights), Sight.ENDED)
 
     def _seconds(self, name: str) -> float:
         given = self.facts.get(name)

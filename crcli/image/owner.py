@@ -23,7 +23,8 @@ class Sight(StrEnum):
     ALIVE = "alive"
     ENDED = "ended"
     UNSEEN = "unseen"
-    """It is, or was, elsewhere: another host, an earlier boot, another pid or time namespace."""
+    """It is, or was, elsewhere: another host, an earlier boot, another pid or time namespace. Or it is of a
+    user whose processes are hidden from us."""
 
 
 def describe_owner() -> dict[str, Any]:
@@ -37,9 +38,22 @@ def sight_of(owner: Mapping[str, Any]) -> Sight:
     try:
         if any(owner[name] != value for name, value in _here().items()):
             return Sight.UNSEEN
-        return Sight.ALIVE if ProcessId(owner["pid"], owner["start_time"]).alive() else Sight.ENDED
-    except (ValueError, KeyError, TypeError):
+        if ProcessId(owner["pid"], owner["start_time"]).alive():
+            return Sight.ALIVE
+        return Sight.UNSEEN if _is_hidden(owner["pid"]) else Sight.ENDED
+    except (ValueError, KeyError, TypeError, OverflowError, PermissionError):
         return Sight.UNSEEN
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether there is such a process, of another user, which /proc does not show us (hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return not os.path.exists(f"/proc/{pid}")
+    except ProcessLookupError:
+        pass
+    return False
 
 
 def clock() -> float:

@@ -25,7 +25,7 @@ from crcli.image.claims import all_claims, claimed_by, newest_claim, read_claim
 from crcli.image.gc import collect_garbage
 from crcli.image.lease import Lease, LeaseState, break_lease
 from crcli.image.names import LEASES, lease_key
-from crcli.image.owner import Sight
+from crcli.image.owner import Sight, describe_owner
 from crcli.process.identity import ProcessId, identify
 from crcli.store import open_store, retrying
 from crcli.store.base import is_key
@@ -724,3 +724,47 @@ def test_who_has_what(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (described["pid"], described["seen"]) == (os.getpid(), "alive")
     assert read_claim(store, "held", 2) is None
     assert ProcessId(os.getpid(), claim.facts["start_time"]).alive()
+
+
+# --- whom one can see --------------------------------------------------------------------------------------
+
+LOOK = """
+import json, os, subprocess, sys
+from crcli.image.owner import sight_of
+subprocess.run(["mount", "-t", "proc", "-o", f"hidepid={sys.argv[1]}", "proc", "/proc"], check=True)
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+for owner in json.loads(sys.stdin.read()):
+    print(sight_of(owner).value)
+"""
+
+
+@needs_namespaces
+@pytest.mark.parametrize("hidepid", ["0", "1", "2"])
+def test_a_process_that_is_hidden_is_not_taken_for_dead(hidepid: str) -> None:
+    """/proc may show a user nobody else's processes (hidepid, ProtectProc=): who cannot see whether the
+    holder of a name, or a dump in progress, has ended waits as if it were elsewhere."""
+    ours = describe_owner()
+    owners = [ours, ours | {"pid": ended()}, ours | {"start_time": 1}]
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", LOOK, hidepid],
+        input=json.dumps(owners),
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    is_seen = hidepid == "0"
+    assert done.stdout.split() == [
+        "alive" if is_seen else "unseen",
+        "ended",
+        "ended" if is_seen else "unseen",
+    ]
+
+
+def ended() -> int:
+    """The pid of a process that is no more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
