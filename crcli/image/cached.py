@@ -171,5 +171,8 @@ def _described(cache: Cache, name: str) -> KeptImage | None:
         manifest = Manifest.decode(kept[1], rest)
     except ImageDamaged:
         return None
-    memory_bytes = int(manifest.meta.get("counts", {}).get("total", 0))
+    try:
+        memory_bytes = int(manifest.meta.get("counts", {}).get("total", 0))
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        memory_bytes = 0  # it makes no sense, and is no reason to show nothing
     return KeptImage(f"{manifest.name}@{manifest.id}", kept[0], memory_bytes, _holds(cache, manifest))

@@ -18,13 +18,14 @@ from crcli.errors import ImageDamaged, NotFound, StoreError, StoreUnreachable, U
 from crcli.image.cached import KINDS, describe_cache, load_near, open_cache
 from crcli.image.copy import copy
 from crcli.image.index import load_known
-from crcli.image.manifest import Manifest
+from crcli.image.manifest import Manifest, load, publish
 from crcli.image.names import ImageRef, index_key, pack_key, pages_key, parse_image
 from crcli.image.packs import ChunkReader
 from crcli.image.remove import remove
 from crcli.image.verify import verify
 from crcli.main import main
 from crcli.memory.extents import Source
+from crcli.records import replace
 from crcli.store.base import Store
 from crcli.store.cache import Cache
 from crcli.store.caching import CachingStore
@@ -404,6 +405,20 @@ def test_a_pack_that_the_store_did_not_take_is_not_kept(remote: Remote) -> None:
             writer.commit()
         writer.abort()
     assert list(remote.cache_folder.iterdir()) == []
+
+
+def test_an_odd_image_hides_no_other_in_the_cache(remote: Remote) -> None:
+    """What the head of a manifest says need not make sense: `cache ls` shows what can be shown."""
+    ref, odd = remote.make(), remote.make("odd", seed=2)
+    manifest = load(remote.files, odd)
+    for number, counts in enumerate(([], {"total": "much"}, {"total": 1e999})):
+        image_id = f"20260101T00000000{number}-abcdef"
+        forged = replace(manifest, id=image_id, meta={**manifest.meta, "counts": counts})
+        publish(remote.files, forged)
+        with remote.here() as store:
+            load_near(store, ImageRef("odd", image_id))
+    images = describe_cache(Cache(str(remote.cache_folder))).images
+    assert str(ref) in [one.image for one in images] and len(images) == 5
 
 
 def test_what_another_store_says_of_a_dump_is_not_believed(tmp_path: Path) -> None:
