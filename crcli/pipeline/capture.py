@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crcli.criu.images import link_remaps
 from crcli.criu.skeleton import regular_files
@@ -21,7 +21,7 @@ from crcli.process.files import leased_inodes
 from crcli.records import Struct
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from crcli.criu.workspace import Workspace
     from crcli.image.packs import PackWriter
@@ -92,6 +92,20 @@ def capture_files(
         else:
             findings.append(_too_large(wanted, os.stat(root + wanted.path).st_size))
     return stored, findings
+
+
+def folders_of(root_pid: int, files: Iterable[StoredFile]) -> list[dict[str, Any]]:
+    """The folders above these files, by path: their permissions, and whose they are."""
+    root = f"/proc/{root_pid}/root"
+    found: dict[str, dict[str, Any]] = {}
+    for file in files:
+        path = os.path.dirname(file.name)
+        while path != "/" and path not in found:
+            status = os.stat(root + path)
+            mode = stat.S_IMODE(status.st_mode)
+            found[path] = {"path": path, "mode": mode, "uid": status.st_uid, "gid": status.st_gid}
+            path = os.path.dirname(path)
+    return [found[path] for path in sorted(found)]
 
 
 def _wanted(

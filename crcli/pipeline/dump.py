@@ -59,7 +59,7 @@ from crcli.pipeline.aftermath import (
     set_right,
 )
 from crcli.pipeline.alone import alone
-from crcli.pipeline.capture import capture_files, store_skeleton
+from crcli.pipeline.capture import capture_files, folders_of, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
 from crcli.pipeline.forecast import (
     DUMP_LOOK_MOST_S,
@@ -315,6 +315,7 @@ class _Dump:
         self.frozen_at = 0.0
         self.skeleton: list[StoredFile] = []
         self.files: list[StoredFile] = []
+        self.folders: list[dict[str, Any]] = []
         self.run_id = ""
         self.keeps_lock = True
         """Whether the lock on connections is to stay after the kill: as of the freeze."""
@@ -976,6 +977,7 @@ class _Dump:
             self.files, findings = capture_files(
                 self.images, evidence.root.pid, evidence.mounts, self.options.include, self.writer
             )
+            self.folders = folders_of(evidence.root.pid, self.files)
         self._find(findings)
 
     def _publish(self) -> None:
@@ -1061,6 +1063,7 @@ class _Dump:
             "frozen_ms": self.report.frozen_ms,
             "phases": dict(self.watch.phases),
             "opened": self.hashing.add_to(named_files(self.images)),
+            "folders": self.folders,
             "mounts": describe_mounts(self.target.evidence),
             "cgroups": self.target.evidence.root.cgroups.splitlines(),
             "plugins": [

@@ -13,7 +13,7 @@ from crcli.pipeline.stages import ChangedFiles
 from crcli.records import Struct
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from crcli.guard.here import Here
     from crcli.image.manifest import Manifest, StoredFile
@@ -95,9 +95,11 @@ def place_files(
     A file that only grew since the dump (a log) stays as it is. With ChangedFiles.IMAGE others are replaced
     (and kept as PATH.before-<image id>), with ChangedFiles.HOST they stay. Each change is noted first.
     """
+    folders = {one["path"]: one for one in manifest.meta.get("folders", [])}  # older images say nothing
     standings = [(file, here.standing(file, manifest.chunks)) for file in manifest.files]
     for file, standing in standings:
         if standing == Standing.MISSING:
+            _make_folders(os.path.dirname(file.name), folders, note)
             _place(file, reader, "", note)
         elif standing == Standing.CHANGED and policy == ChangedFiles.IMAGE:
             _place(file, reader, _free_name(f"{file.name}.before-{manifest.id}"), note)
@@ -119,9 +121,7 @@ def _contents(file: StoredFile, reader: ChunkReader) -> Iterable[bytes]:
 
 def _place(file: StoredFile, reader: ChunkReader, aside: str, note: Callable[[Change], None]) -> None:
     """Write the file without a name, then give it its own in one step: nobody ever sees a part of it."""
-    folder = os.path.dirname(file.name)
-    _make_folders(folder, note)
-    fd, temporary = _nameless_file(folder, note)
+    fd, temporary = _nameless_file(os.path.dirname(file.name), note)
     try:
         at = 0
         for raw in _contents(file, reader):
@@ -147,11 +147,18 @@ def _place(file: StoredFile, reader: ChunkReader, aside: str, note: Callable[[Ch
         os.close(fd)
 
 
-def _make_folders(folder: str, note: Callable[[Change], None]) -> None:
-    if not os.path.isdir(folder):
-        _make_folders(os.path.dirname(folder), note)
-        note(Change("folder", folder))
+def _make_folders(folder: str, known: Mapping[str, dict[str, Any]], note: Callable[[Change], None]) -> None:
+    """Make a folder that is not there, and those above it; what was one's own shall be no one else's now."""
+    if os.path.isdir(folder):
+        return
+    _make_folders(os.path.dirname(folder), known, note)
+    note(Change("folder", folder))
+    if (then := known.get(folder)) is None:
         os.mkdir(folder)
+        return
+    os.mkdir(folder, 0o700)
+    os.chown(folder, then["uid"], then["gid"])
+    os.chmod(folder, then["mode"])
 
 
 def _nameless_file(folder: str, note: Callable[[Change], None]) -> tuple[int, str]:

@@ -80,11 +80,14 @@ def manifest_below(root: str, manifest: Manifest) -> Manifest:
     """The manifest with the paths of files as they are on this host."""
     if not root:
         return manifest
-    opened = [{**file, "path": below(root, file["path"])} for file in manifest.meta.get("opened", [])]
+    named = {
+        kind: [{**one, "path": below(root, one["path"])} for one in manifest.meta.get(kind, [])]
+        for kind in ("opened", "folders")
+    }
     return replace(
         manifest,
         files=[replace(file, name=below(root, file.name)) for file in manifest.files],
-        meta={**manifest.meta, "opened": opened},
+        meta={**manifest.meta, **named},
     )
 
 

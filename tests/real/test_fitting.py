@@ -166,6 +166,30 @@ def test_check_fetches_no_memory(crcli: Crcli, monkeypatch: pytest.MonkeyPatch) 
         assert fetched and sum(fetched) < 1 << 20
 
 
+def test_folders_come_back_as_they_were(crcli: Crcli, tmp_path: Path) -> None:
+    """A file that travels brings the folders above it: whose they are, and who may look into them. Made as
+    root makes folders they would show everybody what was private, and their owner could not write there."""
+    private = tmp_path / "private"
+    shared = private / "shared"
+    shared.mkdir(parents=True)
+    private.chmod(0o700)
+    shared.chmod(0o2775)
+    os.chown(private, 4321, 8765)
+    os.chown(shared, 0, 8765)
+    code = f"""
+        file = open({str(shared / "log")!r}, "w")
+        file.write("a line")
+        file.flush()
+        """
+    with dumped(crcli, code) as (program, image):
+        shutil.rmtree(private)
+        crcli.restore(image)
+        assert_goes_on(program)
+        assert (shared / "log").read_text() == "a line"
+        found = [(oct(one.st_mode), one.st_uid, one.st_gid) for one in map(os.stat, (private, shared))]
+        assert found == [("0o40700", 4321, 8765), ("0o42775", 0, 8765)]
+
+
 def test_a_mapped_file_that_is_missing(crcli: Crcli, data: Path) -> None:
     """Refused with its path; put back, the program goes on."""
     with dumped(crcli, mapping(data)) as (program, image):
