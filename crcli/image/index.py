@@ -596,6 +596,4 @@ def _read_index(store: Store, ref: IndexRef, pages: Future[bytes] | None) -> Ind
     index = Index(ref, packs, chunks, digests, groups, mixed, table)
     if sum(index.pages()) * DIGEST != len(digests):
         raise ImageDamaged(f"{name} and its page digests do not fit together")
-    if max(index.pages(), default=0) > _LAST_PAGE + 1:
-        raise ImageDamaged(f"{name} has a chunk of more pages than an extent can name")
     return index

@@ -25,6 +25,9 @@ PACK_ID = 16
 NO_PACK = 0xFFFF_FFFF
 """What a table has for the pack of zero pages."""
 
+LARGEST_CHUNK = (1 << 16) * 4096
+"""So many bytes, in pages, an extent can name the first of; a reader makes room for a whole chunk."""
+
 _CHUNK = struct.Struct("<IIQIHH32s")
 _SPACE = struct.Struct("<IQI")
 _EXTENT = struct.Struct("<QIIHBB")
@@ -97,6 +100,8 @@ def read_chunks(data: bytes, packs: int, name: str) -> list[Chunk]:
         raise ImageDamaged(f"{name}: {error}") from error
     if any(chunk.pack >= packs for chunk in chunks):
         raise ImageDamaged(f"{name} names a pack that it does not list")
+    if max((chunk.raw for chunk in chunks), default=0) > LARGEST_CHUNK:
+        raise ImageDamaged(f"{name} has a chunk that is larger than an extent can name")
     return chunks
 
 
@@ -120,6 +125,8 @@ class ChunkTable:
         unknown = set(_column(data, _CHUNK, 20, "H").tolist()).difference(Codec)
         if unknown:
             raise ImageDamaged(f"{name}: no codec has the number {min(unknown)}")
+        if max(self.raw, default=0) > LARGEST_CHUNK:
+            raise ImageDamaged(f"{name} has a chunk that is larger than an extent can name")
         if max(self.packs, default=-1) >= packs:
             raise ImageDamaged(f"{name} names a pack that it does not list")
 
@@ -293,6 +300,8 @@ def read_references(table: bytes, rows: bytes, files: int, name: str) -> list[Re
             )
             if not raw or raw % 4096 or sum(piece.length for piece in pieces) != raw:
                 raise ImageDamaged(f"{name}: the pieces of a reference do not make whole pages")
+            if raw > LARGEST_CHUNK:
+                raise ImageDamaged(f"{name} has a reference that is larger than an extent can name")
             if any(piece.file >= files for piece in pieces):
                 raise ImageDamaged(f"{name} refers to a file of weights that it does not list")
             references.append(Reference(pieces, raw, digest))

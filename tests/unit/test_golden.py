@@ -504,6 +504,20 @@ def test_a_container_that_makes_no_sense_is_refused(
         Manifest.decode(container(*head, (tag, body), *others), "x")
 
 
+def test_chunks_are_no_larger_than_an_extent_can_name(golden: FileStore) -> None:
+    """A few hundred bytes of a pack could stand for gigabytes, which a reader would make room for."""
+    sections = dict(take_apart(golden.get(manifest_key("golden", FIRST))).bodies)
+    pack, _, *rest = next(struct.iter_unpack("<IIQIHH32s", sections["CHNK"]))
+    for raw, is_right in ((256 << 20, True), ((256 << 20) + 1, False)):
+        more = struct.pack("<IIQIHH32s", pack, raw, *rest)
+        data = pack_container(ContainerKind.MANIFEST, {**sections, "CHNK": sections["CHNK"] + more})
+        if is_right:
+            Manifest.decode(data, "x")
+            continue
+        with pytest.raises(ImageDamaged, match="larger"):
+            Manifest.decode(data, "x")
+
+
 def test_the_sections_of_an_object_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few hundred bytes of each of many sections could stand for gigabytes."""
     monkeypatch.setattr(format_of_containers, "_RAW_LIMIT", 1 << 20)
