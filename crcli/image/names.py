@@ -23,7 +23,9 @@ LEASES, COLLECTIONS = "leases/", "collections/"
 _IN_AN_INDEX = re.compile(rf"{INDEXES}{_ID_PATTERN}\.(index|pages|merged)\Z")
 _PACK = re.compile(rf"{PACKS}([0-9a-f]{{2}})/\1[0-9a-f]{{30}}\Z")
 _WEIGHTS = re.compile(rf"{WEIGHTS}[0-9a-f]{{64}}\Z")
-_ANNOUNCEMENT = re.compile(rf"({SESSIONS}{_ID_PATTERN}(-copy-[0-9a-f]{{8}})?|{COLLECTIONS}[0-9a-f]{{16}})\Z")
+_ANNOUNCEMENT = re.compile(
+    rf"({SESSIONS}{_ID_PATTERN}(-(copy|lazy)-[0-9a-f]{{8}})?|{COLLECTIONS}[0-9a-f]{{16}})\Z"
+)
 
 
 class IndexRef(NamedTuple):

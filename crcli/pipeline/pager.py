@@ -22,7 +22,7 @@ import signal
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
@@ -30,6 +30,7 @@ from crcli.criu.lazy_socket import listen_in, receive_memories, wait_for_end
 from crcli.errors import CrcliError, HostLacks, ImageDamaged, NotFound, StoreError, StoreUnreachable
 from crcli.image.cached import open_cached
 from crcli.image.packs import SOON_BYTES, ChunkReader
+from crcli.image.session import Session
 from crcli.image.weights import MemoryReader
 from crcli.logs import keep_log
 from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
     from crcli.image.manifest import Manifest
     from crcli.memory.extents import Extent, Origin
-    from crcli.store.base import Buffer
+    from crcli.store.base import Buffer, Store
 
     Read = Callable[[Sequence[Origin]], Iterable[tuple[Origin, Buffer]]]
     Plan = Sequence[Sequence[Origin]]
@@ -101,6 +102,7 @@ class Missing(Struct, frozen=True):
         First what a process touches before anything else, then what changed since the image before.
         """
         store = open_cached(self.store, endpoint_url=self.endpoint_url)
+        announced = _announce(store, self.manifest.id)
         chunks = ChunkReader(store, self.manifest.packs, self.manifest.chunks)
         memory = MemoryReader(store, self.manifest, chunks, self.weights_map, self.weights_folders)
         wanted = targets(self.spaces)
@@ -110,11 +112,25 @@ class Missing(Struct, frozen=True):
         plan = memory.plan(wanted.keys() - first, _MANY_BYTES if pages >= _MANY_PAGES else SOON_BYTES)
         own = set(self.manifest.meta.get("own_packs", ()))
         plan.sort(key=lambda group: not self._is_in(own, group[0]))
-        return memory.plan(first, SOON_BYTES) + plan, memory.read, store.close
+
+        def close() -> None:
+            announced.close()
+            store.close()
+
+        return memory.plan(first, SOON_BYTES) + plan, memory.read, close
 
     def _is_in(self, packs: set[int], origin: Origin) -> bool:
         """Whether a source of memory is kept in one of these packs."""
         return origin.source == Source.CHUNK and self.manifest.chunks[origin.number].pack in packs
+
+
+def _announce(store: Store, image_id: str) -> ExitStack:
+    """Have collections leave alone what is missing, should somebody remove the image meanwhile, until it is
+    closed. Who may only read the store does without."""
+    announced = ExitStack()
+    with suppress(StoreError):
+        announced.enter_context(Session(store, f"{image_id}-lazy-{os.urandom(4).hex()}"))
+    return announced
 
 
 class Pager:

@@ -279,6 +279,22 @@ def test_it_waits_for_a_store_that_is_away(far: Far, restless: Program) -> None:
     assert restless.output.count(": right") == 8, restless.output[-3000:]
 
 
+def test_what_is_still_missing_is_no_garbage(far: Far, restless: Program) -> None:
+    """Somebody removes the image, and collects garbage, while the tree that was restored from it waits for
+    memory: that stays until the tree is whole, and goes with the next collection."""
+    image = far.dump(restless)
+    pid = far.restore(image)["host_pid"]
+    far.crcli.run("rm", image, "--store", far.url)
+    collect = ("gc", "--grace", "0", "--store", far.url, "--json")
+    report = far.crcli.run(*collect).json
+    assert (report["packs_removed"], len(report["deferred"])) == (0, 1)
+    far.through.set()
+    wait_until(lambda: not pagers(), "it is never whole", 20)
+    tell(pid, signal.SIGUSR2, restless, "whole")
+    report = far.crcli.run(*collect).json
+    assert report["packs_removed"] and not report["deferred"]
+
+
 def test_without_its_pager_a_tree_ends_and_sees_no_zeros(far: Far, restless: Program) -> None:
     """When the pager is killed too early the keeper ends the tree, which can be restored again."""
     image = far.dump(restless)
