@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +102,10 @@ def folders_of(root_pid: int, files: Iterable[StoredFile]) -> list[dict[str, Any
     for file in files:
         path = os.path.dirname(file.name)
         while path != "/" and path not in found:
-            status = os.stat(root + path)
-            mode = stat.S_IMODE(status.st_mode)
-            found[path] = {"path": path, "mode": mode, "uid": status.st_uid, "gid": status.st_gid}
+            with suppress(FileNotFoundError, NotADirectoryError):  # others may remove it meanwhile
+                status = os.stat(root + path)
+                mode = stat.S_IMODE(status.st_mode)
+                found[path] = {"path": path, "mode": mode, "uid": status.st_uid, "gid": status.st_gid}
             path = os.path.dirname(path)
     return [found[path] for path in sorted(found)]
 
