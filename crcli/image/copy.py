@@ -84,7 +84,7 @@ def copy(
             _wait_for_collection(target, session)
             on_bytes = on_bytes or (lambda done, total: None)
             for file in manifest.weights:  # which may have been pushed since
-                _copy_weights(source, target, file.digest, report, on_bytes)
+                _copy_weights(source, target, file.digest, report, on_bytes, session)
             if not report.was_there:
                 _Copy(source, target, manifest.packs, manifest.chunks, report, on_bytes).packs()
                 report.copied_bytes += _copy_indexes(source, target, manifest)
@@ -130,7 +130,12 @@ def _wait_for_collection(target: Store, session: Session) -> None:
 
 
 def _copy_weights(
-    source: Store, target: Store, digest: str, report: CopyReport, on_bytes: Callable[[int, int], None]
+    source: Store,
+    target: Store,
+    digest: str,
+    report: CopyReport,
+    on_bytes: Callable[[int, int], None],
+    session: Session,
 ) -> None:
     """Copy a file of weights that the image refers to, if it was pushed into the source."""
     try:
@@ -140,6 +145,7 @@ def _copy_weights(
     if not is_there(target, weights_key(digest)):
         _Copy(source, target, pushed.packs, pushed.chunks, report, on_bytes).packs()
         target.put(weights_key(digest), pushed.table)
+        _stand_by(target, weights_key(digest), session)
         report.copied_bytes += len(pushed.table)
 
 
@@ -167,7 +173,13 @@ def _publish(target: Store, key: str, data: bytes, full: ImageRef, session: Sess
         if _holds(target, key, data, full):
             return
         raise
-    if session.lapsed:  # a collection may have taken us for dead, and removed what we relied on
+    _stand_by(target, key, session)
+
+
+def _stand_by(target: Store, key: str, session: Session) -> None:
+    """Take back what was written last if a collection may have taken us for dead, and removed what we relied
+    on."""
+    if session.lapsed:
         target.delete(key)
         raise StoreError("the store did not answer for too long", hint="run the same command again")
 

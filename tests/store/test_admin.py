@@ -28,6 +28,7 @@ from crcli.image.names import (
     INDEXES,
     PACKS,
     SESSIONS,
+    WEIGHTS,
     ImageRef,
     index_key,
     manifest_key,
@@ -306,6 +307,27 @@ def test_a_copy_that_is_there_already_says_how_long_it_took(directory: FileStore
     reports = [copy(golden, ref, directory) for _ in range(2)]
     assert [report.was_there for report in reports] == [False, True]
     assert all(report.total_ms > 0 for report in reports)
+
+
+def test_a_copy_that_was_suspended_leaves_no_weights_behind(
+    directory: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection may have removed packs that it took for there: neither the image nor a file of weights,
+    which nobody would copy again, may refer to them."""
+    golden = FileStore(str(Path(__file__).parents[1] / "unit/golden/v2"))
+    (ref, _), *_ = list_images(golden)
+    real, jump = announcing.clock, 0.0
+    monkeypatch.setattr(announcing, "clock", lambda: real() + jump)
+
+    def put(key: str, *arguments: object, **options: object) -> None:
+        nonlocal jump
+        jump += announcing.STALE_AFTER_S * key.startswith(WEIGHTS)
+        FileStore.put(directory, key, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(directory, "put", put)
+    with pytest.raises(StoreError, match="too long"):
+        copy(golden, ref, directory)
+    assert keys(directory, WEIGHTS) == keys(directory, IMAGES) == set()
 
 
 def test_copies_share_packs_as_their_originals_do(directory: FileStore, folder: Path) -> None:
