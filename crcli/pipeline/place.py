@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from crcli.image.packs import ChunkReader
 
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems say that have no hard links."""
+
+
 class Change(Struct, frozen=True):
     """One change to the host's files, noted before it is made; it can be undone at any moment since.
 
@@ -132,19 +136,37 @@ def _place(file: StoredFile, reader: ChunkReader, aside: str, note: Callable[[Ch
         os.utime(fd, ns=(file.mtime_ns, file.mtime_ns))
         status = os.fstat(fd)
         note(Change("file", file.name, aside, status.st_dev, status.st_ino))
-        source = temporary or f"/proc/self/fd/{fd}"
-        if not aside:
-            os.link(source, file.name, src_dir_fd=fd, follow_symlinks=True)
+        try:
+            _give_name(temporary or f"/proc/self/fd/{fd}", fd, file.name, aside, note)
+        except OSError as error:
+            if not temporary or error.errno not in _NO_LINKS:
+                raise
+            _rename(temporary, file.name, aside)  # nobody sees a part of it, but that nothing stands there
         else:
-            os.link(file.name, aside, follow_symlinks=False)
-            ready = _free_name(f"{file.name}.crcli-{os.getpid()}")
-            note(Change("file", ready, "", status.st_dev, status.st_ino))
-            os.link(source, ready, src_dir_fd=fd, follow_symlinks=True)
-            os.rename(ready, file.name)
-        if temporary:
-            os.unlink(temporary)
+            if temporary:
+                os.unlink(temporary)
     finally:
         os.close(fd)
+
+
+def _give_name(source: str, fd: int, path: str, aside: str, note: Callable[[Change], None]) -> None:
+    if not aside:
+        os.link(source, path, src_dir_fd=fd, follow_symlinks=True)
+        return
+    os.link(path, aside, follow_symlinks=False)
+    status = os.fstat(fd)
+    ready = _free_name(f"{path}.crcli-{os.getpid()}")
+    note(Change("file", ready, "", status.st_dev, status.st_ino))
+    os.link(source, ready, src_dir_fd=fd, follow_symlinks=True)
+    os.rename(ready, path)
+
+
+def _rename(source: str, path: str, aside: str) -> None:
+    if aside:
+        os.rename(path, aside)
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    os.rename(source, path)
 
 
 def _make_folders(folder: str, known: Mapping[str, dict[str, Any]], note: Callable[[Change], None]) -> None:
