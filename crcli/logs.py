@@ -9,6 +9,10 @@ from itertools import count
 DEFAULT_FOLDER = "/var/log/crcli"
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def keep_log(log: str, kind: str) -> str:
     """Write a whole log to `$CRCLI_LOG_DIR` (by default /var/log/crcli), and return its path.
 
@@ -23,7 +27,7 @@ def keep_log(log: str, kind: str) -> str:
         for number in count(1):  # one process may dump several trees within a second
             path = f"{stem}.log" if number == 1 else f"{stem}-{number}.log"
             try:
-                with open(path, "x") as file:
+                with open(path, "x", opener=_private) as file:
                     file.write(log)
             except FileExistsError:
                 continue

@@ -172,7 +172,8 @@ while sources:
 
 def _open_log(title: str, replacements: Replacements) -> int:
     replacements.log = log_path(title)
-    return os.open(replacements.log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(replacements.log, flags, 0o600)
 
 
 def log_path(title: str) -> str:
