@@ -87,7 +87,15 @@ class FileStore:
             return FileWriter(self, key, if_absent=if_absent)
 
     def get(self, key: str) -> bytes:
-        """Read the file."""
+        """Read the file; once more, where another host has replaced it since it was looked up."""
+        try:
+            return self._read(key)
+        except StoreError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.ESTALE:
+                raise
+            return self._read(key)
+
+    def _read(self, key: str) -> bytes:
         with self._reading(key) as descriptor, open(descriptor, "rb", buffering=0, closefd=False) as file:
             return file.read()
 

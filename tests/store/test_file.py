@@ -336,6 +336,25 @@ def test_sweep_where_locks_are_others(
     assert store.get("alive") == b"?"
 
 
+def test_an_object_that_is_replaced_while_it_is_opened(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease is written again every few seconds: on NFS who opens it then may get one that is no more."""
+    store.put("lease", b"renewed")
+    open_, times = os.open, iter([True])
+
+    def stale(path: str, *arguments: int, **how: int) -> int:
+        if path.endswith("lease") and next(times, False):
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return open_(path, *arguments, **how)
+
+    monkeypatch.setattr(file_module.os, "open", stale)
+    assert store.get("lease") == b"renewed"
+    times = iter([True] * 2)
+    with pytest.raises(StoreError, match="Stale"):
+        store.get("lease")
+
+
 def test_where_folders_cannot_be_synced(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """On SMB shares, and folders of a virtual machine's host, fsync(2) of a folder is no valid request."""
     real = os.fsync
