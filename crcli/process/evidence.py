@@ -210,11 +210,6 @@ class NamedFile(Struct, frozen=True):
             mapping.shared and "w" in mapping.permissions for mapping in self.mapped
         )
 
-    @property
-    def append_only(self) -> bool:
-        """Whether the tree can only add to it: O_WRONLY|O_APPEND, which alone CRIU lets grow meanwhile."""
-        return self.written and all(file.append and not file.readable for file in self.open if file.writable)
-
 
 class Database(Struct, frozen=True):
     """An SQLite database that the tree has open, and the files beside it that exist now."""
@@ -379,11 +374,6 @@ class Evidence(Struct, frozen=True):
     def root(self) -> Process:
         """The process that the dump was asked for."""
         return self.tree.root
-
-    @property
-    def root_leads_session(self) -> bool:
-        """Whether the root is a session leader; when it is not, its session's leader stays behind."""
-        return self.root.sid == self.root.pid
 
     @property
     def foreign_sessions(self) -> tuple[Process, ...]:

@@ -111,11 +111,6 @@ class OpenFile(Struct, frozen=True):
         return bool(self.flags & O_PATH)
 
     @property
-    def append(self) -> bool:
-        """Whether every write goes to the end (O_APPEND)."""
-        return bool(self.flags & os.O_APPEND)
-
-    @property
     def locks(self) -> tuple[Lock, ...]:
         """The locks held through this descriptor; a POSIX lock shows on every descriptor of its file."""
         return tuple(_parse_lock(value) for key, value in self._info_pairs() if key == "lock")

@@ -77,7 +77,7 @@ def test_open_files_name_kind_flags_and_position(tmp_path) -> None:
             os.close(writer)
         file = found[log.fileno()]
         assert (file.kind, file.path, file.pos, file.size) == (Kind.REGULAR, str(path), 4, 4)
-        assert file.writable and file.append and not file.readable
+        assert file.writable and file.flags & os.O_APPEND and not file.readable
         assert found[listener.fileno()].kind is Kind.SOCKET
         assert found[reader].kind is Kind.PIPE and found[reader].readable and not found[reader].writable
 
