@@ -110,16 +110,21 @@ def push(store: Store, path: str, on_bytes: Callable[[int, int], None] = lambda 
 
 
 def list_pushed(store: Store) -> list[dict[str, Any]]:
-    """The files of weights that a store holds: `name` (without folders), `bytes`, `blake3`."""
-    found: list[dict[str, Any]] = []
-    for info in store.list(WEIGHTS):
-        if not is_weights(info.key):
-            continue
-        sections = unpack_container(store.get(info.key), ContainerKind.WEIGHTS, info.key)
-        head = json.loads(sections["META"])
-        digest = info.key.removeprefix(WEIGHTS)
-        found.append({"name": str(head["name"]), "bytes": int(head["size"]), "blake3": digest})
-    return found
+    """The files of weights that a store holds: `name` (without folders), `bytes`, `blake3`, and `damage`: why
+    nothing more is known of one."""
+    return [_described(store, info.key) for info in store.list(WEIGHTS) if is_weights(info.key)]
+
+
+def _described(store: Store, key: str) -> dict[str, Any]:
+    name, size, damage = "", 0, ""
+    try:
+        head = json.loads(unpack_container(store.get(key), ContainerKind.WEIGHTS, key)["META"])
+        name, size = str(head["name"]), int(head["size"])
+    except ImageDamaged as error:
+        damage = error.message
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
+        damage = f"{key} does not say what it is"
+    return {"name": name, "bytes": size, "blake3": key.removeprefix(WEIGHTS), "damage": damage}
 
 
 def remove_pushed(store: Store, digest: str) -> dict[str, Any]:
@@ -160,8 +165,11 @@ class PushedFile:
         key = weights_key(digest)
         self.table = store.get(key)
         sections = unpack_container(self.table, ContainerKind.WEIGHTS, key)
-        self.packs = read_packs(sections["PACK"], key)
-        self.chunks = read_chunks(sections["CHNK"], len(self.packs), key)
+        try:
+            self.packs = read_packs(sections["PACK"], key)
+            self.chunks = read_chunks(sections["CHNK"], len(self.packs), key)
+        except KeyError as error:
+            raise ImageDamaged(f"{key} lacks a part that every file of weights has: {error}") from error
         self._reader = ChunkReader(store, self.packs, self.chunks)
         self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()

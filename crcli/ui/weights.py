@@ -41,7 +41,7 @@ def show_in_store(files: Sequence[dict[str, Any]], store_url: str, as_json: bool
     elif not files:
         print(printable(f"no files of weights in {store_url}"))
     else:
-        rows = [(file["name"], size(file["bytes"]), file["blake3"]) for file in files]
+        rows = [(file["name"] or "damaged", size(file["bytes"]), file["blake3"]) for file in files]
         show_table(("FILE", "SIZE", "BLAKE3"), rows, right=("SIZE",))
 
 
@@ -50,7 +50,8 @@ def show_removed(file: dict[str, Any], store_url: str, as_json: bool) -> None:
     if as_json:
         show_json({"store": store_url, "removed": file})
     else:
-        print(printable(f"removed {file['name']} ({size(file['bytes'])}); `crcli gc` frees its space"))
+        name = file["name"] or file["blake3"]
+        print(printable(f"removed {name} ({size(file['bytes'])}); `crcli gc` frees its space"))
 
 
 def show_files(files: Sequence[dict[str, Any]], as_json: bool) -> None:

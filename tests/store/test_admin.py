@@ -38,6 +38,7 @@ from crcli.image.remove import remove
 from crcli.image.retention import retire
 from crcli.image.session import Session
 from crcli.image.verify import verify
+from crcli.image.weights import PushedFile, list_pushed, push, remove_pushed
 from crcli.memory.extents import PAGE
 from crcli.store import Store
 from crcli.store.file import FileStore
@@ -226,6 +227,34 @@ def test_one_odd_image_hides_no_other(directory: FileStore) -> None:
     assert len(odd) == len(ODD_HEADS) and all(entry.damage for entry in odd)
     assert (last.ref, last.damage) == (whole, "")
     assert retire(directory, "agent", {"identity": "none"}, 1) == []
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        b"cut short",
+        pack_container(ContainerKind.WEIGHTS, {"META": b"[" * 100_000, "PACK": b"", "CHNK": b""}),
+        pack_container(ContainerKind.WEIGHTS, {"META": b'{"size": 1e999}', "PACK": b"", "CHNK": b""}),
+        pack_container(ContainerKind.WEIGHTS, {}),
+    ],
+    ids=["cut short", "a head without bottom", "a size without end", "empty"],
+)
+def test_weights_that_cannot_be_read_can_be_removed(directory: FileStore, folder: Path, table: bytes) -> None:
+    """They are listed with the others, and removing them, as `gc` says, takes no more than their name."""
+    (folder / "model").write_bytes(b"weights")
+    whole = push(directory, str(folder / "model"))
+    digest = "ab" * 32
+    directory.put(f"{WEIGHTS}{digest}", table)
+    listed = {file["blake3"]: file for file in list_pushed(directory)}
+    assert listed[whole.digest] == {"name": "model", "bytes": 7, "blake3": whole.digest, "damage": ""}
+    assert listed[digest]["damage"]
+    if not table.endswith(b"short") and b"PACK" in table:
+        assert PushedFile(directory, digest).chunks == []
+    else:
+        with pytest.raises(ImageDamaged):
+            PushedFile(directory, digest)
+    assert remove_pushed(directory, digest)["blake3"] == digest
+    assert [file["blake3"] for file in list_pushed(directory)] == [whole.digest]
 
 
 def test_what_others_put_beside_images_is_none(directory: FileStore) -> None:
