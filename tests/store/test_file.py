@@ -16,7 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crcli.config import StoreChoice
 from crcli.errors import NotFound, ObjectExists, StoreError
+from crcli.guard.doctor import places
 from crcli.store import file as file_module
 from crcli.store import open_store
 from crcli.store.file import FileStore
@@ -224,6 +226,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     yield tmp_path
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "uid", "is_open"),
+    [(0o700, 0, False), (0o755, 0, False), (0o775, 0, True), (0o1777, 0, True), (0o700, 4321, True)],
+)
+def test_doctor_says_who_may_write_images(tmp_path: Path, mode: int, uid: int, is_open: bool) -> None:
+    """Whoever can put an image into the store decides what a restore runs, as the user who restores it."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    folder.chmod(mode)
+    os.chown(folder, uid, 0)
+    (found, *_) = places.examine(StoreChoice(f"file://{folder}", None, "--store"))
+    assert ("others" in found.message) == is_open
+    assert ("restore" in found.remedy) == is_open
 
 
 def test_full_disk(small_disk: Path) -> None:

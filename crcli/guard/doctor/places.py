@@ -74,6 +74,9 @@ def _directory(choice: StoreChoice, evidence: dict[str, Any]) -> Check:
     says = f"{root}{will}: {free >> 20} MiB free (from {choice.source})"
     if free < _SCARCE_STORE_BYTES:
         return note("store", says, "free space there, or choose another --store", **evidence)
+    if there == root and _is_open_to_others(root):
+        remedy = f"who can put an image there decides what a restore runs: chown and chmod go-w {root}"
+        return note("store", f"{says}; others may write there", remedy, **evidence)
     return passed("store", says, **evidence)
 
 
@@ -92,6 +95,12 @@ def _nearest(path: str) -> str:
     while not os.path.exists(path):
         path = os.path.dirname(path)
     return path
+
+
+def _is_open_to_others(folder: str) -> bool:
+    """Whether somebody who is neither root nor ourselves may write there."""
+    status = os.stat(folder)
+    return status.st_uid not in (0, os.geteuid()) or bool(status.st_mode & 0o022)
 
 
 def _can_write(path: str) -> bool:
