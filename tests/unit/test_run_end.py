@@ -17,7 +17,7 @@ def test_a_job_is_reaped_without_a_descriptor_to_be_had() -> None:
     """Its warden is waited for, and what told of its end is closed, when no more files may be open."""
     reader, writer = os.pipe()
     warden = subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL)
-    job = run._Running(identify(warden.pid), warden.pid, reader, Relay())
+    job = run._Running(identify(warden.pid), warden.pid, reader, Relay(), run.Event("fresh", "begun"))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
