@@ -79,6 +79,15 @@ OF_DUMPS = (
         "run crcli outside of containers that filter its calls, with CAP_SYS_RESOURCE",
     ),
     KnownCause(
+        "link-taken",
+        r"Can't link remap to (?P<path>\S+): File exists",
+        "beside {path}, which the tree has open without a name, lies a link_remap.N of another dump, and CRIU "
+        "gives the same names each time",
+        "try again, in case that dump is under way; what an older crcli left, `ls /dev/shm/link_remap.*` shows: "
+        "remove it, or restore first what was dumped here (elsewhere its image restores without it)",
+        retry=True,
+    ),
+    KnownCause(
         "io-uring",
         r"send_fds failed \(-22\)|anon_inode:\[io_uring\]",
         "a process of the tree has a descriptor that cannot be passed on, which is how io_uring shows itself",

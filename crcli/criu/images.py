@@ -239,6 +239,23 @@ def link_remaps(images: ImageFolder) -> list[str]:
     return [text_of(entry.reg.name) for entry in read_files(images).entries if entry.id in linked]
 
 
+def rename_link_remaps(images: Workspace, addition: str) -> dict[str, str]:
+    """Have these links go by longer names, which no other image has; return the new paths by the old ones.
+
+    One in a folder whose name is not UTF-8 keeps its name: protobuf sets no other text.
+    """
+    linked = {entry.remap_id for entry in _remaps(images) if entry.remap_type == _REMAP_LINKED}
+    renamed: dict[str, str] = {}
+    if linked:
+        files = read_files(images)
+        for entry in files.entries:
+            if entry.id in linked and isinstance(entry.reg.name, str):
+                old = entry.reg.name
+                renamed[old] = entry.reg.name = f"{old}-{addition}"
+        images.write("files.img", files.encode())
+    return renamed
+
+
 def remapped_ids(images: ImageFolder) -> set[int]:
     """Ids of the files that have no name of their own any more (those of ended processes in /proc aside)."""
     return {entry.orig_id for entry in _remaps(images) if entry.remap_type != _REMAP_PROCFS}

@@ -88,13 +88,16 @@ class Standby:
             _stand_by(theirs, root, images_fd, to_keep)
         theirs.close()
 
-    def watch(self, criu: int, on_death: Callable[[], None], *, kills: bool = False) -> None:
+    def watch(
+        self, criu: int, on_death: Callable[[], None], *, kills: bool = False, stays: bool = False
+    ) -> None:
         """Begin to watch the CRIU with this pid; call `on_death` (in another thread) should it be killed.
 
         The tree is not to be touched before `wait_until_watching` has returned. `kills` says whether CRIU is
-        to kill the tree: then it takes what is unread in terminals.
+        to kill the tree: then it takes what is unread in terminals. `stays` says whether it is to kill or stop
+        it: then crcli gives names to its files that have none.
         """
-        self._send({"criu": criu, "kills": kills})
+        self._send({"criu": criu, "kills": kills, "stays": stays})
         arguments = (bytearray(_MESSAGE_LIMIT), on_death)  # the thread needs no memory that it might not get
         listener = threading.Thread(target=self._listen, args=arguments, name="standby", daemon=True)
         listener.start()
@@ -195,7 +198,8 @@ def _stand_by(control: socket.socket, root: int, images_fd: int, to_keep: Sequen
         kernel.hurry()
         if first:
             told = json.loads(first)
-            _Watch(control, root, images_fd, before, kills=told["kills"]).run(told["criu"])
+            watch = _Watch(control, root, images_fd, before, kills=told["kills"], stays=told["stays"])
+            watch.run(told["criu"])
     finally:
         os._exit(0)
 
@@ -211,13 +215,21 @@ class _Watch:
     """The standby at work."""
 
     def __init__(
-        self, control: socket.socket, root: int, images_fd: int, before: _Before, *, kills: bool
+        self,
+        control: socket.socket,
+        root: int,
+        images_fd: int,
+        before: _Before,
+        *,
+        kills: bool,
+        stays: bool,
     ) -> None:
         self.control = control
         self.root = root
         self.images_fd = images_fd
         self.before = before
         self.kills = kills
+        self.stays = stays
         self.network = other_network(root)  # opened now: a dead root has none, but others may live there
         self.outcome = ""
         self.members: list[ProcessId] = []
@@ -348,10 +360,12 @@ class _Watch:
             self._free()
         elif self.outcome == "killed":
             self._unlock_if_alone()
-        elif self.kills:
-            # The tree runs on. A crcli that gave this back has done so before it let CRIU go: then nothing is
-            # left to give. Whether it lives says nothing: CRIU may hear of its death sooner than we do.
-            give_back_unread(Workspace(self.images_fd), self.root)
+        elif self.stays:
+            # The tree runs on. A crcli that set this right has done so before it let CRIU go: then nothing is
+            # left to do. Whether it lives says nothing: CRIU may hear of its death sooner than we do.
+            remove_link_remaps(_tree_of(self.root))
+            if self.kills:
+                give_back_unread(Workspace(self.images_fd), self.root)
 
     def _unlock_if_alone(self) -> None:
         """Do for a killed tree what crcli would do, had it lived."""

@@ -20,7 +20,7 @@ import crcli
 from crcli import kernel
 from crcli.criu import messages, netlock
 from crcli.criu.compel import writes_over_memory
-from crcli.criu.images import link_remaps, read_tree, rename_sockets, run_id
+from crcli.criu.images import link_remaps, read_tree, rename_link_remaps, rename_sockets, run_id
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME, PARENT_LINK, dump_options
@@ -90,6 +90,7 @@ from crcli.pipeline.watch import tree_state, wait_until_dead
 from crcli.pipeline.weights import WeightsInUse
 from crcli.plugins.loader import load_hooks
 from crcli.process import notify
+from crcli.process.host_turn import HostTurn
 from crcli.process.identity import identify
 from crcli.process.memory_room import spare_memory
 from crcli.process.processors import usable_processors
@@ -147,6 +148,9 @@ _HOPELESS = 3.0
 
 _LOOPS_S, _MOST_LOOKS_FOR_RINGS = 5.0, 4
 """How long event loops may take to wait for events (seconds), and how often new ones are looked for."""
+
+_LINKS_FOLDER = "/dev/shm"
+"""Where files that CRIU gives names to are, as a rule: glibc's semaphores, which multiprocessing uses."""
 
 _NO_TIME_TO_TELL_S = 10.0
 """With less time than this (seconds) before its deadline a dump announces itself to nobody."""
@@ -327,6 +331,10 @@ class _Dump:
         """The network of a tree that does not share ours, for as long as the dump lasts."""
         self.found: tuple[Finding, ...] = ()
         """What was found otherwise than by looking at the tree, or is not to be seen of it any more."""
+        self.links_turn: HostTurn | None = None
+        """Our turn to have CRIU give names to files that have none."""
+        self.links: list[str] = []
+        """Those names, as they are kept for a restore here: where they lie on this host."""
         self.owners: dict[int, int] | None = None
         """The frozen tree's processes, by the pids that they have in a pid namespace of their own."""
         self.tree = target.evidence.tree
@@ -804,7 +812,10 @@ class _Dump:
             with suppress(ProcessLookupError):  # not known, or ended: its request will say so
                 self.criu = identify(self.criu_pid)
             self.standby.watch(
-                self.criu_pid, self._on_criu_death, kills=self.options.outcome == Outcome.KILLED
+                self.criu_pid,
+                self._on_criu_death,
+                kills=self.options.outcome == Outcome.KILLED,
+                stays=self.stays,
             )
             receiver = Receiver(ours, self.intake)
             receiver.start()
@@ -825,6 +836,7 @@ class _Dump:
                 raise
             finally:
                 receiver.end()
+                self._end_turn_for_links()
                 if not self.tries_later:
                     self.shared.end_turn()
         if not answer.success:
@@ -848,6 +860,8 @@ class _Dump:
             self.overflow.measure_again()  # others take memory too; that of GPUs lies in the host's by now
             with self.watch.phase("turn"):
                 self.shared.take_turn()
+                if any(file.needs_link_remap for file in self.target.evidence.deleted):
+                    self.links_turn = HostTurn("links", _LINKS_FOLDER)
             self.standby.wait_until_watching()
             self._check_identity()
             if self.options.outcome != Outcome.KILLED:
@@ -858,6 +872,8 @@ class _Dump:
             try:
                 self._hold(receiver)
             except BaseException as error:
+                if not self.published:
+                    self._remove_links()
                 if not isinstance(error, CriuKilled):
                     with suppress(PreflightRefused):  # its root is gone
                         self._resume_calls()  # the tree runs on
@@ -890,6 +906,8 @@ class _Dump:
             settle_terminals(self.images, evidence.root.identity, self.target.links)
         if renamed := evidence.renamed_sockets:
             rename_sockets(self.images, {one.socket.socket.inode: one.path for one in renamed})
+        if self.stays:
+            self._keep_links()
         self._capture()
         if self.keeps_lock and self.target.plan.network_lock == NO_LOCK:
             self._stood_still()
@@ -912,6 +930,37 @@ class _Dump:
             self.standby.settle(self.options.outcome.value, self.tree.identities, self.keeps_lock)
         else:
             self._stood_still()
+
+    # Files without a name, such as the semaphores of multiprocessing, get one from CRIU for a restore. It is
+    # the same in every dump (link_remap.N beside the file), so they are made by one dump at a time, and
+    # images have names of their own.
+
+    def _keep_links(self) -> None:
+        """Have the names that CRIU has made be this image's own; those of CRIU's are free again."""
+        root = f"/proc/{self.target.evidence.root.pid}/root"
+        for old, new in rename_link_remaps(self.images, self.target.image_id).items():
+            try:
+                os.link(root + old, root + new)
+                self.links.append(root + new)
+                os.unlink(root + old)
+            except FileNotFoundError:
+                raise DumpFailed(
+                    f"{old}, which CRIU had just made, was removed, maybe by another dump that failed",
+                    hint="run it again",
+                    state=TreeState.RUNNING,
+                ) from None
+        self._end_turn_for_links()
+
+    def _remove_links(self) -> None:
+        """The tree lives on, and knows nothing of these names."""
+        for path in self.links:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        self.links.clear()
+
+    def _end_turn_for_links(self) -> None:
+        if self.links_turn is not None:
+            self.links_turn.end()
 
     def _stood_still(self) -> None:
         """Note for how long the tree does."""
@@ -988,6 +1037,9 @@ class _Dump:
         self._see_that_it_stood_still()
         spaces, counts, references = self.rounds.whole(*taken, self.writer)
         self.report.wasted_bytes = self.rounds.wasted_bytes
+        if not self.stays:  # CRIU has removed what it made
+            renamed = rename_link_remaps(self.images, self.target.image_id)
+            self.files = [replace(file, name=renamed.get(file.name, file.name)) for file in self.files]
         self.skeleton = store_skeleton(self.images, self.writer)
         self.writer.end()  # it is on its way while the manifest is made
         self._count(counts)
@@ -1107,7 +1159,7 @@ class _Dump:
     def _clear_away(self) -> None:
         """CRIU has killed the tree: see it dead, and remove what nobody needs any more.
 
-        Two things of CRIU's stay for a restore here: the temporary names of files that had none (they travel
+        Two things stay for a restore here: the temporary names of files that had none (they travel
         in the image too, but only the name keeps the same file), and the lock on TCP connections, without
         which the kernel answers for sockets that are not back yet, and resets them. A restore, `rm` and
         `doctor` remove the lock.

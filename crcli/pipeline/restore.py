@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     from crcli.pipeline.stages import Progress, RestoreOptions
     from crcli.plugins.loader import Hooks
     from crcli.plugins.spec import RestoreTarget
-    from crcli.process.terminals import TerminalTurn
+    from crcli.process.host_turn import HostTurn
     from crcli.store.base import Store
 
 CRIU_LIMIT_S = float(os.environ.get("CRCLI_RESTORE_LIMIT", "120"))
@@ -308,7 +308,7 @@ class _Restore:
         """The first process of the pid namespace that the tree was restored in, 0 where that is ours."""
         self.processes: list[ProcessId] = []
         self.locks: dict[int, list[FileLock]] = {}
-        self.terminals: TerminalTurn | None = None
+        self.terminals: HostTurn | None = None
         self.logs: Workspace | None = None
         self.store: Store | None = None
         self.children_before: set[int] = set()
@@ -419,9 +419,9 @@ class _Restore:
             forget_network_lock(self.images)
         forget_foreign_sessions(self.images, {member.pid for member in self.members})
         if "tty-info.img" in self.images.names():
-            from crcli.process.terminals import TerminalTurn, free_terminals
+            from crcli.process.terminals import free_terminals, terminal_turn
 
-            self.terminals = TerminalTurn()
+            self.terminals = terminal_turn()
             self.held.callback(self.terminals.end)
             spared = self.spared_terminals
             move_terminals(self.images, partial(free_terminals, more=spared), spared)

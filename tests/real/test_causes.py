@@ -379,6 +379,13 @@ CASES = [
         before=("sh", "-c", '"$@"; true', "sh"),
         pid=second_process,
     ),
+    Case(
+        "link-taken",
+        "import os; f = open('f', 'w'); os.link('f', 'g'); os.unlink('f')",
+        prepare=lambda place: [(place.folder / f"link_remap.{number}").touch() for number in range(100)],
+        dump={"link_remap": True},
+        says="/f",
+    ),
     Case("file-unlinked", "import os; f = open('f', 'w'); os.link('f', 'g'); os.unlink('f')", says="/f"),
     Case(
         "file-deleted-large",

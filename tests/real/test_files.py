@@ -9,11 +9,13 @@ import signal
 import socket
 import sqlite3
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 
+from crcli.process.host_turn import HostTurn
 from tests.support.crcli import (
     COMMAND_LIMIT_SECONDS,
     Crcli,
@@ -24,7 +26,9 @@ from tests.support.crcli import (
     tree_of,
     wait_until,
 )
+from tests.support.faulty_proxy import FaultyProxy, Trickle
 from tests.support.programs import Program, spawn_python, then_wait
+from tests.support.s3servers import S3Server
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
@@ -207,6 +211,96 @@ def test_shared_memory_of_a_killed_tree_comes_back_on_a_clean_host(crcli: Crcli,
             remove_new(before)
             crcli.restore(image)
             assert_moves_on(program)
+    finally:
+        remove_new(before)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("outcome", ["killed", "stopped"])
+def test_trees_with_semaphores_are_dumped_beside_each_other(
+    crcli: Crcli, tmp_path: Path, outcome: str
+) -> None:
+    """CRIU gives files without a name the same names in every dump: two trees get on with that, at once and
+    one after the other, and each gets its own files back."""
+    before = set(os.listdir("/dev/shm"))
+    how = {"killed": [], "stopped": ["--leave-stopped"]}[outcome]
+    try:
+        with ExitStack() as held:
+            code = start_shared_memory(tmp_path)
+            programs = [held.enter_context(spawn_python(code)) for _ in range(3)]
+            trees = [tree_of(program.pid) for program in programs]
+            dumps = [
+                held.enter_context(crcli.start("dump", str(program.pid), "--store", crcli.store, *how))
+                for program in programs[1:]
+            ]
+            for dump in dumps:
+                assert dump.wait(COMMAND_LIMIT_SECONDS) == 0, dump.communicate()
+            crcli.run("dump", str(programs[0].pid), "--store", crcli.store, *how)
+            for program, tree in zip(programs, trees, strict=True):
+                end_all(program.pid) if outcome == "stopped" else reap(tree)
+            listed = crcli.run("ls", "--store", crcli.store, "--json").json["images"]
+            assert len({image["image"] for image in listed}) == 3
+            for image in listed:
+                crcli.restore(image["image"])
+            for program in programs:
+                assert_moves_on(program)
+            assert not {name for name in os.listdir("/dev/shm") if name.startswith("link_remap")} - before
+    finally:
+        remove_new(before)
+
+
+def test_a_dump_waits_until_another_has_its_names(crcli: Crcli, tmp_path: Path) -> None:
+    """While CRIU dumps one tree with files that have no name, another such tree is not frozen."""
+    before = set(os.listdir("/dev/shm"))
+    try:
+        with spawn_python(start_shared_memory(tmp_path)) as program:
+            turn = HostTurn("links", "/dev/shm")
+            try:
+                with crcli.start(
+                    "dump", str(program.pid), "--store", crcli.store, "--leave-running", "--json"
+                ) as dump:
+                    with pytest.raises(subprocess.TimeoutExpired):
+                        dump.wait(2)
+                    assert_moves_on(program)
+                    turn.end()
+                    out, err = dump.communicate(timeout=COMMAND_LIMIT_SECONDS)
+                    assert dump.returncode == 0, err
+                    assert json.loads(out)["phases"]["turn"] > 500
+            finally:
+                turn.end()
+            names = set(os.listdir("/dev/shm")) - before
+            assert not [name for name in names if name.startswith("link_remap")]
+    finally:
+        remove_new(before)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("how", [(), ("--leave-stopped",), ("--leave-running",)])
+def test_names_of_a_failed_dump_are_gone(
+    crcli: Crcli, tmp_path: Path, moto: S3Server, monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...]
+) -> None:
+    """Whatever keeps a tree from being saved, also SIGKILL of crcli: no name that the dump made stays."""
+    before = set(os.listdir("/dev/shm"))
+
+    def names() -> list[str]:
+        return [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("link_remap")]
+
+    for name, value in moto.env.items():
+        monkeypatch.setenv(name, value)
+    store = ("--store", moto.url("agents"), "--endpoint-url")
+    try:
+        with spawn_python(start_shared_memory(tmp_path)) as program, FaultyProxy(moto) as proxy:
+            hang = Trickle()
+            proxy.inject(hang, method="PUT", containing="/images/", times=float("inf"))
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                hang.begun.clear()
+                with crcli.start("dump", str(program.pid), *store, proxy.endpoint_url, *how) as dump:
+                    wait_until(hang.begun.is_set, "the manifest is not sent")
+                    assert how == ("--leave-running",) or names()
+                    dump.send_signal(number)
+                    dump.wait(COMMAND_LIMIT_SECONDS)
+                wait_until(lambda: not names(), f"the names stay: {names()}")
+                assert_moves_on(program)
     finally:
         remove_new(before)
 

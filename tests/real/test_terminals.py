@@ -26,7 +26,7 @@ import pytest
 
 from crcli.criu import standby
 from crcli.criu.binary import criu_command
-from crcli.process import terminals
+from crcli.process import host_turn, terminals
 from tests.support.crcli import Crcli, end, tree_of, wait_until
 from tests.support.faults import Attempt, network_of_our_own, state_of
 from tests.support.programs import Program, spawn_python
@@ -399,7 +399,7 @@ if sys.argv[1:] == ["elsewhere"]:
     kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     kernel.mount("none", "/run", "tmpfs")
-turn = terminals.TerminalTurn()
+turn = terminals.terminal_turn()
 print("has it", flush=True)
 sys.stdin.read()
 turn.end()
@@ -440,10 +440,10 @@ def test_restores_take_turns_in_all_mount_namespaces(where: str) -> None:
 
 def test_nobody_but_root_holds_up_restores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else who has locked /dev/pts is not waited for, and those who have their turn still wait."""
-    monkeypatch.setattr(terminals, "_TURN_LIMIT_S", 1e6)
+    monkeypatch.setattr(host_turn, "_TURN_LIMIT_S", 1e6)
     with standing(LOCK) as other:
         _has_it(other)
-        terminals.TerminalTurn().end()
+        terminals.terminal_turn().end()
         assert_takes_turns("here")
 
 
