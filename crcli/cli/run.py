@@ -22,7 +22,14 @@ from crcli.cli.keeping import (
 from crcli.cli.options import EndpointOption, StoreOption, check_seconds, parse_pair, parse_paths
 from crcli.config import choose_store, weights_folders
 from crcli.errors import CrcliError
-from crcli.pipeline.stages import DumpOptions, OnFailure, OnMismatch, PidNamespace, RestoreOptions
+from crcli.pipeline.stages import (
+    ChangedFiles,
+    DumpOptions,
+    OnFailure,
+    OnMismatch,
+    PidNamespace,
+    RestoreOptions,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +61,13 @@ def run(
             "afresh (cold), or end with 75 for another node to try (retry)."
         ),
     ] = OnFailure.FAIL,
+    files: Annotated[
+        ChangedFiles,
+        typer.Option(
+            help="Files of the image that were changed here since it was taken: do not bring the job back "
+            "(refuse), put the image's in their place and today's aside, or go on with the host's."
+        ),
+    ] = ChangedFiles.REFUSE,
     config: Annotated[
         list[str] | None,
         typer.Option(
@@ -154,6 +168,7 @@ def run(
             store=chosen.url,
             weights_map=tuple(parse_pair(one, "--weights-map") for one in weights_map or ()),
             weights_folders=weights_folders(),
+            changed_files=files,
             lazy=lazy,
             gpu_map=tuple(parse_pair(one, "--gpu-map") for one in gpu_map or ()),
         ),

@@ -449,6 +449,36 @@ def test_an_image_that_does_not_fit_here(crcli: Crcli, tmp_path: Path) -> None:
     assert image in crcli.run("ls", "--store", crcli.store).out
 
 
+def test_a_file_that_a_lost_job_went_on_with(crcli: Crcli, tmp_path: Path) -> None:
+    """What the job wrote after its image was taken is in the way of that image (exit 20), until --files says
+    what is to become of it: today's is put aside, or is what the job goes on with."""
+    path = tmp_path / "progress"
+    line = python_job(
+        f"""
+import time
+file = open({str(path)!r}, "w+")
+file.write("at the dump"); file.flush()
+print("ready", flush=True)
+while True:
+    file.seek(0)
+    print("reads", repr(file.read()), flush=True)
+    time.sleep(0.05)
+"""
+    )
+    saved(crcli, tmp_path / "1", *line)
+    path.write_text("afterwards.")
+    refused = to_the_end(crcli, tmp_path / "2", *line, code=20)
+    assert str(path) in refused.err and "--files image" in refused.err
+    with job(crcli, tmp_path / "3", "--files", "host", *line) as one:
+        one.wait_for("reads 'afterwards.'")
+        one.process.kill()
+        one.process.wait()
+    with job(crcli, tmp_path / "4", "--files", "image", *line) as one:
+        one.wait_for("reads 'at the dump'")
+    (aside,) = tmp_path.glob("progress.before-*")
+    assert aside.read_text() == "afterwards."
+
+
 def test_a_damaged_image_gives_way_to_the_one_before(crcli: Crcli, tmp_path: Path) -> None:
     """The newest whole image is brought back, and it is said why not the newest."""
     first = saved(crcli, tmp_path / "1", *SHELL, WAITS)
