@@ -81,10 +81,10 @@ OF_DUMPS = (
     KnownCause(
         "link-taken",
         r"Can't link remap to (?P<path>\S+): File exists",
-        "beside {path}, which the tree has open without a name, lies a link_remap.N of another dump, and CRIU "
-        "gives the same names each time",
-        "try again, in case that dump is under way; what an older crcli left, `ls /dev/shm/link_remap.*` shows: "
-        "remove it, or restore first what was dumped here (elsewhere its image restores without it)",
+        "beside {path}, which the tree has open without a name, lies a link_remap.N of another dump, and "
+        "CRIU gives the same names each time",
+        "try again, in case that dump is under way; what an older crcli left, `ls /dev/shm/link_remap.*` "
+        "shows: restore first what was dumped here, or remove it (its image restores without it, too)",
         retry=True,
     ),
     KnownCause(

@@ -94,8 +94,8 @@ class Standby:
         """Begin to watch the CRIU with this pid; call `on_death` (in another thread) should it be killed.
 
         The tree is not to be touched before `wait_until_watching` has returned. `kills` says whether CRIU is
-        to kill the tree: then it takes what is unread in terminals. `stays` says whether it is to kill or stop
-        it: then crcli gives names to its files that have none.
+        to kill the tree: then it takes what is unread in terminals. `stays` says whether it is to kill or
+        stop it: then crcli gives names to its files that have none.
         """
         self._send({"criu": criu, "kills": kills, "stays": stays})
         arguments = (bytearray(_MESSAGE_LIMIT), on_death)  # the thread needs no memory that it might not get
