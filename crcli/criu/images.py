@@ -31,6 +31,9 @@ _TASK_ALIVE, _TASK_STOPPED = 1, 3
 _COUNTS = ("nr_pages", "compat_nr_pages")
 """Where a pagemap entry counts its pages: CRIU 4.2 has two such fields, for its older readers."""
 
+REMAP_PREFIX = "link_remap."
+"""How the names begin that CRIU gives to files without one."""
+
 _REMAP_LINKED, _REMAP_GHOST, _REMAP_PROCFS = 0, 1, 2
 _MAPS_A_FILE = 1 << 6 | 1 << 7  # VMA_FILE_PRIVATE, VMA_FILE_SHARED
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from crcli import kernel
 from crcli.criu import netlock
+from crcli.criu.images import REMAP_PREFIX
 from crcli.records import Struct, field
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ _TCP_REPAIR, _REPAIR_ON, _REPAIR_OFF_NO_PROBE = 19, 1, -1
 _SO_PEEK_OFF, _PEEK_OFF_NONE = 42, -1
 _RUN_ID = re.compile(rb"CRIU run id = ([0-9a-f-]{36})")
 _DELETED = " (deleted)"
-_REMAP_PREFIX = "link_remap."
 
 
 class SocketSettings(Struct, frozen=True):
@@ -145,7 +145,7 @@ def remove_link_remaps(pids: Iterable[int]) -> None:
 def _remove_remaps_in(folder: str, files: set[tuple[int, int]]) -> None:
     try:
         for name in os.listdir(folder):
-            if name.startswith(_REMAP_PREFIX):
+            if name.startswith(REMAP_PREFIX):
                 status = os.lstat(f"{folder}/{name}")
                 if (status.st_dev, status.st_ino) in files:
                     os.unlink(f"{folder}/{name}")

@@ -202,10 +202,10 @@ def carried(needs: Needs, here: Here) -> Iterator[Finding]:
     """Files that travel in the image, where something else stands by now."""
     for file in needs.manifest.files:
         if here.standing(file, needs.manifest.chunks) == Standing.CHANGED:
-            yield _standing_in_the_way(file, needs)
+            yield _standing_in_the_way(file, needs, here)
 
 
-def _standing_in_the_way(file: StoredFile, needs: Needs) -> Finding:
+def _standing_in_the_way(file: StoredFile, needs: Needs, here: Here) -> Finding:
     status = _status(file.name)
     evidence = {
         "path": file.name,
@@ -213,7 +213,9 @@ def _standing_in_the_way(file: StoredFile, needs: Needs) -> Finding:
         "here": {} if status is None else {"bytes": status.st_size, "mtime": status.st_mtime},
     }
     message = f"{file.name} was changed since the dump, and has not only grown"
-    if needs.asked.changed_files == "image":
+    if needs.asked.changed_files == "image" or (
+        needs.asked.changed_files == "refuse" and here.is_left_behind(file)
+    ):
         action = f"puts the image's version back, and today's aside as {file.name}.before-{needs.manifest.id}"
         return change("file-changed", message, evidence, action)
     if needs.asked.changed_files == "host":

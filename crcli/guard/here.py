@@ -13,6 +13,7 @@ from crcli.guard import cpu
 from crcli.guard.carried import compare
 from crcli.guard.contents import Contents
 from crcli.process import here
+from crcli.process.maps import is_mapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,7 @@ class Here:
     def __init__(self, contents: Contents | None = None) -> None:
         self.contents = contents or Contents()
         self._standings: dict[str, Standing] = {}
+        self._left_behind: dict[str, bool] = {}
 
     @cached_property
     def machine(self) -> str:
@@ -137,6 +139,14 @@ class Here:
     def taken_pids(self, numbers: frozenset[int], insist: bool) -> list[int]:
         """Which of these pids and thread ids stay in use: see await_pids."""
         return here.await_pids(numbers, insist=insist)
+
+    def is_left_behind(self, file: StoredFile) -> bool:
+        """Whether what has this name of a file is nobody's any more: no program has it in memory."""
+        if not file.same_as:
+            return False
+        if file.name not in self._left_behind:
+            self._left_behind[file.name] = not is_mapped(file.name)
+        return self._left_behind[file.name]
 
     def standing(self, file: StoredFile, chunks: Sequence[Chunk]) -> Standing:
         """How the file that stands where one of the image belongs compares with that."""

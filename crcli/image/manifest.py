@@ -47,10 +47,12 @@ class StoredFile(Struct, frozen=True):
     mtime_ns: int = 0
     role: str = ""
     """Why it travels: see FORMAT.md, `files`."""
+    same_as: str = ""
+    """The name of the `link` of which this is another name."""
 
     def as_json(self) -> dict[str, Any]:
         """The file as it stands in the manifest's JSON."""
-        return {
+        fields: dict[str, Any] = {
             "name": self.name,
             "size": self.size,
             "chunks": list(self.chunks),
@@ -60,6 +62,7 @@ class StoredFile(Struct, frozen=True):
             "mtime_ns": self.mtime_ns,
             "role": self.role,
         }
+        return fields | {"same_as": self.same_as} if self.same_as else fields
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StoredFile:
@@ -73,6 +76,7 @@ class StoredFile(Struct, frozen=True):
             gid=int(data["gid"]),
             mtime_ns=int(data["mtime_ns"]),
             role=str(data["role"]),
+            same_as=str(data.get("same_as", "")),
         )
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from crcli.criu.images import link_remaps
+from crcli.criu.images import REMAP_PREFIX, link_remaps
 from crcli.criu.skeleton import regular_files
 from crcli.findings import Finding, Severity
 from crcli.image.manifest import StoredFile
@@ -44,6 +44,8 @@ class Wanted(Struct, frozen=True):
 
     path: str
     role: str
+    same_as: str = ""
+    """The `link` of which this is another name."""
 
 
 def store_skeleton(images: Workspace, writer: PackWriter) -> list[StoredFile]:
@@ -118,7 +120,9 @@ def _wanted(
     leased: Callable[[], Collection[int]],
 ) -> Iterator[Wanted]:
     remaps = link_remaps(images)
-    yield from (Wanted(path, "link") for path in remaps)
+    for path in remaps:
+        yield Wanted(path, "link")
+        yield from (Wanted(name, "name", path) for name in _other_names(root, path, mounts))
     for path in include:
         yield from _included(root, os.path.abspath(path))
     for path, flags, mode, _ in regular_files(images):
@@ -129,6 +133,21 @@ def _wanted(
         elif flags & os.O_ACCMODE:
             yield Wanted(path, "written")
             yield from _database_siblings(root, path, leased)
+
+
+def _other_names(root: str, path: str, mounts: dict[int, Mount]) -> Iterator[str]:
+    """The names by which programs find a file that CRIU has given this one: those of semaphores above all."""
+    if not _on_memory_file_system(root + path, mounts):
+        return
+    folder = os.path.dirname(path)
+    with suppress(OSError):
+        file = os.stat(root + path)
+        with os.scandir(root + folder) as entries:
+            for entry in entries:
+                if entry.inode() != file.st_ino or entry.name.startswith(REMAP_PREFIX):
+                    continue
+                if os.path.samestat(file, entry.stat(follow_symlinks=False)):
+                    yield os.path.join(folder, entry.name)
 
 
 def _included(root: str, path: str) -> Iterator[Wanted]:
@@ -187,6 +206,7 @@ def _store(root: str, wanted: Wanted, writer: PackWriter) -> StoredFile | None:
             gid=status.st_gid,
             mtime_ns=status.st_mtime_ns,
             role=wanted.role,
+            same_as=wanted.same_as,
         )
 
 

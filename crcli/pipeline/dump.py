@@ -1039,7 +1039,14 @@ class _Dump:
         self.report.wasted_bytes = self.rounds.wasted_bytes
         if not self.stays:  # CRIU has removed what it made
             renamed = rename_link_remaps(self.images, self.target.image_id)
-            self.files = [replace(file, name=renamed.get(file.name, file.name)) for file in self.files]
+            self.files = [
+                replace(
+                    file,
+                    name=renamed.get(file.name, file.name),
+                    same_as=renamed.get(file.same_as, file.same_as),
+                )
+                for file in self.files
+            ]
         self.skeleton = store_skeleton(self.images, self.writer)
         self.writer.end()  # it is on its way while the manifest is made
         self._count(counts)

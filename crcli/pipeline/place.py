@@ -98,15 +98,41 @@ def place_files(
 
     A file that only grew since the dump (a log) stays as it is. With ChangedFiles.IMAGE others are replaced
     (and kept as PATH.before-<image id>), with ChangedFiles.HOST they stay. Each change is noted first.
+
+    What had several names has them again, and is one file: by its `link` the tree gets it back, by the others
+    programs find it. One that stands here and is in use, or is as it was, is the file.
     """
     folders = {one["path"]: one for one in manifest.meta.get("folders", [])}  # older images say nothing
-    standings = [(file, here.standing(file, manifest.chunks)) for file in manifest.files]
-    for file, standing in standings:
-        if standing == Standing.MISSING:
+    names: dict[str, list[StoredFile]] = {}
+    for file in manifest.files:
+        if file.same_as:
+            names.setdefault(file.same_as, []).append(file)
+
+    def needs_place(file: StoredFile) -> bool:
+        standing = here.standing(file, manifest.chunks)
+        if standing == Standing.CHANGED:
+            return policy == ChangedFiles.IMAGE or (
+                policy == ChangedFiles.REFUSE and here.is_left_behind(file)
+            )
+        return standing == Standing.MISSING
+
+    def aside(file: StoredFile) -> str:
+        stands = here.standing(file, manifest.chunks) != Standing.MISSING
+        return _free_name(f"{file.name}.before-{manifest.id}") if stands else ""
+
+    for file in manifest.files:
+        if file.same_as:
+            continue
+        if here.standing(file, manifest.chunks) == Standing.MISSING:
             _make_folders(os.path.dirname(file.name), folders, note)
-            _place(file, reader, "", note)
-        elif standing == Standing.CHANGED and policy == ChangedFiles.IMAGE:
-            _place(file, reader, _free_name(f"{file.name}.before-{manifest.id}"), note)
+        known = next((one for one in names.get(file.name, ()) if not needs_place(one)), None)
+        if known is not None and here.standing(file, manifest.chunks) == Standing.MISSING:
+            _name_too(known.name, file.name, "", note)
+        elif needs_place(file):
+            _place(file, reader, aside(file), note)
+        for one in names.get(file.name, ()):
+            if needs_place(one):
+                _name_too(file.name, one.name, aside(one), note)
 
 
 def _free_name(path: str) -> str:
@@ -145,6 +171,17 @@ def _place(file: StoredFile, reader: ChunkReader, aside: str, note: Callable[[Ch
         else:
             if temporary:
                 os.unlink(temporary)
+    finally:
+        os.close(fd)
+
+
+def _name_too(known: str, path: str, aside: str, note: Callable[[Change], None]) -> None:
+    """Give a file that is here another name; what has that now gets `aside`."""
+    fd = os.open(known, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        note(Change("file", path, aside, status.st_dev, status.st_ino))
+        _give_name(f"/proc/self/fd/{fd}", fd, path, aside, note)
     finally:
         os.close(fd)
 

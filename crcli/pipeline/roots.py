@@ -86,7 +86,10 @@ def manifest_below(root: str, manifest: Manifest) -> Manifest:
     }
     return replace(
         manifest,
-        files=[replace(file, name=below(root, file.name)) for file in manifest.files],
+        files=[
+            replace(file, name=below(root, file.name), same_as=below(root, file.same_as))
+            for file in manifest.files
+        ],
         meta={**manifest.meta, **named},
     )
 

@@ -88,6 +88,24 @@ def areas(pid: int, *, holding: bytes = b"", named: bool = False) -> Iterator[Ar
     return parse_maps(read_proc(f"/proc/{pid}/maps"), holding=holding, named=named)
 
 
+def is_mapped(path: str) -> bool:
+    """Whether a process that we see has this file in its memory, under whatever name."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    wanted = f" {device} {status.st_ino} ".encode()
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                if wanted in read_proc(f"/proc/{name}/maps"):
+                    return True
+            except OSError:
+                continue
+    return False
+
+
 def flagged_areas(pid: int, flag: bytes) -> Iterator[Area]:
     """Those of them that have this flag (`VmFlags` in proc_pid_smaps(5)). Raises OSError as `areas` does.
 

@@ -9,7 +9,8 @@ import signal
 import socket
 import sqlite3
 import subprocess
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -303,6 +304,75 @@ def test_names_of_a_failed_dump_are_gone(
                 assert_moves_on(program)
     finally:
         remove_new(before)
+
+
+SEMAPHORE = """
+import _multiprocessing, multiprocessing
+held = multiprocessing.get_context("spawn").Lock()
+held.acquire()
+print("name=" + held._semlock.name)
+def state():
+    known = held._semlock
+    return _multiprocessing.SemLock._rebuild(0, known.kind, known.maxvalue, known.name).acquire(False)
+"""
+"""A program that has a semaphore, and opens it by its name once more, as each process that joins in does."""
+
+
+@contextmanager
+def semaphore(crcli: Crcli, *how: str) -> Iterator[tuple[Program, str, Path]]:
+    """Such a program, its image, and the semaphore's file; nothing is left in /dev/shm after the block."""
+    before = set(os.listdir("/dev/shm"))
+    try:
+        with spawn_python(asked(SEMAPHORE)) as program:
+            assert state(program, program.pid) == "False"
+            image = crcli.dump(program.pid, *how)["image"]
+            yield program, image, Path("/dev/shm/sem." + program.value_of("name").lstrip("/"))
+            assert not [
+                name for name in set(os.listdir("/dev/shm")) - before if name.startswith("link_remap")
+            ]
+    finally:
+        remove_new(before)
+
+
+def let_go(file: Path) -> None:
+    """Change a semaphore: its value is in its first word."""
+    file.write_bytes(b"\1" + file.read_bytes()[1:])
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("stays", ["nothing", "name", "link", "both"])
+def test_a_semaphore_is_found_by_its_name(crcli: Crcli, stays: str) -> None:
+    """Who opens a restored tree's semaphore by its name gets the tree's own, here and where it never was."""
+    with semaphore(crcli) as (program, image, file):
+        (link,) = Path("/dev/shm").glob(f"link_remap.*-{image.partition('@')[2]}")
+        for path, kept in ((link, stays in ("link", "both")), (file, stays in ("name", "both"))):
+            if not kept:
+                path.unlink()
+        assert state(program, crcli.restore(image)["host_pid"]) == "False"
+
+
+@pytest.mark.alone
+def test_a_semaphore_that_was_left_behind_is_the_image_s_again(crcli: Crcli) -> None:
+    """A tree that ran on and died has left its semaphore as it was then: that is put aside."""
+    with semaphore(crcli, "--leave-running") as (program, image, file):
+        end_all(program.pid)
+        let_go(file)
+        report = crcli.restore(image)
+        assert state(program, report["host_pid"]) == "False"
+        assert "file-changed" in {finding["name"] for finding in report["findings"]}
+        (aside,) = Path("/dev/shm").glob(f"{file.name}.before-*")
+        assert aside.read_bytes()[0] == 1
+
+
+@pytest.mark.alone
+def test_a_semaphore_in_use_is_not_taken_away(crcli: Crcli) -> None:
+    """While another has a semaphore that changed since, the restore is refused, until --files says how."""
+    with semaphore(crcli, "--leave-running") as (program, image, file):
+        let_go(file)
+        error = crcli.restore(image, code=20)["error"]
+        assert str(file) in error["message"] and file.read_bytes()[0] == 1
+        report = crcli.restore(image, "--files", "host", "--pid-namespace", "new")
+        assert state(program, report["host_pid"]) == "True"
 
 
 def remove_new(before: set[str]) -> None:
