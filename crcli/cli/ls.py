@@ -35,4 +35,4 @@ def ls(
             if store:
                 raise
             entries, claims = [], []  # the default store comes into being with the first dump
-        show_entries(entries, {claim.name: claim for claim in claims}, found.url, as_json)
+        show_entries(entries, {claim.name: claim for claim in claims}, found.url, as_json, name)

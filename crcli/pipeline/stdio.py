@@ -14,6 +14,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from crcli.errors import RestoreFailed
 from crcli.findings import Finding, Severity
 from crcli.job.relay import Relay
 from crcli.pipeline.stages import Stdio
@@ -171,9 +172,15 @@ while sources:
 
 
 def _open_log(title: str, replacements: Replacements) -> int:
-    replacements.log = log_path(title)
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.open(replacements.log, flags, 0o600)
+    try:
+        replacements.log = log_path(title)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(replacements.log, flags, 0o600)
+    except OSError as error:
+        raise RestoreFailed(
+            f"the log for what the tree writes to a terminal or a pipe cannot be made: {error}",
+            hint="$CRCLI_LOG_DIR names another folder, --stdio null throws it away",
+        ) from error
 
 
 def log_path(title: str) -> str:

@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
 
 def show_entries(
-    entries: Sequence[Entry], claims: Mapping[str, Claim], store_url: str, as_json: bool
+    entries: Sequence[Entry], claims: Mapping[str, Claim], store_url: str, as_json: bool, name: str = ""
 ) -> None:
-    """Show what a store holds, and who holds the names of it."""
+    """Show what a store holds, of this name or in all, and who holds the names of it."""
     if as_json:
         images = [entry.as_json() | {"claim": _claim(claims.get(entry.ref.name))} for entry in entries]
         show_json({"store": store_url, "images": images})
     elif not entries:
-        print(printable(f"no images in {store_url}"))
+        print(
+            printable(f"no images of the name {name} in {store_url}" if name else f"no images in {store_url}")
+        )
     else:
         columns = ("IMAGE", "CREATED", "PROCESSES", "MEMORY", "HOST", "COMMAND")
         show_table(columns, [_entry_row(entry) for entry in entries], right=("PROCESSES", "MEMORY"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -664,6 +665,21 @@ def test_stdio_null_throws_output_away(crcli: Crcli, tmp_path: Path) -> None:
         written = io_of(host_pid)
         wait_until(lambda: io_of(host_pid) > written + 100, "it does not write any more")
         assert not list(tmp_path.glob("logs/*@*"))
+
+
+def test_a_log_that_cannot_be_made_is_named(crcli: Crcli, tmp_path: Path) -> None:
+    """Where output has nowhere to go nothing is restored, and the error says what can be done."""
+    with spawn_python(counter(), stdout=subprocess.PIPE) as program:
+        assert program.process.stdout is not None
+        program.process.stdout.readline()
+        image = crcli.dump(program.pid)["image"]
+        program.process.stdout.close()
+        shutil.rmtree(tmp_path / "logs", ignore_errors=True)
+        (tmp_path / "logs").write_text("in the way")
+        error = crcli.restore(image, code=21)["error"]
+        assert str(tmp_path / "logs") in error["message"]
+        assert "CRCLI_LOG_DIR" in error["hint"] and "--stdio null" in error["hint"]
+        crcli.restore(image, "--stdio", "null")
 
 
 def io_of(pid: int) -> int:

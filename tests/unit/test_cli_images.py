@@ -62,6 +62,7 @@ def test_ls(cli: Cli) -> None:
     one = make_image(cli.store, "one", pages(1, 2))
     make_image(cli.store, "two", pages(2, 2))
     assert [image["image"] for image in cli.json("ls", "one")["images"]] == [str(one)]
+    assert cli.text("ls", "none") == f"no images of the name none in {cli.store.url}\n"
     assert list(cli.json("ls")["images"][0]) == [
         "image",
         "name",
