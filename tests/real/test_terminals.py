@@ -558,7 +558,7 @@ def test_what_was_taken_is_given_back_before_crcli_is_seen_to_be_gone(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     images = os.open(tmp_path, os.O_RDONLY)
     try:
-        watch = standby._Watch(theirs, os.getpid(), images, standby._Before({}, {}), kills=True)
+        watch = standby._Watch(theirs, os.getpid(), images, standby._Before({}, {}), kills=True, stays=True)
         watch._hear()
         watch._after_end()
     finally:
