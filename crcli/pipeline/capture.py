@@ -210,6 +210,16 @@ def _store(root: str, wanted: Wanted, writer: PackWriter) -> StoredFile | None:
         )
 
 
+def missing_includes(root_pid: int, include: tuple[str, ...]) -> list[Finding]:
+    """What was asked to travel, and could not if the tree were dumped now."""
+    paths = [os.path.abspath(path) for path in include]
+    return [_not_there(path) for path in paths if not _is_there(f"/proc/{root_pid}/root{path}")]
+
+
+def _is_there(path: str) -> bool:
+    return os.path.isdir(path) or os.path.isfile(path)
+
+
 def _not_there(path: str) -> Finding:
     return Finding(
         name="include-missing",

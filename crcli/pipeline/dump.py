@@ -59,7 +59,7 @@ from crcli.pipeline.aftermath import (
     set_right,
 )
 from crcli.pipeline.alone import alone
-from crcli.pipeline.capture import capture_files, folders_of, store_skeleton
+from crcli.pipeline.capture import capture_files, folders_of, missing_includes, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
 from crcli.pipeline.forecast import (
     DUMP_LOOK_MOST_S,
@@ -229,7 +229,8 @@ def _dump_alone(
         gpu_findings, gpu_bytes = gpus_ahead(target.evidence, options)
         with watch.phase("forecast"):
             report.forecast, findings = look_ahead(target.evidence, options, target.name, gpu_bytes)
-        report.findings = (*report.findings, *gpu_findings, *findings)
+        missing = missing_includes(options.pid, options.include)
+        report.findings = (*report.findings, *missing, *gpu_findings, *findings)
         refuse_blockers(options.pid, report.findings)
         report.total_ms = watch.since_start_ms()
         report.phases = watch.phases

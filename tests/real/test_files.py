@@ -561,8 +561,10 @@ def test_what_is_included_and_is_no_file_is_said(crcli: Crcli, tmp_path: Path) -
     names = (str(tmp_path / "fifo"), str(tmp_path / "nothing"))
     with spawn_python(then_wait()) as program:
         options = [word for name in names for word in ("--include", name)]
-        findings = crcli.dump(program.pid, "--leave-running", *options)["findings"]
-    assert [one["evidence"]["path"] for one in findings if one["name"] == "include-missing"] == [*names]
+        for how in ("--dry-run", "--leave-running"):
+            findings = crcli.dump(program.pid, how, *options)["findings"]
+            told = [one["evidence"]["path"] for one in findings if one["name"] == "include-missing"]
+            assert told == [*names], how
 
 
 def test_an_included_folder_travels(crcli: Crcli, tmp_path: Path) -> None:
