@@ -365,6 +365,8 @@ def test_a_semaphore_is_found_by_its_name(crcli: Crcli, stays: str) -> None:
 def test_a_semaphore_that_was_left_behind_is_the_image_s_again(crcli: Crcli) -> None:
     """A tree that ran on and died has left its semaphore as it was then: that is put aside."""
     with semaphore(crcli, "--leave-running") as (program, image, file):
+        for process in tree_of(program.pid)[1:]:
+            process.kill()  # multiprocessing's resource tracker, which removes what a dead process leaves
         end_all(program.pid)
         let_go(file)
         report = crcli.restore(image)
