@@ -99,6 +99,10 @@ class Chunker:
         """The chunks that have room, for pages of whole groups and for others."""
         self._lock = threading.Lock()
 
+    def may_want(self, digest: bytes) -> bool:
+        """Whether a page with this digest may have to be `put`: no twin of it is known."""
+        return digest not in self._twins
+
     def claim(self, unknown: dict[int, bytes], groups: dict[int, bytes], places: list[int]) -> list[Part]:
         """Place new pages of a block, of which these are the digests, and those of groups in which nothing is
         known: where their twins are, or in new chunks, where they must be `put` then."""

@@ -123,9 +123,10 @@ class Classifier:
         if ahead is not None:
             ahead.fetch(ranges(sorted(page for page in pages if page not in given)))
         unknown = self._place_pages(memory, pages, places, given)
+        if ahead is not None:  # before a chunk counts on them: they may turn out not to be to be had
+            lacking = [page for page in unknown.keys() & given if self._chunker.may_want(unknown[page])]
+            ahead.fetch(ranges(sorted(lacking)))
         parts = self._chunker.claim(unknown, groups, places)
-        if ahead is not None:
-            ahead.fetch(ranges(sorted(given.keys() & {page for part in parts for page in part.pages})))
         for part in parts:
             self._chunker.put(part, view, unknown, groups, hurry=hurry)
         mixed = set(groups).difference(*(part.groups for part in parts))
@@ -199,20 +200,26 @@ class Classifier:
         Those that are `given` were hashed before.
         """
         view, is_zero = memoryview(memory), memory.startswith
-        digests: dict[int, bytes] = {}
-        for page in pages:
-            digest = given.get(page)
-            if digest == ZERO_PAGE_DIGEST or (digest is None and is_zero(ZERO_PAGE, page * PAGE)):
+        asked: list[int] = []
+        digests: list[bytes] = []
+        for page in pages:  # tens of thousands in a second, most of them known: little is done for those
+            if (digest := given.get(page)) is None:
+                if is_zero(ZERO_PAGE, page * PAGE):
+                    places[page] = ZERO
+                    continue
+                digest = blake3(view[page * PAGE : (page + 1) * PAGE]).digest()
+            asked.append(page)
+            digests.append(digest)
+        found = self.known.find(digests) if self.known is not None else [NOWHERE] * len(asked)
+        unknown: dict[int, bytes] = {}
+        for page, digest, place in zip(asked, digests, found, strict=True):
+            if place != NOWHERE:
+                places[page] = place
+            elif digest == ZERO_PAGE_DIGEST:
                 places[page] = ZERO
             else:
-                digests[page] = digest or blake3(view[page * PAGE : (page + 1) * PAGE]).digest()
-        if self.known is not None:
-            found = self.known.find(list(digests.values()))
-            for page, place in zip(list(digests), found, strict=True):
-                if place != NOWHERE:
-                    del digests[page]
-                    places[page] = place
-        return digests
+                unknown[page] = digest
+        return unknown
 
 
 def _digests_of_groups(memory: bytearray, heads: list[int]) -> dict[int, bytes]:

@@ -26,6 +26,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from blake3 import blake3
+
 from crcli.errors import DumpFailed, TreeState
 from crcli.kernel import signals_held
 from crcli.memory.blocks import BLOCK_PAGES, GROUP_PAGES, Ahead, Run, Seen, parts_of
@@ -104,9 +106,9 @@ class _Aside(_Pages):
     """Whether a worker has it."""
 
 
-class _NotKept(Exception):
-    """Pages that are needed were seen ahead in the tree and not kept: they are not read again for that. What
-    was seen of them may not be what they are now, should something write to memory that stands still."""
+class _Changed(Exception):
+    """Pages that are needed are not what was seen of them ahead: something writes to memory that stands
+    still."""
 
 
 class Taken(NamedTuple):
@@ -539,29 +541,24 @@ class Intake:
             found = self._classify(own, self._ahead(item, own, seen))
             self._prove(item)
             return found
-        except _NotKept:
+        except _Changed:
             all_are_here = Ahead(Seen({}, seen.found, {}), lambda ranges: None)
             return self._classify(self._fetch(item, own), all_are_here)
 
     def _ahead(self, aside: _Aside, block: _Block, seen: Seen) -> Ahead:
         """Pages that were looked at; those that are needed nevertheless are read into `block`."""
         block.runs, block.used = aside.runs, aside.used
-        whole = seen.digests
 
         def fetch(ranges: Sequence[tuple[int, int]]) -> None:
-            for begin, end in ranges:
-                if aside.seen_in and begin in seen.pages:
-                    self._read_kept(aside, block, begin, end)
-                elif aside.seen_in and any(head < end and begin < head + GROUP_PAGES for head in whole):
-                    raise _NotKept
-                else:
-                    self._read(aside, block, begin, end)
+            self._read(aside, block, ranges)
+            if aside.seen_in and not all(_is_as_seen(block, seen, *one) for one in ranges):
+                raise _Changed
 
         return Ahead(seen, fetch)
 
     def _fetch(self, aside: _Aside, block: _Block) -> _Block:
         """Read all pages of a block into a worker's own."""
-        self._read(aside, block, 0, aside.used)
+        self._read(aside, block, [(0, aside.used)])
         self._prove(aside)
         block.runs, block.used = aside.runs, aside.used
         return block
@@ -576,30 +573,23 @@ class Intake:
         with self._lock:
             self._unproven.add(owner)
 
-    def _read(self, aside: _Aside, block: _Block, begin: int, end: int) -> None:
-        """Read pages where they are, from page `begin` to `end`, to where they belong in a block."""
+    def _read(self, aside: _Aside, block: _Block, ranges: Sequence[tuple[int, int]]) -> None:
+        """Read ranges of pages where they are, to where they belong in a block."""
         if not aside.owner:
-            self._read_spilled(aside.offset, block, begin, end)
+            for begin, end in ranges:
+                view = memoryview(block.memory)[begin * PAGE : end * PAGE]
+                self._spill.read_into(view, aside.offset + begin * PAGE)
             return
+        parts = [part for one in ranges for part in parts_of(aside.runs, *one)]
         try:
-            read_scattered(aside.owner.pid, memoryview(block.memory), parts_of(aside.runs, begin, end))
+            read_scattered(aside.owner.pid, memoryview(block.memory), parts)
         except OSError as error:
             raise _unreadable(aside.owner, str(error.strerror)) from error
-
-    def _read_kept(self, aside: _Aside, block: _Block, begin: int, end: int) -> None:
-        assert self._lookahead is not None and aside.number is not None
-        self._lookahead.read_kept(aside.number, begin, memoryview(block.memory)[begin * PAGE : end * PAGE])
-
-    def _read_spilled(self, offset: int, block: _Block, begin: int, end: int) -> None:
-        view = memoryview(block.memory)[begin * PAGE : end * PAGE]
-        self._spill.read_into(view, offset + begin * PAGE)
 
     def _give_back(self, aside: _Aside) -> None:
         """Free the memory of pages that are stored, or need not be."""
         if not aside.owner:
             self._spill.give_back(aside.offset, aside.used * PAGE)
-        if aside.seen_in and aside.number is not None and self._lookahead is not None:
-            self._lookahead.forget(aside.number)
 
     def _classify(self, block: _Block, ahead: Ahead | None = None) -> Classified:
         hurry = self._under_pressure()
@@ -610,6 +600,22 @@ class Intake:
             self._counts += found.counts
             for space, extents in found.extents:
                 self._spaces.setdefault(space, []).append(extents)
+
+
+def _is_as_seen(block: _Block, seen: Seen, begin: int, end: int) -> bool:
+    """Whether pages of a block, which have come from page `begin` to `end`, are what was seen of them: single
+    ones, or whole groups. Of pages in no group nothing was."""
+    view = memoryview(block.memory)
+    pages, page = seen.pages, begin
+    while page < end:
+        digest, count = (pages[page], 1) if page in pages else (seen.digests.get(page), GROUP_PAGES)
+        if digest is None:
+            page += 1
+        elif blake3(view[page * PAGE : (page + count) * PAGE]).digest() == digest:
+            page += count
+        else:
+            return False
+    return True
 
 
 def _see_that_it_stands_still(owner: ProcessId) -> None:

@@ -7,9 +7,8 @@ processors to spare, or nobody waits for the tree to run on, they begin with the
 workers begin. The workers take what is done; when there is none of that, they do themselves what came last,
 until they meet.
 
-Pages that are in the tree still are read there once and for all: those of groups that the store does not
-have are kept, for the workers to store. Should something have written to the tree meanwhile, then an image
-has what was seen, and no digest of other contents.
+Pages that are in the tree still are read there again where they are stored, and compared with what was seen
+of them: should something have written to the tree meanwhile, an image has no digest of other contents.
 
 Nothing depends on it: what it does not do, the workers do.
 """
@@ -90,9 +89,6 @@ _NUMBER = struct.Struct("<I")
 _MOST_WRITTEN = 1024
 """Numbers written to a pipe at once: so many the kernel never parts."""
 
-_KEPT_SHARE = 8
-"""Pages that are kept take so large a part of the file's room, beside it."""
-
 _POPULATED = mmap.MAP_SHARED | mmap.MAP_POPULATE
 _COVERED = bytes(DIGEST)
 """In place of the digest of a group of which pages were found in files."""
@@ -116,12 +112,8 @@ class Lookahead:
         `matcher`. `at_once`: they need not wait until the workers begin. Raises OSError where there is no
         room for what is asked and answered."""
         self._room = min(max(limit, in_place) // _LEAST_BLOCK_BYTES + 1, _MOST_BLOCKS)
-        most_kept = limit // _KEPT_SHARE // count
         self._shared = mmap.mmap(-1, self._room * _RECORD)
         self._known = os.memfd_create("known")
-        # A file of its own: with pages so far behind its end as these may lie, the overflow would count as so
-        # long that the kernel gives 2 MiB for each 64 KiB.
-        self._kept = os.memfd_create("kept")
         self._runs: list[Sequence[Run]] = []
         self._handed = 0
         self._has_begun = at_once
@@ -134,8 +126,8 @@ class Lookahead:
         self._answers, answers = os.pipe()
         self.pids: list[int] = []
         try:
-            files = _Files(fd, self._known, self._kept, tasks, answers)
-            self._fork(count, lambda: _run(files, self._shared, matcher, most_kept))
+            files = _Files(fd, self._known, tasks, answers)
+            self._fork(count, lambda: _run(files, self._shared, matcher))
         except BaseException:  # a signal or a deadline: nobody would end those that have begun
             self.close()
             raise
@@ -165,8 +157,7 @@ class Lookahead:
         """Have a block looked at that begins at `offset` (bytes), and stays as it is until `next` gives it
         out. Return its number; None where that will not be done.
 
-        Is there an `owner`, then the block is in the memory of that process, and of what is seen there the
-        pages of groups that the store does not have are kept, for `read_kept`.
+        Is there an `owner`, then the block is in the memory of that process.
         """
         if len(self._runs) == self._room or not 0 < len(runs) <= MOST_RUNS or not heads_of(runs):
             return None
@@ -247,17 +238,6 @@ class Lookahead:
             _unpack_pages(self._shared, at + _PAGES_AT),
         )
 
-    def read_kept(self, number: int, first: int, view: memoryview) -> None:
-        """Read pages of a block, from page `first` on, that are among those of which its `Seen` has digests,
-        and that were in the tree."""
-        if os.preadv(self._kept, [view], number * _BLOCK_BYTES + first * PAGE) != len(view):
-            raise OSError("pages were lost that were kept")
-
-    def forget(self, number: int) -> None:
-        """Free what was kept of a block."""
-        with suppress(OSError):  # then it goes with the whole
-            kernel.punch_hole(self._kept, number * _BLOCK_BYTES, _BLOCK_BYTES)
-
     def close(self) -> None:
         """End them; safe to call again."""
         for pid in self.pids:
@@ -267,7 +247,6 @@ class Lookahead:
             os.close(self._tasks)
             os.close(self._answers)
             os.close(self._known)
-            os.close(self._kept)
             self._shared.close()
         self._tasks, self.pids = -1, []
 
@@ -285,12 +264,11 @@ class _Files(NamedTuple):
 
     pages: int
     known: int
-    kept: int
     tasks: int
     answers: int
 
 
-def _run(files: _Files, shared: mmap.mmap, matcher: Matcher | None, most_kept: int) -> NoReturn:
+def _run(files: _Files, shared: mmap.mmap, matcher: Matcher | None) -> NoReturn:
     """What a process does."""
     try:
         kernel.die_with_parent(signal.SIGKILL)
@@ -298,7 +276,7 @@ def _run(files: _Files, shared: mmap.mmap, matcher: Matcher | None, most_kept: i
         kernel.close_all_but(*files, *weights)
         gc.disable()  # it would touch, and so copy, all of the memory that is our parent's too
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        looking = _Looking(files, shared, matcher, most_kept)
+        looking = _Looking(files, shared, matcher)
         while task := os.read(files.tasks, _NUMBER.size):
             if looking.look(*_NUMBER.unpack(task)):
                 os.write(files.answers, task)
@@ -309,13 +287,12 @@ def _run(files: _Files, shared: mmap.mmap, matcher: Matcher | None, most_kept: i
 class _Looking:
     """One process at work."""
 
-    def __init__(self, files: _Files, shared: mmap.mmap, matcher: Matcher | None, most_kept: int) -> None:
+    def __init__(self, files: _Files, shared: mmap.mmap, matcher: Matcher | None) -> None:
         self._files = files
         self._shared = shared
         self._matcher = matcher
         self._block = memoryview(bytearray(_BLOCK_BYTES))
         self._known: frozenset[bytes] | None = None
-        self._may_keep = most_kept
 
     def look(self, number: int) -> bool:
         """Look at a block; return whether all of it was seen, and is in its record."""
@@ -325,7 +302,6 @@ class _Looking:
             return False
         places = range(at + _ASKED.size, at + _ASKED.size + count * _RUN.size, _RUN.size)
         runs = [_unpack_run(self._shared, place) for place in places]
-        keep_at = number * _BLOCK_BYTES if owner else None
         with ExitStack() as held:
             try:
                 pages = self._pages(held, owner, offset, runs)
@@ -335,7 +311,7 @@ class _Looking:
             if not _pack_found(self._shared, at + _FOUND_AT, found):
                 return False
             covered = {page for one in found for page in range(one.at, one.at + one.pages)}
-            return self._hash(at, pages, heads_of(runs), covered, keep_at)
+            return self._hash(at, pages, heads_of(runs), covered)
 
     def _pages(self, held: ExitStack, owner: int, offset: int, runs: Sequence[Run]) -> memoryview:
         """The pages of a block: copied, or as they lie in the file for as long as `held` holds them."""
@@ -352,41 +328,26 @@ class _Looking:
         pages = mmap.mmap(self._files.pages, size, _POPULATED, mmap.PROT_READ, offset=offset)
         return held.enter_context(memoryview(held.enter_context(pages)))
 
-    def _hash(
-        self, at: int, pages: memoryview, heads: Sequence[int], covered: Set[int], keep_at: int | None
-    ) -> bool:
-        """Note the digests of groups where they lie, and those of pages of groups that the store does not
-        have: so near behind, these are still in the processor's cache. Keep these pages from `keep_at` on,
-        if that is given: only what is kept has its digests noted then."""
+    def _hash(self, at: int, pages: memoryview, heads: Sequence[int], covered: Set[int]) -> bool:
+        """Note the digests of groups, and those of pages of groups that the store does not have: so near
+        behind, these are still in the processor's cache."""
         known = self._keys()
+        digests: list[bytes] = []
         changed: list[tuple[int, bytes]] = []
-        for place, head in enumerate(heads):
+        for head in heads:
             if self._shared[at + _TAKEN_AT]:
                 return False
             digest = _COVERED
-            if covered.isdisjoint(range(head, head + GROUP_PAGES)):
+            if not covered or covered.isdisjoint(range(head, head + GROUP_PAGES)):
                 digest = _digest_of_group(pages, head * PAGE)
                 is_known = not known or digest[:KEY] in known or digest == ZERO_GROUP_DIGEST
-                if not is_known and len(changed) < _MOST_CHANGED and self._keep(pages, head, keep_at):
+                if not is_known and len(changed) < _MOST_CHANGED:
                     changed.append((head, _digests_of_pages(pages, head * PAGE)))
-            where = at + _DIGESTS_AT + place * DIGEST
-            self._shared[where : where + DIGEST] = digest
+            digests.append(digest)
+        where = at + _DIGESTS_AT
+        self._shared[where : where + len(digests) * DIGEST] = b"".join(digests)
         _pack_pages(self._shared, at + _PAGES_AT, changed)
         return True
-
-    def _keep(self, pages: memoryview, head: int, keep_at: int | None) -> bool:
-        """Put a group's pages where the workers find them, if there is room; return whether they will."""
-        if keep_at is None:
-            return True
-        if self._may_keep < _GROUP_BYTES:
-            return False
-        self._may_keep -= _GROUP_BYTES
-        begin = head * PAGE
-        try:
-            kept = os.pwrite(self._files.kept, pages[begin : begin + _GROUP_BYTES], keep_at + begin)
-        except OSError:
-            return False
-        return kept == _GROUP_BYTES
 
     def _keys(self) -> frozenset[bytes]:
         """The keys of the groups that the store has; none where it is not known, so that all may be there."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from operator import sub
+from itertools import compress, repeat
+from operator import ne, sub
 from typing import TYPE_CHECKING, NamedTuple
 
 from crcli.memory.extents import Extent, Source
@@ -46,8 +47,9 @@ def place_in_weights(reference: int) -> int:
 
 def stretches(places: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Where, in these places, each stretch of pages that follow one another begins and ends."""
-    steps = enumerate(map(sub, places[1:], places), 1)
-    ends = [at for at, step in steps if step != 1 and (step or places[at] != ZERO)]
+    steps = map(sub, places[1:], places)
+    breaks = compress(range(1, len(places)), map(ne, steps, repeat(1)))  # few, of hundreds of thousands
+    ends = [at for at in breaks if places[at] != ZERO or places[at - 1] != ZERO]
     return zip([0, *ends], [*ends, len(places)], strict=True)
 
 

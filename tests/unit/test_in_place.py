@@ -196,10 +196,26 @@ def test_a_repeat_stores_what_has_changed(
     assert counts.new == changed * PAGE
 
 
+def test_what_is_new_and_comes_twice_is_stored_once(overflow: MemoryFile, lookahead: Lookahead) -> None:
+    """Within a block, and in another."""
+    old = [n or 1 for n in numbers(2 * BLOCK_PAGES)]
+    new = list(old)
+    for page in (300, 301, 700, BLOCK_PAGES + 300):
+        new[page] = 77_777
+    sink = KeepingSink()
+    with Standing(new) as standing:
+        earlier, keys = before(standing, old)
+        taking = left(standing, sink, overflow, lookahead, known=KnownFrom(earlier, 1000), keys=keys)
+        wait_for(lookahead, 2)
+        spaces, counts = taking.finish()
+        assert memory_of(spaces, (0, sink), (1000, earlier)) == standing.raw
+    assert counts.new == PAGE
+
+
 def test_what_has_a_known_key_and_is_not_known_is_read_again(
     overflow: MemoryFile, lookahead: Lookahead
 ) -> None:
-    """A key is only a part of a digest. Nothing was kept of such a group: it is not taken for zeros."""
+    """A key is only a part of a digest."""
     contents, sink, nothing = [n or 1 for n in numbers(BLOCK_PAGES)], KeepingSink(), KeepingSink()
     with Standing(contents) as standing:
         keys = group_keys(standing.raw, standing.start)
@@ -209,52 +225,15 @@ def test_what_has_a_known_key_and_is_not_known_is_read_again(
         assert memory_of(spaces, (0, sink)) == standing.raw
 
 
-def test_where_there_is_no_room_to_keep_anything_it_is_read_again(overflow: MemoryFile) -> None:
-    """What is kept of what was seen takes a part of the overflow's room at most."""
-    old, sink = numbers(BLOCK_PAGES), KeepingSink()
-    new = [5, *old[1:700], 6, *old[701:]]
-    with (
-        Lookahead(overflow.fd, GROUP_PAGES * PAGE, in_place=LIMIT, at_once=True) as lookahead,
-        Standing(new) as standing,
-    ):
-        earlier, keys = before(standing, old)
-        taking = left(standing, sink, overflow, lookahead, known=KnownFrom(earlier, 1000), keys=keys)
-        wait_for(lookahead, 1)
-        assert os.fstat(lookahead._kept).st_blocks == 0
-        spaces, counts = taking.finish()
-        assert memory_of(spaces, (0, sink), (1000, earlier)) == standing.raw
-    assert counts.new == 2 * PAGE
-
-
-def test_what_is_kept_takes_as_much_as_it_is_and_is_given_back(
-    overflow: MemoryFile, lookahead: Lookahead
-) -> None:
-    """A group of each block. The overflow does not become longer by it: of a long file the kernel may give
-    2 MiB for each group."""
-    old, sink = [n or 1 for n in numbers(3 * BLOCK_PAGES)], KeepingSink()
-    new = list(old)
-    for page in (300, BLOCK_PAGES + 300, 2 * BLOCK_PAGES + 300):
-        new[page] = 77_000 + page
-    with Standing(new) as standing:
-        earlier, keys = before(standing, old)
-        taking = left(standing, sink, overflow, lookahead, known=KnownFrom(earlier, 1000), keys=keys)
-        wait_for(lookahead, 3)
-        assert os.fstat(overflow.fd).st_size == 0
-        assert os.fstat(lookahead._kept).st_blocks * 512 == 3 * GROUP_PAGES * PAGE
-        spaces, counts = taking.finish()
-        assert memory_of(spaces, (0, sink), (1000, earlier)) == standing.raw
-    assert counts.new == 3 * PAGE
-    assert os.fstat(lookahead._kept).st_blocks == 0
-
-
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("changed", [[400, 500], [*range(400, 600)], [*range(0, BLOCK_PAGES, 32)]])
+@pytest.mark.parametrize("written", [400, 801, 960])
 def test_what_is_written_meanwhile_never_makes_an_image_that_contradicts_itself(
-    overflow: MemoryFile, lookahead: Lookahead, kept: bool
+    overflow: MemoryFile, lookahead: Lookahead, changed: list[int], written: int
 ) -> None:
-    """Whoever writes to memory that stands still (a device, a debugger): each page is as it was at some time,
-    and stored under the digest that it then had (which the sink asserts)."""
+    """Whoever writes to memory that stands still (a device, a debugger), to what has changed since the last
+    dump or to what has not: each page is as it was at some time, and stored under the digest that it then had
+    (which the sink asserts)."""
     old = [n or 1 for n in numbers(BLOCK_PAGES)]
-    changed = [400, 500] if kept else list(range(0, BLOCK_PAGES, 32))
     new = list(old)
     for page in changed:
         new[page] = 77_000 + page
@@ -264,8 +243,7 @@ def test_what_is_written_meanwhile_never_makes_an_image_that_contradicts_itself(
         taking = left(standing, sink, overflow, lookahead, known=KnownFrom(earlier, 1000), keys=keys)
         wait_for(lookahead, 1)
         later = b"L" * PAGE
-        for page in (changed[0], changed[1] + 1, 800):
-            standing.write(page, later)
+        standing.write(written, later)
         spaces, _ = taking.finish()
         found = memory_of(spaces, (0, sink), (1000, earlier))
         for page in range(BLOCK_PAGES):
@@ -273,8 +251,6 @@ def test_what_is_written_meanwhile_never_makes_an_image_that_contradicts_itself(
             assert now == standing.raw[page * PAGE : (page + 1) * PAGE] or now == later
         for digest, places in sink.mixed.items():
             assert digest in digests_of(found[-standing.start % GROUP_PAGES * PAGE :], GROUP_PAGES), places
-        if kept:  # nothing was read a second time
-            assert found == standing.raw
 
 
 def test_the_image_of_a_tree_that_is_killed_while_the_store_takes_its_time_comes_to_be(
