@@ -134,6 +134,7 @@ class CriuProcess:
         limit_s: float | None = None,
         idle_since: Callable[[], float] = lambda: 0.0,
         meanwhile: Callable[[], None] = lambda: None,
+        on_answered: Callable[[str], None] = lambda script: None,
     ) -> CriuAnswer:
         """Send one request and return CRIU's answer.
 
@@ -141,7 +142,8 @@ class CriuProcess:
         passed on once CRIU has been told) makes CRIU abandon what it does. Time spent in `on_notify` does
         not count against `limit_s`, which bounds CRIU's own work in seconds. It begins anew at `idle_since()`
         (by the monotonic clock): when CRIU last did something by which it is seen to go on. `meanwhile` is
-        called once CRIU works on the request, and before anything that it says is heard.
+        called once CRIU works on the request, and before anything that it says is heard;
+        `on_answered(script)` once it was told to go on after a notification.
         """
         message = rpc.criu_req(type=kind, opts=options)
         try:
@@ -165,6 +167,8 @@ class CriuProcess:
                 self.channel.send(reply.SerializeToString())
             except OSError as error:
                 raise failure or CriuDied("CRIU went away while it waited for us") from error
+            if go_on:
+                on_answered(answer.notify.script)
         self.wait()
         if failure is not None:
             raise failure

@@ -72,6 +72,12 @@ class Announcement:
     ) -> None:
         if is_of_a_signal(error):
             self._store.give_up()  # it goes stale by itself
+        self.end()
+
+    def end(self) -> None:
+        """Nobody is at work any more; safe to call again."""
+        if self._over.is_set():
+            return
         self._over.set()
         self._beat.join()
         if self.lapsed:

@@ -1,7 +1,7 @@
 """What a running tree's memory consists of, estimated from some of its pages.
 
 Pieces (the pages of one run that lie in one group of 16, see classify.py) are drawn by lot and told apart as
-a dump would tell them apart: zero, known to the store, seen before in this tree, new. The tree runs on
+a dump would tell them apart: zero, known to the store, seen before in this tree, new. The tree may run on
 meanwhile: nothing is stopped, nothing is written, and only pages that are in memory are read. What is drawn
 is bounded by time, not by the size of the tree.
 """

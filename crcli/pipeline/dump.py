@@ -99,6 +99,7 @@ from crcli.process.tree_lock import TreeLock
 from crcli.process.waits import waited_ms
 from crcli.process.wording import first_of, how_to_continue, note, process_list
 from crcli.records import asdict, replace
+from crcli.threads import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -300,6 +301,8 @@ class _Dump:
         are: copied out of its way, as those of one that runs on, they would take memory and time."""
         self.look_ahead: Callable[[], None] = lambda: None
         """What is left to do before the freeze when CRIU is called."""
+        self.looking: Worker | None = None
+        """Looks at the memory of a tree that stays, for a forecast, while CRIU gets ready and takes it."""
         self.nice = 0
         """The nice value of our thread while no tree stands still."""
         self.store: Store | None = None
@@ -511,6 +514,7 @@ class _Dump:
                 Standby(self.target.evidence.root.pid, self.images.fd, self.lock.fds)
             )
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
+            held.callback(self._end_looking)
             self.weights.index(self.progress.amount, for_weights)
             self.lookahead = self._start_lookahead(held)
             self.hashing = Hashing(self.target.evidence, for_hashes)
@@ -620,18 +624,40 @@ class _Dump:
             self.session.rename(self.report.id)
 
     # Whatever should be wrong with a forecast, the dump goes on. Where nothing depends on it, what the store
-    # has is waited for, and the memory looked at, while CRIU gets ready, and not before CRIU is called.
+    # has is waited for, and the memory looked at, while CRIU gets ready, and not before CRIU is called. The
+    # memory of a tree that stays can be looked at while CRIU takes it as well.
 
     def _acts_on_forecast(self) -> bool:
         return self.options.deadline_s is not None or bool(self.options.pre_copy) or self.gpu is not None
 
     def _look_ahead(self, gpu_bytes: int, spent_ms: float) -> None:
-        self.load = self._measure(self._take_in_known(), gpu_bytes)
-        self._foresee(self.load, spent_ms)
+        known = self._take_in_known()
+
+        def look() -> None:
+            self.load = self._measure(known, gpu_bytes)
+            self._foresee(self.load, spent_ms)
+
+        if not self.stays:  # no processor is taken from who copies pages out of a frozen tree
+            look()
+            return
+        looking = Worker(look, name="forecast")
+        try:
+            with kernel.signals_held():
+                looking.start()
+                self.looking = looking
+        except RuntimeError:  # there are as many threads as there may be
+            look()
+
+    def _end_looking(self) -> None:
+        """Return when nobody looks at the tree's memory for a forecast any more."""
+        if self.looking is not None:
+            self.looking.join()
+            self.looking = None
 
     def _while_criu_gets_ready(self) -> None:
         """Do what is to be done before the freeze: some ms pass before CRIU asks whether it may."""
-        messages.import_all()
+        if not self.stays:
+            messages.import_all()
         self.look_ahead()
 
     def _measure(self, known: KnownChunks, gpu_bytes: int) -> Load | None:
@@ -831,6 +857,7 @@ class _Dump:
                     CRIU_LIMIT_S,
                     receiver.idle_since,
                     self._while_criu_gets_ready,
+                    self._on_answered,
                 )
             except BaseException:
                 self.intake.give_up()
@@ -884,6 +911,19 @@ class _Dump:
             self.is_holding = False
         return True
 
+    def _on_answered(self, script: str) -> None:
+        """CRIU works on. While it looks at the tree that it has frozen, nobody wants our processor; while it
+        kills a tree, which takes the kernel 70 ms for each GiB, we clear away what nobody needs now that the
+        image is durable."""
+        if script == "query-ext-files" and self.stays:
+            messages.import_all()
+        elif script == "post-dump" and self.published and self.store is not None:
+            self.store.give_up()
+            self.session.end()
+            self.intake.close()
+            if self.lookahead is not None:
+                self.lookahead.close()
+
     def _on_criu_death(self) -> None:
         """CRIU was killed (we are told in another thread): what we do while it waits for us is in vain."""
         if self.is_holding:
@@ -928,6 +968,7 @@ class _Dump:
         if self.stays:
             with self.watch.phase("hold"):
                 self._publish()
+                self._end_looking()
             self.standby.settle(self.options.outcome.value, self.tree.identities, self.keeps_lock)
         else:
             self._stood_still()

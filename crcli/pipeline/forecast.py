@@ -1,7 +1,7 @@
 """What a dump will take, said before it: how long the tree stands still, how much is stored, how long it is.
 
-From a sample of the tree's memory (crcli.memory.sample) and this host's rates (crcli.pipeline.rates). The
-tree runs on meanwhile. `predict` is arithmetic alone.
+From a sample of the tree's memory (crcli.memory.sample) and this host's rates (crcli.pipeline.rates).
+`predict` is arithmetic alone.
 """
 
 from __future__ import annotations

@@ -461,6 +461,15 @@ def test_a_dump_in_progress_defers_the_collection(directory: FileStore) -> None:
     assert collect_garbage(directory, grace_s=0).packs_removed == 1
 
 
+def test_a_dump_that_has_ended_its_session_leaves_it_to_others(directory: FileStore) -> None:
+    """It is over once; who announces himself by that name afterwards is somebody else."""
+    with Session(directory, "20260101T000000000-abcdef") as session:
+        session.end()
+        assert not list(directory.list(SESSIONS))
+        key = foreign_session(directory, 0)
+    assert [info.key for info in directory.list(SESSIONS)] == [key]
+
+
 def foreign_session(store: FileStore, seconds_old: float, name: str = "20260101T000000000-abcdef") -> str:
     """Put a session of another host into the store, last renewed that long ago; return its key."""
     key = f"{SESSIONS}{name}"

@@ -129,3 +129,26 @@ def test_a_criu_that_does_nothing_is_given_up() -> None:
         assert intake.taken.wait(10)
         with pytest.raises(CriuTimeout):
             answered_after(60.0, receiver.idle_since)
+
+
+def test_while_criu_works_on_something_else_can_be_done() -> None:
+    """Once it has our answer, and only where that was to go on."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for script in ("pre-dump", "post-dump"):
+        notice = rpc.criu_notify(script=script, pid=1)
+        theirs.send(rpc.criu_resp(type=rpc.NOTIFY, success=True, notify=notice).SerializeToString())
+    theirs.send(rpc.criu_resp(type=rpc.DUMP, success=True).SerializeToString())
+    heard: list[tuple[str, int]] = []
+
+    def on_answered(script: str) -> None:
+        said = [rpc.criu_req.FromString(theirs.recv(1 << 16)) for _ in range(1 if heard else 2)]
+        heard.append((script, said[-1].notify_success))
+
+    with ours, theirs:
+        CriuProcess(ours, None).request(
+            rpc.DUMP,
+            rpc.criu_opts(images_dir_fd=-1),
+            lambda script, _: script == "pre-dump",
+            on_answered=on_answered,
+        )
+    assert heard == [("pre-dump", True)]
