@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from crcli.errors import RestoreFailed
 from crcli.logs import keep_log
 from crcli.pipeline.stdio import Replacements, _open_log
 
@@ -32,6 +33,6 @@ def test_a_log_is_not_written_to_where_a_link_leads(folder: Path) -> None:
     other = folder / "precious"
     other.write_text("precious")
     (folder / "agent@1.log").symlink_to(other)
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(RestoreFailed, match="symbolic links"):
         _open_log("agent@1", Replacements())
     assert other.read_text() == "precious"
