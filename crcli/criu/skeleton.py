@@ -530,42 +530,52 @@ def accept_growth(images: Workspace, here: Callable[[str], str] = str) -> list[t
     return list(grown.values())
 
 
-def make_room_for_deleted(images: Workspace, here: Callable[[str], str] = str) -> None:
+def make_room_for_deleted(images: Workspace, here: Callable[[str], str] = str) -> list[str]:
     """Give deleted files and folders other names, where CRIU could not make them under their own.
 
     It makes each for a moment, and removes it again. It needs the folder above (which it would make, and
-    leave behind), and takes a folder that somebody has made there meanwhile for its own. `here` says where
-    a path lies on this host.
+    leave behind), takes a folder that somebody has made there meanwhile for its own, and does not go on where
+    a restore that was killed has left a file of that moment. `here` says where a path lies on this host.
+    Returns the places of these files for the moment.
     """
     files = read_files(images)
     unnamed = unnamed_ids(images)
     renamed: dict[tuple[int, str], str] = {}
     taken: set[str] = set()
+    moments: set[str] = set()
     for entry in files.entries:
         if entry.type != messages.fd_types.REG or entry.id not in unnamed:
             continue
         path = text_of(entry.reg.name)
         key = (unnamed[entry.id], path)
+        is_folder = stat.S_ISDIR(entry.reg.mode)
+        made_as = "{}" if is_folder else f"{{}}.cr.{unnamed[entry.id]:x}.ghost"
         if key not in renamed:
-            is_folder = stat.S_ISDIR(entry.reg.mode)
-            is_free = path not in taken and not (is_folder and os.path.lexists(here(path)))
+            is_free = path not in taken and not os.path.lexists(here(made_as.format(path)))
             has_room = is_free and os.path.isdir(here(os.path.dirname(path)))
-            renamed[key] = path if has_room else _free_name(path, here, taken)
+            renamed[key] = path if has_room else _free_name(path, made_as, here, taken)
             taken.update([renamed[key]] if is_folder else [])
         if renamed[key] != path:
             entry.reg.name = renamed[key]
+        if not is_folder:
+            moments.add(here(made_as.format(renamed[key])))
     if any(path != name for (_, path), name in renamed.items()):
         images.write("files.img", files.encode())
+    return sorted(moments)
 
 
-def _free_name(path: str, here: Callable[[str], str], taken: Collection[str]) -> str:
-    """A name that nothing has, in the nearest folder above that is there."""
+def _free_name(path: str, made_as: str, here: Callable[[str], str], taken: Collection[str]) -> str:
+    """A name that nothing has, nor what it is made as, in the nearest folder above that is there."""
     folder, name = os.path.split(path)
     while not os.path.isdir(here(folder)):
         folder = os.path.dirname(folder)
     start = os.path.join(folder, name.encode(errors="replace").decode()[:50])  # messages take UTF-8 only
     names = (f"{start}.gone-{number}" for number in itertools.count(1))
-    return next(path for path in names if path not in taken and not os.path.lexists(here(path)))
+    return next(
+        name
+        for name in names
+        if name not in taken and not any(os.path.lexists(here(one)) for one in (name, made_as.format(name)))
+    )
 
 
 def _size_of(path: str) -> int:

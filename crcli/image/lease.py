@@ -88,7 +88,7 @@ class Lease:
     """A name that is ours, until it lapses or is lost. `number` grows when it lapsed and was claimed again.
 
     `good_until` is when it lapses, in seconds of CLOCK_BOOTTIME. Whoever must not rely on this process being
-    scheduled reads it, a double, from the descriptor `deadline`.
+    scheduled reads it, a double, and then the number, 8 bytes, from the descriptor `deadline`.
     """
 
     def __init__(self, store: Store, name: str, holder: str, ttl_s: float) -> None:
@@ -148,7 +148,7 @@ class Lease:
     @good_until.setter
     def good_until(self, value: float) -> None:
         self._good_until = value
-        os.pwrite(self.deadline, struct.pack("d", value), 0)
+        os.pwrite(self.deadline, struct.pack("dq", value, self.number), 0)
 
     @property
     def nonce(self) -> str:

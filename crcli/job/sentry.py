@@ -3,11 +3,13 @@
 `crcli run` itself can be kept from running: stopped (SIGSTOP, as Slurm suspends a job's own processes), hung
 on a dead file system. The job, in a session of its own, would run on while another node takes its name. The
 sentry is out of reach of what stops the one; it reads until when the lease is good, and what it has stopped
-it lets go on when the lease is good again. It ends with `crcli run`, with which the job ends.
+it lets go on when the lease is good again. It ends with `crcli run`, with which the job ends; after one that
+was killed it removes the file in which the job could read the lease's number.
 
-    python -I -S -E sentry.py LEASE SUPERVISOR ROOT START_TIME
+    python -I -S -E sentry.py FILE LEASE SUPERVISOR ROOT START_TIME
 
-LEASE is a descriptor of 8 bytes, the time (CLOCK_BOOTTIME) until which the lease is good, SUPERVISOR a pidfd.
+LEASE is a descriptor of 16 bytes, the time (CLOCK_BOOTTIME) until which the lease is good and its number,
+SUPERVISOR a pidfd.
 """
 
 import os
@@ -24,8 +26,14 @@ _AGAIN_S = 0.05
 """Between two looks while the lease has lapsed: what is forked meanwhile must be stopped too."""
 
 
-def main(lease: int, supervisor: int, root: int, start_time: int) -> None:
+def main(file: str, lease: int, supervisor: int, root: int, start_time: int) -> None:
     """Watch until the supervisor, or the job, has ended."""
+    _watch(lease, supervisor, root, start_time)
+    if _has_ended(supervisor, 0):  # a supervisor that is not killed ends us before
+        _remove(file, struct.unpack("q", os.pread(lease, 8, 8))[0])
+
+
+def _watch(lease: int, supervisor: int, root: int, start_time: int) -> None:
     stopped: dict[int, int] = {}
     while _start_time(root) == start_time:
         left = struct.unpack("d", os.pread(lease, 8, 0))[0] - time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -33,8 +41,22 @@ def main(lease: int, supervisor: int, root: int, start_time: int) -> None:
             _let_go_on(stopped)
         else:
             _stop(root, stopped)
-        if select.select([supervisor], [], [], min(left, _LONGEST_S) if left > 0 else _AGAIN_S)[0]:
+        if _has_ended(supervisor, min(left, _LONGEST_S) if left > 0 else _AGAIN_S):
             return
+
+
+def _has_ended(supervisor: int, within_s: float) -> bool:
+    return bool(select.select([supervisor], [], [], within_s)[0])
+
+
+def _remove(path: str, number: int) -> None:
+    """Remove the file, unless it is by now that of who took the job over on this host."""
+    try:
+        with open(path) as file:
+            if file.read() == f"{number}\n":
+                os.unlink(path)
+    except OSError:
+        pass
 
 
 def _stop(root: int, stopped: dict[int, int]) -> None:
@@ -94,4 +116,4 @@ def _send(pid: int, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

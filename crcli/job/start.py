@@ -118,15 +118,16 @@ def _only_child(pid: int) -> ProcessId | None:
 
 
 @contextmanager
-def watched(deadline: int, root: ProcessId) -> Iterator[None]:
+def watched(deadline: int, root: ProcessId, file: str) -> Iterator[None]:
     """Until the end of the block a sentry stops the tree of this root while the lease has lapsed.
 
-    `deadline` is a descriptor of the time until which it is good (`Lease.deadline`).
+    `deadline` is a descriptor of the time until which it is good (`Lease.deadline`), `file` is where the job
+    finds its number: the sentry removes that should we be killed.
     """
     ours = os.pidfd_open(os.getpid())
     words = (deadline, ours, root.pid, root.start_time)
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-E", sentry.__file__, *map(str, words)],
+        [sys.executable, "-I", "-S", "-E", sentry.__file__, file, *map(str, words)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -28,7 +28,8 @@ class Change(Struct, frozen=True):
     """One change to the host's files, noted before it is made; it can be undone at any moment since.
 
     `kind` is "file" (put at `path`; `device` and `inode` are the new file's, `aside` is where the one that
-    stood there is kept, if any), "folder" (made) or "mounts" (a folder in which CRIU mounts).
+    stood there is kept, if any), "folder" (made), "moment" (a file that CRIU makes and removes again) or
+    "mounts" (a folder in which CRIU mounts).
     """
 
     kind: str
@@ -63,6 +64,10 @@ def _undo_folder(change: Change) -> None:
     os.rmdir(change.path)
 
 
+def _undo_moment(change: Change) -> None:
+    os.unlink(change.path)
+
+
 def _undo_mounts(change: Change) -> None:
     """CRIU was killed with cgroup hierarchies mounted there; none of what they hold is to be touched."""
     for point in reversed(kernel.mount_points()):
@@ -79,6 +84,7 @@ def _undo_mounts(change: Change) -> None:
 _UNDO: dict[str, Callable[[Change], None]] = {
     "file": _undo_file,
     "folder": _undo_folder,
+    "moment": _undo_moment,
     "mounts": _undo_mounts,
 }
 

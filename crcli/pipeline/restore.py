@@ -409,7 +409,8 @@ class _Restore:
         self._begin_early()
         forget_sizes(self.images, {file.name for file in self.manifest.files})
         accept_growth(self.images, self._host_path)
-        make_room_for_deleted(self.images, self._host_path)
+        for path in make_room_for_deleted(self.images, self._host_path):
+            self._note(Change("moment", path))
         if paths := forced_paths(self.findings):
             forget_files(self.images, paths, self._host_path)
         mend_connections(self.images)

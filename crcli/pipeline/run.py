@@ -259,7 +259,7 @@ class _Run:
             if self.lease.state is LeaseState.LAPSED:
                 self._stop()
             with (
-                watched(self.lease.deadline, job.root),
+                watched(self.lease.deadline, job.root, self.lease_file.path),
                 self._signals_passed_on(job),
                 job.relay.raw_terminal(),
             ):

@@ -10,6 +10,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -107,6 +108,35 @@ def state():
         report = crcli.move(program.pid)
         assert state(program, report["host_pid"]) == str((3 << 20, b"end", 3 << 20, 0))
         assert not path.exists()
+
+
+def test_a_restore_that_was_killed_does_not_prevent_the_next(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRIU gives a deleted file a name for a moment: one that it left is no hindrance, and one that it leaves
+    where somebody else survives is removed."""
+    path = tmp_path / "deleted"
+    code = f"import os\nfile = open({str(path)!r}, 'w+b', 0)\nos.unlink(file.name)\nfile.write(b'unnamed')\n"
+    moments = [tmp_path / f"deleted.cr.{number:x}.ghost" for number in range(64)]  # one of them is CRIU's
+    with spawn_python(code + then_wait()) as program:
+        image = crcli.dump(program.pid)["image"]
+        for moment in moments:
+            moment.write_text("left")
+        fds = Path(f"/proc/{crcli.restore(image)['host_pid']}/fd")
+        (file,) = [fd for fd in fds.iterdir() if os.readlink(fd).startswith(str(path))]
+        assert file.read_bytes() == b"unnamed"
+        assert {moment.read_text() for moment in moments} == {"left"}
+        crcli.clean_up()
+        for moment in moments:
+            moment.unlink()
+        killed = tmp_path / "criu"
+        asked = "select.select([int(sys.argv[2])], [], [])"
+        makes = f"for path in {list(map(str, moments))}: open(path, 'w')"
+        killed.write_text(f"#!{sys.executable}\nimport select, sys\n{asked}\n{makes}\n")
+        killed.chmod(0o755)
+        monkeypatch.setenv("CRCLI_CRIU", str(killed))
+        crcli.restore(image, code=21)
+        assert [moment.exists() for moment in moments].count(False) == 1
 
 
 def test_names_that_are_not_utf_8_are_names_too(crcli: Crcli, tmp_path: Path) -> None:

@@ -204,19 +204,23 @@ def test_without_notices_sigterm_is_the_job_s(crcli: Crcli, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("namespace", ["auto", "host"])
 def test_a_job_dies_with_its_supervisor(crcli: Crcli, tmp_path: Path, namespace: str) -> None:
-    """Killed, crcli leaves nothing running: another node may have the job as soon as the lease is out."""
+    """Killed, crcli leaves nothing running: another node may have the job as soon as the lease is out. Nor is
+    there anything left of the file of its number."""
     with job(
         crcli,
         tmp_path / "1",
         "--pid-namespace",
         namespace,
         *SHELL,
-        "(setsid sleep 999 &); echo ready; sleep 999",
+        "(setsid sleep 999 &); echo $CRCLI_LEASE_FILE; echo ready; sleep 999",
     ) as one:
         one.wait_for("ready")
+        number = Path(one.out.splitlines()[0])
+        assert number.exists()
         one.tell(signal.SIGKILL)
         one.process.wait()
         wait_until(lambda: not any(p.is_running() and p.status() != "zombie" for p in one.processes), "left")
+        wait_until(lambda: not number.exists(), "the number is left")
 
 
 def test_a_job_ends_though_a_dump_of_it_left_a_zombie(crcli: Crcli, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from crcli.image.lease import Lease
-from crcli.job import lease_file
+from crcli.job import lease_file, sentry
 from crcli.job.lease_file import LeaseFile
 from crcli.job.start import watched
 from crcli.process.identity import identify, read_stat
@@ -85,7 +85,7 @@ def test_a_sentry_stops_a_tree_whose_lease_has_lapsed_and_lets_it_go_on() -> Non
 
     def good_for(seconds: float) -> None:
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        os.pwrite(deadline, struct.pack("d", now + seconds), 0)
+        os.pwrite(deadline, struct.pack("dq", now + seconds, 1), 0)
 
     def states() -> list[str]:
         return [read_stat(pid).state for pid in (root.pid, *children)]
@@ -102,7 +102,7 @@ def test_a_sentry_stops_a_tree_whose_lease_has_lapsed_and_lets_it_go_on() -> Non
         wait_for(lambda: all(commands(pid) != commands(root.pid) for pid in children))
         os.kill(children[1], signal.SIGSTOP)
         good_for(3600)
-        with watched(deadline, identify(root.pid)):
+        with watched(deadline, identify(root.pid), ""):
             good_for(-1)
             wait_for(lambda: states() == ["T", "T", "T"])
             good_for(3600)
@@ -113,3 +113,27 @@ def test_a_sentry_stops_a_tree_whose_lease_has_lapsed_and_lets_it_go_on() -> Non
             os.kill(pid, signal.SIGKILL)
         root.wait()
         os.close(deadline)
+
+
+@pytest.mark.parametrize("number", [7, 8])
+def test_a_sentry_whose_supervisor_was_killed_removes_the_number(tmp_path: Path, number: int) -> None:
+    """That of the supervisor's lease; not that of who has taken the job over on this host by then."""
+    file, deadline = tmp_path / "job.lease", os.memfd_create("deadline")
+    file.write_text(f"{number}\n")
+    os.pwrite(deadline, struct.pack("dq", time.clock_gettime(time.CLOCK_BOOTTIME) + 3600, 7), 0)
+    supervisor, root = (subprocess.Popen(["sleep", "1000"]) for _ in range(2))
+    ours = os.pidfd_open(supervisor.pid)
+    words = [str(file), *map(str, (deadline, ours, root.pid, identify(root.pid).start_time))]
+    beside = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-E", sentry.__file__, *words], pass_fds=(deadline, ours)
+    )
+    try:
+        supervisor.kill()
+        assert beside.wait(60) == 0
+    finally:
+        for process in (supervisor, root, beside):
+            process.kill()
+            process.wait()
+        os.close(deadline)
+        os.close(ours)
+    assert file.exists() == (number == 8)
