@@ -106,10 +106,11 @@ def test_a_full_disk_below_the_output_does_not_end_a_job(crcli: Crcli, tmp_path:
 
 def test_what_a_job_leaves_running_ends_with_it(crcli: Crcli, tmp_path: Path) -> None:
     """A daemon (twice forked, in its own session) stays below the job's init, and goes when the job does."""
-    script = "(setsid sleep 1000 &) ; sleep 0.2; ps -o ppid= -C sleep | tr -d ' ' | sort -u; exit 0"
+    daemon = ["sleep", f"1000.{os.getpid()}"]  # none of another test's
+    script = f"(setsid {' '.join(daemon)} &) ; sleep 0.2; ps -o ppid= -C sleep | tr -d ' ' | sort -u; exit 0"
     done = to_the_end(crcli, tmp_path / "1", *SHELL, script)
     assert "2" in done.out.split()  # the init's pid in the job's own namespace
-    assert not [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "1000"]]
+    assert not [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == daemon]
 
 
 def test_signals_reach_the_job(crcli: Crcli, tmp_path: Path) -> None:
