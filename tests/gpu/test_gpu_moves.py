@@ -142,6 +142,6 @@ def test_an_image_without_gpus_starts_no_cuda(sim: SimulatedHost, crcli: GpuCrcl
     """Whoever has no GPU memory in the image pays nothing for those who have."""
     with spawn_python(then_wait()) as program:
         name = crcli.dump(program.pid)["image"]
-    check(crcli, name)
-    crcli.restore(name)
+        check(crcli, name)
+        crcli.restore(name)
     assert sim.calls("init") == []

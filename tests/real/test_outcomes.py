@@ -567,13 +567,13 @@ def test_a_name_that_somebody_holds_is_warned_of(crcli: Crcli, monkeypatch: pyte
     monkeypatch.setattr(lease, "describe_owner", lambda: describe_owner() | {"boot": "another"})
     with spawn_python(counter()) as program:
         image = crcli.dump(program.pid, "--name", "job")["image"]
-    held = Lease.claim(open_store(crcli.store), "job", "a test")
-    warned = [one for one in crcli.restore(image)["findings"] if one["name"] == "name-claimed"]
-    assert [one["severity"] for one in warned] == ["change"] and "a test on" in warned[0]["message"]
-    checked = crcli.run("check", image, "--store", crcli.store, "--json").json["findings"]
-    assert "name-claimed" in {one["name"] for one in checked}
-    held.release()
-    assert "name-claimed" not in {one["name"] for one in crcli.restore(image)["findings"]}
+        held = Lease.claim(open_store(crcli.store), "job", "a test")
+        warned = [one for one in crcli.restore(image)["findings"] if one["name"] == "name-claimed"]
+        assert [one["severity"] for one in warned] == ["change"] and "a test on" in warned[0]["message"]
+        checked = crcli.run("check", image, "--store", crcli.store, "--json").json["findings"]
+        assert "name-claimed" in {one["name"] for one in checked}
+        held.release()
+        assert "name-claimed" not in {one["name"] for one in crcli.restore(image)["findings"]}
 
 
 _INTERRUPTED_AS_IT_WRITES = """
