@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -170,6 +171,12 @@ _UNDO_LIMIT_S = 10.0
 _GRACE_S = 1.0
 """How long CRIU may take to undo its own work once nobody answers it any more (seconds)."""
 
+_UNHEARD_S = 5.0
+"""How long CRIU may go on once a process that it has begun was killed (seconds). Mostly it hears of that, and
+fails by itself; but it is not the parent, and waits for ever for the next step of one that dies just then."""
+
+_LOOK_EVERY_S = 0.5
+
 
 def _reap_within(pid: int, limit_s: float) -> None:
     """Wait until a child of ours has ended; kill it when it takes longer."""
@@ -248,16 +255,26 @@ class _Duty(Struct, frozen=True):
     def wait_for_word(self, criu: int) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """Wait until the tree may live (None: it may not, or crcli is dead); and the changes noted so far.
 
-        When CRIU ends its channel is shut: what it has begun to restore holds the other end open too.
+        When CRIU ends its channel is shut: what it has begun to restore holds the other end open too. It is
+        ended when it waits in vain.
         """
         changes: list[dict[str, Any]] = []
         poll = select.poll()
         poll.register(self.control, select.POLLIN)
         poll.register(ended := os.pidfd_open(criu), select.POLLIN)
+        patience: float | None = _UNHEARD_S
         while True:
-            if any(fd == ended for fd, _ in poll.poll()):
+            ready = {fd for fd, _ in poll.poll(None if patience is None else _LOOK_EVERY_S * 1000)}
+            if ended in ready:
                 poll.unregister(ended)
                 self.criu_end.shutdown(socket.SHUT_RDWR)
+                patience = None
+                continue
+            if not ready and patience is not None:
+                patience = patience - _LOOK_EVERY_S if _one_was_killed() else _UNHEARD_S
+                if patience <= 0:
+                    signal.pidfd_send_signal(ended, signal.SIGKILL)
+            if self.control.fileno() not in ready:
                 continue
             if not (text := self.control.recv(_MESSAGE_LIMIT)):
                 return None, changes
@@ -265,6 +282,16 @@ class _Duty(Struct, frozen=True):
             if "root" in told:
                 return told, changes
             changes.append(told["change"])
+
+
+def _one_was_killed() -> bool:
+    """Whether a child of ours was, and nobody has reaped it yet."""
+    for pid in child_pids(os.getpid()):
+        with suppress(ChildProcessError):
+            end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if end is not None and end.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+                return True
+    return False
 
 
 def _oversee(duty: _Duty) -> None:

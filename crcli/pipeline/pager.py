@@ -191,6 +191,14 @@ class Pager:
                 raise error(text, hint="use another image" if error is ImageDamaged else "")
         raise OSError(f"the process that fills in memory failed: {text}")
 
+    def last_word(self) -> str:
+        """Of what it has failed since it began, as far as it has said so; does not wait."""
+        try:
+            _, text = json.loads(self._control.recv(_MESSAGE_LIMIT, socket.MSG_DONTWAIT))
+        except (OSError, ValueError, TypeError):
+            return ""
+        return str(text)
+
     def _answer(self) -> Any:
         """What it said last; what it did not read of ours makes the first look fail."""
         for _ in range(2):

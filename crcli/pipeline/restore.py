@@ -592,10 +592,15 @@ class _Restore:
             self.held.callback(self.handover.close)
         options = restore_options(plan, f"/proc/self/fd/{self.images.fd}")
         assert self.residence is not None
-        with self.residence.criu as criu:
-            answer = criu.request(
-                rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S, meanwhile=self._finish_early
-            )
+        try:
+            with self.residence.criu as criu:
+                answer = criu.request(
+                    rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S, meanwhile=self._finish_early
+                )
+        except CriuDied as error:
+            if self.pager is not None and (why := self.pager.last_word()):
+                raise RestoreFailed(f"memory that the tree needs could not be filled in: {why}") from error
+            raise
         if not answer.success:
             raise RestoreFailed("CRIU could not restore the tree")
         self._take_locks_again()

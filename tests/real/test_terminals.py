@@ -659,10 +659,13 @@ PAINTER = """
 def test_who_comes_back_in_our_terminal_paints_it_anew_and_has_it_alone(crcli: Crcli) -> None:
     """Also in one of the same size: sizes are passed on, and crcli writes nothing more there."""
     there, here = _Screen(), _Screen()
-    with closing(there), closing(here):
-        with spawn_python(PAINTER, ready_line="", stdin=there.device, stdout=there.device) as program:
-            there.until(b"ready.")
-            crcli.dump(program.pid, "--name", "painter")
+    with (
+        closing(there),
+        closing(here),
+        spawn_python(PAINTER, ready_line="", stdin=there.device, stdout=there.device) as program,
+    ):
+        there.until(b"ready.")
+        crcli.dump(program.pid, "--name", "painter")
         line = [sys.executable, "-m", "crcli", "restore", "painter", "--store", crcli.store]
         restore = subprocess.Popen(
             [*line, "--wait", "--stdio", "inherit"],
