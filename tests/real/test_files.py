@@ -205,105 +205,89 @@ def assert_moves_on(program: Program) -> None:
 
 
 @pytest.mark.alone
-def test_shared_memory_and_semaphores_live_on(crcli: Crcli, tmp_path: Path) -> None:
+def test_shared_memory_and_semaphores_live_on(crcli: Crcli, tmp_path: Path, before: set[str]) -> None:
     """multiprocessing's SharedMemory and semaphores, which have names in /dev/shm, work after a restore."""
-    before = set(os.listdir("/dev/shm"))
-    try:
-        with spawn_python(start_shared_memory(tmp_path)) as program:
-            assert_moves_on(program)
-            crcli.move(program.pid)
-            assert_moves_on(program)
-    finally:
-        remove_new(before)
+    with spawn_python(start_shared_memory(tmp_path)) as program:
+        assert_moves_on(program)
+        crcli.move(program.pid)
+        assert_moves_on(program)
 
 
 @pytest.mark.alone
-def test_shared_memory_of_a_running_tree_can_be_restored_later(crcli: Crcli, tmp_path: Path) -> None:
+def test_shared_memory_of_a_running_tree_can_be_restored_later(
+    crcli: Crcli, tmp_path: Path, before: set[str]
+) -> None:
     """An image taken with --leave-running comes back after the original, and its files, are gone."""
-    before = set(os.listdir("/dev/shm"))
-    try:
-        with spawn_python(start_shared_memory(tmp_path)) as program:
-            image = crcli.dump(program.pid, "--leave-running")["image"]
-            assert_moves_on(program)
-            end_all(program.pid)
-            remove_new(before)
-            crcli.restore(image)
-            assert_moves_on(program)
-    finally:
+    with spawn_python(start_shared_memory(tmp_path)) as program:
+        image = crcli.dump(program.pid, "--leave-running")["image"]
+        assert_moves_on(program)
+        end_all(program.pid)
         remove_new(before)
+        crcli.restore(image)
+        assert_moves_on(program)
 
 
 @pytest.mark.alone
-def test_shared_memory_of_a_killed_tree_comes_back_on_a_clean_host(crcli: Crcli, tmp_path: Path) -> None:
+def test_shared_memory_of_a_killed_tree_comes_back_on_a_clean_host(
+    crcli: Crcli, tmp_path: Path, before: set[str]
+) -> None:
     """A tree that was killed comes back although nothing of it is left in /dev/shm, as on another host."""
-    before = set(os.listdir("/dev/shm"))
-    try:
-        with spawn_python(start_shared_memory(tmp_path)) as program:
-            image = crcli.dump(program.pid)["image"]
-            remove_new(before)
-            crcli.restore(image)
-            assert_moves_on(program)
-    finally:
+    with spawn_python(start_shared_memory(tmp_path)) as program:
+        image = crcli.dump(program.pid)["image"]
         remove_new(before)
+        crcli.restore(image)
+        assert_moves_on(program)
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("outcome", ["killed", "stopped"])
 def test_trees_with_semaphores_are_dumped_beside_each_other(
-    crcli: Crcli, tmp_path: Path, outcome: str
+    crcli: Crcli, tmp_path: Path, outcome: str, before: set[str]
 ) -> None:
     """CRIU gives files without a name the same names in every dump: two trees get on with that, at once and
     one after the other, and each gets its own files back."""
-    before = set(os.listdir("/dev/shm"))
     how = {"killed": [], "stopped": ["--leave-stopped"]}[outcome]
-    try:
-        with ExitStack() as held:
-            code = start_shared_memory(tmp_path)
-            programs = [held.enter_context(spawn_python(code)) for _ in range(3)]
-            trees = [tree_of(program.pid) for program in programs]
-            dumps = [
-                held.enter_context(crcli.start("dump", str(program.pid), "--store", crcli.store, *how))
-                for program in programs[1:]
-            ]
-            for dump in dumps:
-                assert dump.wait(COMMAND_LIMIT_SECONDS) == 0, dump.communicate()
-            crcli.run("dump", str(programs[0].pid), "--store", crcli.store, *how)
-            for program, tree in zip(programs, trees, strict=True):
-                end_all(program.pid) if outcome == "stopped" else reap(tree)
-            listed = crcli.run("ls", "--store", crcli.store, "--json").json["images"]
-            assert len({image["image"] for image in listed}) == 3
-            for image in listed:
-                crcli.restore(image["image"])
-            for program in programs:
-                assert_moves_on(program)
-            assert not {name for name in os.listdir("/dev/shm") if name.startswith("link_remap")} - before
-    finally:
-        remove_new(before)
+    with ExitStack() as held:
+        code = start_shared_memory(tmp_path)
+        programs = [held.enter_context(spawn_python(code)) for _ in range(3)]
+        trees = [tree_of(program.pid) for program in programs]
+        dumps = [
+            held.enter_context(crcli.start("dump", str(program.pid), "--store", crcli.store, *how))
+            for program in programs[1:]
+        ]
+        for dump in dumps:
+            assert dump.wait(COMMAND_LIMIT_SECONDS) == 0, dump.communicate()
+        crcli.run("dump", str(programs[0].pid), "--store", crcli.store, *how)
+        for program, tree in zip(programs, trees, strict=True):
+            end_all(program.pid) if outcome == "stopped" else reap(tree)
+        listed = crcli.run("ls", "--store", crcli.store, "--json").json["images"]
+        assert len({image["image"] for image in listed}) == 3
+        for image in listed:
+            crcli.restore(image["image"])
+        for program in programs:
+            assert_moves_on(program)
+        assert not {name for name in os.listdir("/dev/shm") if name.startswith("link_remap")} - before
 
 
 @pytest.mark.alone
-def test_a_dump_waits_until_another_has_its_names(crcli: Crcli, tmp_path: Path) -> None:
+def test_a_dump_waits_until_another_has_its_names(crcli: Crcli, tmp_path: Path, before: set[str]) -> None:
     """While CRIU dumps one tree with files that have no name, another such tree is not frozen."""
-    before = set(os.listdir("/dev/shm"))
-    try:
-        with spawn_python(start_shared_memory(tmp_path)) as program:
-            turn = HostTurn("links", "/dev/shm")
-            try:
-                with crcli.start(
-                    "dump", str(program.pid), "--store", crcli.store, "--leave-running", "--json"
-                ) as dump:
-                    wait_until(lambda: is_waiting(dump.pid), "it does not wait for its turn")
-                    assert_moves_on(program)
-                    assert dump.poll() is None and is_waiting(dump.pid)
-                    turn.end()
-                    _, err = dump.communicate(timeout=COMMAND_LIMIT_SECONDS)
-                    assert dump.returncode == 0, err
-            finally:
+    with spawn_python(start_shared_memory(tmp_path)) as program:
+        turn = HostTurn("links", "/dev/shm")
+        try:
+            with crcli.start(
+                "dump", str(program.pid), "--store", crcli.store, "--leave-running", "--json"
+            ) as dump:
+                wait_until(lambda: is_waiting(dump.pid), "it does not wait for its turn")
+                assert_moves_on(program)
+                assert dump.poll() is None and is_waiting(dump.pid)
                 turn.end()
-            names = set(os.listdir("/dev/shm")) - before
-            assert not [name for name in names if name.startswith("link_remap")]
-    finally:
-        remove_new(before)
+                _, err = dump.communicate(timeout=COMMAND_LIMIT_SECONDS)
+                assert dump.returncode == 0, err
+        finally:
+            turn.end()
+        names = set(os.listdir("/dev/shm")) - before
+        assert not [name for name in names if name.startswith("link_remap")]
 
 
 def is_waiting(pid: int) -> bool:
@@ -318,10 +302,14 @@ def is_waiting(pid: int) -> bool:
 @pytest.mark.alone
 @pytest.mark.parametrize("how", [(), ("--leave-stopped",), ("--leave-running",)])
 def test_names_of_a_failed_dump_are_gone(
-    crcli: Crcli, tmp_path: Path, moto: S3Server, monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...]
+    crcli: Crcli,
+    tmp_path: Path,
+    moto: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    how: tuple[str, ...],
+    before: set[str],
 ) -> None:
     """Whatever keeps a tree from being saved, also SIGKILL of crcli: no name that the dump made stays."""
-    before = set(os.listdir("/dev/shm"))
 
     def names() -> list[str]:
         return [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("link_remap")]
@@ -329,21 +317,18 @@ def test_names_of_a_failed_dump_are_gone(
     for name, value in moto.env.items():
         monkeypatch.setenv(name, value)
     store = ("--store", moto.url("agents"), "--endpoint-url")
-    try:
-        with spawn_python(start_shared_memory(tmp_path)) as program, FaultyProxy(moto) as proxy:
-            hang = Trickle()
-            proxy.inject(hang, method="PUT", containing="/images/", times=float("inf"))
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                hang.begun.clear()
-                with crcli.start("dump", str(program.pid), *store, proxy.endpoint_url, *how) as dump:
-                    wait_until(hang.begun.is_set, "the manifest is not sent")
-                    assert how == ("--leave-running",) or names()
-                    dump.send_signal(number)
-                    dump.wait(COMMAND_LIMIT_SECONDS)
-                wait_until(lambda: not names(), f"the names stay: {names()}")
-                assert_moves_on(program)
-    finally:
-        remove_new(before)
+    with spawn_python(start_shared_memory(tmp_path)) as program, FaultyProxy(moto) as proxy:
+        hang = Trickle()
+        proxy.inject(hang, method="PUT", containing="/images/", times=float("inf"))
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            hang.begun.clear()
+            with crcli.start("dump", str(program.pid), *store, proxy.endpoint_url, *how) as dump:
+                wait_until(hang.begun.is_set, "the manifest is not sent")
+                assert how == ("--leave-running",) or names()
+                dump.send_signal(number)
+                dump.wait(COMMAND_LIMIT_SECONDS)
+            wait_until(lambda: not names(), f"the names stay: {names()}")
+            assert_moves_on(program)
 
 
 SEMAPHORE = """
@@ -415,6 +400,14 @@ def test_a_semaphore_in_use_is_not_taken_away(crcli: Crcli) -> None:
         assert str(file) in error["message"] and file.read_bytes()[0] == 1
         report = crcli.restore(image, "--files", "host", "--pid-namespace", "new")
         assert state(program, report["host_pid"]) == "True"
+
+
+@pytest.fixture
+def before() -> Iterator[set[str]]:
+    """What is in /dev/shm before a test, which leaves nothing more there."""
+    names = set(os.listdir("/dev/shm"))
+    yield names
+    remove_new(names)
 
 
 def remove_new(before: set[str]) -> None:
