@@ -21,6 +21,13 @@ settings.register_profile("crcli", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("crcli")
 
 
+def pytest_configure() -> None:
+    """Have SIGINT and SIGQUIT do what they do by default, here and in all that we start: a shell without job
+    control has those that it starts in the background ignore them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def hang_ups_end_us() -> Iterator[None]:
     """SIGHUP does what it does by default: under nohup it is ignored, in all that we start as well."""
