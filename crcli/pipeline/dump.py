@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import time
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
@@ -19,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import crcli
 from crcli import kernel
 from crcli.criu import messages, netlock
-from crcli.criu.compel import writes_over_memory
-from crcli.criu.images import link_remaps, read_tree, rename_link_remaps, rename_sockets, run_id
+from crcli.criu.images import read_tree, rename_link_remaps, rename_sockets, run_id
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME, PARENT_LINK, dump_options
@@ -28,11 +26,11 @@ from crcli.criu.page_server import socket_pair
 from crcli.criu.rescue import free_sockets, remove_tables
 from crcli.criu.rpc import CriuProcess, rpc
 from crcli.criu.sandbox import Sandbox
-from crcli.criu.skeleton import has_connections, named_files, regular_files
+from crcli.criu.skeleton import has_connections, named_files
 from crcli.criu.standby import Standby
 from crcli.criu.unread import give_back_unread
 from crcli.criu.workspace import Workspace
-from crcli.errors import DumpFailed, PreflightRefused, TooLate, TreeState
+from crcli.errors import DumpFailed, PreflightRefused, TreeState
 from crcli.findings import Finding, Severity
 from crcli.image.claims import is_held_by
 from crcli.image.index import KnownPagesOf
@@ -42,12 +40,10 @@ from crcli.image.packs import PackWriter
 from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
-from crcli.memory.extents import PAGE, SpaceKind
+from crcli.memory.extents import PAGE
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import Lookahead
 from crcli.memory.overflow import Overflow
-from crcli.memory.reading import may_read_all
-from crcli.memory.sample import Makeup
 from crcli.pipeline.aftermath import (
     CRIU_GONE,
     CriuKilled,
@@ -61,19 +57,13 @@ from crcli.pipeline.aftermath import (
 from crcli.pipeline.alone import alone
 from crcli.pipeline.capture import capture_files, folders_of, missing_includes, store_skeleton
 from crcli.pipeline.facts import describe_host, describe_tree
-from crcli.pipeline.forecast import (
-    DUMP_LOOK_MOST_S,
-    DUMP_LOOK_S,
-    Load,
-    known_for,
-    learn_from,
-    look_ahead,
-    measure,
-    predict,
-)
+from crcli.pipeline.forecast import known_for, look_ahead
+from crcli.pipeline.foresight import Foresight
 from crcli.pipeline.hashing import Hashing, describe_mounts
+from crcli.pipeline.in_place import FrozenTree
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible, seconds_left
 from crcli.pipeline.knowing import Knowing
+from crcli.pipeline.links import Links
 from crcli.pipeline.own_limits import limits_lifted
 from crcli.pipeline.pids import interrupted_threads
 from crcli.pipeline.plan import NO_LOCK
@@ -85,12 +75,11 @@ from crcli.pipeline.shared import Shared
 from crcli.pipeline.stages import DumpReport, Outcome, Silent, Stopwatch
 from crcli.pipeline.target import gpus_ahead, look, refuse_blockers
 from crcli.pipeline.terminals import settle_terminals
-from crcli.pipeline.trial import try_skeleton
+from crcli.pipeline.trial import is_harmless, may_try_later, try_skeleton
 from crcli.pipeline.watch import tree_state, wait_until_dead
 from crcli.pipeline.weights import WeightsInUse
 from crcli.plugins.loader import load_hooks
 from crcli.process import notify
-from crcli.process.host_turn import HostTurn
 from crcli.process.identity import identify
 from crcli.process.memory_room import spare_memory
 from crcli.process.processors import usable_processors
@@ -99,7 +88,6 @@ from crcli.process.tree_lock import TreeLock
 from crcli.process.waits import waited_ms
 from crcli.process.wording import first_of, how_to_continue, note, process_list
 from crcli.records import asdict, replace
-from crcli.threads import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,7 +101,6 @@ if TYPE_CHECKING:
     from crcli.pipeline.target import Target
     from crcli.plugins.loader import Hooks
     from crcli.plugins.spec import DumpTarget
-    from crcli.process.identity import ProcessId
     from crcli.process.tree import Process
     from crcli.store.base import Store
 
@@ -132,26 +119,14 @@ _LARGE_BYTES = 128 << 20
 _BUSY_PROCESSORS = 2
 """What a tree keeps busy that is being copied: CRIU, and our thread that receives."""
 
-_STOPPED_S = 2.0
-"""How long CRIU may stand stopped by its debugger at the end of a dump (seconds): it looks at a signal."""
-
 _MOST_LOOKAHEADS, _MOST_WORKERS = 8, 8
 """Processes that look at pages ahead, and threads that work on them, at most: more wait for each other."""
-
-_CRIU_START_S = 0.025
-"""How long CRIU takes before it asks whether it may freeze the tree (seconds): memory is got until then."""
 
 _DEATH_S, _DEATH_S_PER_BYTE = 3.0, 0.25 / (1 << 30)
 """How long a killed tree is waited for (seconds): the kernel gives its memory back first."""
 
-_HOPELESS = 3.0
-"""A forecast from measured rates that exceeds the time that is left by this factor is believed."""
-
 _LOOPS_S, _MOST_LOOKS_FOR_RINGS = 5.0, 4
 """How long event loops may take to wait for events (seconds), and how often new ones are looked for."""
-
-_LINKS_FOLDER = "/dev/shm"
-"""Where files that CRIU gives names to are, as a rule: glibc's semaphores, which multiprocessing uses."""
 
 _NO_TIME_TO_TELL_S = 10.0
 """With less time than this (seconds) before its deadline a dump announces itself to nobody."""
@@ -301,8 +276,6 @@ class _Dump:
         are: copied out of its way, as those of one that runs on, they would take memory and time."""
         self.look_ahead: Callable[[], None] = lambda: None
         """What is left to do before the freeze when CRIU is called."""
-        self.looking: Worker | None = None
-        """Looks at the memory of a tree that stays, for a forecast, while CRIU gets ready and takes it."""
         self.nice = 0
         """The nice value of our thread while no tree stands still."""
         self.store: Store | None = None
@@ -318,7 +291,6 @@ class _Dump:
         self.tries_later = False
         """Whether the trial takes place beside the running tree."""
         self.criu_pid = 0
-        self.criu: ProcessId | None = None
         self.waited_ms: dict[int, int] = {}
         self.frozen_at = 0.0
         self.skeleton: list[StoredFile] = []
@@ -327,20 +299,13 @@ class _Dump:
         self.run_id = ""
         self.keeps_lock = True
         """Whether the lock on connections is to stay after the kill: as of the freeze."""
-        self.room = 0
-        self.load: Load | None = None
-        """What lies ahead of the dump, where it was looked at."""
         self.gpu: DumpSide | None = None
         self.network: int | None = None
         """The network of a tree that does not share ours, for as long as the dump lasts."""
         self.found: tuple[Finding, ...] = ()
         """What was found otherwise than by looking at the tree, or is not to be seen of it any more."""
-        self.links_turn: HostTurn | None = None
-        """Our turn to have CRIU give names to files that have none."""
-        self.links: list[str] = []
-        """Those names, as they are kept for a restore here: where they lie on this host."""
-        self.owners: dict[int, int] | None = None
-        """The frozen tree's processes, by the pids that they have in a pid namespace of their own."""
+        self.links = Links(target.evidence.root.pid)
+        self.frozen = FrozenTree(target.evidence.root)
         self.tree = target.evidence.tree
         """The tree as last seen: before the freeze it may still have grown, once frozen it is exact."""
 
@@ -509,12 +474,12 @@ class _Dump:
                 self._reserve(may_fork=True)
             self.images = held.enter_context(self.workspace.folder("images"))
             self.trial = held.enter_context(self.workspace.folder("trial"))
-            self.sandbox = held.enter_context(Sandbox(self.trial.fd)) if self._wants_trial() else None
+            wants_trial = self.options.trial and is_harmless(self.target.evidence)
+            self.sandbox = held.enter_context(Sandbox(self.trial.fd)) if wants_trial else None
             self.standby = held.enter_context(
                 Standby(self.target.evidence.root.pid, self.images.fd, self.lock.fds)
             )
             self.weights = held.enter_context(WeightsInUse(self.target.weights))
-            held.callback(self._end_looking)
             self.weights.index(self.progress.amount, for_weights)
             self.lookahead = self._start_lookahead(held)
             self.hashing = Hashing(self.target.evidence, for_hashes)
@@ -540,7 +505,7 @@ class _Dump:
                 self.weights.matcher,
                 workers,
                 self.lookahead,
-                self._owner_of if self.stays else None,
+                self.frozen.owner_of if self.stays else None,
             )
             held.callback(self.intake.abandon)
             self.rounds = Rounds(
@@ -550,49 +515,20 @@ class _Dump:
                 self.target.plan,
                 answer_limits=self.target.must_answer_limits,
             )
-            self.room = max(0, overflow.limit - gpu_bytes // 2)
+            matcher = self.weights.matcher
+            self.foresight = Foresight(self.options, self.report, overflow, matcher, gpu_bytes)
+            held.callback(self.foresight.end)
             if self._acts_on_forecast():
-                self.load = self._measure(self._take_in_known(), gpu_bytes)
+                self.foresight.look(self.target.evidence, self._take_in_known())
             self.hashing.finish()
             if self.sandbox is not None:
                 self.sandbox.wait_until_ready()
-            self._foresee(self.load, self.watch.since_start_ms())
-            self._compare_with_deadline()
-            if not self._acts_on_forecast():
-                self.look_ahead = partial(self._look_ahead, gpu_bytes, self.watch.since_start_ms())
-
-    def _owner_of(self, space: SpaceKey) -> int:
-        """The process of the frozen tree that CRIU names so; 0 where that is not known, as for other spaces,
-        where nobody could say whether CRIU has held the tree until all was read, where CRIU writes to what
-        would be read, and on hosts that let nobody read all of it."""
-        if self.criu is None or space.kind != SpaceKind.PROCESS or not may_read_all():
-            return 0
-        pid = self._pid_of(space)
-        try:
-            return 0 if not pid or writes_over_memory(pid) else pid
-        except OSError:  # it was killed
-            return 0
-
-    def _pid_of(self, space: SpaceKey) -> int:
-        """The process of the frozen tree that CRIU names so; 0 where that is not known."""
-        depth = len(self.target.evidence.root.nspid)
-        if depth <= 1:  # of our own pid namespace
-            return space.number
-        if self.owners is None:
-            with suppress(PreflightRefused):  # its root was killed: whoever reads it will be told
-                tree = scan_tree(self.target.evidence.root.identity)
-                self.owners = {one.nspid[depth - 1]: one.pid for one in tree if len(one.nspid) >= depth}
-        return (self.owners or {}).get(space.number, 0)
-
-    def _see_that_it_stood_still(self) -> None:
-        """Raise CriuKilled when CRIU may have let go of the tree, of which pages were read until now."""
-        if self.criu is None or not self.intake.has_left_pages:
-            return
-        end = time.monotonic() + _STOPPED_S
-        while not self.criu.is_at_work():
-            if not self.criu.alive() or time.monotonic() > end:
-                raise CriuKilled("CRIU was killed")
-            time.sleep(0.001)
+            spent_ms = self.watch.since_start_ms()
+            if self._acts_on_forecast():
+                self.foresight.predict(spent_ms)
+                self._compare_with_deadline()
+            else:
+                self.look_ahead = partial(self._look_ahead, spent_ms)
 
     def _begin_knowing(self, held: ExitStack, store: Store, gpu_bytes: int) -> None:
         evidence, name = self.target.evidence, self.target.name
@@ -623,36 +559,24 @@ class _Dump:
             self.report.image = f"{self.target.name}@{self.report.id}"
             self.session.rename(self.report.id)
 
-    # Whatever should be wrong with a forecast, the dump goes on. Where nothing depends on it, what the store
-    # has is waited for, and the memory looked at, while CRIU gets ready, and not before CRIU is called. The
-    # memory of a tree that stays can be looked at while CRIU takes it as well.
+    # Where nothing depends on the forecast, what the store has is waited for, and the memory looked at, while
+    # CRIU gets ready, and not before CRIU is called. The memory of a tree that stays can be looked at while
+    # CRIU takes it as well: of others, no processor is taken from who copies their pages.
 
     def _acts_on_forecast(self) -> bool:
         return self.options.deadline_s is not None or bool(self.options.pre_copy) or self.gpu is not None
 
-    def _look_ahead(self, gpu_bytes: int, spent_ms: float) -> None:
+    def _look_ahead(self, spent_ms: float) -> None:
         known = self._take_in_known()
 
         def look() -> None:
-            self.load = self._measure(known, gpu_bytes)
-            self._foresee(self.load, spent_ms)
+            self.foresight.look(self.target.evidence, known)
+            self.foresight.predict(spent_ms)
 
-        if not self.stays:  # no processor is taken from who copies pages out of a frozen tree
+        if self.stays:
+            self.foresight.beside(look)
+        else:
             look()
-            return
-        looking = Worker(look, name="forecast")
-        try:
-            with kernel.signals_held():
-                looking.start()
-                self.looking = looking
-        except RuntimeError:  # there are as many threads as there may be
-            look()
-
-    def _end_looking(self) -> None:
-        """Return when nobody looks at the tree's memory for a forecast any more."""
-        if self.looking is not None:
-            self.looking.join()
-            self.looking = None
 
     def _while_criu_gets_ready(self) -> None:
         """Do what is to be done before the freeze: some ms pass before CRIU asks whether it may."""
@@ -660,45 +584,12 @@ class _Dump:
             messages.import_all()
         self.look_ahead()
 
-    def _measure(self, known: KnownChunks, gpu_bytes: int) -> Load | None:
-        """What lies ahead."""
-        if not self.options.forecast:
-            return None
-        try:
-            matcher = self.weights.matcher
-            most_s = min(DUMP_LOOK_MOST_S, max(DUMP_LOOK_S, self.overflow.left_s() - _CRIU_START_S))
-            return measure(self.target.evidence, self.options, known, DUMP_LOOK_S, most_s, matcher, gpu_bytes)
-        except Exception:
-            return None
-
-    def _foresee(self, load: Load | None, spent_ms: float) -> None:
-        """Make the forecast; `spent_ms` is what preparing took."""
-        if load is not None:
-            try:
-                self.report.forecast = predict(load, load_rates(), self.options.store, self.room, spent_ms)
-            except Exception:
-                return
-
-    # A deadline that is out of reach is better said than tried: the tree would stand still for nothing.
-
     def _compare_with_deadline(self) -> None:
         if self.gpu is not None:
             self.gpu.see_time_left()
-        left_s = seconds_left()
-        if left_s is None or self.report.forecast is None:
-            return
-        needs_s = max(0.0, self.report.forecast.total_ms - self.watch.since_start_ms()) / 1000
-        evidence = {"needs_s": round(needs_s, 3), "left_s": round(left_s, 3)}
-        message = f"the image takes {needs_s:.1f} s more by the forecast, and {left_s:.1f} s are left"
-        self._find([Finding("deadline-forecast", Severity.NOTE, message, evidence)])
-        was_measured = load_rates().step("ship", self.options.store).seen > 0
-        was_measured = was_measured and self.gpu is None  # nobody could look at what is on its GPUs
-        if was_measured and needs_s > _HOPELESS * left_s:
-            raise TooLate(
-                f"the image cannot be durable before its deadline: {message}",
-                hint="take images while there is time; the next one then stores only what has changed",
-                state=tree_state(self.target.evidence.tree),
-            )
+        if (left_s := seconds_left()) is not None:
+            found = self.foresight.see_deadline(self.target.evidence, self.watch.since_start_ms(), left_s)
+            self._find([found] if found is not None else [])
 
     # Where rounds are wished for, they send most of the memory while the tree runs.
 
@@ -713,10 +604,7 @@ class _Dump:
             raise self.failure(error) from error
         self.report.rounds = [one.as_json() for one in self.rounds.done]
         self.report.pre_copied_bytes = self.rounds.sent_bytes
-        if self.load is not None and self.report.forecast is not None:
-            stored = self.report.forecast.stored_bytes
-            self._foresee(self.rounds.left_of(self.load), self.watch.since_start_ms())
-            self.report.forecast = replace(self.report.forecast, stored_bytes=stored)
+        self.foresight.after_rounds(self.rounds.left_of, self.watch.since_start_ms())
 
     def _copy_ms(self, size: int) -> float:
         """How long so many bytes take this host to copy out of a frozen tree."""
@@ -732,44 +620,8 @@ class _Dump:
 
     def learn(self) -> None:
         """Keep how long this dump took, for the forecasts of others."""
-        if not self.options.forecast:
-            return
-        try:
-            learn_from(self.report, self._load(), self._was_unhindered())
-        except Exception:
-            return
-
-    def _load(self) -> Load:
-        """What the dump turned out to do."""
-        report = self.report
-        new = report.memory_bytes - report.zero_bytes - report.reused_bytes - report.weights_bytes
-        return Load(
-            processes=len(self.tree),
-            threads=max(0, sum(process.threads for process in self.tree) - len(self.tree)),
-            memory=Makeup(
-                report.memory_bytes,
-                report.zero_bytes,
-                report.reused_bytes,
-                new,
-                weights=report.weights_bytes,
-            ),
-            stored_bytes=report.stored_bytes,
-            file_bytes=sum(file.size for file in self.files),
-            gpu_bytes=self.gpu.memory_bytes if self.gpu is not None else 0,
-            stays=self.stays,
-        )
-
-    def _was_unhindered(self) -> bool:
-        """Whether no deadline cut anything short, no weights were looked for, nothing was copied ahead, and
-        all of the tree's pages found room outside of it, or were read in it."""
-        is_plain = self.options.deadline_s is None and not self.target.weights and not self.report.rounds
-        return is_plain and (self.stays or self.report.memory_bytes <= self.room)
-
-    def _wants_trial(self) -> bool:
-        """Whether a trial is asked for and harmless: opening a file again breaks a lease on it."""
-        return self.options.trial and not any(
-            held.lock.kind == "LEASE" for held in self.target.evidence.locks
-        )
+        file_bytes = sum(file.size for file in self.files)
+        self.foresight.learn(self.tree, file_bytes, weights=bool(self.target.weights))
 
     # Programs that use crcli.notify get a moment to flush and close; they hear of the end whatever happens.
 
@@ -837,7 +689,7 @@ class _Dump:
         ):
             self.criu_pid = criu.host_pid()
             with suppress(ProcessLookupError):  # not known, or ended: its request will say so
-                self.criu = identify(self.criu_pid)
+                self.frozen.criu = identify(self.criu_pid)
             self.standby.watch(
                 self.criu_pid,
                 self._on_criu_death,
@@ -864,7 +716,7 @@ class _Dump:
                 raise
             finally:
                 receiver.end()
-                self._end_turn_for_links()
+                self.links.end_turn()
                 if not self.tries_later:
                     self.shared.end_turn()
         if not answer.success:
@@ -889,7 +741,7 @@ class _Dump:
             with self.watch.phase("turn"):
                 self.shared.take_turn()
                 if any(file.needs_link_remap for file in self.target.evidence.deleted):
-                    self.links_turn = HostTurn("links", _LINKS_FOLDER)
+                    self.links.take_turn()
             self.standby.wait_until_watching()
             self._check_identity()
             if self.options.outcome != Outcome.KILLED:
@@ -901,7 +753,7 @@ class _Dump:
                 self._hold(receiver)
             except BaseException as error:
                 if not self.published:
-                    self._remove_links()
+                    self.links.remove()
                 if not isinstance(error, CriuKilled):
                     with suppress(PreflightRefused):  # its root is gone
                         self._resume_calls()  # the tree runs on
@@ -948,13 +800,14 @@ class _Dump:
         if renamed := evidence.renamed_sockets:
             rename_sockets(self.images, {one.socket.socket.inode: one.path for one in renamed})
         if self.stays:
-            self._keep_links()
+            self.links.keep(self.images, self.target.image_id)
         self._capture()
         if self.keeps_lock and self.target.plan.network_lock == NO_LOCK:
             self._stood_still()
             failure = DumpFailed("the tree has opened a connection since it was looked at")
             raise self._outrun("connection-again", failure, "and nobody held its packets back")
-        self.tries_later = self._can_try_later()
+        may_be_later = not self.stays and not self.is_careful
+        self.tries_later = may_be_later and may_try_later(evidence, self.images)
         if self.stays:
             self._stood_still()
             self._begin_work()
@@ -968,41 +821,10 @@ class _Dump:
         if self.stays:
             with self.watch.phase("hold"):
                 self._publish()
-                self._end_looking()
+                self.foresight.end()
             self.standby.settle(self.options.outcome.value, self.tree.identities, self.keeps_lock)
         else:
             self._stood_still()
-
-    # Files without a name, such as the semaphores of multiprocessing, get one from CRIU for a restore. It is
-    # the same in every dump (link_remap.N beside the file), so they are made by one dump at a time, and
-    # images have names of their own.
-
-    def _keep_links(self) -> None:
-        """Have the names that CRIU has made be this image's own; those of CRIU's are free again."""
-        root = f"/proc/{self.target.evidence.root.pid}/root"
-        for old, new in rename_link_remaps(self.images, self.target.image_id).items():
-            try:
-                os.link(root + old, root + new)
-                self.links.append(root + new)
-                os.unlink(root + old)
-            except FileNotFoundError:
-                raise DumpFailed(
-                    f"{old}, which CRIU had just made, was removed, maybe by another dump that failed",
-                    hint="run it again",
-                    state=TreeState.RUNNING,
-                ) from None
-        self._end_turn_for_links()
-
-    def _remove_links(self) -> None:
-        """The tree lives on, and knows nothing of these names."""
-        for path in self.links:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-        self.links.clear()
-
-    def _end_turn_for_links(self) -> None:
-        if self.links_turn is not None:
-            self.links_turn.end()
 
     def _stood_still(self) -> None:
         """Note for how long the tree does."""
@@ -1012,20 +834,6 @@ class _Dump:
     def _outrun(self, name: str, failure: DumpFailed, why: str) -> Outrun:
         """The tree did something since it was looked at that was not counted on."""
         return Outrun(name, failure, why, self.report, self.target.evidence.root.identity)
-
-    # The trial comes before the kill. A tree that runs on need not wait for it, unless what it has open goes
-    # away by then.
-
-    def _can_try_later(self) -> bool:
-        """Whether a trial beside the running tree will find what it would find now, as far as can be told:
-        files that were open already when we looked at the tree are likely to stay for as long again."""
-        if self.stays or self.is_careful or link_remaps(self.images):
-            return False
-        evidence = self.target.evidence
-        if any(flags & os.O_ACCMODE and mode & 0o111 for _, flags, mode, _ in regular_files(self.images)):
-            return False  # a program that the tree makes, and could not start while the trial has it open
-        seen = {file.path for file in evidence.files} | {mapping.path for mapping in evidence.mappings}
-        return all(stat.S_ISDIR(one["mode"] or 0) or one["path"] in seen for one in named_files(self.images))
 
     def _try(self) -> None:
         if self.sandbox is None:
@@ -1116,6 +924,10 @@ class _Dump:
         size = publish_whole(self.store, manifest, encoded, self.session, self.vouched_by)
         self.report.stored_bytes = self.writer.stored_bytes + size
         self.published = True
+
+    def _see_that_it_stood_still(self) -> None:
+        if self.intake.has_left_pages:
+            self.frozen.see_that_it_stood_still()
 
     def _see_that_the_name_is_ours(self, store: Store) -> None:
         """A job that was taken over publishes nothing more: its image would be newer than those of the one

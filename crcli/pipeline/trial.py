@@ -1,10 +1,15 @@
-"""The trial: the skeleton restored, stopped, in throwaway namespaces, before anything is killed."""
+"""The trial: the skeleton restored, stopped, in throwaway namespaces, before anything is killed.
+
+A tree that runs on need not wait for it, unless what it has open goes away by then.
+"""
 
 from __future__ import annotations
 
+import os
+import stat
 from typing import TYPE_CHECKING
 
-from crcli.criu.images import join_threads_to_leaders, read_tree
+from crcli.criu.images import join_threads_to_leaders, link_remaps, read_tree
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.sandbox import STAND_IN_FD, Order
@@ -18,7 +23,9 @@ from crcli.criu.skeleton import (
     laid_out_memory,
     make_room_for_deleted,
     move_terminals,
+    named_files,
     outside_sockets,
+    regular_files,
     touched_folders,
 )
 from crcli.errors import DumpFailed, TreeState
@@ -33,12 +40,29 @@ if TYPE_CHECKING:
     from crcli.criu.sandbox import Sandbox
     from crcli.criu.workspace import Workspace
     from crcli.pipeline.plan import OutsideLink
+    from crcli.process.evidence import Evidence
 
 TRIAL_LIMIT_S = 20.0
 """How long a trial may take (seconds) before the dump is refused."""
 
 _LEFT_OUT = frozenset((LOG_NAME, "filelocks.img"))
 """The originals still hold their locks: restoring them beside would wait for ever."""
+
+
+def is_harmless(evidence: Evidence) -> bool:
+    """Whether a trial leaves the tree as it is: opening a file again breaks a lease on it."""
+    return not any(held.lock.kind == "LEASE" for held in evidence.locks)
+
+
+def may_try_later(evidence: Evidence, images: Workspace) -> bool:
+    """Whether a trial beside the running tree will find what it would find now, as far as can be told:
+    files that were open already when we looked at the tree are likely to stay for as long again."""
+    if link_remaps(images):
+        return False
+    if any(flags & os.O_ACCMODE and mode & 0o111 for _, flags, mode, _ in regular_files(images)):
+        return False  # a program that the tree makes, and could not start while the trial has it open
+    seen = {file.path for file in evidence.files} | {mapping.path for mapping in evidence.mappings}
+    return all(stat.S_ISDIR(one["mode"] or 0) or one["path"] in seen for one in named_files(images))
 
 
 def try_skeleton(

@@ -25,7 +25,7 @@ from crcli.memory.extents import PAGE, Extent, SpaceKey, SpaceKind
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import Lookahead
 from crcli.memory.reading import may_read_all, read_scattered
-from crcli.pipeline import dump
+from crcli.pipeline import in_place
 from crcli.process.identity import identify
 from tests.support import memory
 from tests.support.memory import (
@@ -378,12 +378,15 @@ def test_a_host_that_lets_nobody_read_all_is_noticed() -> None:
 
     forbidden = "proc_mem.force_override=" in Path("/proc/cmdline").read_text()
     assert forbidden or may_read_all.__wrapped__()
-    dumping = SimpleNamespace(criu=identify(os.getpid()), _pid_of=lambda space: os.getpid())
-    with patch.object(dump, "writes_over_memory", lambda pid: False):
+    root = SimpleNamespace(nspid=(os.getpid(),))
+    tree = in_place.FrozenTree(root)  # type: ignore[arg-type]
+    tree.criu = identify(os.getpid())
+    ours = SpaceKey(SpaceKind.PROCESS, os.getpid())
+    with patch.object(in_place, "writes_over_memory", lambda pid: False):
         for refusing in (False, True):
             may_read_all.cache_clear()
             with patch.object(os, "preadv", refused) if refusing else nullcontext():
-                owner = dump._Dump._owner_of(dumping, A)  # type: ignore[arg-type]
+                owner = tree.owner_of(ours)
             assert owner == (0 if refusing or forbidden else os.getpid())
     may_read_all.cache_clear()
 
