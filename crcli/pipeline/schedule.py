@@ -36,7 +36,7 @@ _BESIDE = 0.2
 _RISKY_PER_H = 1.0
 """A node that is said to be at risk counts as one that fails at least so often."""
 
-_AGAIN_S = 60.0
+_AGAIN_S = 15.0
 """After an image that failed the next one is tried within this time (seconds)."""
 
 
@@ -112,7 +112,7 @@ class Schedule:
         self._rate = FAILURES_PER_H if rate_per_h is None else rate_per_h
         self._first: Cost | None = None
         self._cost: Cost | None = None
-        self._failed = 0
+        self._again_s = _AGAIN_S
         self.due: float | None = None
         """When the next image is due; None: never."""
         self._set(now)
@@ -132,7 +132,7 @@ class Schedule:
 
     def taken(self, began: float, cost: Cost) -> None:
         """An image was taken. The first is dearer than those that follow, which store what has changed."""
-        self._failed = 0
+        self._again_s = _AGAIN_S
         if self._first is None:
             self._first = cost
         else:
@@ -145,9 +145,9 @@ class Schedule:
 
     def failed(self, now: float) -> None:
         """An image could not be taken: soon again, and less soon each time."""
-        self._failed += 1
         if (interval := self.interval_s) is not None:
-            self.due = now + min(interval, _AGAIN_S * 2 ** (self._failed - 1) / 4)
+            self.due = now + min(interval, self._again_s)
+            self._again_s = min(interval, 2 * self._again_s)  # a store may fail for days
 
     def at_risk(self) -> None:
         """This node is more likely to go than before."""

@@ -179,6 +179,7 @@ class _Leaving(Struct):
     reserve_s: float = 0.0
     forecast: float | None = None
     tries: int = 0
+    pause_s: float = _PAUSE_S
     next_try: float = 0.0
     error: CrcliError | None = None
 
@@ -478,7 +479,8 @@ class Vigil:
         leaving.error = error
         if error.state in (TreeState.STOPPED, TreeState.DEAD) or not _may_pass(error):
             return self._left_behind(leaving)
-        leaving.next_try = time.monotonic() + min(_PAUSE_S * 2 ** (leaving.tries - 1), _LONGEST_PAUSE_S)
+        leaving.next_try = time.monotonic() + leaving.pause_s
+        leaving.pause_s = min(2 * leaving.pause_s, _LONGEST_PAUSE_S)
         if leaving.limit - leaving.next_try < _SHORTEST_TRY_S:
             return self._left_behind(leaving)
         self._say("retry", f"the dump failed and is tried again: {error.message}", **_of(error))

@@ -110,6 +110,9 @@ def test_after_failures_it_tries_again_less_and_less_soon() -> None:
         schedule.failed(1000.0)
         pauses.append(schedule.due - 1000.0)
     assert pauses == sorted(pauses) and pauses[0] == 15.0 and pauses[-1] == 100.0
+    for _ in range(1100):  # a store that is away for a day
+        schedule.failed(1000.0)
+    assert schedule.due == 1100.0
     schedule.taken(1000.0, Cost(1, 1))
     schedule.failed(1000.0)
     assert schedule.due == 1015.0

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from unittest.mock import Mock
 
 from crcli.errors import DumpFailed, TreeState
+from crcli.notice.base import Notice
 from crcli.notice.notices import Notices
 from crcli.pipeline.schedule import activity_of
 from crcli.pipeline.stages import DumpOptions
-from crcli.pipeline.vigil import Keeping, Purpose, Vigil, VigilEnd, Why, _UnderWay
+from crcli.pipeline.vigil import Keeping, Purpose, Vigil, VigilEnd, Why, _Leaving, _UnderWay
 from crcli.process.identity import ProcessId, identify
 
 
@@ -36,3 +38,15 @@ def test_a_tree_whose_root_is_gone_has_ended() -> None:
     end, told = failed_dump(its)
     assert end is not None
     assert (end.why, told) == (Why.ENDED, [])
+
+
+def test_a_dump_is_tried_again_for_as_long_as_there_is_time() -> None:
+    """A job of Slurm's may hear two hours before its end that it will have to go, and its store be away."""
+    told: list[str] = []
+    root = identify(os.getpid())
+    keeping = Keeping(DumpOptions(pid=root.pid, store="none"))
+    vigil = Vigil(keeping, root, Mock(spec=Notices), lambda event: told.append(event.name))
+    notice = Notice("slurm", "time limit", deadline=time.monotonic() + 7200)
+    leaving = _Leaving(notice, time.monotonic(), time.monotonic() + 7200, tries=1440)
+    assert vigil._cannot_save(leaving, DumpFailed("no answer", state=TreeState.RUNNING)) is None
+    assert told == ["retry"]
