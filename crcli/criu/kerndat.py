@@ -1,4 +1,4 @@
-"""What CRIU finds out about the kernel, kept for trials where CRIU itself keeps nothing.
+"""What CRIU finds out about the kernel, kept for trials and restores where CRIU itself keeps nothing.
 
 At each start CRIU asks the kernel a hundred questions (25 ms and more), and keeps the answers in
 /run/criu.kdat: but only if that lies on a tmpfs, which goes with the kernel that it describes. In containers
@@ -6,6 +6,8 @@ At each start CRIU asks the kernel a hundred questions (25 ms and more), and kee
 which everything of the real one is found again. What CRIU puts there is kept for the trials to come, for
 this boot, this CRIU and these rights. Where nothing is kept yet, it is asked before the freeze. CRIU itself
 refuses a cache that is not of its own build.
+
+A tree is restored into the real /run: there its CRIU is lent what is kept.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from crcli import kernel
 from crcli.criu.binary import criu_command
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from crcli.criu.workspace import Workspace
 
 FOLDER = "/run"
 _NAME = "criu.kdat"
+PATH = f"{FOLDER}/{_NAME}"
 _MOST_ENTRIES = 200
 """A /run with more in it than this is left as it is."""
 
@@ -80,6 +85,26 @@ def lay_out(answers: bytes, overlays: Sequence[str]) -> None:
     if answers:
         with open(f"{FOLDER}/{_NAME}", "wb") as file:
             file.write(answers)
+
+
+def lend(folder: Workspace, note: Callable[[], None]) -> bool:
+    """Have a CRIU find the answers that are kept, in the real /run: it has `folder` open, under the number
+    that it has here.
+
+    What it looks for becomes a link to what it has open itself: should that stay, it leads any other CRIU
+    nowhere, also one of a later kernel. `note` is called before it is made. Returns whether it was, and is
+    to be removed when CRIU has looked.
+    """
+    answers = Answers().known if is_wanted() else b""
+    if not answers or os.path.lexists(PATH):
+        return False
+    folder.write(_NAME, answers)
+    note()
+    try:
+        os.symlink(f"/proc/self/fd/{folder.fd}/{_NAME}", PATH)
+    except OSError:
+        return False
+    return True
 
 
 def ask() -> bytes:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
-from crcli.criu import netlock
+from crcli.criu import kerndat, netlock
 from crcli.criu.binary import DOES_IT_START, criu_command
 from crcli.criu.images import memfd_names, read_tree, wiped_on_fork
 from crcli.criu.inspect import own_namespaces
@@ -313,6 +313,8 @@ class _Restore:
         self.store: Store | None = None
         self.children_before: set[int] = set()
         self.is_settled = False
+        self.lent = ExitStack()
+        """What CRIU was lent until it begins."""
 
     def run(self) -> Restored:
         """Resolve, check, lay out, restore, fill, look, report."""
@@ -592,6 +594,7 @@ class _Restore:
             self.held.callback(self.handover.close)
         options = restore_options(plan, f"/proc/self/fd/{self.images.fd}")
         assert self.residence is not None
+        self._lend_answers()
         try:
             with self.residence.criu as criu:
                 answer = criu.request(
@@ -627,6 +630,12 @@ class _Restore:
             if self.stay:
                 self.pager.reap()
         return self.members[0].pid
+
+    def _lend_answers(self) -> None:
+        """Have CRIU find what is known of this kernel, until it has looked."""
+        answers = Change("moment", kerndat.PATH)
+        if not self.options.root and kerndat.lend(self.images, partial(self._note, answers)):
+            self.lent.callback(undo, [asdict(answers)])
 
     def _is_handed_over(self) -> bool:
         """Whether memory is filled in before the tree runs, rather than written."""
@@ -667,7 +676,9 @@ class _Restore:
         return self.logs.fd
 
     def _on_notify(self, script: str, root: int) -> bool:
-        if script == "post-restore":
+        if script == "pre-restore":
+            self.lent.close()
+        elif script == "post-restore":
             if self.terminals is not None:
                 self.terminals.end()
             self._find_members(root)

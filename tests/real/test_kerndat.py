@@ -1,7 +1,8 @@
-"""What CRIU finds out about the kernel, kept between trials where /run is no tmpfs."""
+"""What CRIU finds out about the kernel, kept for trials and restores where /run is no tmpfs."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from crcli import kernel
 from crcli.criu import kerndat
 from crcli.criu.binary import criu_command
 from crcli.criu.question import remove_question
+from crcli.criu.workspace import Workspace
 from tests.support.crcli import Crcli, assert_goes_on, counter
 from tests.support.faults import Attempt
 from tests.support.programs import spawn_python
@@ -34,7 +37,7 @@ def kept(crcli: Crcli) -> list[Path]:
 
 def test_a_trial_leaves_it_for_the_next(crcli: Crcli) -> None:
     """The first trial asks the kernel and leaves the answers; the host's /run stays as it is."""
-    before = sorted(os.listdir("/run"))
+    before = os.path.exists(kerndat.PATH)
     with spawn_python(counter()) as program:
         crcli.dump(program.pid, "--leave-running")
         (first,) = kept(crcli)
@@ -44,7 +47,7 @@ def test_a_trial_leaves_it_for_the_next(crcli: Crcli) -> None:
         assert (second.read_bytes(), second.stat().st_mtime_ns) == found
         assert first.stat().st_mode & 0o777 == 0o600
         assert_goes_on(program)
-    assert "criu.kdat" not in set(os.listdir("/run")) - set(before)
+    assert os.path.exists(kerndat.PATH) == before
 
 
 @pytest.mark.parametrize("damage", [b"", b"x", b"y" * 4096])
@@ -76,12 +79,12 @@ def test_a_tree_with_a_file_in_run_is_tried_with_it(crcli: Crcli, tmp_path: Path
 
 def test_criu_takes_what_was_asked_for_ahead() -> None:
     """Asked before a tree is frozen, a CRIU leaves answers that the next one takes for its own."""
-    before = sorted(os.listdir("/run"))
+    before = os.path.exists(kerndat.PATH)
     child = os.fork()
     if child == 0:
         os._exit(0 if _takes_answers() else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert "criu.kdat" not in set(os.listdir("/run")) - set(before)
+    assert os.path.exists(kerndat.PATH) == before
 
 
 def _takes_answers() -> bool:
@@ -89,9 +92,7 @@ def _takes_answers() -> bool:
     kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     kerndat.lay_out(kerndat.ask(), ())
-    command = [*criu_command(), "check", "-v4", "--feature", "pidfd_store"]
-    done = subprocess.run(command, capture_output=True, check=False)
-    return b"Loaded kdat cache" in done.stdout + done.stderr
+    return _loads_answers()
 
 
 def test_the_new_run_is_the_old_one() -> None:
@@ -123,6 +124,127 @@ def _what(name: str) -> object:
         return os.readlink(path)
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+# --- what a restore finds -----------------------------------------------------------------------------------
+
+
+class HeldCriu:
+    """A CRIU that does not begin, where `hold` is there, before it finds answers, and `go` is there too.
+
+    What it finds it leaves in `found`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.hold, self.found, self.go = (folder / name for name in ("hold", "found", "go"))
+        self.command = folder / "criu"
+        self.command.write_text(
+            f"""#!/bin/sh
+                if [ -e {self.hold} ]; then
+                    until cp {kerndat.PATH} {self.found}.new 2>/dev/null; do sleep 0.01; done
+                    mv {self.found}.new {self.found}
+                    until [ -e {self.go} ]; do sleep 0.01; done
+                fi
+                exec {" ".join(criu_command())} "$@"
+            """
+        )
+        self.command.chmod(0o700)
+
+
+@pytest.fixture
+def held_criu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HeldCriu:
+    """crcli's CRIU from now on."""
+    criu = HeldCriu(tmp_path)
+    monkeypatch.setenv("CRCLI_CRIU", str(criu.command))
+    return criu
+
+
+def wait_for(path: Path) -> None:
+    """Return when it is there."""
+    end = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("namespace", ["host", "new"])
+def test_a_restore_finds_what_a_trial_has_left(crcli: Crcli, held_criu: HeldCriu, namespace: str) -> None:
+    """Its CRIU finds the answers; nobody else finds anything, nor does anything stay."""
+    before = os.path.exists(kerndat.PATH)
+    with spawn_python(counter()) as program:
+        image = crcli.dump(program.pid)["image"]
+        program.process.wait()
+        held_criu.hold.touch()
+        words = ("restore", image, "--store", crcli.store, "--json", "--pid-namespace", namespace)
+        with crcli.start(*words) as command:
+            wait_for(held_criu.found)
+            assert os.path.lexists(kerndat.PATH) and os.path.exists(kerndat.PATH) == before
+            held_criu.go.touch()
+            out, _ = command.communicate(timeout=60)
+        assert command.returncode == 0
+        crcli.adopt(json.loads(out)["host_pid"])
+        assert_goes_on(program)
+        assert held_criu.found.read_bytes() == kept(crcli)[0].read_bytes()
+        assert os.path.lexists(kerndat.PATH) == before
+
+
+def test_a_restore_that_is_killed_leaves_no_answers(crcli: Crcli, held_criu: HeldCriu) -> None:
+    """The warden removes what was there for CRIU."""
+    before = os.path.lexists(kerndat.PATH)
+    with spawn_python(counter()) as program:
+        image = crcli.dump(program.pid)["image"]
+        program.process.wait()
+        held_criu.hold.touch()
+        with crcli.start("restore", image, "--store", crcli.store) as command:
+            wait_for(held_criu.found)
+            command.kill()
+            command.wait()
+        end = time.monotonic() + 30
+        while os.path.lexists(kerndat.PATH) != before and time.monotonic() < end:
+            time.sleep(0.01)
+        assert os.path.lexists(kerndat.PATH) == before
+
+
+def test_a_criu_takes_answers_that_it_is_lent_and_no_other_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link leads to a folder that this CRIU has open; for one that has not there is nothing."""
+    (tmp_path / "state").mkdir()
+    monkeypatch.setenv("CRCLI_STATE_DIR", str(tmp_path / "state"))
+    answers = kerndat.Answers()
+    (tmp_path / "root/run").mkdir(parents=True)
+    (tmp_path / "root/run/criu.kdat").write_bytes(_asked())
+    answers.learn(str(tmp_path / "root"))
+    with Workspace.create() as folder:
+        assert kerndat.lend(folder, lambda: None)
+        try:
+            assert _loads_answers(pass_fds=[folder.fd])
+            assert not _loads_answers()
+        finally:
+            os.unlink(kerndat.PATH)
+
+
+def _asked() -> bytes:
+    """What a CRIU finds out now."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        kernel.unshare(kernel.CLONE_NEWNS)
+        kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+        os.write(writer, kerndat.ask())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        found = file.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return found
+
+
+def _loads_answers(**popen: Any) -> bool:
+    command = [*criu_command(), "check", "-v4", "--feature", "pidfd_store"]
+    done = subprocess.run(command, capture_output=True, check=False, **popen)
+    return b"Loaded kdat cache" in done.stdout + done.stderr
 
 
 # --- a CRIU that is killed while it asks --------------------------------------------------------------------
