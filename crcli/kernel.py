@@ -222,6 +222,40 @@ def go_first(pid: int) -> None:
         pass
 
 
+_OOM_SCORE = "/proc/self/oom_score_adj"
+_oom_score_before = ""
+
+
+@contextmanager
+def gone_first_without_memory() -> Iterator[None]:
+    """Within the block, where memory runs out, the kernel ends this process and what it starts, not others.
+
+    By itself it takes the largest, which in a container is the program that somebody is to look after.
+    """
+    global _oom_score_before
+    _oom_score_before = _set_oom_score("1000")
+    try:
+        yield
+    finally:
+        _set_oom_score(_oom_score_before)
+
+
+def stay_without_memory() -> None:
+    """Have this process, started in such a block, be ended as late as if there were none."""
+    _set_oom_score(_oom_score_before)
+
+
+def _set_oom_score(score: str) -> str:
+    """Set it, where that is allowed; return what it was."""
+    try:
+        with open(_OOM_SCORE, "r+") as file:
+            before = file.read().strip()
+            file.write(score)
+            return before
+    except OSError:
+        return ""
+
+
 def set_nice(nice: int) -> None:
     """Give this thread a nice value that it had before."""
     os.setpriority(os.PRIO_PROCESS, 0, nice)

@@ -191,6 +191,7 @@ def _stand_by(control: socket.socket, root: int, images_fd: int, to_keep: Sequen
     """What the process does. Never returns."""
     try:
         os.setsid()
+        kernel.stay_without_memory()
         kernel.close_all_but(control.fileno(), images_fd, *to_keep)
         pids = _tree_of(root)
         before = _Before(remember(pids), {pid: Text.of(pid) for pid in pids})

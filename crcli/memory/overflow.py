@@ -53,6 +53,9 @@ _PATIENCE_S, _PATIENCE_S_PER_GIB = 0.02, 2.5
 """For how long a dump is held up by getting memory (seconds, and for each GiB more), since that was begun: as
 long as a virtual machine's host takes to find it, which else a frozen tree waits for."""
 
+_BESIDE = 128 << 20
+"""What a dump needs beside it (bytes): blocks, packs on their way, processes that hash."""
+
 _ZEROS = bytes(_HUGE)
 _COUNT = struct.Struct("<Q")
 
@@ -60,15 +63,16 @@ _COUNT = struct.Struct("<Q")
 class Overflow:
     """A file of a tmpfs that is mounted nowhere; the kernel frees it with its descriptor.
 
-    `limit` (bytes) is half of the memory that is free when it is made, in the host and in our cgroup: the
-    rest is left to those who work here. `sharers` such files, made at the same time, have that half together.
+    `limit` (bytes) is half of the memory that is free when it is made, in the host and in our cgroup, beside
+    what a dump needs: the rest is left to those who work here. `sharers` such files, made at the same time,
+    have that half together.
     """
 
     def __init__(self, folder: Folder, sharers: int = 1) -> None:
         self.fd = folder.create_file("overflow")
         folder.remove("overflow")
         self._sharers = sharers
-        self.limit = spare_memory() // 2 // sharers
+        self.limit = _room() // sharers
         self._reserved = mmap.mmap(-1, _COUNT.size)
         self._size = 0
         self._began = 0.0
@@ -88,7 +92,7 @@ class Overflow:
 
     def measure_again(self) -> None:
         """Have the limit be no more than half of what is free now, beside what it has already."""
-        self.limit = min(self.limit, self.reserved + spare_memory() // 2 // self._sharers)
+        self.limit = min(self.limit, self.reserved + _room() // self._sharers)
 
     def reserve(self, size: int, *, may_fork: bool = False) -> None:
         """Begin to get memory for the first `size` bytes; no more than `limit`.
@@ -181,6 +185,11 @@ class Overflow:
             self._unneeded.put(None)
             self._giver.join()
         os.close(self.fd)
+
+
+def _room() -> int:
+    """How much memory may be had, all such files together (bytes)."""
+    return max(0, spare_memory() - _BESIDE) // 2
 
 
 def _wait_for_end(pid: int, most_s: float) -> None:

@@ -142,7 +142,7 @@ def dump(options: DumpOptions, progress: Progress | None = None, shared: Shared 
     progress = progress or Silent()
     watch = Stopwatch(progress)
     shared = shared or Shared()
-    with limits_lifted():
+    with limits_lifted(), kernel.gone_first_without_memory():
         try:
             return _dump_once(options, progress, watch, shared)
         except Outrun as error:

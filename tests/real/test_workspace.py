@@ -100,12 +100,16 @@ def test_what_nobody_reads_any_more_is_given_back(workspace: Workspace) -> None:
 
 
 def test_what_others_take_meanwhile_is_theirs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the freeze no more may be filled than what was got, and half of what is free then."""
+    """At the freeze no more may be filled than what was got, and half of what is free then, beside what a
+    dump needs."""
     overflow = Overflow(workspace)
     overflow.reserve(4 << 20)
     _await(lambda: overflow.reserved >= 4 << 20)
     overflow.settle(wait=True)
-    monkeypatch.setattr("crcli.memory.overflow.spare_memory", lambda: 2 << 20)
+    monkeypatch.setattr("crcli.memory.overflow.spare_memory", lambda: 130 << 20)
     overflow.measure_again()
     assert overflow.limit == 5 << 20
+    monkeypatch.setattr("crcli.memory.overflow.spare_memory", lambda: 2 << 20)
+    overflow.measure_again()
+    assert overflow.limit == 4 << 20
     overflow.close()
