@@ -54,7 +54,7 @@ def choose_store(
         (DEFAULT_STORE, "the default"),
     )
     url, source = next((url, source) for url, source in named if url)
-    address = StoreAddress.parse(url)
+    address = _parsed(url, source)
     if endpoint_url and source == "the default" and not endpoint_is_for_another:
         raise UsageError(
             f"--endpoint-url names an S3 server, but no store is named, and images would be in {url}",
@@ -62,6 +62,16 @@ def choose_store(
         )
     endpoint = endpoint_url or (settings.get("endpoint_url") if address.scheme == "s3" else None)
     return StoreChoice(address.url, endpoint, source)
+
+
+def _parsed(url: str, source: str) -> StoreAddress:
+    """The address of the store that `source` names; raise UsageError, with the source, for no such URL."""
+    try:
+        return StoreAddress.parse(url)
+    except UsageError as error:
+        if source == "--store":
+            raise
+        raise UsageError(f"{source}: {error.message}", hint=error.hint) from None
 
 
 def weights_folders() -> tuple[str, ...]:
@@ -84,15 +94,18 @@ def choose_cache() -> CacheChoice:
     base = os.environ.get("CRCLI_CACHE_DIR") or settings.get("folder") or DEFAULT_CACHE
     if not os.path.isabs(base):
         raise UsageError(f"the folder of the cache is an absolute path, not {base!r}")
-    size = os.environ.get("CRCLI_CACHE_SIZE") or settings.get("size")
-    return CacheChoice(os.path.join(base, "objects"), None if size is None else parse_size(str(size)))
+    named = os.environ.get("CRCLI_CACHE_SIZE")
+    size = named or settings.get("size")
+    source = "$CRCLI_CACHE_SIZE" if named else f"`size` in {_path()}"
+    return CacheChoice(os.path.join(base, "objects"), None if size is None else parse_size(str(size), source))
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes that `10GiB`, `500 MB` or `4096` stand for; raise UsageError for anything else."""
+def parse_size(text: str, source: str) -> int:
+    """Return the bytes that `10GiB`, `500 MB` or `4096` stand for; raise UsageError for anything else, with
+    the source."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
     if found is None or found[2] not in _UNITS:
-        raise UsageError(f"{text!r} is not a size", hint="sizes look like 10GiB, 500MB or 0")
+        raise UsageError(f"{source}: {text!r} is not a size", hint="sizes look like 10GiB, 500MB or 0")
     return int(min(float(found[1]), _MOST) * _UNITS[found[2]])
 
 

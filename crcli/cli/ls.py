@@ -8,7 +8,7 @@ import typer
 
 from crcli.cli.options import EndpointOption, JsonOption, StoreOption
 from crcli.cli.stores import opened
-from crcli.errors import NotFound
+from crcli.errors import NotFound, UsageError
 
 
 def ls(
@@ -25,6 +25,8 @@ def ls(
     from crcli.image.names import check_name
     from crcli.ui.catalog import show_entries
 
+    if "/" in name:
+        raise UsageError(f"{name!r} is no name of images", hint="the store is named with --store")
     if name:
         check_name(name)
     with opened(store, endpoint_url) as found:

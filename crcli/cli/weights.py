@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -16,6 +17,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Prepare files of weights, put them into a store, say what an image has left out.",
 )
+
+_PATTERN = set("*?[")
 
 Paths = Annotated[
     list[str], typer.Argument(metavar="PATH...", help="Files, folders or patterns.", show_default=False)
@@ -75,8 +78,6 @@ def ls(
     endpoint_url: EndpointOption = None,
 ) -> None:
     """Say what an image has left out, what is known of files, or what the store holds of weights."""
-    import os
-
     from crcli.cli.stores import opened_image
     from crcli.pipeline.weights import files_known, image_weights
     from crcli.ui import weights as ui
@@ -86,11 +87,20 @@ def ls(
 
         with opened(store, endpoint_url) as found:
             ui.show_in_store(list_pushed(found), found.url, as_json)
-    elif os.path.exists(target):
+    elif _is_path(target):
         ui.show_files(files_known([target]), as_json)
     else:
         with opened_image(target, store, endpoint_url) as (found, ref):
             ui.show_left_out(*image_weights(found, ref), as_json)
+
+
+def _is_path(target: str) -> bool:
+    """Whether this means files here, and not an image: there is one, or it is a pattern, or a path that is not
+    that of an image in the folder of a store."""
+    if os.path.exists(target) or "://" not in target and not _PATTERN.isdisjoint(target):
+        return True
+    above = os.path.dirname(target)
+    return bool(above) and "://" not in target and not os.path.isdir(f"{above}/images")
 
 
 @app.command("rm")

@@ -20,13 +20,30 @@ DOES_IT_START = "`crcli doctor` says whether CRIU works here"
 """What to do about a CRIU that says nothing at all."""
 
 
+_CAP_SYS_ADMIN = 21
+
+
+def see_criu() -> None:
+    """Raise HostLacks where CRIU can neither freeze nor restore anything: it is not here, or crcli may not."""
+    criu_command()
+    with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+        effective = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    if not effective >> _CAP_SYS_ADMIN & 1:
+        raise HostLacks(
+            "crcli may not freeze or restore processes here: it lacks CAP_SYS_ADMIN",
+            hint="run crcli as root"
+            if os.geteuid()
+            else "grant it to this container (--cap-add SYS_ADMIN); `crcli doctor` says what else is needed",
+        )
+
+
 def criu_command() -> list[str]:
     """Return the argv prefix that starts criu; raise HostLacks when there is none."""
     if named := os.environ.get("CRCLI_CRIU"):
         if not os.path.isfile(named) or not os.access(named, os.X_OK):
             raise HostLacks(f"CRCLI_CRIU names {named}, which cannot be executed")
         return [named]
-    prefix = os.environ.get("CRCLI_CRIU_PREFIX", DEFAULT_PREFIX)
+    prefix = os.environ.get("CRCLI_CRIU_PREFIX") or DEFAULT_PREFIX
     if command := _from_prefix(prefix):
         return command
     import shutil  # with all that it can unpack: 2 ms that who has CRIU in a prefix need not wait for

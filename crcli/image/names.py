@@ -85,6 +85,10 @@ def parse_image(text: str) -> tuple[str | None, ImageRef]:
         place, mark, query = (url, "", "") if url.startswith("/") else url.partition("?")
         url = place.removesuffix("/images") + mark + query  # the address of the object itself works as well
     name, _, image_id = rest.partition("@")
+    if not name:
+        raise UsageError(
+            f"{text!r} names no image", hint="write NAME or NAME@ID, alone or behind the URL of its store"
+        )
     check_name(name)
     if image_id and not _ID.match(image_id):
         raise UsageError(f"{image_id!r} is not an image id", hint="ids look like 20260131T235959123-0a1b2c")
@@ -96,7 +100,7 @@ def check_name(name: str) -> str:
     if not _NAME.match(name):
         raise UsageError(
             f"{name!r} cannot name an image",
-            hint="use letters, digits, '.', '_', '+' and '-', beginning with a letter or digit",
+            hint="use at most 128 letters, digits, '.', '_', '+' and '-', beginning with a letter or digit",
         )
     return name
 

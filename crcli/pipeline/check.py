@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from crcli.criu.binary import criu_command
+from crcli.criu.binary import see_criu
 from crcli.findings import Severity, gravest_first
 from crcli.guard.claimed import claimed
 from crcli.guard.here import Here
@@ -62,12 +62,13 @@ def check_process(pid: int, store: str, endpoint_url: str | None = None) -> Chec
     """Say what stands in the way of a dump of this process's tree to this store, what will be different after
     it, and what it will take.
 
-    Raises PreflightRefused for a pid that can never be dumped, HostLacks where there is no CRIU.
+    Raises PreflightRefused for a pid that can never be dumped, HostLacks where CRIU cannot work.
     """
     with TreeLock(find_target(pid)) as lock:
         lock.wait(_OTHER_DUMP_S)
-        evidence, found = look_at(refuse_bad_target(pid))
-    criu_command()
+        root = refuse_bad_target(pid)
+        see_criu()
+        evidence, found = look_at(root)
     gpus = _gpu_side(evidence)
     report = CheckReport(str(pid), gravest_first([*found, *gpus.findings]))
     if report.is_refused:
@@ -96,7 +97,7 @@ def check_image(
     """Say what stands in the way of a restore of this image here, and what will be different after it.
 
     Of the image only what tells of its needs is fetched, no memory. Files of weights are looked for in
-    `weights_folders` too. Raises NotFound, ImageDamaged, StoreError, HostLacks where there is no CRIU.
+    `weights_folders` too. Raises NotFound, ImageDamaged, StoreError, HostLacks where CRIU cannot work.
     """
     url, ref = parse_image(image)
     found = open_store(url or store, endpoint_url=endpoint_url)
@@ -108,7 +109,7 @@ def check_image(
         missing = MemoryReader(found, manifest, reader, folders=weights_folders).missing()
     finally:
         found.close()
-    criu_command()
+    see_criu()
     needs = replace(needs_of(manifest, images, Asked()), missing_weights=tuple(missing))
     findings = [*examine(needs, Here()), *held]
     return CheckReport(f"{manifest.name}@{manifest.id}", findings)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
 from crcli.criu import kerndat, netlock
-from crcli.criu.binary import DOES_IT_START, criu_command
+from crcli.criu.binary import DOES_IT_START, see_criu
 from crcli.criu.images import memfd_names, read_tree, wiped_on_fork
 from crcli.criu.inspect import own_namespaces
 from crcli.criu.interrupted import resume_interrupted_calls
@@ -361,7 +361,7 @@ class _Restore:
             self.gpu = self.held.enter_context(RestoreSide(self.manifest.meta["gpu"], self.options.gpu_map))
 
     def _guard(self) -> None:
-        criu_command()  # one that is not here is said before anything is begun
+        see_criu()  # what is lacking here is said before anything is begun
         extents = (extent for extents in self.manifest.spaces.values() for extent in extents)
         see_file_size(PAGE * sum(extent.pages for extent in extents))
         self.workspace = self.held.enter_context(Workspace.create())

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from crcli import kernel
-from crcli.criu.binary import criu_command
+from crcli.criu.binary import see_criu
 from crcli.errors import (
     CrcliError,
     GuardRefused,
@@ -161,7 +161,7 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
     """Run a job to its end, or until it is saved because this node goes away; return what was done.
 
     Raises NameClaimed (another has the job), JobMismatch (the image is of another job), TryAgain and what a
-    restore raises (nothing was started; also HostLacks where there is no CRIU), StoreError.
+    restore raises (nothing was started; also HostLacks where CRIU cannot work), StoreError.
     """
     check_name(options.name)
     handling = SignalHandling.now()
@@ -179,7 +179,7 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
         tell(Event("finding", finding.message, {"finding": finding.as_json()}))
 
     notices = Notices(options.notices, options.grace_s, found=found)
-    criu_command()  # a job that could never be saved is not begun
+    see_criu()  # a job that could never be saved is not begun
     see_hard_limits()
     kernel.become_subreaper()
     with ExitStack() as held:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from crcli.criu.binary import criu_command
+from crcli.criu.binary import see_criu
 from crcli.errors import PreflightRefused
 from crcli.findings import Finding, Severity
 from crcli.image.names import check_name, new_image_id, suggested_name
@@ -52,9 +52,9 @@ def look(options: DumpOptions, *, careful: bool = False) -> Target:
     root = refuse_bad_target(options.pid)
     if options.start_time not in (None, root.start_time):
         raise PreflightRefused(f"process {options.pid} ended before its turn came; another has its pid now")
+    see_criu()  # what is lacking here is said before anything is begun
     evidence, findings = look_at(root)
     refuse_blockers(options.pid, findings)
-    criu_command()  # one that is not here is said before anything is begun
     see_file_size(evidence.expected_bytes)
     links = outside_links(evidence)
     plan = make_plan(evidence, links, options.outcome, careful=careful)

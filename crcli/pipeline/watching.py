@@ -6,7 +6,7 @@ import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from crcli.criu.binary import criu_command
+from crcli.criu.binary import see_criu
 from crcli.errors import NameClaimed, PreflightRefused
 from crcli.image.lease import Lease, LeaseState
 from crcli.image.names import check_name, suggested_name
@@ -38,8 +38,8 @@ def watch_tree(
 
     The images' name is claimed meanwhile. The tree is not stopped when the store cannot be reached and the
     claim lapses, for it is somebody else's; it may then run here and elsewhere. Raises UsageError,
-    PreflightRefused (no such tree), HostLacks (no CRIU), NameClaimed and StoreError, with the tree as it was.
-    Call it from the main thread.
+    PreflightRefused (no such tree), HostLacks (CRIU cannot work), NameClaimed and StoreError, with the tree
+    as it was. Call it from the main thread.
     """
 
     def found(finding: Finding) -> None:
@@ -50,7 +50,7 @@ def watch_tree(
         held.callback(os.close, ended)
         name = check_name(keeping.dump.name or suggested_name(comm))
         heard = Notices(notices, grace_s, found=found)
-        criu_command()
+        see_criu()
         store = open_store(keeping.dump.store, endpoint_url=keeping.dump.endpoint_url)
         held.callback(store.close)
         lease = Lease.claim(store, name, "crcli watch")

@@ -83,7 +83,10 @@ def chosen_files(
             continue
         named = _named(one)
         if not named and not may_be_absent:
-            raise UsageError(f"there is nothing at {one}", hint="--weights takes files, folders and patterns")
+            raise UsageError(
+                f"there is nothing at {one}",
+                hint="files of weights are named by path: files, folders and patterns",
+            )
         for path in named:
             found += files_below(path) if os.path.isdir(path) else [path]
     unique: dict[tuple[int, int], str] = {}
@@ -290,9 +293,16 @@ def _size_of(path: str) -> int:
 
 
 def index_files(paths: Sequence[str], amount: Callable[[int, int], None]) -> list[dict[str, Any]]:
-    """Index these files (see `chosen_files`), those that have an index already left as they are."""
+    """Index these files (see `chosen_files`), those that have an index already left as they are.
+
+    Raises HostLacks where no index can be kept.
+    """
+    from crcli.memory.weights.cache import see_that_it_keeps
+
+    chosen = chosen_files(paths)
+    see_that_it_keeps()
     done: list[dict[str, Any]] = []
-    for path in chosen_files(paths):
+    for path in chosen:
         with WeightsInUse([path]) as in_use:
             in_use.index(amount)
             done += in_use.facts()

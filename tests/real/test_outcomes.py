@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -507,6 +508,24 @@ def test_without_criu_nothing_is_begun(crcli: Crcli, monkeypatch: pytest.MonkeyP
         ):  # fmt: skip
             done = crcli.run(command[0], "--store", crcli.store, *command[1:], code=40)
             assert "install-criu" in done.err, command
+        assert_goes_on(program)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not here")
+def test_without_rights_nothing_is_begun(crcli: Crcli) -> None:
+    """Who may not freeze or restore is told so before a job is started, and by `crcli check` of an image."""
+    less = ("setpriv", "--bounding-set=-sys_admin,-setpcap", "--inh-caps=-all")
+    with spawn_python(counter()) as program:
+        pid, image = str(program.pid), crcli.dump(program.pid, "--leave-running", "--name", "job")["image"]
+        for command in (
+            ("dump", pid), ("dump", pid, "--dry-run"), ("check", pid), ("watch", pid),
+            ("check", image), ("restore", image), ("run", "--name", "other", "--", "/bin/true"),
+        ):  # fmt: skip
+            done = subprocess.run(
+                [*less, sys.executable, "-m", "crcli", command[0], "--store", crcli.store, *command[1:]],
+                capture_output=True, text=True, env=crcli.environment, cwd=ROOT,
+            )  # fmt: skip
+            assert done.returncode == 40 and "CAP_SYS_ADMIN" in done.stderr, command
         assert_goes_on(program)
 
 

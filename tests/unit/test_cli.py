@@ -539,6 +539,61 @@ def test_an_empty_word_is_no_name_of_an_image(capsys: Any) -> None:
         assert list(context.params["command"]) == ["echo", ""]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["show", "x" * 129], "at most 128"),
+        (["restore", "file:///somewhere/"], "'file:///somewhere/' names no image"),
+        (["show", "@20260131T235959123-0a1b2c"], "names no image"),
+        (["ls", "file:///somewhere"], "--store"),
+        (["weights", "ls", "/no/such/path"], "there is nothing at /no/such/path"),
+        (["weights", "ls", "*.safetensors.none"], "there is nothing at *.safetensors.none"),
+        (["weights", "push", "/no/such/path"], "named by path"),
+    ],
+)
+def test_what_is_wrong_with_a_name_is_said(words: list[str], said: str, tmp_path: Path, capsys: Any) -> None:
+    """Its length, a URL without a name, a store or a file in its place."""
+    assert main([*words, "--store", f"file://{tmp_path}/store"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_image_by_its_path_is_no_file_of_weights(tmp_path: Path, capsys: Any) -> None:
+    """`weights ls` takes the path of an image in a folder as well."""
+    (tmp_path / "images").mkdir()
+    assert main(["weights", "ls", f"{tmp_path}/job"]) == 31
+    assert f"the store file://{tmp_path} has no image named job" in capsys.readouterr().err
+
+
+def test_a_wrong_setting_is_said_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Who typed no store has to know which variable or file names it."""
+    monkeypatch.setenv("CRCLI_STORE", "nowhere")
+    assert main(["ls"]) == 2
+    assert "$CRCLI_STORE: not the URL of a store" in capsys.readouterr().err
+    assert main(["ls", "--store", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("crcli: not the URL of a store")
+    monkeypatch.delenv("CRCLI_STORE")
+    monkeypatch.setenv("CRCLI_CONFIG", path := str(tmp_path / "config.yaml"))
+    Path(path).write_text("store: nowhere\ncache: {size: much}\n")
+    assert main(["ls"]) == main(["cache", "ls"]) == 2
+    said = capsys.readouterr().err
+    assert f"{path}: not the URL of a store" in said and f"`size` in {path}: 'much' is not a size" in said
+    monkeypatch.setenv("CRCLI_CACHE_SIZE", "more")
+    assert main(["cache", "ls"]) == 2
+    assert "$CRCLI_CACHE_SIZE: 'more' is not a size" in capsys.readouterr().err
+
+
+def test_an_index_of_weights_that_cannot_be_kept_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """To keep it is all that `weights index` is for."""
+    (tmp_path / "file").write_bytes(b"weights")
+    monkeypatch.setenv("CRCLI_CACHE_DIR", "/proc/nowhere")
+    assert main(["weights", "index", str(tmp_path / "file")]) == 40
+    assert "CRCLI_CACHE_DIR" in capsys.readouterr().err
+
+
 def test_an_s3_server_without_a_store_is_no_folder_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--endpoint-url` with the store forgotten is refused; with a folder that somebody named it is idle."""
     with pytest.raises(UsageError, match="no store is named"):

@@ -88,7 +88,7 @@ def _source(command: list[str]) -> str:
         return "$CRCLI_CRIU"
     if len(command) == 1:
         return "$PATH"
-    return "$CRCLI_CRIU_PREFIX" if "CRCLI_CRIU_PREFIX" in os.environ else "the default folder"
+    return "$CRCLI_CRIU_PREFIX" if os.environ.get("CRCLI_CRIU_PREFIX") else "the default folder"
 
 
 def _what_criu_says(command: list[str]) -> Iterator[Check]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from blake3 import blake3
 
+from crcli.errors import HostLacks
 from crcli.memory.weights.samples import Index, Stream, index_of
 from crcli.memory.weights.views import View
 from crcli.records import asdict
@@ -44,6 +45,22 @@ def folder() -> str:
     """Where the cache is: `$CRCLI_CACHE_DIR/weights`, or below /var/cache."""
     base = os.environ.get("CRCLI_CACHE_DIR")
     return os.path.join(base, "weights") if base else FOLDER
+
+
+def see_that_it_keeps() -> None:
+    """Raise HostLacks where we may not keep anything here."""
+    try:
+        os.makedirs(folder(), 0o700, exist_ok=True)
+    except OSError as error:
+        why = error.strerror
+    else:
+        if os.access(folder(), os.W_OK):
+            return
+        why = "it cannot be written to"
+    raise HostLacks(
+        f"no index can be kept in {folder()}: {why}",
+        hint="run crcli as root, or name another folder with $CRCLI_CACHE_DIR",
+    )
 
 
 _PIECE = 16 << 20
