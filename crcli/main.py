@@ -6,6 +6,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from crcli import waiting
 from crcli.errors import CrcliError
 from crcli.pipeline.interrupts import Interrupted
 from crcli.wakeups import heard_at_once
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (this process's own by default) and return its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
+    waiting.told_to(None if as_json else _say)
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # by who started us: no child could be waited for
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
@@ -34,6 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, SystemExit):
             raise
         return _report(error, as_json)
+
+
+def _say(text: str) -> None:
+    from crcli.ui.progress import remark
+
+    remark(text)
 
 
 def _report(error: BaseException, as_json: bool) -> int:

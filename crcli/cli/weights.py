@@ -95,9 +95,9 @@ def ls(
 
 
 def _is_path(target: str) -> bool:
-    """Whether this means files here, and not an image: there is one, or it is a pattern, or a path that is not
-    that of an image in the folder of a store."""
-    if os.path.exists(target) or "://" not in target and not _PATTERN.isdisjoint(target):
+    """Whether this means files here: there is one, it is a pattern, or a path, and not that of an image in
+    the folder of a store."""
+    if os.path.exists(target) or ("://" not in target and not _PATTERN.isdisjoint(target)):
         return True
     above = os.path.dirname(target)
     return bool(above) and "://" not in target and not os.path.isdir(f"{above}/images")

@@ -19,6 +19,9 @@ Result = TypeVar("Result")
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 8.0
 
+TELL_AFTER_S = 1.0
+"""What is not over so long after the first attempt is said (seconds)."""
+
 _LOOK_EVERY_S = 0.1
 """How often a pause that two may end looks whether the other did (seconds)."""
 
@@ -31,8 +34,16 @@ class Retrier:
     (https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/).
     """
 
-    def __init__(self, *, max_attempts: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        max_attempts: int | None = None,
+        tell: Callable[[Exception, float], None] = lambda error, patience_s: None,
+    ) -> None:
+        """`tell` is told once of a failure that lasts, and for how many seconds it is worth trying again."""
         self.max_attempts = max_attempts
+        self._tell = tell
+        self._has_told = False
         self._stopped = threading.Event()
 
     def call(
@@ -56,8 +67,12 @@ class Retrier:
                 attempt += 1
                 pause = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt))
                 waited = time.monotonic() - began
-                if attempt == self.max_attempts or waited + pause >= patience(error):
+                worth_s = patience(error)
+                if attempt == self.max_attempts or waited + pause >= worth_s:
                     raise
+                if waited + pause > TELL_AFTER_S and not self._has_told:
+                    self._has_told = True
+                    self._tell(error, worth_s)
                 if self._is_stopped_within(pause, given_up):
                     raise
 

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 QUIET_S = 1.0
 """What takes no longer than this (seconds) shows no progress."""
 
-_REFRESH_S = 0.2
+_REFRESH_S, _AGAIN_S = 0.2, 30.0
+"""How soon a line is drawn again, and how soon a log says again what lasts (seconds)."""
+
+_ERASE = "\r\x1b[K"
 
 
 @contextmanager
@@ -40,22 +43,54 @@ def showing(as_json: bool) -> Iterator[Progress]:
         finally:
             line.close()
     else:
-        yield PlainLines()
+        lines = PlainLines()
+        try:
+            yield lines
+        finally:
+            lines.close()
+
+
+def remark(text: str) -> None:
+    """Leave a line for what is to be known while something is waited for; a progress line gives way to it."""
+    _write(f"{_ERASE if sys.stderr.isatty() else ''}{printable(f'crcli: {text}')}\n")
 
 
 class PlainLines:
-    """Progress for a log: a line for each finding that changes something, and for phases of slow work."""
+    """Progress for a log: a line for each finding that changes something, and for phases of slow work, with
+    how far they are as long as they last."""
 
     def __init__(self) -> None:
         self._begun = time.monotonic()
+        self._phase = ""
+        self._amount = (0, 0)
+        self._over = threading.Event()
+        self._writer = threading.Thread(target=self._work, name="progress", daemon=True)
+        self._writer.start()
 
     def phase(self, name: str) -> None:
         """Say what is being done, once it has become worth saying."""
+        self._phase, self._amount = name, (0, 0)
         if time.monotonic() - self._begun > QUIET_S:
-            _write(f"crcli: {name} ({time.monotonic() - self._begun:.1f} s)\n")
+            self._say()
 
     def amount(self, done: int, total: int) -> None:
-        """Amounts are for those who watch."""
+        """Note how far the phase is."""
+        self._amount = (done, total)
+
+    def close(self) -> None:
+        """Say nothing more."""
+        self._over.set()
+        self._writer.join()
+
+    def _work(self) -> None:
+        wait = QUIET_S
+        while not self._over.wait(wait):
+            wait = _AGAIN_S
+            if self._phase:
+                self._say()
+
+    def _say(self) -> None:
+        _write(f"crcli: {self._phase} ({time.monotonic() - self._begun:.1f} s){_amount(*self._amount)}\n")
 
     def finding(self, finding: Finding) -> None:
         """Say what will not be as it was."""
@@ -103,19 +138,20 @@ class StatusLine:
             wait = _REFRESH_S
             with self._lock:
                 self._drawn = True
-                _write(f"\r\x1b[K{self._text()}")
+                _write(f"{_ERASE}{self._text()}")
 
     def _text(self) -> str:
-        done, total = self._amount
-        amount = f"  {size(done)}" if done else ""
-        if done and total:
-            amount += f" of {size(total)} ({min(100, done * 100 // total)} %)"
-        return f"{self._phase}  {time.monotonic() - self._begun:.0f} s{amount}"
+        return f"{self._phase}  {time.monotonic() - self._begun:.0f} s{_amount(*self._amount)}"
 
     def _clear(self) -> None:
         if self._drawn:
             self._drawn = False
-            _write("\r\x1b[K")
+            _write(_ERASE)
+
+
+def _amount(done: int, total: int) -> str:
+    text = f"  {size(done)}" if done else ""
+    return f"{text} of {size(total)} ({min(100, done * 100 // total)} %)" if done and total else text
 
 
 def _sentence(finding: Finding) -> str:

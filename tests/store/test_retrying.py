@@ -52,6 +52,21 @@ def test_patience_ends() -> None:
         Retrier().call(Flaky(float("inf")), lambda _: 0.5)
 
 
+def test_what_lasts_is_told_once() -> None:
+    """With the time that it is worth; what is over soon is not told at all."""
+    told: list[tuple[str, float]] = []
+    retrier = Retrier(tell=lambda error, patience_s: told.append((str(error), patience_s)))
+    retrier.call(Flaky(1), lambda _: 60)
+    assert told == []
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock(patch, retrier, longest=True)
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                retrier.call(Flaky(float("inf")), lambda _: 20)
+        assert clock.now > 20
+    assert len(told) == 1 and told[0][1] == 20
+
+
 class Clock:
     """A clock on which pauses pass at once, each as long as it can be or not at all."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import ssl
@@ -14,6 +15,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from crcli.errors import ObjectExists, StoreError
+from crcli.main import main
 from crcli.store import open_store, retrying
 from crcli.store.s3 import S3Store
 from crcli.store.s3 import client as client_module
@@ -368,6 +370,22 @@ def test_lasting_trouble_is_reported_in_time(behind: Behind) -> None:
         with pytest.raises(StoreError, match=r"SlowDown|503"):
             attempt()
     store.close()
+
+
+def test_lasting_trouble_is_said_before_it_is_over(
+    behind: Behind, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command says on stderr what it waits for, and for how long; with --json there is its object alone."""
+    monkeypatch.setattr(retrying, "TELL_AFTER_S", 0)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "4")
+    behind.proxy.inject(answer(503, "SlowDown"), times=100_000)
+    command = ["ls", "--store", behind.server.url("none"), "--endpoint-url", behind.proxy.endpoint_url]
+    assert main(command) == 30
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("crcli:")]
+    assert ["; trying again for up to" in line for line in said] == [True, False]
+    assert main([*command, "--json"]) == 30
+    out, err = capsys.readouterr()
+    assert err == "" and json.loads(out)["error"]["code"] == "store"
 
 
 def test_a_failed_part_stops_the_writer(behind: Behind) -> None:

@@ -732,11 +732,26 @@ def test_progress_of_quick_work_is_invisible() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT).stderr == b""
 
 
+def test_progress_in_a_log() -> None:
+    """Where nobody watches, a phase that lasts is a line too, though it began within the first second."""
+    code = (
+        "import time\nfrom crcli.ui.progress import showing\n"
+        "with showing(False) as progress:\n"
+        "    progress.phase('storing'); progress.amount(1 << 20, 4 << 20); time.sleep(1.5)\n"
+        "    progress.phase('ending')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    first, second = done.stderr.splitlines()
+    assert first.startswith("crcli: storing (") and first.endswith("1.0 MiB of 4.0 MiB (25 %)")
+    assert second.startswith("crcli: ending (")
+
+
 def test_findings_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     """Where nobody watches, what changes is a line, with what crcli does about it; notes are left out."""
     lines = PlainLines()
     lines.finding(Finding("x", Severity.CHANGE, "a thing is lost", action="goes on"))
     lines.finding(Finding("y", Severity.NOTE, "nothing much"))
+    lines.close()
     assert capsys.readouterr().err == "change: a thing is lost [crcli goes on]\n"
 
 

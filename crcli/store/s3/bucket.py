@@ -6,6 +6,7 @@ import threading
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from crcli import waiting
 from crcli.errors import StoreError
 from crcli.store.base import check_key
 from crcli.store.retrying import Retrier
@@ -32,7 +33,7 @@ class Bucket:
         self.prefix = prefix
         self.settings = settings
         self._calls = calls
-        self._retrier = Retrier()
+        self._retrier = Retrier(tell=self._tell)
         self._making, self._renewing = threading.Lock(), threading.Lock()
         self._has_answered = False
 
@@ -162,6 +163,13 @@ class Bucket:
         connection = self.__dict__.get("_connection")
         endpoint_url = connection.endpoint_url if connection else self.settings.endpoint_url or ""
         return translate(error, Place(self.name, self.prefix, endpoint_url), key)
+
+    def _tell(self, error: Exception, patience_s: float) -> None:
+        from crcli.store.s3.errors import FOREIGN
+
+        if isinstance(error, FOREIGN):
+            error = self._translated(error, "")
+        waiting.say(f"{error}; trying again for up to {patience_s:.0f} s")
 
     def give_up(self) -> None:
         """End all patience: what fails from now on is not tried again, and silence not waited for."""
