@@ -37,10 +37,11 @@ def _lack(error: BaseException) -> bytes | None:
 
 def _main() -> int:
     gc.set_threshold(_GARBAGE)  # before the imports, which make most of it
-    from crcli.ui.output import Output
-
-    output = Output.installed()
+    output = None
     try:
+        from crcli.ui.output import Output
+
+        output = Output.installed()
         from crcli.main import main as run
 
         code = run()
@@ -49,7 +50,7 @@ def _main() -> int:
 
         code = show_interrupt(error, "--json" in sys.argv)
     gc.freeze()  # at its end Python looks through all that is left once more: 30 ms, 100 with an S3 client
-    return output.ended_with(code, sys.argv[1:])
+    return output.ended_with(code, sys.argv[1:]) if output is not None else code
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from crcli.cause import Cause
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TreeState
 from crcli.findings import Severity
+from crcli.ui.output import has_answered
 from crcli.ui.text import json_text, printable
 
 if TYPE_CHECKING:
@@ -74,9 +75,9 @@ def show_usage(error: Any, as_json: bool) -> int:
 def show_interrupt(error: BaseException, as_json: bool) -> int:
     """Say that a signal ended the command; return 128 and its number."""
     message = str(error) or "interrupted"
-    if as_json:
+    if as_json and not has_answered():
         _emit("interrupted", message, "", TreeState.UNTOUCHED, ())
-    else:
+    elif not as_json:
         _say(f"crcli: {message}")
     return 128 + int(getattr(error, "number", 2))
 

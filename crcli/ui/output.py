@@ -43,6 +43,7 @@ class Output(io.RawIOBase):
 
     def __init__(self) -> None:
         self._error: OSError | None = None
+        self.has_spoken = False
 
     @classmethod
     def installed(cls) -> Output:
@@ -79,6 +80,7 @@ class Output(io.RawIOBase):
 
     def write(self, data: Buffer) -> int:
         """Write some of `data`; all of it goes nowhere once that has failed."""
+        self.has_spoken = True
         while self._error is None:
             try:
                 return os.write(1, data)
@@ -99,6 +101,12 @@ class Output(io.RawIOBase):
         if code or not _ACTS.isdisjoint((tuple(arguments[:1]), tuple(arguments[:2]))):
             return code
         return 128 + signal.SIGPIPE if has_gone else 1
+
+
+def has_answered() -> bool:
+    """Whether something was printed on stdout, which a command does once under --json."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return isinstance(raw, Output) and raw.has_spoken
 
 
 def _see_open(number: int, mode: int) -> None:

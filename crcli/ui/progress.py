@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from crcli.findings import Severity
@@ -64,12 +64,15 @@ class PlainLines:
         self._phase = ""
         self._amount = (0, 0)
         self._over = threading.Event()
-        self._writer = threading.Thread(target=self._work, name="progress", daemon=True)
-        self._writer.start()
+        self._writer: threading.Thread | None = None
 
     def phase(self, name: str) -> None:
         """Say what is being done, once it has become worth saying."""
         self._phase, self._amount = name, (0, 0)
+        if self._writer is None:  # not before: a restore forks its pager while there are no threads
+            self._writer = threading.Thread(target=self._work, name="progress", daemon=True)
+            with suppress(RuntimeError):  # where no thread is to be had, phases are said as they begin
+                self._writer.start()
         if time.monotonic() - self._begun > QUIET_S:
             self._say()
 
@@ -80,14 +83,14 @@ class PlainLines:
     def close(self) -> None:
         """Say nothing more."""
         self._over.set()
-        self._writer.join()
+        if self._writer is not None and self._writer.is_alive():
+            self._writer.join()
 
     def _work(self) -> None:
         wait = QUIET_S
         while not self._over.wait(wait):
             wait = _AGAIN_S
-            if self._phase:
-                self._say()
+            self._say()
 
     def _say(self) -> None:
         _write(f"crcli: {self._phase} ({time.monotonic() - self._begun:.1f} s){_amount(*self._amount)}\n")

@@ -373,6 +373,39 @@ def test_bugs_end_with_1(
     assert "Traceback" in capsys.readouterr().err
 
 
+INTERRUPTED = {
+    "while what prints is imported": (
+        "import builtins, crcli.__main__ as start\n"
+        "before = builtins.__import__\n"
+        "def importing(name, *rest, **words):\n"
+        "    if name == 'crcli.ui.output' and not os.path.exists(once):\n"
+        "        open(once, 'w').close(); raise KeyboardInterrupt\n"
+        "    return before(name, *rest, **words)\n"
+        "builtins.__import__ = importing\n"
+    ),
+    "after the answer": (
+        "import crcli.__main__ as start\n"
+        "from crcli.ui import reports\n"
+        "before = reports.show_json\n"
+        "def show(data):\n    before(data); raise KeyboardInterrupt\n"
+        "reports.show_json = show\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("when", INTERRUPTED)
+def test_an_interrupt_is_answered_once(when: str, tmp_path: Path) -> None:
+    """However early or late Ctrl-C comes: one JSON object, no traceback."""
+    words = ["crcli", "plugins", "--json"]
+    code = (
+        f"import os, sys\nonce, sys.argv = {str(tmp_path / 'once')!r}, {words!r}\n"
+        f"{INTERRUPTED[when]}sys.exit(start.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert len(json.loads(done.stdout)) >= 1
+
+
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Interrupted(15), 143)])
 def test_signals_end_with_their_number(
     error: BaseException, code: int, failing: Any, capsys: pytest.CaptureFixture[str]
