@@ -36,14 +36,17 @@ def check(
     no image, 20 when the image cannot be restored here.
     """
     from crcli.pipeline.check import check_image, check_process
+    from crcli.ui.progress import showing
     from crcli.ui.reports import show_check
 
     chosen = choose_store(store, endpoint_url)
-    if target.isdecimal():
-        report = check_process(_pid(target), chosen.url, chosen.endpoint_url)
-        refused = PreflightRefused.exit_code
-    else:
-        report = check_image(target, chosen.url, chosen.endpoint_url, weights_folders())
-        refused = GuardRefused.exit_code
+    with showing(as_json) as progress:
+        progress.phase("looking")
+        if target.isdecimal():
+            report = check_process(_pid(target), chosen.url, chosen.endpoint_url)
+            refused = PreflightRefused.exit_code
+        else:
+            report = check_image(target, chosen.url, chosen.endpoint_url, weights_folders())
+            refused = GuardRefused.exit_code
     show_check(report, as_json)
     return refused if report.is_refused else 0

@@ -24,6 +24,7 @@ def ls(
     from crcli.image.claims import all_claims
     from crcli.image.names import check_name
     from crcli.ui.catalog import show_entries
+    from crcli.ui.progress import showing
 
     if "/" in name:
         raise UsageError(f"{name!r} is no name of images", hint="the store is named with --store")
@@ -31,8 +32,10 @@ def ls(
         check_name(name)
     with opened(store, endpoint_url) as found:
         try:
-            entries = list_entries(found, name)
-            claims = all_claims(found, {entry.ref.name for entry in entries})
+            with showing(as_json) as progress:
+                progress.phase("listing")
+                entries = list_entries(found, name)
+                claims = all_claims(found, {entry.ref.name for entry in entries})
         except NotFound:
             if store:
                 raise
