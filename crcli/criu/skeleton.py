@@ -450,11 +450,15 @@ def forget_network_lock(images: Workspace) -> None:
 
 
 def regular_files(images: Workspace) -> list[tuple[str, int, int, int | None]]:
-    """Every regular file that the tree has open or mapped: (path, flags, mode, size at the dump)."""
+    """Every regular file that the tree has open or mapped: (path, flags, mode, size at the dump).
+
+    Deleted ones are left out: what lies under their paths now, if anything, is another file.
+    """
+    remapped = remapped_ids(images)
     return [
         (text_of(e.reg.name), e.reg.flags, e.reg.mode, e.reg.size if e.reg.HasField("size") else None)
         for e in read_files(images).entries
-        if e.type == messages.fd_types.REG
+        if e.type == messages.fd_types.REG and e.id not in remapped
     ]
 
 

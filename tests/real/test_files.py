@@ -110,6 +110,29 @@ def state():
         assert not path.exists()
 
 
+def test_what_lies_where_a_deleted_file_was_is_not_the_tree_s(crcli: Crcli, tmp_path: Path) -> None:
+    """A log is rotated away and others use its name: that file does not travel, may change, and is left as it
+    is, and a named pipe there is not opened, which would hold a frozen tree for ever."""
+    path = tmp_path / "log.1"
+    setup = f"""
+import os
+log = open({str(path)!r}, "w+")
+log.write("of the tree"); log.flush()
+os.unlink(log.name)
+state = lambda: log.seek(0) or log.read()
+"""
+    with spawn_python(asked(setup)) as program:
+        os.mkfifo(path)
+        crcli.dump(program.pid, "--leave-running")
+        path.unlink()
+        path.write_text("of another")
+        image = crcli.dump(program.pid)["image"]
+        path.write_text("of another, and of today")
+        report = crcli.restore(image)
+        assert state(program, report["host_pid"]) == "of the tree"
+        assert path.read_text() == "of another, and of today"
+
+
 def test_a_restore_that_was_killed_does_not_prevent_the_next(
     crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
