@@ -640,14 +640,23 @@ def threads_apart(evidence: Evidence) -> Iterator[Finding]:
 
 
 def memory_in_common(evidence: Evidence) -> Iterator[Finding]:
-    """Two processes with one memory, by clone(2) with CLONE_VM (kcmp-ids.c: `Can't make VM id`)."""
+    """Two processes with one memory, by clone(2) with CLONE_VM (kcmp-ids.c: `Can't make VM id`).
+
+    Of one that is not in the tree CRIU knows nothing: it would write on into what is being saved.
+    """
     if held := evidence.sharing_memory:
+        first = held[0]
+        outside = "" if first.pid in evidence.tree else ", outside the tree"
         yield blocker(
             "memory-in-common",
-            f"{first_of(held)} has one memory with its parent {evidence.label(held[0].ppid)}, without being "
-            "a thread of it (CLONE_VM)",
-            process_list(held, "ppid"),
-            "wait until it has ended or started another program, or have it be a thread instead",
+            f"{first.process.label} has one memory with {first.comm} ({first.pid}){outside}, without being a "
+            "thread of it (CLONE_VM)",
+            {
+                "processes": [
+                    {"pid": one.process.pid, "command": one.process.comm, "with": one.pid} for one in held
+                ]
+            },
+            "wait until one of them has ended or started another program, or have them be threads instead",
         )
 
 

@@ -14,7 +14,7 @@ from crcli.process.files import FileId, Kind, Lock, Mapping, Mount, OpenFile
 from crcli.process.outside import Outsider
 from crcli.process.rings import EventRing
 from crcli.process.settings import ThreadSettings
-from crcli.process.sharing import ThreadApart
+from crcli.process.sharing import MemoryInCommon, ThreadApart
 from crcli.process.sockets import Socket, State
 from crcli.process.sysv import SysvObject
 from crcli.process.tree import Capabilities, Process, Tree
@@ -347,7 +347,7 @@ class Evidence(Struct, frozen=True):
     unreachable: tuple[OpenFile, ...]
     foreign_namespaces: tuple[ForeignNamespace, ...]
     threads_apart: tuple[ThreadApart, ...]
-    sharing_memory: tuple[Process, ...]
+    sharing_memory: tuple[MemoryInCommon, ...]
     relatives: tuple[Relative, ...]
     prlimit_denied: tuple[Process, ...]
     stuck: tuple[Process, ...]

@@ -133,7 +133,7 @@ def _gather(tree: Tree) -> Evidence:
         unreachable=_unreachable(tree, viewer, files),
         foreign_namespaces=_foreign_namespaces(tree, viewer),
         threads_apart=threads_apart(tree),
-        sharing_memory=sharing_memory(tree),
+        sharing_memory=sharing_memory(tree, everybody),
         relatives=relatives(tree, everybody),
         prlimit_denied=_prlimit_denied(tree),
         stuck=_stuck(tree),

@@ -2,15 +2,17 @@
 
 It asks the first thread of a process for its open files, its folders and its namespaces, and takes all
 others to have the same (unshare(2) and setns(2) are for one thread). And it takes the memory of each process
-to be its own, which clone(2) with CLONE_VM alone makes that of two.
+to be its own, which clone(2) with CLONE_VM alone makes that of two. One of them may be outside the
+tree, where nobody stops it from writing.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Mapping
 
 from crcli import kernel
-from crcli.process.identity import ENDED, parse_stat, read_proc
+from crcli.process.identity import ENDED, Stat, parse_stat, read_proc
 from crcli.process.tree import PID_GONE, Process, Tree
 from crcli.records import Struct
 
@@ -82,18 +84,46 @@ def _namespace(pid: int, tid: int, name: str) -> int:
     return int(link[link.index("[") + 1 : -1])
 
 
-def sharing_memory(tree: Tree) -> tuple[Process, ...]:
-    """Return the processes that have the memory of their parent, but for those that it waits for in vfork."""
-    waiting = {process.pid for process in tree if process.uninterruptible}
-    return tuple(
-        process
+class MemoryInCommon(Struct, frozen=True):
+    """A process of the tree, and another (`pid`, `comm`) that has the same memory."""
+
+    process: Process
+    pid: int
+    comm: str
+
+
+def sharing_memory(tree: Tree, everybody: Iterable[Stat]) -> tuple[MemoryInCommon, ...]:
+    """Return the processes that have the memory of their parent, but for those that it waits for in vfork,
+    or that of one (of `everybody` on this host) that is not in the tree."""
+    members = {process.pid: process for process in tree}
+    inside = [
+        MemoryInCommon(process, parent.pid, parent.comm)
         for process in tree.living
-        if process.ppid in tree and process.ppid not in waiting and _has_memory_of_parent(process)
-    )
+        if (parent := members.get(process.ppid)) is not None
+        and not parent.uninterruptible
+        and _have_one_memory(process.pid, parent.pid)
+    ]
+    return (*inside, *_with_outsiders(members, everybody))
 
 
-def _has_memory_of_parent(process: Process) -> bool:
+def _with_outsiders(members: Mapping[int, Process], everybody: Iterable[Stat]) -> Iterator[MemoryInCommon]:
+    """Who has the memory of another has its layout, as a fork has: only such are compared. Children of the
+    tree that are not in it were born since: into vfork, most often."""
+    layouts: dict[tuple[int, ...], list[Process]] = {}
+    outside: list[Stat] = []
+    for stat in everybody:
+        if stat.pid in members:
+            layouts.setdefault(stat.layout, []).append(members[stat.pid])
+        elif any(stat.layout) and stat.ppid not in members:
+            outside.append(stat)
+    for other in outside:
+        for process in layouts.get(other.layout, ()):
+            if _have_one_memory(process.pid, other.pid):
+                yield MemoryInCommon(process, other.pid, other.comm)
+
+
+def _have_one_memory(pid: int, other: int) -> bool:
     try:
-        return kernel.shares(process.pid, process.ppid, kernel.KCMP_VM)
+        return kernel.shares(pid, other, kernel.KCMP_VM)
     except OSError:
         return False

@@ -274,6 +274,16 @@ def test_it_is_refused_by_its_name_and_only_by_that(row: str, tmp_path: Path) ->
     assert found[name].remedy and found[name].evidence
 
 
+def test_memory_of_a_process_outside_the_tree_is_refused() -> None:
+    """Of two processes with one memory neither is dumped without the other, which would write on into it."""
+    code = REFUSED["a process in the memory of another"][1].replace("assert ", "print(pid := ", 1)
+    with running(code.replace(" > 0", ")"), then_wait()) as program:
+        child = int(program.output.split()[0])
+        found = findings(child)["memory-in-common"]
+    assert f"({program.pid}), outside the tree" in found.message
+    assert [one["with"] for one in found.evidence["processes"]] == [program.pid]
+
+
 def test_a_refusal_touches_nothing(command: Crcli) -> None:
     """The command refuses such a process with exit 10, names the finding, and the program runs on."""
     code = "import time\nprint('ready')\nwhile True: print('tick'); time.sleep(0.05)"
