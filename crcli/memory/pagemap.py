@@ -67,15 +67,17 @@ class AddressSpace:
         os.close(self._pagemap)
         os.close(self._memory)
 
-    def slices(self) -> list[tuple[int, PageRun]]:
-        """Its private mappings, cut where they are large, with the size of each in pages.
+    def slices(self, most: int | None = None) -> list[tuple[int, PageRun]]:
+        """Its private mappings, cut where they are large, with the size of each in pages: each mapping into
+        no more than `most`, as there are programs that reserve a whole TiB, and more, and use little of it.
 
         Those that nothing can be read from are left out.
         """
         return [
-            (end - start, PageRun(at, min(end, at + _SLICE_PAGES)))
+            (end - start, PageRun(at, min(end, at + step)))
             for start, end in self._private
-            for at in range(start, end, _SLICE_PAGES)
+            for step in (max(_SLICE_PAGES, -((start - end) // most) if most else 0),)
+            for at in range(start, end, step)
         ]
 
     def sent(self, part: PageRun) -> Iterator[PageRun]:

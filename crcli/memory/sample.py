@@ -39,6 +39,9 @@ _MOST_PIECES, _FEWEST_PIECES = 4096, 48
 
 _BATCH = 16
 _MOST_CHUNKS, _FEWEST_CHUNKS = 16, 3
+_MOST_SLICES = 4096
+"""Into so many parts a mapping is divided at most that is searched for pages, one part after another."""
+
 _MOST_SPACES = 32
 """Processes that are looked into, the largest; the others are taken to be like them."""
 
@@ -225,6 +228,8 @@ class _Pieces:
         self.pages = 0
         self.stand_for = 0.0
         """For how many pages these are a sample."""
+        self.are_unseen = False
+        """Whether there was no time to come upon any."""
 
     @property
     def cut(self) -> bool:
@@ -297,6 +302,10 @@ class Sampler:
                 stand_for = pieces.stand_for * self._others_too
                 part = min(1.0, tally.looked_at / stand_for)
                 found += make_up(tally, stand_for * tally.sent_share, part, self._ratios(tally))
+        if any(pieces.are_unseen for pieces in classes):
+            expected = sum(subject.expected for subject in self._subjects) * self._others_too
+            unseen = max(0, round(expected) - found.total)
+            found += Makeup(unseen, new=unseen, stored=unseen)  # as in `make_up`: take it for new
         return found
 
     def _settle(self, classes: list[_Pieces], tallies: list[Tally]) -> None:
@@ -352,19 +361,20 @@ class Sampler:
             try:
                 space = AddressSpace(subject.pid)
                 self._spaces.append(space)
-                own = [_Slice(size, space, part) for size, part in space.slices()]
+                own = [_Slice(size, space, part) for size, part in space.slices(_MOST_SLICES)]
             except OSError:
                 continue
             slices += random.Random(len(own)).sample(own, len(own))
         return slices
 
     def _pieces_of(self, slices: list[_Slice], until: float) -> _Pieces:
-        """The pieces of these slices, or of as many as there is time for."""
+        """The pieces of these slices, or of as many as there is time for: a little more where none is found,
+        as in a mapping of which hardly anything is used."""
         pieces = _Pieces()
         everything = sum(part.end - part.start for _, _, part in slices)
         scanned = 0
         for _, space, part in slices:
-            if pieces.pages and self._spent() > until:
+            if self._spent() > (until if pieces.pages else 1.0):
                 break
             scanned += part.end - part.start
             try:
@@ -372,6 +382,7 @@ class Sampler:
             except OSError:
                 continue
         pieces.stand_for = pieces.pages * everything / scanned if scanned else 0.0
+        pieces.are_unseen = not pieces.pages and scanned < everything
         return pieces
 
     def _look_at(self, pieces: _Pieces, until: float) -> Tally:

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from crcli.memory.pagemap import AddressSpace, PageRun
 from crcli.memory.sample import Sampler, Subject, _Pieces
+from crcli.process.tree import read_process
 from tests.support.crcli import Crcli, assert_goes_on, counter
 from tests.support.programs import Program, spawn_python, then_wait
 from tests.support.s3servers import start_moto
@@ -170,6 +172,34 @@ def test_a_process_that_ends_while_it_is_sampled_counts_for_nothing(monkeypatch:
             monkeypatch.setattr(_Pieces, "draw", and_kill)
             makeup = sampler.makeup()
     assert makeup.zero == makeup.reused == 0
+
+
+def test_memory_that_is_reserved_and_hardly_used_is_not_searched_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A program under a sanitizer reserves 16 TiB and uses little of it: that took half a minute, in which a
+    tree that was to be killed stood still. What is not come upon in time counts as new."""
+    code = """
+        import ctypes
+        map = ctypes.CDLL(None).mmap
+        map.restype, map.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 4)
+        at = map(None, 16 << 40, 3, 0x4022, -1, 0)  # private, anonymous, MAP_NORESERVE
+        ctypes.memset(at + (9 << 40), 1, 8 << 20)
+        """
+    searched = []
+    sent = AddressSpace.sent
+
+    def note(space: AddressSpace, part: PageRun) -> Iterator[PageRun]:
+        searched.append(part)
+        return sent(space, part)
+
+    monkeypatch.setattr(AddressSpace, "sent", note)
+    with spawn_python(then_wait(code)) as program:
+        expected = read_process(program.pid).anonymous_bytes
+        with Sampler([Subject(program.pid, expected)], None, lambda _: 1.0, 0.02) as sampler:
+            makeup = sampler.makeup()
+    assert len([part for part in searched if part.end - part.start == 1 << 20]) < 1000
+    assert makeup.total == pytest.approx(expected, rel=0.1) and makeup.new >= 8 << 20
 
 
 def test_a_tree_that_cannot_be_dumped_has_no_forecast(crcli: Crcli) -> None:
