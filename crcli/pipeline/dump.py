@@ -128,6 +128,9 @@ _DEATH_S, _DEATH_S_PER_BYTE = 3.0, 0.25 / (1 << 30)
 _LOOPS_S, _MOST_LOOKS_FOR_RINGS = 5.0, 4
 """How long event loops may take to wait for events (seconds), and how often new ones are looked for."""
 
+_FRESH_S = 1.0
+"""What was seen of a tree longer ago than this (seconds) is looked at again before it is frozen."""
+
 _NO_TIME_TO_TELL_S = 10.0
 """With less time than this (seconds) before its deadline a dump announces itself to nobody."""
 
@@ -306,6 +309,8 @@ class _Dump:
         """What was found otherwise than by looking at the tree, or is not to be seen of it any more."""
         self.links = Links(target.evidence.root.pid)
         self.frozen = FrozenTree(target.evidence.root)
+        self.looked_at = time.monotonic()
+        """When it was seen what the plan is made for."""
         self.tree = target.evidence.tree
         """The tree as last seen: before the freeze it may still have grown, once frozen it is exact."""
 
@@ -317,6 +322,7 @@ class _Dump:
                 self._begin_gpus(held)
                 self._prepare(held)
                 self._copy_ahead()
+                self._look_if_long_ago()
                 boards = held.enter_context(notify.Boards(self._notifiable()))
                 self._announce(boards)
                 with self._off_its_gpus():
@@ -653,9 +659,18 @@ class _Dump:
             self.report.findings = (*self.report.findings, finding)
             self.progress.finding(finding)
 
+    def _look_if_long_ago(self) -> None:
+        """What was seen may be true no more: large files of weights were indexed meanwhile, or rounds made.
+        Some of what stands in the way of a dump nobody but us finds."""
+        if time.monotonic() - self.looked_at > _FRESH_S:
+            with self.watch.phase("look"):
+                self._look_again()
+            self._leave_rings()
+
     def _look_again(self) -> None:
         """Things that the plan was made for have changed: by callbacks, which close connections and files,
-        or by us."""
+        by us, or by themselves."""
+        self.looked_at = time.monotonic()
         fresh = look(self.options, careful=self.is_careful)
         if fresh.evidence.root.identity != self.target.evidence.root.identity:
             raise PreflightRefused(f"process {self.options.pid} ended before it could be frozen")

@@ -259,10 +259,12 @@ def test_a_connection_that_is_opened_late_is_held_too(
     """A tree without sockets needs no lock on them, unless it opens one after it was looked at."""
     code = """
         import os, signal, time
+        from crcli.pipeline import dump
         from crcli.plugins import hookimpl
 
         @hookimpl
         def crcli_dump_before_freeze(target):
+            dump._FRESH_S = 1e9  # nor looks anybody again, however slow this machine is
             os.kill(target.pid, signal.SIGUSR1)
             time.sleep(0.3)
         """
@@ -285,6 +287,32 @@ def test_a_connection_that_is_opened_late_is_held_too(
                 end(tree_of(program.pid))
             crcli.restore(report["image"])
             wait_until(lambda: netlock.tables() <= before, "the lock is still there")
+
+
+def test_what_was_seen_long_ago_is_looked_at_again(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While large files of weights are indexed a program goes on: what it becomes, and CRIU would lose
+    without a word, is found before the freeze."""
+    code = """
+        import os, signal, time
+        from crcli.plugins import hookimpl
+
+        @hookimpl
+        def crcli_dump_before_freeze(target):
+            os.kill(target.pid, signal.SIGUSR1)
+            time.sleep(1.5)
+        """
+    _install_plugin(tmp_path / "site", "late", code, monkeypatch)
+    becomes = """
+        import os, signal
+        made = []
+        signal.signal(signal.SIGUSR1, lambda *_: made.append(os.eventfd(5, os.EFD_SEMAPHORE)))
+        """
+    with spawn_python(textwrap.dedent(becomes) + counter()) as program:
+        error = crcli.dump(program.pid, code=10)["error"]
+        assert [one["name"] for one in error["findings"]][:1] == ["eventfd-semaphore"]
+        assert_goes_on(program)
 
 
 @pytest.mark.alone
