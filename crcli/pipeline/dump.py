@@ -79,7 +79,7 @@ from crcli.pipeline.trial import is_harmless, may_try_later, try_skeleton
 from crcli.pipeline.watch import tree_state, wait_until_dead
 from crcli.pipeline.weights import WeightsInUse
 from crcli.plugins.loader import load_hooks
-from crcli.process import notify
+from crcli.process import aio, notify
 from crcli.process.identity import identify
 from crcli.process.memory_room import spare_memory
 from crcli.process.processors import usable_processors
@@ -130,6 +130,9 @@ _LOOPS_S, _MOST_LOOKS_FOR_RINGS = 5.0, 4
 
 _FRESH_S = 1.0
 """What was seen of a tree longer ago than this (seconds) is looked at again before it is frozen."""
+
+_AIO_S = 5.0
+"""How long reads and writes of a frozen tree may take to end that it has begun with libaio (seconds)."""
 
 _NO_TIME_TO_TELL_S = 10.0
 """With less time than this (seconds) before its deadline a dump announces itself to nobody."""
@@ -307,6 +310,7 @@ class _Dump:
         """The network of a tree that does not share ours, for as long as the dump lasts."""
         self.found: tuple[Finding, ...] = ()
         """What was found otherwise than by looking at the tree, or is not to be seen of it any more."""
+        self.aio: aio.Rings | None = None
         self.links = Links(target.evidence.root.pid)
         self.frozen = FrozenTree(target.evidence.root)
         self.looked_at = time.monotonic()
@@ -762,6 +766,8 @@ class _Dump:
             if self.options.outcome != Outcome.KILLED:
                 self.waited_ms = waited_ms(process.pid for process in self.tree)
             self.frozen_at = time.monotonic()
+        elif script == "query-ext-files":  # CRIU has stopped the tree, and taken nothing yet
+            self._wait_for_aio()
         elif script == "post-dump":
             self.is_holding = True
             try:
@@ -777,6 +783,20 @@ class _Dump:
                 raise
             self.is_holding = False
         return True
+
+    # What the tree has begun with libaio goes on without it, and writes to its memory: see process/aio.py.
+
+    def _wait_for_aio(self) -> None:
+        evidence = self.target.evidence
+        if any(mapping.path == aio.NAME for mapping in evidence.mappings):
+            tree = scan_tree(evidence.root.identity)
+            self.aio = aio.Rings(process.pid for process in tree.living)
+            if not self.aio.settle(_AIO_S):
+                raise _aio_under_way(f"after {_AIO_S:g} s")
+
+    def _see_that_aio_was_over(self) -> None:
+        if self.aio is not None and self.aio.have_moved():
+            raise _aio_under_way("while its memory was taken")
 
     def _on_answered(self, script: str) -> None:
         """CRIU works on. While it looks at the tree that it has frozen, nobody wants our processor; while it
@@ -839,6 +859,7 @@ class _Dump:
                 self.foresight.end()
             self.standby.settle(self.options.outcome.value, self.tree.identities, self.keeps_lock)
         else:
+            self._see_that_aio_was_over()
             self._stood_still()
 
     def _stood_still(self) -> None:
@@ -935,6 +956,8 @@ class _Dump:
         self._see_that_the_name_is_ours(self.store)
         self._see_time_left(len(manifest.chunks) + sum(map(len, spaces.values())))
         self._see_that_it_stood_still()  # still: a tree that runs on is no tree that was killed
+        if self.stays:
+            self._see_that_aio_was_over()
         self.interrupts.past_return(self.store.give_up)  # nothing to be undone, but not to be waited for long
         size = publish_whole(self.store, manifest, encoded, self.session, self.vouched_by)
         self.report.stored_bytes = self.writer.stored_bytes + size
@@ -1080,6 +1103,14 @@ def _times_to_read(deadline_s: float | None) -> tuple[float | None, float | None
         return None, None
     now = time.monotonic()
     return now + 0.075 * deadline_s, now + 0.1 * deadline_s
+
+
+def _aio_under_way(when: str) -> DumpFailed:
+    return DumpFailed(
+        f"reads or writes that the tree has begun with libaio were still under way {when}",
+        hint="try again when its disks are less busy",
+        state=TreeState.RUNNING,
+    )
 
 
 def _late_finding(label: str, pid: int, limit_s: float) -> Finding:

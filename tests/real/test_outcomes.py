@@ -35,6 +35,7 @@ from tests.support.crcli import (
     counted,
     counter,
     end,
+    install_plugin,
     launched,
     reap,
     tree_of,
@@ -131,16 +132,6 @@ def test_leave_running_leaves_it_running(crcli: Crcli) -> None:
         counts_on_from(report["image"], crcli, program)
 
 
-def _install_plugin(site: Path, name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have crcli find a plug-in with this code."""
-    about = site / f"{name}-1.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-    (about / "entry_points.txt").write_text(f"[crcli.plugins]\n{name} = {name}\n")
-    (site / f"{name}.py").write_text(textwrap.dedent(code))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
-
-
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that a plug-in removes while the tree is frozen, as the tree would before its trial begins.
@@ -168,7 +159,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             if (opened.parent / "9 tree").exists():
                 os.kill(target.pid, signal.SIGKILL)
         """
-    _install_plugin(site, "remover", code, monkeypatch)
+    install_plugin(site, "remover", code, monkeypatch)
     return path
 
 
@@ -201,7 +192,7 @@ def test_a_dump_is_announced_as_the_image_that_it_becomes(
         first = crcli.dump(program.pid, "--leave-running", "--name", "x")["id"]
         folder = store / "images" / "x"
         (folder / first).rename(folder / f"2999{first[4:]}")
-        _install_plugin(tmp_path / "site", "watcher", code, monkeypatch)
+        install_plugin(tmp_path / "site", "watcher", code, monkeypatch)
         second = crcli.dump(program.pid, "--leave-running", "--name", "x")["id"]
         assert second.startswith("2999") and seen.read_text() == second
 
@@ -268,7 +259,7 @@ def test_a_connection_that_is_opened_late_is_held_too(
             os.kill(target.pid, signal.SIGUSR1)
             time.sleep(0.3)
         """
-    _install_plugin(tmp_path / "site", "late", code, monkeypatch)
+    install_plugin(tmp_path / "site", "late", code, monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as server:
         connects = f"""
             import signal, socket
@@ -303,7 +294,7 @@ def test_what_was_seen_long_ago_is_looked_at_again(
             os.kill(target.pid, signal.SIGUSR1)
             time.sleep(1.5)
         """
-    _install_plugin(tmp_path / "site", "late", code, monkeypatch)
+    install_plugin(tmp_path / "site", "late", code, monkeypatch)
     becomes = """
         import os, signal
         made = []

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from crcli import kernel
 from tests.support.programs import SLOWNESS, Program, kill_all
@@ -209,6 +211,16 @@ def assert_goes_on(program: Program, more: int = 5) -> None:
     wait_until(lambda: counted(program)[-1] >= before + more, f"it stands still:\n{program.output[-2000:]}")
     numbers = counted(program)
     assert numbers == list(range(len(numbers)))
+
+
+def install_plugin(site: Path, name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have crcli find a plug-in with this code."""
+    about = site / f"{name}-1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(f"[crcli.plugins]\n{name} = {name}\n")
+    (site / f"{name}.py").write_text(textwrap.dedent(code))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
 
 
 @contextmanager
