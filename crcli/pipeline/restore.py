@@ -36,7 +36,6 @@ from crcli.criu.skeleton import (
     has_connections,
     hung_up_terminals,
     keep_orphans,
-    laid_out_memory,
     make_room_for_deleted,
     mend_connections,
     move_terminals,
@@ -49,10 +48,9 @@ from crcli.guard.host import forced_paths, guard, guard_machine
 from crcli.guard.needs import Asked, cpu_promise, needs_of
 from crcli.guard.places import has_address
 from crcli.image.names import parse_image
-from crcli.image.packs import READ_BYTES
 from crcli.image.weights import MemoryReader
-from crcli.memory.extents import PAGE, Source, SpaceKey, SpaceKind
-from crcli.memory.replay import FILL_IN_BYTES, FILL_IN_PAGES, Replay, Split, split, targets
+from crcli.memory.extents import PAGE, SpaceKey, SpaceKind
+from crcli.memory.replay import Split, split, targets
 from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
@@ -61,25 +59,24 @@ from crcli.pipeline.own_limits import limits_lifted, see_file_size, shortage
 from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, namespace_depth, namespace_for
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
+from crcli.pipeline.refill import Refill
 from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
 from crcli.pipeline.stdio import Replacements, replace_links
 from crcli.plugins.loader import load_hooks
 from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
-from crcli.process.processors import usable_processors
 from crcli.process.settings import give_back, give_core_filter
 from crcli.process.tree import child_pids
 from crcli.records import Struct, asdict, replace
 from crcli.store.caching import CachingStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from types import FrameType
 
     from crcli.cause import Cause
     from crcli.job.relay import Relay
-    from crcli.memory.extents import Origin
-    from crcli.memory.huge import HugeMemory, Runs
+    from crcli.memory.huge import Runs
     from crcli.pipeline.gpu import RestoreSide
     from crcli.pipeline.handover import Handover
     from crcli.pipeline.pager import Pager
@@ -104,15 +101,6 @@ _LAST_WORDS_S = 5.0
 
 _BOARD = "crcli-notify"
 """The name of the memory through which crcli.notify is told (importing it costs a restore that needs it)."""
-
-_MOST_THREADS = 16
-"""Threads that fetch memory from nearby and write it, at most."""
-
-_FEW_READS = 2
-"""So many, of what is near, are made while CRIU gets ready: threads would hold up the laying out before."""
-
-_FAR_THREADS = 8
-"""So many fetch it from a store far away, which answers many in the time of one."""
 
 _SPARED, _MOST_SPARED = 8, 24
 """When a terminal's number was lost to somebody, so many more of the lowest that are free are left to others,
@@ -292,8 +280,7 @@ class _Restore:
         self.held = held
         self.hooks = hooks
         self.described: RestoreTarget | None = None
-        self.early: Replay | None = None
-        self.replay: Replay | None = None
+        self.refill: Refill | None = None
         self.pager: Pager | None = None
         self.handover: Handover | None = None
         self.missing_bytes = 0
@@ -394,9 +381,16 @@ class _Restore:
     # CRIU's images stand in the workspace, edited for this place; files stand where they were.
 
     def _lay_out(self) -> None:
-        self.divided = self._split()
+        refill = self.refill = Refill(
+            self.manifest.spaces,
+            self._split(),
+            self.memory,
+            self.reader,
+            self.held,
+            is_paged=self.pager is not None,
+        )
         if self.pager is not None:
-            self._prepare_pager(self.pager)
+            self._prepare_pager(self.pager, refill)
         self.namespace = self._namespace()
         links = [OutsideLink.from_json(link) for link in self.manifest.meta.get("links", [])]
         links = [
@@ -408,7 +402,7 @@ class _Restore:
         self.held.callback(self.replacements.close)
         self._move_in()
         place_files(self.manifest_here, self.reader, self._changed_files(), self.here, self._note)
-        self._begin_early()
+        refill.begin(self.images)
         forget_sizes(self.images, {file.name for file in self.manifest.files})
         accept_growth(self.images, self._host_path)
         for path in make_room_for_deleted(self.images, self._host_path):
@@ -455,19 +449,18 @@ class _Restore:
         if number := forget_death_of_parent(self.images, root.pid):
             self.findings.append(_parent_forgotten(root.comm, number))
 
-    def _prepare_pager(self, pager: Pager) -> None:
+    def _prepare_pager(self, pager: Pager, refill: Refill) -> None:
         from crcli.pipeline.pager import Missing
 
-        late = self.divided.late
         pager.prepare(
             Missing(
-                late,
+                refill.late,
                 self.manifest,
                 self.options.store,
                 self.options.endpoint_url,
                 [(old, os.path.abspath(new)) for old, new in self.options.weights_map],
                 [os.path.abspath(folder) for folder in self.options.weights_folders],
-                self._threads(targets(late)),
+                refill.threads(targets(refill.late)),
             )
         )
 
@@ -512,61 +505,6 @@ class _Restore:
                 kernel_pages[pid] += wiped_on_fork(self.images, pid)
         return split(self.manifest.spaces, parents, kernel_pages, self.manifest.references)
 
-    def _begin_early(self) -> None:
-        """Make files that have room for what CRIU must find; begin to fetch it, where that takes long."""
-        early, inherited, _ = self.divided
-        wanted = targets(early)
-        places = self.held.enter_context(laid_out_memory(self.images, early, inherited))
-        in_files = {
-            origin: [one._replace(start=places[one.space][1][one.start] // PAGE) for one in whither]
-            for origin, whither in wanted.items()
-        }
-        self.early_files = {space: fd for space, (fd, _) in places.items()}
-        plan = self.memory.plan(wanted)
-        self.fetch_early = partial(Replay, in_files, plan, self.memory.read, self._threads(wanted))
-        is_near = self._is_near(wanted)
-        if len(plan) > _FEW_READS or not is_near:
-            self._fetch_early()
-        if not is_near:
-            self._begin_replay()  # a store far away is waited for: the rest is asked for right behind
-
-    def _fetch_early(self) -> Replay:
-        """Begin to fetch what CRIU must find, if that was not begun."""
-        if self.early is None:
-            self.early = self.fetch_early()
-            self.held.callback(self.early.abandon)  # nobody may write into a file that is closed
-        return self.early
-
-    def _finish_early(self) -> None:
-        """CRIU has its request, and finds out about this kernel, which takes it 50 ms where it may not keep
-        what it found: it reads no page before its "pre-restore" is answered."""
-        self._fetch_early().write_to(self.early_files)
-        self._begin_replay()
-
-    def _begin_replay(self) -> None:
-        """Begin to fetch what CRIU need not find, if that is to be here before the tree runs; once.
-
-        What is near is fetched when CRIU has its own: before, it would only hold that up.
-        """
-        if self.pager is not None or self.replay is not None:
-            return
-        late = self.divided.late
-        wanted = targets(late)
-        self.late_spaces = [space for space, extents in late.items() if extents]
-        plan = self.memory.plan(wanted, READ_BYTES)
-        self.replay = Replay(wanted, plan, self.memory.read, self._threads(wanted))
-
-    def _threads(self, wanted: Iterable[Origin]) -> int:
-        """How many fetch memory at once: a store far away answers many in the time of one."""
-        if self._is_near(wanted):
-            return min(max(2, usable_processors()), _MOST_THREADS)
-        return _FAR_THREADS
-
-    def _is_near(self, wanted: Iterable[Origin]) -> bool:
-        """Whether this host has all of this memory, in a directory store or its cache."""
-        chunks = self.reader.plan(origin.number for origin in wanted if origin.source == Source.CHUNK)
-        return self.reader.is_near(chunks)
-
     # CRIU restores; at its post-restore hold the memory is written; then the tree runs.
 
     def _restore(self) -> int:
@@ -593,12 +531,12 @@ class _Restore:
             self.handover = Handover(folder)
             self.held.callback(self.handover.close)
         options = restore_options(plan, f"/proc/self/fd/{self.images.fd}")
-        assert self.residence is not None
+        assert self.residence is not None and self.refill is not None
         self._lend_answers()
         try:
             with self.residence.criu as criu:
                 answer = criu.request(
-                    rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S, meanwhile=self._finish_early
+                    rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S, meanwhile=self.refill.finish_early
                 )
         except CriuDied as error:
             if self.pager is not None and (why := self.pager.last_word()):
@@ -639,10 +577,8 @@ class _Restore:
 
     def _is_handed_over(self) -> bool:
         """Whether memory is filled in before the tree runs, rather than written."""
-        count = sum(map(len, self.divided.late.values()))
-        late = sum(extent.pages for extents in self.divided.late.values() for extent in extents)
-        is_worth = late * PAGE >= FILL_IN_BYTES and late >= FILL_IN_PAGES * count
-        if not is_worth or len(self.members) > 1 or self.options.root:
+        assert self.refill is not None
+        if not self.refill.is_worth_a_handover() or len(self.members) > 1 or self.options.root:
             return False
         from crcli.memory.userfault import is_available
 
@@ -716,38 +652,10 @@ class _Restore:
             self.described = RestoreTarget(image, self.options.store, self.manifest.meta, dict(self.host))
 
     def _fill_late(self) -> None:
-        """The tree is whole but for these pages, and stands still: write them."""
-        assert self.replay is not None
+        assert self.refill is not None
         began = time.monotonic()
-        memories: dict[SpaceKey, int] = {}
-        with ExitStack() as files:
-            try:
-                for space in self.late_spaces:
-                    fd = os.open(f"/proc/{self.host[space.number]}/mem", os.O_WRONLY | os.O_CLOEXEC)
-                    files.callback(os.close, fd)
-                    memories[space] = fd
-                missing = self.handover.take() if self.handover is not None else {}
-                huge = {
-                    space: self._huge_memory(space, memories[space])
-                    for space in self.huge.keys() & memories.keys()
-                }
-                for space in huge.keys() & missing.keys():
-                    missing[space].leave(huge[space].runs)
-                pids = {space: self.host[space.number] for space in memories}
-                self.replay.write_to(memories, self.watch.progress.amount, missing, huge, pids)
-            except BaseException:
-                self.held.push(files.pop_all())  # threads may still write there, until `failure` ends them
-                raise
-        if self.handover is not None:
-            self.handover.let_go()
+        self.refill.finish(self.host, self.huge, self.handover, self.watch.progress.amount)
         self.watch.add("memory", time.monotonic() - began)
-
-    def _huge_memory(self, space: SpaceKey, file: int) -> HugeMemory:
-        from crcli.memory.huge import HugeMemory, empty_blocks
-
-        runs = self.huge[space]
-        empty = empty_blocks(runs, self.manifest.spaces[space])
-        return HugeMemory(self.host[space.number], file, runs, empty)
 
     def _give_back_settings(self) -> None:
         """Give back what CRIU does not save: processors, input/output priority, timer slack of threads, and
@@ -861,8 +769,8 @@ class _Restore:
         cause = self._explained()
         given_up = self.gpu.give_up() if self.gpu is not None else []
         self._kill_members()
-        if self.replay is not None:
-            self.replay.abandon()
+        if self.refill is not None:
+            self.refill.abandon()
         if self.pager is not None:
             self.pager.close()
         # What a tree that ran has written is its own: only what nobody can use any more is undone then.

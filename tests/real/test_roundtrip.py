@@ -282,7 +282,8 @@ MEMORY_OF_MANY_KINDS = """
 HANDED_OVER = """
 import pathlib, sys
 from crcli.main import main
-from crcli.pipeline import handover
+from crcli.pipeline import handover, refill
+refill.FILL_IN_PAGES = 0  # in whatever pieces its memory is just then
 take = handover.Handover.take
 def taken(self):
     pathlib.Path({path!r}).touch()

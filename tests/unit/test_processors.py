@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from crcli.memory import lookahead
-from crcli.pipeline import dump, restore
+from crcli.pipeline import dump, refill
 from crcli.process import processors
 from crcli.process.processors import usable_processors
 
@@ -51,9 +51,9 @@ def test_threads_of_a_restore(
     is_near: bool, usable: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory from nearby is fetched by as many as there are processors for, from far away always by eight."""
-    monkeypatch.setattr(restore, "usable_processors", lambda: usable)
+    monkeypatch.setattr(refill, "usable_processors", lambda: usable)
     working = SimpleNamespace(_is_near=lambda _: is_near)
-    assert restore._Restore._threads(working, []) == threads  # type: ignore[arg-type]
+    assert refill.Refill.threads(working, []) == threads  # type: ignore[arg-type]
 
 
 @pytest.fixture
