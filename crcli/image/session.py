@@ -4,7 +4,8 @@ A dump relies on chunks that it saw in the store when it began. Its session obje
 session is alive, nothing is removed that it may have seen. `gc` announces itself in the same way.
 
 An announcement is renewed while the work takes. It is over when its object is gone, when it was not renewed
-for STALE_AFTER_S by the store's clock, or when it names a process of this host that has ended.
+for STALE_AFTER_S, or when it names a process of this host that has ended. How long ago it was renewed the
+store's clock says; where both are on one host, a clock of the kernel's that nobody sets.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Announcement:
     def __init__(self, store: Store, key: str) -> None:
         self.key = key
         self._store = store
-        self._text = json.dumps(describe_owner()).encode()
+        self._owner = describe_owner()
         self._over = threading.Event()
         self._beat = threading.Thread(target=self._keep_renewing, name="session", daemon=True)
         self._lapsed = False
@@ -53,7 +54,7 @@ class Announcement:
         began = clock()
         self._lapsed = self.lapsed
         if not self._lapsed:
-            self._store.put(self.key, self._text)
+            self._write()
             self._renewed_at = began
 
     def store_time(self) -> float:
@@ -63,7 +64,7 @@ class Announcement:
 
     def __enter__(self) -> Self:
         self._renewed_at = clock()
-        self._store.put(self.key, self._text)
+        self._write()
         self._beat.start()
         return self
 
@@ -87,6 +88,9 @@ class Announcement:
         except StoreError:
             pass  # it goes stale by itself
 
+    def _write(self) -> None:
+        self._store.put(self.key, json.dumps({**self._owner, "uptime": clock()}).encode())
+
     def _keep_renewing(self) -> None:
         while not self._over.wait(HEARTBEAT_S):
             try:
@@ -107,7 +111,7 @@ class Session(Announcement):
     def rename(self, name: str) -> None:
         """Announce the same under another name: that of the image, by which `gc` knows that it is there."""
         before, self.key = self.key, f"{SESSIONS}{name}"
-        self._store.put(self.key, self._text)
+        self._write()
         try:
             self._store.delete(before)
         except StoreError:
@@ -122,16 +126,21 @@ def announced(store: Store, prefix: str, store_time: float) -> tuple[list[str], 
         if not is_announcement(info.key):
             continue
         try:
-            is_dead = store_time - info.modified > STALE_AFTER_S or _owner_ended(store.get(info.key))
+            is_dead = _is_over(store.get(info.key), store_time - info.modified)
         except NotFound:
             continue  # over since it was listed
         (dead if is_dead else alive).append(info.key)
     return alive, dead
 
 
-def _owner_ended(text: bytes) -> bool:
-    """Whether the owner is a process that would be seen from here, and is not."""
+def _is_over(text: bytes, silent_s: float) -> bool:
+    """Whether nobody is behind an announcement any more, by what it says and for how long it has stood there
+    (seconds, by the store's clock: somebody may have set that meanwhile)."""
     try:
-        return sight_of(json.loads(text)) == Sight.ENDED
-    except (ValueError, TypeError, RecursionError):
-        return False
+        owner = json.loads(text)
+        sight = sight_of(owner)
+        if sight is Sight.ALIVE:
+            silent_s = clock() - float(owner["uptime"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return silent_s > STALE_AFTER_S
+    return sight is Sight.ENDED or silent_s > STALE_AFTER_S

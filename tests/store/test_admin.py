@@ -489,6 +489,22 @@ def test_sessions_of_other_hosts_count_until_they_are_stale(directory: FileStore
     assert (report.sessions_removed, report.packs_removed, keys(directory)) == (1, 1, set())
 
 
+def test_a_session_of_this_host_outlives_a_clock_that_is_set(
+    directory: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual machine that goes on from a snapshot has its wall clock set by hours within a dump. What that
+    has stored stays, until it was silent for a quarter of an hour by the time that has really passed."""
+    remove(directory, make_image(directory, "old", pages(1, 2)))
+    with Session(directory, "20260101T000000000-abcdef") as session:
+        age(directory)
+        assert collect_garbage(directory).deferred
+        assert len(keys(directory, PACKS)) == 1
+        age(directory)
+        real = announcing.clock
+        monkeypatch.setattr(announcing, "clock", lambda: real() + 16 * 60)
+        assert announcing.announced(directory, SESSIONS, time.time()) == ([], [session.key])
+
+
 def test_the_session_of_a_dump_whose_image_is_there_defers_nothing(directory: FileStore) -> None:
     """A slow store may not have removed it when the dump ended. It stays until it is stale: its owner may
     still look for it."""
