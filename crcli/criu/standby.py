@@ -171,7 +171,7 @@ class Standby:
             pass  # it was killed: CRIU works as well without it
 
     def _listen(self, text: bytearray, on_death: Callable[[], None]) -> None:
-        while size := self._control.recv_into(text):
+        while size := self._hear_into(text):
             told = json.loads(text[:size])
             if "watching" in told:
                 self._watching.set()
@@ -185,6 +185,14 @@ class Standby:
             on_death()
         self._watching.set()
         self._poked.set()
+
+    def _hear_into(self, text: bytearray) -> int:
+        """Wait for its next word; return how long that is, 0 when there will be none."""
+        while True:
+            try:
+                return self._control.recv_into(text)
+            except ConnectionResetError:  # once: it has ended before it read ours; what it said is there
+                continue
 
 
 def _stand_by(control: socket.socket, root: int, images_fd: int, to_keep: Sequence[int]) -> None:

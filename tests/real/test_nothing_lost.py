@@ -263,6 +263,22 @@ def test_a_tree_is_not_touched_before_somebody_stands_by(tree: Victim, tmp_path:
     assert attempt.code == 0, attempt.describe()
 
 
+def test_a_standby_that_is_killed_before_it_watches_holds_nothing_up(tree: Victim, tmp_path: Path) -> None:
+    """It has not read yet whom it is to watch: the dump is made without it."""
+    dumps = Dumps(tree, tmp_path)
+    attempt = dumps.begin("--leave-running")
+    attempt.wait_for(lambda: standby_of(attempt))
+    standby = standby_of(attempt)
+    os.kill(standby, signal.SIGSTOP)
+    attempt.wait_for(attempt.criu)
+    time.sleep(1)
+    os.kill(standby, signal.SIGKILL)
+    attempt.end()
+    assert attempt.code == 0, attempt.describe()
+    tree.assert_runs_as(dumps.before)
+    attempt.assert_nothing_left()
+
+
 def standby_of(attempt: Attempt) -> int:
     """The pid of the command's standby, the only child with a session of its own; 0 when there is none."""
     return next((pid for pid in child_pids(attempt.pid) if os.getsid(pid) == pid), 0)
