@@ -1,4 +1,4 @@
-"""What CRIU finds out about the kernel, kept for trials and restores where CRIU itself keeps nothing.
+"""What CRIU finds out about the kernel, kept where CRIU itself keeps nothing.
 
 At each start CRIU asks the kernel a hundred questions (25 ms and more), and keeps the answers in
 /run/criu.kdat: but only if that lies on a tmpfs, which goes with the kernel that it describes. In containers
@@ -7,13 +7,14 @@ which everything of the real one is found again. What CRIU puts there is kept fo
 this boot, this CRIU and these rights. Where nothing is kept yet, it is asked before the freeze. CRIU itself
 refuses a cache that is not of its own build.
 
-A tree is restored into the real /run: there its CRIU is lent what is kept.
+Dumps, and restores of more than a trial, work in the real /run: their CRIU is lent what is kept.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -22,13 +23,14 @@ from crcli import kernel
 from crcli.criu.binary import criu_command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from crcli.criu.workspace import Workspace
 
 FOLDER = "/run"
 _NAME = "criu.kdat"
 PATH = f"{FOLDER}/{_NAME}"
+_OWN_FILES = "/proc/self/fd/"
 _MOST_ENTRIES = 200
 """A /run with more in it than this is left as it is."""
 
@@ -87,24 +89,31 @@ def lay_out(answers: bytes, overlays: Sequence[str]) -> None:
             file.write(answers)
 
 
-def lend(folder: Workspace, note: Callable[[], None]) -> bool:
-    """Have a CRIU find the answers that are kept, in the real /run: it has `folder` open, under the number
-    that it has here.
+def lend(folder: Workspace) -> None:
+    """Have a CRIU that works in our /run find the answers that are kept. It has `folder` open, under the
+    number that this has here.
 
-    What it looks for becomes a link to what it has open itself: should that stay, it leads any other CRIU
-    nowhere, also one of a later kernel. `note` is called before it is made. Returns whether it was, and is
-    to be removed when CRIU has looked.
+    What it looks for becomes a link to what it has open itself: that leads any other CRIU nowhere, also one
+    of a later kernel, should it stay. Two crclis at once take it from each other: a CRIU then asks again.
     """
-    answers = Answers().known if is_wanted() else b""
-    if not answers or os.path.lexists(PATH):
-        return False
-    folder.write(_NAME, answers)
-    note()
-    try:
-        os.symlink(f"/proc/self/fd/{folder.fd}/{_NAME}", PATH)
-    except OSError:
-        return False
-    return True
+    if is_wanted() and (answers := Answers().known):
+        folder.write(_NAME, answers)
+        forget_loans()
+        with suppress(OSError):
+            os.symlink(f"{_OWN_FILES}{folder.fd}/{_NAME}", PATH)
+
+
+def take_back(folder: Workspace) -> None:
+    """Undo `lend`: CRIU has looked."""
+    forget_loans()
+    folder.remove(_NAME)
+
+
+def forget_loans() -> None:
+    """Have no link, also of a crcli that was killed. Never raises."""
+    with suppress(OSError):
+        if os.readlink(PATH).startswith(_OWN_FILES):
+            os.unlink(PATH)
 
 
 def ask() -> bytes:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from crcli import kernel
 from crcli.criu.borrowed import Recalled
 from crcli.criu.compel import Text
+from crcli.criu.kerndat import forget_loans
 from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME
 from crcli.criu.puppet import MACHINES, Ending, Puppet
@@ -286,6 +287,8 @@ class _Watch:
             self._say(report)
             if self.is_alone:
                 remove_question(began)
+        if self.is_alone:
+            forget_loans()
 
     def _say(self, word: dict[str, Any]) -> None:
         try:

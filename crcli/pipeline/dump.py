@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import crcli
 from crcli import kernel
-from crcli.criu import messages, netlock
+from crcli.criu import kerndat, messages, netlock
 from crcli.criu.images import read_tree, rename_link_remaps, rename_sockets, run_id
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
@@ -720,6 +720,8 @@ class _Dump:
             parent = self.rounds.parent
             options = dump_options(self.target.plan, self.images.fd, theirs.fileno(), parent)
             theirs.close()
+            if not self.target.plan.enter:
+                kerndat.lend(self.images)
             try:
                 answer = criu.request(
                     rpc.DUMP,
@@ -734,6 +736,7 @@ class _Dump:
                 self.intake.give_up()
                 raise
             finally:
+                kerndat.take_back(self.images)
                 receiver.end()
                 self.links.end_turn()
                 if not self.tries_later:
@@ -751,6 +754,7 @@ class _Dump:
 
     def _on_notify(self, script: str, receiver: Receiver) -> bool:
         if script == "pre-dump":
+            kerndat.take_back(self.images)
             with self.watch.phase("reserve"):
                 may_wait = (
                     self.options.deadline_s is None and self.gpu is None

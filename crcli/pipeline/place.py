@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from crcli import kernel
+from crcli.criu.kerndat import forget_loans
 from crcli.guard.carried import Standing
 from crcli.memory.writing import write_all
 from crcli.pipeline.stages import ChangedFiles
@@ -28,8 +29,9 @@ class Change(Struct, frozen=True):
     """One change to the host's files, noted before it is made; it can be undone at any moment since.
 
     `kind` is "file" (put at `path`; `device` and `inode` are the new file's, `aside` is where the one that
-    stood there is kept, if any), "folder" (made), "moment" (a file that CRIU makes and removes again) or
-    "mounts" (a folder in which CRIU mounts).
+    stood there is kept, if any), "folder" (made), "moment" (a file that CRIU makes and removes again), "loan"
+    (what CRIU finds there until it has looked: see crcli.criu.kerndat) or "mounts" (a folder in which CRIU
+    mounts).
     """
 
     kind: str
@@ -85,6 +87,7 @@ _UNDO: dict[str, Callable[[Change], None]] = {
     "file": _undo_file,
     "folder": _undo_folder,
     "moment": _undo_moment,
+    "loan": lambda _: forget_loans(),
     "mounts": _undo_mounts,
 }
 

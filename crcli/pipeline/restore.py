@@ -300,8 +300,6 @@ class _Restore:
         self.store: Store | None = None
         self.children_before: set[int] = set()
         self.is_settled = False
-        self.lent = ExitStack()
-        """What CRIU was lent until it begins."""
 
     def run(self) -> Restored:
         """Resolve, check, lay out, restore, fill, look, report."""
@@ -532,7 +530,9 @@ class _Restore:
             self.held.callback(self.handover.close)
         options = restore_options(plan, f"/proc/self/fd/{self.images.fd}")
         assert self.residence is not None and self.refill is not None
-        self._lend_answers()
+        if not self.options.root:
+            self._note(Change("loan", kerndat.PATH))
+            kerndat.lend(self.images)
         try:
             with self.residence.criu as criu:
                 answer = criu.request(
@@ -568,12 +568,6 @@ class _Restore:
             if self.stay:
                 self.pager.reap()
         return self.members[0].pid
-
-    def _lend_answers(self) -> None:
-        """Have CRIU find what is known of this kernel, until it has looked."""
-        answers = Change("moment", kerndat.PATH)
-        if not self.options.root and kerndat.lend(self.images, partial(self._note, answers)):
-            self.lent.callback(undo, [asdict(answers)])
 
     def _is_handed_over(self) -> bool:
         """Whether memory is filled in before the tree runs, rather than written."""
@@ -613,7 +607,7 @@ class _Restore:
 
     def _on_notify(self, script: str, root: int) -> bool:
         if script == "pre-restore":
-            self.lent.close()
+            kerndat.take_back(self.images)
         elif script == "post-restore":
             if self.terminals is not None:
                 self.terminals.end()

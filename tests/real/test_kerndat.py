@@ -1,4 +1,4 @@
-"""What CRIU finds out about the kernel, kept for trials and restores where /run is no tmpfs."""
+"""What CRIU finds out about the kernel, kept where /run is no tmpfs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from crcli.criu import kerndat
 from crcli.criu.binary import criu_command
 from crcli.criu.question import remove_question
 from crcli.criu.workspace import Workspace
+from crcli.image.manifest import load
+from crcli.image.names import parse_image
+from crcli.store.file import FileStore
 from tests.support.crcli import Crcli, assert_goes_on, counter
 from tests.support.faults import Attempt
 from tests.support.programs import spawn_python
@@ -126,7 +129,7 @@ def _what(name: str) -> object:
     return status.st_dev, status.st_ino
 
 
-# --- what a restore finds -----------------------------------------------------------------------------------
+# --- what dumps and restores find ---------------------------------------------------------------------------
 
 
 class HeldCriu:
@@ -170,39 +173,67 @@ def wait_for(path: Path) -> None:
 @pytest.mark.parametrize("namespace", ["host", "new"])
 def test_a_restore_finds_what_a_trial_has_left(crcli: Crcli, held_criu: HeldCriu, namespace: str) -> None:
     """Its CRIU finds the answers; nobody else finds anything, nor does anything stay."""
-    before = os.path.exists(kerndat.PATH)
     with spawn_python(counter()) as program:
         image = crcli.dump(program.pid)["image"]
         program.process.wait()
-        held_criu.hold.touch()
-        words = ("restore", image, "--store", crcli.store, "--json", "--pid-namespace", namespace)
-        with crcli.start(*words) as command:
-            wait_for(held_criu.found)
-            assert os.path.lexists(kerndat.PATH) and os.path.exists(kerndat.PATH) == before
-            held_criu.go.touch()
-            out, _ = command.communicate(timeout=60)
-        assert command.returncode == 0
-        crcli.adopt(json.loads(out)["host_pid"])
+        report = assert_finds(crcli, held_criu, "restore", image, "--pid-namespace", namespace)
+        crcli.adopt(report["host_pid"])
         assert_goes_on(program)
-        assert held_criu.found.read_bytes() == kept(crcli)[0].read_bytes()
-        assert os.path.lexists(kerndat.PATH) == before
 
 
-def test_a_restore_that_is_killed_leaves_no_answers(crcli: Crcli, held_criu: HeldCriu) -> None:
-    """The warden removes what was there for CRIU."""
+@pytest.mark.parametrize("outcome", ["running", "killed"])
+def test_a_dump_finds_what_a_trial_has_left(crcli: Crcli, held_criu: HeldCriu, outcome: str) -> None:
+    """The same; it is no part of the image."""
+    with spawn_python(counter()) as program:
+        crcli.dump(program.pid, "--leave-running")
+        words = ["--leave-running"] if outcome == "running" else []
+        report = assert_finds(crcli, held_criu, "dump", str(program.pid), *words)
+        if outcome == "killed":
+            program.process.wait()
+            crcli.restore(report["image"])
+        assert_goes_on(program)
+    skeleton = load(FileStore(str(crcli.folder / "store")), parse_image(report["image"])[1]).skeleton
+    assert "criu.kdat" not in {file.name for file in skeleton}
+
+
+def assert_finds(crcli: Crcli, criu: HeldCriu, *words: str) -> dict[str, Any]:
+    """Run a command: its CRIU finds what is kept. Return its report."""
+    before = os.path.exists(kerndat.PATH)
+    criu.hold.touch()
+    with crcli.start(*words, "--store", crcli.store, "--json") as command:
+        wait_for(criu.found)
+        assert os.path.lexists(kerndat.PATH) and os.path.exists(kerndat.PATH) == before
+        criu.go.touch()
+        out, err = command.communicate(timeout=60)
+    assert command.returncode == 0, err
+    criu.hold.unlink()
+    assert criu.found.read_bytes() == kept(crcli)[0].read_bytes()
+    assert os.path.lexists(kerndat.PATH) == before
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("what", ["dump", "restore"])
+def test_a_command_that_is_killed_leaves_no_answers(crcli: Crcli, held_criu: HeldCriu, what: str) -> None:
+    """Who is left removes what was there for CRIU."""
     before = os.path.lexists(kerndat.PATH)
     with spawn_python(counter()) as program:
-        image = crcli.dump(program.pid)["image"]
-        program.process.wait()
+        image = crcli.dump(program.pid, *["--leave-running"] * (what == "dump"))["image"]
+        if what == "restore":
+            program.process.wait()
         held_criu.hold.touch()
-        with crcli.start("restore", image, "--store", crcli.store) as command:
+        with crcli.start(
+            what, {"dump": str(program.pid)}.get(what, image), "--store", crcli.store
+        ) as command:
             wait_for(held_criu.found)
             command.kill()
             command.wait()
+        held_criu.go.touch()
         end = time.monotonic() + 30
         while os.path.lexists(kerndat.PATH) != before and time.monotonic() < end:
             time.sleep(0.01)
         assert os.path.lexists(kerndat.PATH) == before
+        if what == "dump":
+            assert_goes_on(program)
 
 
 def test_a_criu_takes_answers_that_it_is_lent_and_no_other_does(
@@ -216,12 +247,14 @@ def test_a_criu_takes_answers_that_it_is_lent_and_no_other_does(
     (tmp_path / "root/run/criu.kdat").write_bytes(_asked())
     answers.learn(str(tmp_path / "root"))
     with Workspace.create() as folder:
-        assert kerndat.lend(folder, lambda: None)
+        os.symlink("/proc/self/fd/1000000/criu.kdat", kerndat.PATH)  # of a crcli that was killed
         try:
+            kerndat.lend(folder)
             assert _loads_answers(pass_fds=[folder.fd])
             assert not _loads_answers()
         finally:
-            os.unlink(kerndat.PATH)
+            kerndat.take_back(folder)
+        assert folder.names() == [] and not os.path.lexists(kerndat.PATH)
 
 
 def _asked() -> bytes:
