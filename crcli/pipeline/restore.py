@@ -300,6 +300,7 @@ class _Restore:
         self.store: Store | None = None
         self.children_before: set[int] = set()
         self.is_settled = False
+        self.ready_ms = 0.0
 
     def run(self) -> Restored:
         """Resolve, check, lay out, restore, fill, look, report."""
@@ -315,13 +316,12 @@ class _Restore:
             self._lay_out()
         with self.watch.phase("criu"):
             root = self._restore()
-        ready_ms = round(since_process_start_ms(), 2)
         with self.watch.phase("look again"):
             first = self._look()
         if self.options.signal:
             self._signal(first)
         ended = self.residence.end_of_root() if self.residence is not None and self.stay is not None else -1
-        report, stopped = self._report(root, ready_ms), self.members[0].stopped
+        report, stopped = self._report(root), self.members[0].stopped
         return Restored(report, first, self.child, self.replacements.relay, ended, stopped)
 
     # The manifest is whole, and this host can take the image.
@@ -548,6 +548,8 @@ class _Restore:
         if self.gpu is not None:
             self.gpu.feeder = self.pager.pid if self.pager is not None else 0
             self.findings += self.gpu.wake(self.host, self.watch)
+        if self.locks or self.gpu is not None:
+            self.ready_ms = since_process_start_ms()  # it runs only now
         self.interrupts.past_return()
         root = self.members[0].pid
         self.is_settled = True
@@ -625,6 +627,8 @@ class _Restore:
                 os.kill(self.host[pid], signal.SIGSTOP)  # not an instruction before it has its locks again
             if not self.locks and self.gpu is None:
                 self.interrupts.past_return()  # what comes when it has begun to run is for the tree
+        elif script == "post-resume":
+            self.ready_ms = since_process_start_ms()
         return True
 
     def _find_members(self, root: int) -> None:
@@ -736,7 +740,7 @@ class _Restore:
         is_exit = ended.si_code == os.CLD_EXITED
         return _how_it_ended(ended.si_status if is_exit else -ended.si_status)
 
-    def _report(self, root: int, ready_ms: float) -> RestoreReport:
+    def _report(self, root: int) -> RestoreReport:
         return RestoreReport(
             image=f"{self.manifest.name}@{self.manifest.id}",
             id=self.manifest.id,
@@ -744,7 +748,7 @@ class _Restore:
             processes=len(self.members),
             host_pid=self.host[root],
             pid_namespace=self.namespace.value,
-            ready_ms=ready_ms,
+            ready_ms=round(self.ready_ms, 2),
             total_ms=round(since_process_start_ms(), 2),
             missing_bytes=self.missing_bytes,
             pager=self.pager.pid if self.pager is not None else 0,
@@ -863,7 +867,11 @@ def _not_signalled(root: ProcessId) -> Finding:
 
 
 def since_process_start_ms() -> float:
-    """Milliseconds since this process was started, the interpreter's own start included."""
+    """Milliseconds since this process was started, the interpreter's own start included.
+
+    The kernel tells in ticks when that was, rounded down: on the average it was half a tick later.
+    """
     with open("/proc/self/stat", "rb") as file:
-        started = int(file.read().rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        ticks = int(file.read().rpartition(b")")[2].split()[19])
+    started = (ticks + 0.5) / os.sysconf("SC_CLK_TCK")
     return (time.clock_gettime(time.CLOCK_BOOTTIME) - started) * 1000
