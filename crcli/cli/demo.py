@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption
+from typing import Annotated
+
+import typer
+
+from crcli.cli.options import EndpointOption, JsonOption
+
+StoreForIt = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="Where the images are meanwhile. Default: a temporary directory.",
+        show_default=False,
+    ),
+]
 
 
-def demo(store: StoreOption = None, as_json: JsonOption = False, endpoint_url: EndpointOption = None) -> None:
+def demo(store: StoreForIt = None, as_json: JsonOption = False, endpoint_url: EndpointOption = None) -> None:
     """Start a small agent, dump it, see it gone, restore it, and see it go on; leave nothing behind.
 
-    Without --store a temporary directory is used. Exits with 0 only if every step was really observed.
+    Exits with 0 only if every step was really observed.
     """
     from crcli.demo.story import run
     from crcli.ui.demo import DemoScreen

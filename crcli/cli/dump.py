@@ -37,7 +37,7 @@ def dump(
         typer.Option(
             metavar="PATH|auto",
             help="Files of model weights (or folders, patterns) whose bytes need not be stored; may be "
-            "repeated. auto: those that the tree has open or names.",
+            "repeated. auto: those that the tree has open, names, or finds in its model cache.",
             show_default=False,
         ),
     ] = None,

@@ -292,14 +292,24 @@ def _size_of(path: str) -> int:
         return 0
 
 
+def _files_at(paths: Sequence[str]) -> list[str]:
+    """The files that a command is about; raise UsageError where none is large enough to be one of weights."""
+    if found := chosen_files(paths):
+        return found
+    raise UsageError(
+        f"there is no file of {SMALLEST_BYTES >> 10} KiB or more at {', '.join(paths)}",
+        hint="smaller files are not looked for in memory, and need no index and no copy in the store",
+    )
+
+
 def index_files(paths: Sequence[str], amount: Callable[[int, int], None]) -> list[dict[str, Any]]:
-    """Index these files (see `chosen_files`), those that have an index already left as they are.
+    """Index these files (see `_files_at`), those that have an index already left as they are.
 
     Raises HostLacks where no index can be kept.
     """
     from crcli.memory.weights.cache import see_that_it_keeps
 
-    chosen = chosen_files(paths)
+    chosen = _files_at(paths)
     see_that_it_keeps()
     done: list[dict[str, Any]] = []
     for path in chosen:
@@ -314,7 +324,7 @@ def files_known(paths: Sequence[str]) -> list[dict[str, Any]]:
     from crcli.memory.weights.cache import kept
 
     found: list[dict[str, Any]] = []
-    for path in chosen_files(paths):
+    for path in _files_at(paths):
         file = WeightsFile(path)
         try:
             known = kept(file)
@@ -325,8 +335,8 @@ def files_known(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def push_files(store: Store, paths: Sequence[str], amount: Callable[[int, int], None]) -> list[Pushed]:
-    """Put these files (see `chosen_files`) into a store. Raises what `push` does."""
-    return [push(store, path, amount) for path in chosen_files(paths)]
+    """Put these files (see `_files_at`) into a store. Raises what `push` does."""
+    return [push(store, path, amount) for path in _files_at(paths)]
 
 
 def image_weights(store: Store, ref: ImageRef) -> tuple[str, list[dict[str, Any]]]:

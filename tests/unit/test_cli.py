@@ -590,6 +590,15 @@ def test_what_is_wrong_with_a_name_is_said(words: list[str], said: str, tmp_path
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["index", "push", "ls"])
+def test_files_too_small_for_weights_are_not_passed_over(command: str, tmp_path: Path, capsys: Any) -> None:
+    """What was named and cannot be meant is wrong usage: a folder without such files, too."""
+    (tmp_path / "file").write_bytes(bytes((1 << 16) - 1))
+    assert main(["weights", command, str(tmp_path / "file")]) == 2
+    assert main(["weights", command, str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("there is no file of 64 KiB or more") == 2
+
+
 def test_an_image_by_its_path_is_no_file_of_weights(tmp_path: Path, capsys: Any) -> None:
     """`weights ls` takes the path of an image in a folder as well."""
     (tmp_path / "images").mkdir()
@@ -621,7 +630,7 @@ def test_an_index_of_weights_that_cannot_be_kept_is_not_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """To keep it is all that `weights index` is for."""
-    (tmp_path / "file").write_bytes(b"weights")
+    (tmp_path / "file").write_bytes(bytes(1 << 16))
     monkeypatch.setenv("CRCLI_CACHE_DIR", "/proc/nowhere")
     assert main(["weights", "index", str(tmp_path / "file")]) == 40
     assert "CRCLI_CACHE_DIR" in capsys.readouterr().err
