@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 QUIET_S = 1.0
 """What takes no longer than this (seconds) shows no progress."""
 
-_REFRESH_S, _AGAIN_S = 0.2, 30.0
-"""How soon a line is drawn again, and how soon a log says again what lasts (seconds)."""
+_REFRESH_S, _LASTS_S, _AGAIN_S = 0.2, 2.0, 30.0
+"""How soon a line is drawn again; how soon a log says what lasts (a second more than every restore looks on
+for), and says it again (seconds)."""
 
 _ERASE = "\r\x1b[K"
 
@@ -87,7 +88,7 @@ class PlainLines:
             self._writer.join()
 
     def _work(self) -> None:
-        wait = QUIET_S
+        wait = _LASTS_S
         while not self._over.wait(wait):
             wait = _AGAIN_S
             self._say()

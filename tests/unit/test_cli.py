@@ -779,7 +779,7 @@ def test_progress_in_a_log() -> None:
     code = (
         "import time\nfrom crcli.ui.progress import showing\n"
         "with showing(False) as progress:\n"
-        "    progress.phase('storing'); progress.amount(1 << 20, 4 << 20); time.sleep(1.5)\n"
+        "    progress.phase('storing'); progress.amount(1 << 20, 4 << 20); time.sleep(2.5)\n"
         "    progress.phase('ending')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
