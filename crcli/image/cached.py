@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.config import choose_cache
 from crcli.errors import ImageDamaged, NotFound, StoreUnreachable
-from crcli.image.manifest import Manifest, load, resolve
+from crcli.image.manifest import Manifest, decode_as, load, resolve
 from crcli.image.names import IMAGES, INDEXES, PACKS, WEIGHTS, ImageRef, manifest_key
 from crcli.image.packs import plan_reads, span
 from crcli.records import Struct, asdict
@@ -106,11 +106,10 @@ def _hint(store: CachingStore, name: str) -> str:
 def _whole(cache: Cache, data: bytes, ref: ImageRef) -> Manifest | None:
     """The manifest of an image, if a cache has all that it describes, as far as can be told unread."""
     try:
-        manifest = Manifest.decode(data, str(ref))
+        manifest = decode_as(ref, data)
     except ImageDamaged:
         return None
-    is_right = (manifest.name, manifest.id) == (ref.name, ref.id)
-    return manifest if is_right and _holds(cache, manifest) else None
+    return manifest if _holds(cache, manifest) else None
 
 
 def _holds(cache: Cache, manifest: Manifest) -> bool:
@@ -171,8 +170,5 @@ def _described(cache: Cache, name: str) -> KeptImage | None:
         manifest = Manifest.decode(kept[1], rest)
     except ImageDamaged:
         return None
-    try:
-        memory_bytes = int(manifest.meta.get("counts", {}).get("total", 0))
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        memory_bytes = 0  # it makes no sense, and is no reason to show nothing
+    memory_bytes = manifest.meta.get("counts", {}).get("total", 0)
     return KeptImage(f"{manifest.name}@{manifest.id}", kept[0], memory_bytes, _holds(cache, manifest))

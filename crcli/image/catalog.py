@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import calendar
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, peek_section
+from crcli.image.head import read_head
 from crcli.image.manifest import list_images
 from crcli.records import Struct, field
 from crcli.store.leaving import asking
@@ -87,16 +87,13 @@ def _read(store: Store, ref: ImageRef, info: ObjectInfo) -> Entry | None:
 
     created = _time_of(ref.id)
     try:
-        meta = json.loads(peek_section(read, info.size, "META", ContainerKind.MANIFEST, str(ref)))
-        entry = Entry(ref, float(meta.get("created", created)), meta)
-        entry.as_json()
+        section = peek_section(read, info.size, "META", ContainerKind.MANIFEST, str(ref))
+        meta = read_head(section, str(ref))
     except NotFound:
         return None  # removed since it was listed
     except ImageDamaged as error:
         return Entry(ref, created, damage=str(error))
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        return Entry(ref, created, damage=f"{ref} says nothing that can be shown: {error}")
-    return entry
+    return Entry(ref, float(meta.get("created", created)), meta)
 
 
 def _time_of(image_id: str) -> float:

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import ImageDamaged, NotFound, ObjectExists, StoreError
-from crcli.image.manifest import Manifest, resolve
+from crcli.image.manifest import decode_as, resolve
 from crcli.image.names import (
     COLLECTIONS,
     ImageRef,
@@ -32,6 +32,7 @@ from crcli.store.base import is_there
 from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
+    from crcli.image.manifest import Manifest
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from crcli.image.tables import Chunk
@@ -75,7 +76,7 @@ def copy(
     full = resolve(source, ref)
     key = manifest_key(full.name, full.id)
     data = _get(source, key, full)
-    manifest = Manifest.decode(data, str(full))
+    manifest = decode_as(full, data)
     report = CopyReport(str(full), source.url, target.url, packs=len(manifest.packs))
     target.warm(for_writing=True)
     report.was_there = _holds(target, key, data, full)

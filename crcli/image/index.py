@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, unpack_container
+from crcli.image.head import check_head
 from crcli.image.lookup import SeveralDigests, TabledDigests, keys_of, read_table, sort_digests
 from crcli.image.names import (
     IMAGES,
@@ -512,6 +513,7 @@ def _lineage(store: Store, name: str, image: ObjectInfo, *, reads_packs: bool = 
     key = manifest_key(name, image_id)
     try:
         peek = ManifestPeek(store, key, image.size)
+        check_head(peek.head, key)
         return _Lineage(key, peek.head, peek.packs() if reads_packs or "merged" in peek.head else ())
     except (ImageDamaged, NotFound):
         return _Lineage(key, {}, ())

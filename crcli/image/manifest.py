@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, pack_container, unpack_container
+from crcli.image.head import read_head
 from crcli.image.names import IMAGES, ImageRef, image_at, manifest_key
 from crcli.image.newest import newest_in
 from crcli.image.tables import (
@@ -25,6 +26,7 @@ from crcli.image.tables import (
     write_references,
     write_spaces,
 )
+from crcli.memory.extents import SpaceKind
 from crcli.records import Struct, asdict, field
 
 if TYPE_CHECKING:
@@ -146,7 +148,7 @@ class Manifest(Struct, frozen=True):
         """Read a manifest; raise ImageDamaged (naming `name`) when any part of it is not whole."""
         sections = unpack_container(data, ContainerKind.MANIFEST, name)
         try:
-            head = json.loads(sections["META"])
+            head = read_head(sections["META"], name)
             packs = read_packs(sections["PACK"], name)
             chunks = read_chunks(sections["CHNK"], len(packs), name)
             weights = [Weights.from_json(file) for file in head.pop("weights", ())]
@@ -170,6 +172,7 @@ class Manifest(Struct, frozen=True):
             )
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ImageDamaged(f"{name} lacks a part that every image has: {error!r}") from error
+        _check_spaces(spaces, head, name)
         _check_files(skeleton + files, chunks, name)
         if wrong := [file.name for file in skeleton if not _is_plain(file.name)]:
             raise ImageDamaged(f"{name}: {wrong[0]!r} is no name of an image of CRIU's")
@@ -178,6 +181,14 @@ class Manifest(Struct, frozen=True):
         if wrong := [file.name for file in files if not file.name.startswith("/") or "\0" in file.name]:
             raise ImageDamaged(f"{name}: {wrong[0]!r} is no full path of a file")
         return manifest
+
+
+def _check_spaces(spaces: Iterable[SpaceKey], head: Mapping[str, Any], name: str) -> None:
+    """Raise ImageDamaged when there is memory of a process that is not in the tree."""
+    pids = {member["pid"] for member in head.get("members", ())}
+    strangers = [space.number for space in spaces if space.kind == SpaceKind.PROCESS]
+    if pids and not pids.issuperset(strangers):
+        raise ImageDamaged(f"{name} has memory of a process that is not in its tree")
 
 
 def _check_files(files: Iterable[StoredFile], chunks: Sequence[Chunk], name: str) -> None:
@@ -224,9 +235,14 @@ def load(store: Store, ref: ImageRef) -> Manifest:
         raise NotFound(
             f"the store {store.url} has no image {full}", hint="`crcli ls` shows what it holds"
         ) from error
-    manifest = Manifest.decode(data, str(full))
-    if (manifest.name, manifest.id) != (full.name, full.id):
-        raise ImageDamaged(f"what is stored as {full} says that it is {manifest.name}@{manifest.id}")
+    return decode_as(full, data)
+
+
+def decode_as(ref: ImageRef, data: bytes) -> Manifest:
+    """Read the manifest that is stored as that of `ref`. Raises ImageDamaged, also when it is another's."""
+    manifest = Manifest.decode(data, str(ref))
+    if (manifest.name, manifest.id) != (ref.name, ref.id):
+        raise ImageDamaged(f"what is stored as {ref} says that it is {manifest.name}@{manifest.id}")
     return manifest
 
 

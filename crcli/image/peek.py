@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from crcli.errors import ImageDamaged
 from crcli.image.container import ContainerKind, peek_section
+from crcli.image.head import parse_head
 from crcli.image.names import is_id
 from crcli.image.tables import read_packs
 
@@ -24,13 +23,8 @@ class ManifestPeek:
         self._key = key
         self._size = size
         self._read = cache(lambda offset, length: bytes(store.get_range(key, offset, length)))
-        try:
-            head = json.loads(self._section("META"))
-        except (ValueError, RecursionError) as error:
-            raise ImageDamaged(f"{key} has a head that is no JSON") from error
-        if not isinstance(head, dict):
-            raise ImageDamaged(f"{key} has a head that is no object")
-        self.head: dict[str, Any] = head
+        self.head: dict[str, Any] = parse_head(self._section("META"), key)
+        """Not checked: whoever asks takes what he knows."""
 
     def packs(self) -> list[bytes]:
         """The packs that the image refers to. Raises ImageDamaged, NotFound."""

@@ -327,7 +327,10 @@ def read_spaces(
                 for start, pages, chunk, offset, source, flags in (next(unpacked) for _ in range(count))
             ]
             _check_extents(extents, {Source.CHUNK: chunks, Source.WEIGHTS: references}, name)
-            spaces[SpaceKey(SpaceKind(kind), number)] = extents
+            key = SpaceKey(SpaceKind(kind), number)
+            if key in spaces:
+                raise ImageDamaged(f"{name}: the memory map has an address space twice")
+            spaces[key] = extents
     except (ValueError, RuntimeError) as error:  # RuntimeError: fewer extents than the table says
         raise ImageDamaged(f"{name}: the memory map is not whole: {error}") from error
     if next(unpacked, None) is not None:

@@ -9,9 +9,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
+from blake3 import blake3
 
 from crcli.errors import CrcliError, ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image import copy as copying
@@ -32,6 +36,7 @@ from crcli.image.names import (
     ImageRef,
     index_key,
     manifest_key,
+    new_image_id,
 )
 from crcli.image.packs import PackWriter
 from crcli.image.remove import remove
@@ -40,10 +45,14 @@ from crcli.image.session import Session
 from crcli.image.verify import verify
 from crcli.image.weights import PushedFile, list_pushed, push, remove_pushed
 from crcli.memory.extents import PAGE
+from crcli.pipeline.facts import is_of
 from crcli.store import Store
 from crcli.store.file import FileStore
 from tests.support.images import add_memory, make_image, pages
 from tests.support.stores import Actor, Around, WatchedStore, killed_at
+
+if TYPE_CHECKING:
+    from crcli.process.evidence import Evidence
 
 HOURS_AGO = 2 * 3600.0
 
@@ -227,6 +236,28 @@ def test_one_odd_image_hides_no_other(directory: FileStore) -> None:
     assert len(odd) == len(ODD_HEADS) and all(entry.damage for entry in odd)
     assert (last.ref, last.damage) == (whole, "")
     assert retire(directory, "agent", {"identity": "none"}, 1) == []
+
+
+@pytest.mark.parametrize("head", [b'{"tree": 5}', b'{"tree": [5]}', b'{"tree": {"pid": 1}}'])
+def test_an_odd_image_hinders_no_dump(directory: FileStore, head: bytes) -> None:
+    """Whoever takes the newest image of a name for his tree's own reads in its head which tree it was of."""
+    memory = pages(1, 2)
+    make_image(directory, "agent", memory)
+    key = manifest_key("agent", new_image_id())
+    directory.put(key, pack_container(ContainerKind.MANIFEST, {"META": head, "PACK": b""}))
+    evidence = cast("Evidence", SimpleNamespace(root=SimpleNamespace(nspid=(1,), argv=("agent",))))
+    known = load_known(directory, "agent", wanted=2, is_same=partial(is_of, evidence))
+    assert known.find_pages([blake3(page).digest() for page in memory]) == [0, 1]
+
+
+def test_what_is_copied_is_the_image_that_was_asked_for(directory: FileStore, folder: Path) -> None:
+    """A manifest that lies under another one's key is none."""
+    one, other = (make_image(directory, "agent", pages(seed, 2)) for seed in (1, 2))
+    directory.put(manifest_key("agent", other.id), directory.get(manifest_key("agent", one.id)))
+    target = FileStore(str(folder / "target"))
+    with pytest.raises(ImageDamaged, match="says that it is"):
+        copy(directory, other, target)
+    assert not os.path.exists(target.root)
 
 
 @pytest.mark.parametrize(

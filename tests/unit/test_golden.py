@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -470,6 +472,97 @@ def test_a_manifest_that_makes_no_sense_is_refused(
     assert Manifest.decode(sealed(golden, lambda head: None), "golden").id == FIRST
     with pytest.raises(ImageDamaged):
         Manifest.decode(sealed(golden, change), "golden")
+
+
+DOCUMENTED: Head = {
+    "host": {"criu": "4.2", "page_size": 4096},
+    "tree": [
+        {
+            "pid": 4711, "comm": "agent", "argv": ["agent"], "exe": "/bin/agent", "cwd": "/", "uid": 0,
+            "threads": 1, "cpus": "0-3,8", "core_filter": 51,
+            "settings": {"4711": {"cpus": "1", "io_priority": 8196, "slack_ns": 1}},
+        }
+    ],
+    "own_packs": [0],
+    "counts": {"total": 4096, "weights": 0},
+    "indexes": [FIRST],
+    "merged": [FIRST],
+    "opened": [
+        {"path": "/bin/agent", "size": 1, "mode": 33261, "build_id": "", "hash": "", "unhashed": "late"}
+    ],
+    "folders": [{"path": "/tmp", "mode": 1023, "uid": 0, "gid": 0}],
+    "mounts": [{"point": "/mnt", "fstype": "ext4", "source": "/dev/vda"}],
+    "cgroups": ["2:cpu,cpuacct:/", "1:name=systemd:/", "0::/user.slice"],
+    "plugins": [{"name": "one", "package": "of", "version": "1"}],
+    "job": {
+        "identity": "00", "argv": ["agent"], "cwd": "/", "files": {"agent.py": "00"},
+        "environment": {"A": "00"}, "weights": {"model": "1"}, "lease": 1, "holder": "00",
+        "lease_file": "job.lease", "cpu_baseline": ["sse"], "watched": "1/2/3",
+        "purpose": "leave", "failures": 0, "ran_s": 1.5,
+    },
+    "gpu": {
+        "host": {
+            "driver": "580.95.05", "api": 13000, "custom_storage": False,
+            "gpus": [
+                {
+                    "uuid": "GPU-1", "name": "H100", "index": 0, "minor": -1, "memory_bytes": 1,
+                    "compute": "9.0", "persistence": True, "mig": False, "free_bytes": -1,
+                }
+            ],
+        },
+        "processes": [{"pid": 4711, "used": {"GPU-1": 1}, "saved": [[1, 2]]}],
+    },
+}  # fmt: skip
+"""What FORMAT.md has beyond the golden images' heads."""
+
+
+def places_in(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Where there is something in a head, and what; of a list its first only."""
+    if place:
+        yield place, value
+    if isinstance(value, dict):
+        for name in value:
+            yield from places_in(value[name], (*place, name))
+    elif isinstance(value, list) and value:
+        yield from places_in(value[0], (*place, 0))
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [None, -2, 1 << 64, math.nan, math.inf, "\ud800", [None], [[]], {"a": None}, [{"a": None}]],
+    ids=["null", "negative", "large", "nan", "infinite", "no text", "list", "lists", "object", "objects"],
+)
+def test_nothing_in_a_head_can_be_something_else(golden: FileStore, nonsense: Any) -> None:
+    """Whichever field it is, of every kind that there is: the image is damaged, and nobody who reads that
+    field later meets what he cannot handle."""
+    whole = json.loads(take_apart(sealed(golden, lambda head: head.update(DOCUMENTED))).bodies["META"])
+    assert Manifest.decode(sealed(golden, lambda head: head.update(whole)), "golden").id == FIRST
+    passed = []
+    for place, value in places_in(whole):
+        if isinstance(value, dict) and isinstance(nonsense, dict):
+            continue
+        head = copy.deepcopy(whole)
+        *folders, last = place
+        at: Any = head
+        for name in folders:
+            at = at[name]
+        at[last] = nonsense
+        try:
+            Manifest.decode(sealed(golden, lambda old, new=head: old.update(new)), "golden")  # type: ignore[misc]
+        except ImageDamaged:
+            continue
+        passed.append(place)
+    assert {place for place in passed if place[-1] != "mtime_ns"} == set(), "a time may be before 1970"
+
+
+def test_memory_of_nobody_is_refused(golden: FileStore) -> None:
+    """Memory of a process that is not in the tree, and of one process twice."""
+    sections = take_apart(golden.get(manifest_key("golden", FIRST))).bodies
+    (kind, pid, count), *others = struct.iter_unpack("<IQI", sections["SPCE"])
+    for spaces in ([(kind, pid + 100, count), *others], [(kind, pid, count), *others, (kind, pid, 0)]):
+        table = b"".join(struct.pack("<IQI", *space) for space in spaces)
+        with pytest.raises(ImageDamaged):
+            Manifest.decode(pack_container(ContainerKind.MANIFEST, {**sections, "SPCE": table}), "golden")
 
 
 def container(*sections: tuple[bytes, bytes]) -> bytes:
