@@ -32,9 +32,9 @@ from crcli.store.base import is_there
 from crcli.store.leaving import asking
 
 if TYPE_CHECKING:
-    from crcli.image.manifest import Manifest
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from crcli.image.manifest import Manifest
     from crcli.image.tables import Chunk
     from crcli.store.base import Store
 

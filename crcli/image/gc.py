@@ -281,7 +281,7 @@ class _Collection:
             self._remove(self._needless(now))
         try:
             self._report.leftovers_removed = self._store.sweep(
-                max(self._grace_s, _SWEEP_S), is_written_in_parts
+                now - max(self._grace_s, _SWEEP_S), is_written_in_parts
             )
         except StoreError as error:
             self._report.notes.append(f"unfinished uploads could not be looked for: {error.message}")

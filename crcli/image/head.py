@@ -139,9 +139,8 @@ _HEAD: Shape = {
         "processes": [{"pid": _pid, "used": {...: _size}, "saved?": [(_size, _size)]}],
     },
 }  # fmt: skip
-"""What FORMAT.md says of the head, and no more. A field whose name ends with `?` may be missing, ones that are
-not named here are passed over; `...` stands for every name, a list for any number of the one that it holds, a
-tuple for as many."""
+"""What FORMAT.md says of the head. A field whose name ends with `?` may be missing, and others are passed over;
+`...` stands for every name, a list for any number of what it holds, a tuple for as many."""
 
 
 def read_head(data: bytes, name: str) -> dict[str, Any]:

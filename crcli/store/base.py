@@ -175,8 +175,9 @@ class Store(Protocol):
         """Remove an object durably; removing an absent one is not an error."""
         ...
 
-    def sweep(self, older_than_s: float, is_ours: Callable[[str], bool] = is_key) -> int:
-        """Remove what killed writers left behind and nobody touched for that long; return how many.
+    def sweep(self, before: float, is_ours: Callable[[str], bool] = is_key) -> int:
+        """Remove what killed writers left behind and nobody touched since then (seconds since the epoch, by the
+        store's clock, which need not be this host's); return how many.
 
         Objects whose keys are not `is_ours` are of others, who use the same place.
         """

@@ -173,9 +173,9 @@ class CachingStore:
         self.cache.drop(self.name_of(key))
         self._reached().delete(key)
 
-    def sweep(self, older_than_s: float, is_ours: Callable[[str], bool] = is_key) -> int:
+    def sweep(self, before: float, is_ours: Callable[[str], bool] = is_key) -> int:
         """See the origin's."""
-        return self._reached().sweep(older_than_s, is_ours)
+        return self._reached().sweep(before, is_ours)
 
     def give_up(self) -> None:
         """End the origin's patience."""

@@ -12,7 +12,6 @@ import fcntl
 import os
 import re
 import stat
-import time
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -157,10 +156,9 @@ class FileStore:
                 return
             _sync_directory(os.path.dirname(path))
 
-    def sweep(self, older_than_s: float, is_ours: Callable[[str], bool] = is_key) -> int:
+    def sweep(self, before: float, is_ours: Callable[[str], bool] = is_key) -> int:
         """Remove temporary files whose writers are gone: old, and locked by nobody."""
         swept = 0
-        limit = time.time() - older_than_s
         temporary = os.path.join(self.root, TEMPORARY)
         with self._translating(temporary):
             try:
@@ -168,7 +166,7 @@ class FileStore:
             except FileNotFoundError:
                 return 0
             for name in filter(_NAME_OF_A_WRITERS.fullmatch, names):
-                swept += _remove_if_abandoned(os.path.join(temporary, name), limit)
+                swept += _remove_if_abandoned(os.path.join(temporary, name), before)
         return swept
 
     def give_up(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -47,7 +48,7 @@ from crcli.image.weights import PushedFile, list_pushed, push, remove_pushed
 from crcli.memory.extents import PAGE
 from crcli.pipeline.facts import is_of
 from crcli.store import Store
-from crcli.store.file import FileStore
+from crcli.store.file import FileStore, FileWriter
 from tests.support.images import add_memory, make_image, pages
 from tests.support.stores import Actor, Around, WatchedStore, killed_at
 
@@ -604,6 +605,23 @@ def test_leftovers_of_killed_writers_are_swept(directory: FileStore) -> None:
     assert not leftover.exists()
     assert keys(directory, INDEXES) == set()
     assert_whole(directory)
+
+
+def test_a_host_whose_clock_is_ahead_removes_nothing_that_is_in_use(
+    directory: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How old something is, is for the store's clock to say: packs, sessions, and what is being written where
+    no lock tells (uploads to S3, and files on NFS)."""
+    make_image(directory, "agent", pages(1, 2))
+    writer = directory.writer("packs/00/" + "0" * 32)
+    assert isinstance(writer, FileWriter)
+    fcntl.flock(writer._descriptor, fcntl.LOCK_UN)
+    remove(directory, list_images(directory)[0][0])
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 86400)
+    report = collect_garbage(directory)
+    assert (report.packs_removed, report.sessions_removed, report.leftovers_removed) == (0, 0, 0)
+    writer.commit()
 
 
 # --- killed at every call ----------------------------------------------------------------------------------

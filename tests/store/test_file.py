@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -53,7 +54,7 @@ def test_reading_does_not_create(store: FileStore) -> None:
             attempt()
         assert "--store" in caught.value.hint
     store.delete("key")
-    assert store.sweep(0) == 0
+    assert store.sweep(time.time()) == 0
     assert not os.path.lexists(store.root)
 
 
@@ -102,7 +103,7 @@ def test_sweep_spares_the_living(store: FileStore) -> None:
         writer.write(b"slow")
         (temporary,) = everything_below(os.path.join(store.root, ".tmp"))
         os.utime(temporary, (0, 0))
-        assert store.sweep(10) == 0
+        assert store.sweep(time.time() - 10) == 0
         writer.commit()
     assert store.get("key") == b"slow"
 
@@ -344,9 +345,9 @@ def test_sweep_where_locks_are_others(
     left, fresh = store.writer("killed"), store.writer("alive")
     os.utime(left._temporary, (0, 0))
     if flock is flock_of_nfs:
-        assert store.sweep(10) == 0, "its writer still lives"
+        assert store.sweep(time.time() - 10) == 0, "its writer still lives"
     os.close(left._descriptor)  # as when it is killed
-    assert store.sweep(10) == 1
+    assert store.sweep(time.time() - 10) == 1
     left._descriptor = -1
     fresh.write(b"?")
     fresh.commit()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from functools import partial
 from itertools import chain, compress
@@ -190,9 +189,8 @@ class S3Store:
         if self._bucket.is_connected or not self._quick.delete(key):
             self._bucket.request("delete_object", self._bucket.of(key), key)
 
-    def sweep(self, older_than_s: float, is_ours: Callable[[str], bool] = is_key) -> int:
-        """Abort multipart uploads that were begun so long ago and never completed."""
-        limit = time.time() - older_than_s
+    def sweep(self, before: float, is_ours: Callable[[str], bool] = is_key) -> int:
+        """Abort multipart uploads that were begun before then and never completed."""
         pages = self._bucket.pages(
             "list_multipart_uploads",
             self._below(),
@@ -200,7 +198,7 @@ class S3Store:
         )
         uploads = [upload for page in pages for upload in page.get("Uploads", ())]
         ours = [one for one in uploads if is_ours(one["Key"][len(self._bucket.prefix) :])]
-        old = [upload for upload in ours if upload["Initiated"].timestamp() <= limit]
+        old = [upload for upload in ours if upload["Initiated"].timestamp() <= before]
         for upload in old:
             where = {"Bucket": self._bucket.name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             self._bucket.request("abort_multipart_upload", where)
