@@ -121,7 +121,8 @@ _HEAD: Shape = {
     "phases?": {...: _time},
     "opened?": [
         {
-            "path": _path, "size": _size, "mode": _mode, "build_id": _text, "hash?": _text, "unhashed?": _text,
+            "path": _path, "size": _size, "mode": _mode, "build_id": _text, "hash?": _text,
+            "unhashed?": _text,
         }
     ],
     "folders?": [{"path": _path, "mode": _mode, "uid": _id, "gid": _id}],
@@ -139,7 +140,7 @@ _HEAD: Shape = {
         "processes": [{"pid": _pid, "used": {...: _size}, "saved?": [(_size, _size)]}],
     },
 }  # fmt: skip
-"""What FORMAT.md says of the head. A field whose name ends with `?` may be missing, and others are passed over;
+"""What FORMAT.md says of the head. A field whose name ends with `?` may be missing, others are passed over;
 `...` stands for every name, a list for any number of what it holds, a tuple for as many."""
 
 

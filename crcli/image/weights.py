@@ -64,6 +64,7 @@ def push(store: Store, path: str, on_bytes: Callable[[int, int], None] = lambda 
 
     Raises OSError when it cannot be read, StoreError when the store fails or the file changes meanwhile.
     """
+    from crcli.image.gc import may_miss
     from crcli.image.index import load_known
     from crcli.image.session import Session
 
@@ -76,7 +77,8 @@ def push(store: Store, path: str, on_bytes: Callable[[int, int], None] = lambda 
         store.warm(for_writing=True)
         name = new_image_id()
         with Session(store, name) as session:
-            writer = PackWriter(store, name, load_known(store, "weights", others=None))
+            known = load_known(store, "weights", others=None)
+            writer = PackWriter(store, name, known)
             try:
                 with left_by_signals(store):
                     again, chunks = blake3(), list[int]()
@@ -94,12 +96,20 @@ def push(store: Store, path: str, on_bytes: Callable[[int, int], None] = lambda 
                     )
                     if again.hexdigest() != digest:
                         raise StoreError(f"{file.path} changed while it was read", hint="push it again")
-                    if session.lapsed:
-                        raise StoreError("the store did not answer for too long", hint="push it again")
                     try:
                         store.put(key, table, if_absent=True)
                     except ObjectExists:
                         pass  # somebody else has pushed the same file
+                    else:
+                        if session.lapsed or (
+                            known.vouched_by
+                            and may_miss(store, known.vouched_by, writer.packs, session.store_time)
+                        ):
+                            store.delete(key)
+                            raise StoreError(
+                                "a collection of garbage may have removed what the store had of it",
+                                hint="push it again",
+                            )
                     return Pushed(
                         file.path, digest, file.size, writer.stored_bytes + len(table), was_there=False
                     )

@@ -176,8 +176,8 @@ class Store(Protocol):
         ...
 
     def sweep(self, before: float, is_ours: Callable[[str], bool] = is_key) -> int:
-        """Remove what killed writers left behind and nobody touched since then (seconds since the epoch, by the
-        store's clock, which need not be this host's); return how many.
+        """Remove what killed writers left behind and nobody touched since then (seconds since the epoch, by
+        the store's clock, which need not be this host's); return how many.
 
         Objects whose keys are not `is_ours` are of others, who use the same place.
         """

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from blake3 import blake3
 
 from crcli.errors import CrcliError, ImageDamaged, NotFound, ObjectExists, StoreError
 from crcli.image import copy as copying
+from crcli.image import owner
 from crcli.image import session as announcing
 from crcli.image.catalog import list_entries
 from crcli.image.container import ContainerKind, pack_container
@@ -591,6 +593,32 @@ def test_a_collection_that_was_suspended_removes_nothing_more(
     with pytest.raises(StoreError, match="too long"):
         collect_garbage(directory, grace_s=0)
     assert len(keys(directory, PACKS)) == 1
+
+
+@pytest.mark.parametrize("has_lapsed", [True, False], ids=["taken for dead", "an image was removed"])
+def test_a_file_of_weights_is_whole_or_not_there(
+    directory: FileStore, folder: Path, monkeypatch: pytest.MonkeyPatch, has_lapsed: bool
+) -> None:
+    """Until its table stands in the store a collection may have removed what it refers to: because the push
+    stood still for so long that it was taken for dead, or because an image is gone on which it relied."""
+    (folder / "model").write_bytes(b"weights")
+    for number in range(12):  # so many that the newest names merged indexes
+        make_image(directory, "weights", [*pages(1, 2 + number)], b"weights")
+
+    @contextmanager
+    def meanwhile(call: str) -> Iterator[None]:
+        yield
+        if call.startswith(f"put {WEIGHTS}") and has_lapsed:
+            monkeypatch.setattr(announcing, "clock", lambda: owner.clock() + HOURS_AGO)
+        elif call.startswith(f"put {WEIGHTS}"):
+            directory.put(f"{COLLECTIONS}{'0' * 16}", b"{}")
+            for ref, _ in list_images(directory):
+                remove(directory, ref)
+
+    watched = cast("Store", WatchedStore(directory, meanwhile))
+    with pytest.raises(StoreError, match="collection"):
+        push(watched, str(folder / "model"))
+    assert keys(directory, WEIGHTS) == set()
 
 
 def test_leftovers_of_killed_writers_are_swept(directory: FileStore) -> None:
