@@ -17,7 +17,7 @@ from crcli.guard.doctor import gpus, host, kernel, rights
 from crcli.image import owner
 from crcli.image.lease import Lease, LeaseState
 from crcli.image.manifest import list_images
-from crcli.image.names import PACKS
+from crcli.image.names import PACKS, manifest_key
 from crcli.main import main
 from crcli.store.file import FileStore
 from tests.support.images import make_image, pages
@@ -115,6 +115,19 @@ def test_verify(cli: Cli) -> None:
     error = cli.json("verify", str(ref), code=22)["error"]
     assert error["code"] == "image-damaged"
     assert [finding["name"] for finding in error["findings"]] == ["pack-missing"]
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "check", "restore"])
+def test_an_image_of_a_later_crcli_is_said_to_be_one(cli: Cli, command: str) -> None:
+    """It ends with 22 as a damaged one does, with a word of its own: what is whole is not to be removed."""
+    ref = make_image(cli.store, "agent", pages(1, 2))
+    path = Path(cli.store.root, manifest_key(ref.name, ref.id))
+    data = bytearray(path.read_bytes())
+    data[8:10] = (3).to_bytes(2, "little")
+    path.write_bytes(data)
+    error = cli.json(command, str(ref), code=22)["error"]
+    assert (error["code"], error["state"]) == ("image-too-new", "untouched")
+    assert error["hint"] == "use a newer crcli"
 
 
 def test_rm(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from crcli.guard.doctor import criu as doctor_of_criu
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 # What a test would install by mistake would at least not land on the machine.
@@ -180,6 +182,31 @@ def test_a_criu_is_new_enough_for_this_kernel(tmp_path: Path, kernel: str, verdi
     path = with_kernel(tmp_path, kernel)
     said = install_criu(f'runs {binary} && echo fine || echo "$why"', PATH=path).stdout
     assert said.strip().endswith(verdict)
+
+
+@pytest.mark.parametrize(
+    ("complaint", "remedy"),
+    [
+        ("criu/mount.c:381): mnt: No parent found for mountpoint 71 (@./proc)", "mount --bind"),
+        ("criu/x.c:1): Can not do that: Operation not permitted", "CAP_SYS_ADMIN"),
+    ],
+)
+def test_why_this_machine_refuses_a_criu(complaint: str, remedy: str) -> None:
+    """A chroot in a folder that is no mount point lacks no capability; the doctor says so, too."""
+    commands = 'works_in() { why="$0"; false; }; criu=(criu); (refuse) 2>&1 || echo "$?"'
+    said = install_criu(commands.replace("$0", f"is 4.2 but \\`criu check\\` fails: Error ({complaint}"))
+    assert remedy in said.stdout and said.stdout.split()[-1] == "3"
+    assert ("mount --bind" in said.stdout) == (remedy == "mount --bind")
+
+
+def test_the_doctor_knows_a_root_that_is_no_mount_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRIU names a mount that has no parent, and not why."""
+    binary = fake_criu(tmp_path, "4.2", "mount.c:381): mnt: No parent found for mountpoint 71 (@./proc)")
+    monkeypatch.setenv("CRCLI_CRIU", str(binary))
+    (refused,) = (check for check in doctor_of_criu._criu() if check.name == "criu-check")
+    assert "mount --bind" in refused.remedy
 
 
 def test_lists_past_their_date_are_taken_when_nothing_newer_helps() -> None:

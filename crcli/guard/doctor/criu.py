@@ -101,6 +101,8 @@ def _what_criu_says(command: list[str]) -> Iterator[Check]:
     last = text.splitlines()[-1] if text else f"`criu check` ended with {said.returncode}"
     if said.returncode != 0:
         remedy = "what CRIU names is missing in this kernel, or not allowed here"
+        if "No parent found for mountpoint" in text:
+            remedy = "this root (a chroot) is no mount point: mount --bind FOLDER FOLDER before chroot FOLDER"
         yield lacks("criu-check", last, remedy, output=text)
         return  # what it says of single features would mislead
     yield passed("criu-check", last, output=text)
