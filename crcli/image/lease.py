@@ -21,6 +21,13 @@ created waits SETTLE_S and looks whether its words are still there, and who need
 the creation takes it as failed, for another may have looked meanwhile. (Fischer's algorithm; it needs a store
 that shows what was written before a read began.) A renewal that finds another's words in its object has lost.
 
+**Copies of a running virtual machine** have the holder twice, with the same nonce, pid and boot, and
+nothing that it could read tells it so. What each writes differs, though, in its time: a holder that finds
+words in its object which it has not written itself has lost, whosever nonce they bear. So at most one of
+them holds the lease once each has begun its next renewal. A claimer on a copy may see the holder ended
+there while another copy of it lives: that one finds the greater number with its next renewal, as after
+`lease break`.
+
 **What it cannot do.** A host whose clocks stood still too (a paused virtual machine) learns of it with its
 next renewal, of which there are RENEWALS in `ttl_s`. The number only grows: a job that hands it to its own
 storage, which refuses smaller ones, is protected there as well.
@@ -67,6 +74,9 @@ RELEASE_S = 10.0
 """How long giving a name back may take (seconds): who does that has ended otherwise, and is waited for."""
 
 _KEPT_S = 3600.0
+_WORDS_KEPT = 4096
+"""So many of the last words that it wrote a holder knows again: more than may be on their way."""
+
 _IN_FLIGHT = 4
 """Renewals under way at once: one connection that hangs does not let the lease lapse."""
 
@@ -106,6 +116,7 @@ class Lease:
             "since": time.time(),
             "ttl_s": ttl_s,
         }
+        self._written: dict[int, None] = {}  # hashes of what we wrote
         self._covered: list[dict[str, int]] = []
         self._beats = 0
         self._changed = threading.Condition()
@@ -237,7 +248,12 @@ class Lease:
     def _text(self, **more: Any) -> bytes:
         self._beats += 1
         words = {**self._words, "covers": self._covered, "renewed": time.time(), "beat": self._beats, **more}
-        return json.dumps(words).encode()
+        text = json.dumps(words).encode()
+        with self._changed:
+            self._written[hash(text)] = None
+            if len(self._written) > _WORDS_KEPT:
+                del self._written[next(iter(self._written))]
+        return text
 
     # It is renewed, or claimed again.
 
@@ -324,7 +340,8 @@ class Lease:
         return later is not None and not self._wrote(later)
 
     def _wrote(self, claim: Claim) -> bool:
-        return claim.nonce == self.nonce
+        with self._changed:
+            return hash(claim.text) in self._written
 
     def _lose(self) -> None:
         with self._changed:

@@ -439,6 +439,24 @@ def test_a_renewal_that_takes_too_long_does_not_count(tmp_path: Path) -> None:
     assert (lease.good_until, lease.state) == (before, LeaseState.LAPSED)
 
 
+@pytest.mark.parametrize("how", ["renewal", "claim"])
+def test_of_two_copies_of_a_holder_one_has_lost(tmp_path: Path, how: str) -> None:
+    """A virtual machine was copied while it ran: both holders have one nonce, and what one writes is not
+    the other's."""
+    store = open_store(f"file://{tmp_path}/store")
+    lease = Lease.claim(store, "job", "a test", ttl_s=30)
+    copied = Lease(store, "job", "a test", 30)
+    copied._words, copied._written = lease._words, dict(lease._written)
+    copied._beats, copied.number, copied.good_until = lease._beats, lease.number, lease.good_until
+    if how == "claim":
+        lease.good_until = copied.good_until = 0.0
+    for _ in range(2):
+        lease._renew_or_claim()
+        copied._renew_or_claim()
+    assert lease.nonce == copied.nonce
+    assert (lease.state, copied.state) == (LeaseState.HELD, LeaseState.LOST)
+
+
 @pytest.mark.parametrize("has_lapsed", [False, True], ids=["renewal", "claim"])
 def test_what_was_under_way_does_not_take_a_release_back(tmp_path: Path, has_lapsed: bool) -> None:
     """The name is free once it was let go, though a slow store writes an earlier renewal after that, or a
