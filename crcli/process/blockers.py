@@ -57,8 +57,11 @@ DUMPABLE_PROTOCOLS = frozenset(
 )
 """The protocols that CRIU takes (sockets.c, sk-inet.c), by crcli's or the kernel's name; empty: not known."""
 
-SHAREABLE_NAMESPACES = frozenset(("mnt", "net"))
-"""The namespaces that a child may have for itself, provided that the root has left crcli's (CLONE_SUBNS)."""
+SHAREABLE_NAMESPACES = frozenset(("net",))
+"""The namespaces that a child may have for itself, provided that the root has left crcli's (CLONE_SUBNS).
+
+Those of mounts are not: CRIU works inside the root's, wherever that is another than ours.
+"""
 
 
 def _anon_or_mapped(evidence: Evidence, name: str, path: str) -> list[Held]:
@@ -333,7 +336,7 @@ def capabilities(evidence: Evidence) -> Iterator[Finding]:
 def lacking_for(evidence: Evidence, process: Process) -> int:
     """Return, as bits, which capabilities a restore of this process needs and crcli does not have."""
     viewer, theirs = evidence.viewer, process.capabilities
-    if "user" in evidence.own_namespaces:
+    if _in_user_namespace(evidence, process):
         return 0
     needed = theirs.permitted | theirs.inheritable | theirs.effective | theirs.ambient
     if set(process.uids) != set(viewer.uids):
@@ -343,6 +346,13 @@ def lacking_for(evidence: Evidence, process: Process) -> int:
     if not process.no_new_privs and theirs.bounding != all_capabilities():
         needed |= 1 << CAP_SETPCAP
     return needed & ~viewer.capabilities.permitted
+
+
+def _in_user_namespace(evidence: Evidence, process: Process) -> bool:
+    """Whether what a process may is so in a user namespace only: it is refused, but not for that."""
+    return "user" in evidence.own_namespaces or any(
+        foreign.pid == process.pid and foreign.name == "user" for foreign in evidence.foreign_namespaces
+    )
 
 
 def user_namespace(evidence: Evidence) -> Iterator[Finding]:
@@ -739,6 +749,9 @@ def leader_exited(evidence: Evidence) -> Iterator[Finding]:
 
 
 BLOCKERS: tuple[Check, ...] = (
+    user_namespace,  # first: what else is found of a sandbox follows from it, and its remedy would not help
+    mount_namespace,
+    nested_namespaces,
     io_uring,
     userfaultfd,
     perf_event,
@@ -771,9 +784,6 @@ BLOCKERS: tuple[Check, ...] = (
     deadline_scheduling,
     seccomp_of_others,
     capabilities,
-    user_namespace,
-    mount_namespace,
-    nested_namespaces,
     threads_apart,
     memory_in_common,
     session_outside_pid_namespace,

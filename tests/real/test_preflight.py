@@ -314,19 +314,32 @@ def test_sysv_memory_blocks_only_outside_an_ipc_namespace() -> None:
     assert "sysv-shm" not in found and "ipc" in found["namespaces"].evidence["namespaces"]
 
 
-@pytest.mark.parametrize("kind", ["net", "ipc", "uts", "mount", "user"])
+WITH_SANDBOX = """
+    import subprocess, sys, time
+    child = subprocess.Popen(["unshare", "--{kind}", "sleep", "600"])
+    while open(f"/proc/{{child.pid}}/comm").read() != "sleep\\n" and child.poll() is None:
+        time.sleep(0.01)
+    print(f"errno={{child.poll() or 0}}")
+    """
+
+
+@pytest.mark.parametrize("kind", ["net", "ipc", "uts", "mount", "user", "map-root-user"])
 def test_a_child_in_its_own_namespace_blocks(kind: str) -> None:
-    """A sandboxed child would be lost: CRIU does not even notice one in its own network namespace."""
-    code = f"""
-        import subprocess, sys, time
-        child = subprocess.Popen(["unshare", "--{kind}", "sleep", "600"])
-        while open(f"/proc/{{child.pid}}/comm").read() != "sleep\\n" and child.poll() is None:
-            time.sleep(0.01)
-        print(f"errno={{child.poll() or 0}}")
-        """
-    with spawn_python(then_wait(code)) as program:
+    """A sandboxed child would be lost: CRIU does not even notice one in its own network namespace.
+
+    What it may do in a user namespace, as root there, is nothing that crcli would have to have.
+    """
+    with spawn_python(then_wait(WITH_SANDBOX.format(kind=kind))) as program:
         needs(program)
         assert_blocked(findings(program.pid), "namespace-nested")
+
+
+def test_a_child_with_mounts_of_its_own_blocks_below_another_such() -> None:
+    """CRIU works inside the root's mount namespace, where the child's is a second: as below `crcli run`."""
+    code = WITH_SANDBOX.format(kind="mount")
+    with spawn_python(then_wait(code), before=("unshare", "--mount")) as program:
+        needs(program)
+        assert findings(program.pid)["namespace-nested"].severity is Severity.BLOCKER
 
 
 def test_a_tree_in_its_own_network_namespace_is_not_refused() -> None:
