@@ -382,9 +382,9 @@ class _Run:
     def _start(self) -> _Running:
         own_namespace = self._namespace() is PidNamespace.NEW
         told = {"CRCLI_JOB": self.options.name, "CRCLI_LEASE_FILE": self.lease_file.path}
-        environment = {**os.environ, **told}
+        environment = {**os.environ, **told, "GODEBUG": _without_mptcp(os.environ.get("GODEBUG", ""))}
         if self.options.baseline is not None:
-            environment |= environment_for(self.options.baseline)
+            environment |= environment_for(self.options.baseline, environment)
         start = partial(start_job, self.options.command, environment, self.handling)
         try:
             job = start(own_namespace)
@@ -660,6 +660,16 @@ def _told_when_slow(tell: Callable[[Event], None], what: Event) -> Iterator[None
         yield
     finally:
         timer.cancel()
+
+
+def _without_mptcp(settings: str) -> str:
+    """Go's settings, with which servers listen as they did before Go 1.24: CRIU cannot save MPTCP's sockets.
+
+    Who has settled it in the environment already keeps what stands there.
+    """
+    if "multipathtcp=" in settings:
+        return settings
+    return ",".join(filter(None, (settings, "multipathtcp=0")))
 
 
 def _may_unshare() -> bool:

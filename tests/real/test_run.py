@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
@@ -42,6 +43,38 @@ def test_a_job_writes_and_ends_as_without_us(crcli: Crcli, tmp_path: Path) -> No
     assert done.out == "out\n"
     assert "err\n" in done.err
     assert done.report["end"] == "ended" and done.report["begun"] == "fresh"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, "multipathtcp=0"),
+        ("gctrace=0", "gctrace=0,multipathtcp=0"),
+        ("multipathtcp=2,gctrace=0", "multipathtcp=2,gctrace=0"),
+    ],
+)
+def test_a_go_server_listens_so_that_it_can_be_saved(
+    before: str | None, after: str, crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Go listens with MPTCP, which CRIU cannot save, unless it is told otherwise; who has told it decides."""
+    if before is None:
+        monkeypatch.delenv("GODEBUG", raising=False)
+    else:
+        monkeypatch.setenv("GODEBUG", before)
+    done = to_the_end(crcli, tmp_path / "1", *SHELL, 'echo "$GODEBUG"')
+    assert done.out == f"{after}\n"
+
+
+def test_tunables_stay_in_force_beside_a_baseline(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is started for the CPUs of a fleet keeps what else it was to be started with."""
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
+    fleet = tmp_path / "fleet.json"
+    host = {"name": "old", "machine": "x86_64", "cpu_model": "old", "cpu_flags": ["sse2"]}
+    fleet.write_text(json.dumps({"host": host}))
+    done = to_the_end(crcli, tmp_path / "1", "--cpu-baseline", str(fleet), *SHELL, 'echo "$GLIBC_TUNABLES"')
+    assert done.out.startswith("glibc.malloc.arena_max=2:glibc.cpu.hwcaps=-")
 
 
 def test_output_and_errors_in_one_stay_in_order(crcli: Crcli, tmp_path: Path) -> None:
