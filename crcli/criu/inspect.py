@@ -136,6 +136,22 @@ def unix_names(images: ImageFolder) -> list[str]:
     return sorted(found)
 
 
+def joined_inside(images: ImageFolder) -> set[str]:
+    """What the tree has both ends of, by CRIU's names: unix sockets with their peers, and pipes."""
+    entries = read_files(images).entries
+    peers = {
+        entry.usk.ino: entry.usk.peer
+        for entry in entries
+        if entry.type == messages.fd_types.UNIXSK and not entry.usk.uflags & _OUTSIDE_SOCKET
+    }
+    ends: dict[int, set[int]] = {}
+    for entry in entries:
+        if entry.type == messages.fd_types.PIPE:
+            ends.setdefault(entry.pipe.pipe_id, set()).add(entry.pipe.flags & os.O_ACCMODE)
+    sockets = {f"unix[{inode}]" for inode, peer in peers.items() if peer in peers}
+    return sockets | {f"pipe:[{pipe}]" for pipe, modes in ends.items() if modes >= {os.O_RDONLY, os.O_WRONLY}}
+
+
 def cpu_words(images: ImageFolder) -> tuple[int, ...]:
     """The words in which CRIU describes the CPU of the dump (x86; empty elsewhere, or if it wrote none)."""
     if "cpuinfo.img" not in images.names():

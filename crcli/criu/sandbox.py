@@ -38,7 +38,7 @@ class Order(Struct, frozen=True):
 
     Writes below an overlaid folder land in the sandbox, so that a socket or temporary file that CRIU makes
     or removes there never touches the real one; the sockets `keep` stay the real ones. `stand_ins`
-    says of each external object what CRIU is to put in its place: a "terminal", or something "null".
+    says of each external object what CRIU is to put in its place: a "terminal" or a "socket".
     """
 
     overlays: tuple[str, ...] = ()
@@ -261,8 +261,10 @@ def dodge_pids(taken: Sequence[int]) -> None:
 
 def _stand_in(kind: str) -> int:
     """A descriptor to put in the place of an external object."""
-    if kind != "terminal":
-        return os.open("/dev/null", os.O_RDWR)
+    if kind == "socket":  # and nothing simpler: an event loop may wait for it
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        return ours.detach()
     master, slave = os.openpty()
     os.set_inheritable(master, True)  # must outlive us: a terminal without its other side is hung up
     return slave

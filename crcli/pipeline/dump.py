@@ -19,6 +19,7 @@ import crcli
 from crcli import kernel
 from crcli.criu import kerndat, messages, netlock
 from crcli.criu.images import read_tree, rename_link_remaps, rename_sockets, run_id
+from crcli.criu.inspect import joined_inside
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
 from crcli.criu.options import LOG_NAME, PARENT_LINK, dump_options
@@ -312,6 +313,7 @@ class _Dump:
         """What was found otherwise than by looking at the tree, or is not to be seen of it any more."""
         self.aio: aio.Rings | None = None
         self.links = Links(target.evidence.root.pid)
+        self.outside = target.links
         self.frozen = FrozenTree(target.evidence.root)
         self.looked_at = time.monotonic()
         """When it was seen what the plan is made for."""
@@ -834,8 +836,11 @@ class _Dump:
         self.watch.add("take", time.monotonic() - self.frozen_at)
         self.tell("dump_frozen")
         evidence = self.target.evidence
+        if self.outside:  # when we looked, another end may have been on its way, or with a child just born
+            inside = joined_inside(self.images)
+            self.outside = tuple(link for link in self.outside if link.key not in inside)
         if evidence.reopened_terminals or evidence.outside_terminals:
-            settle_terminals(self.images, evidence.root.identity, self.target.links)
+            settle_terminals(self.images, evidence.root.identity, self.outside)
         if renamed := evidence.renamed_sockets:
             rename_sockets(self.images, {one.socket.socket.inode: one.path for one in renamed})
         if self.stays:
@@ -879,8 +884,8 @@ class _Dump:
         if self.sandbox is None:
             return
         with self.watch.phase("trial"):
-            plan, links, kept = self.target.plan, self.target.links, self.intake.kept
-            try_skeleton(self.sandbox, self.trial, self.images, kept, plan, links)
+            plan, kept = self.target.plan, self.intake.kept
+            try_skeleton(self.sandbox, self.trial, self.images, kept, plan, self.outside)
 
     def _end_trial(self) -> None:
         """End what the trial has restored, which has open what the tree has: a program that it is writing
@@ -1010,7 +1015,7 @@ class _Dump:
                 "shell_job": self.target.plan.shell_job,
                 "manage_cgroups": self.target.plan.manage_cgroups,
             },
-            "links": [link.as_json() for link in self.target.links],
+            "links": [link.as_json() for link in self.outside],
             "run_id": self.run_id,
             "own_packs": self.writer.own_packs(),
             "counts": asdict(counts),

@@ -128,7 +128,7 @@ def try_skeleton(
 
 
 def _stand_in(link: OutsideLink) -> str:
-    return "terminal" if link.kind == "terminal" else "null"
+    return "terminal" if link.kind == "terminal" else "socket"
 
 
 def _lay_out_kept(trial: Workspace, kept: Mapping[SpaceKey, list[tuple[int, bytes]]]) -> None:

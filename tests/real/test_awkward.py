@@ -45,6 +45,10 @@ def apart(flags):
     done = threading.Event()
     threading.Thread(target=lambda: (call(272, flags), done.set(), time.sleep(600)), daemon=True).start()
     done.wait()
+def peek_at_descriptor(box):
+    '''The descriptor in a message that nobody has taken yet.'''
+    (rights,) = box.recvmsg(100, socket.CMSG_SPACE(4), socket.MSG_PEEK)[1]
+    return struct.unpack("i", rights[2])[0]
 def leave_tree(work):
     '''Run work() in a process that nobody in the tree is the parent of.'''
     reader, writer = os.pipe()
@@ -418,6 +422,38 @@ WHOLE = {
             return os.sched_getaffinity(0), os.sched_getaffinity(ids[0]), call(252, 1, ids[0]), slack
         """,
         ("cpu-affinity", "thread-settings"),
+    ),
+    "a connection whose other end is on its way in a message": Whole(
+        """
+        one, other = socket.socketpair()
+        messenger, box = socket.socketpair()
+        socket.send_fds(messenger, [b"take it"], [other.fileno()])
+        other.close()
+        epoll = select.epoll()
+        epoll.register(one)
+        one.setblocking(False)
+        def state():
+            fd = peek_at_descriptor(box)
+            os.write(fd, b"hello"), os.close(fd)
+            return one.recv(100)
+        """,
+    ),
+    "a pipe that a daemon has as well, with its other end on its way": Whole(
+        """
+        reader, writer = os.pipe()
+        messenger, box = socket.socketpair()
+        socket.send_fds(messenger, [b"take it"], [reader])
+        leave_tree(lambda: None)
+        os.close(reader)
+        def state():
+            fd = peek_at_descriptor(box)
+            os.write(writer, b"hello")
+            time.sleep(0.3)  # nobody else may take it
+            found = os.read(fd, 100)
+            os.close(fd)
+            return found
+        """,
+        ("pipe-outside",),
     ),
     "what a core dump holds": Whole(
         """

@@ -382,6 +382,33 @@ def test_a_unix_connection_to_a_service_outside_is_made_again(crcli: Crcli, tmp_
             second.close()
 
 
+def test_a_unix_connection_that_an_event_loop_waits_for(crcli: Crcli, tmp_path: Path) -> None:
+    """An event loop with a connection to a service outside goes on, and has another connection to it."""
+    path = str(tmp_path / "service")
+    with socket.socket(socket.AF_UNIX) as service:
+        service.bind(path)
+        service.listen()
+        service.settimeout(10)
+        code = f"""
+            import asyncio
+            async def talk():
+                reader, writer = await asyncio.open_unix_connection({path!r})
+                print("ready")
+                while line := await reader.readline():
+                    writer.write(line)
+            asyncio.run(talk())
+            """
+        with spawn_python(code) as program:
+            first = service.accept()[0]
+            image = crcli.dump(program.pid)["image"]
+            first.close()
+            crcli.restore(image)
+            with service.accept()[0] as second:
+                second.settimeout(10)
+                second.sendall(b"here\n")
+                assert second.recv(100) == b"here\n"
+
+
 @contextmanager
 def unix_client(path: Path) -> Iterator[socket.socket]:
     """A connection to a unix socket."""
