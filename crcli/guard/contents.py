@@ -28,7 +28,7 @@ KEPT_NOTES = 4096
 _NAME = "file-contents"
 _BLOCK = 1 << 20
 _SETTLED_NS = 2_000_000_000
-_NOTE_BYTES = 1 << 20
+_NOTE_BYTES = 1 << 14
 _MAGIC = b"\x7fELF"
 _PROGRAM_NOTE, _BUILD_ID = 4, 3
 
@@ -46,7 +46,7 @@ class Contents:
 
     def build_id(self, path: str) -> str:
         """The file's build-id in hexadecimal, empty when it has none. Raises OSError."""
-        return self.noted(path, "id", read_build_id)
+        return self.noted(path, "gnu", read_build_id)
 
     def digest(self, path: str, deadline: float | None = None) -> str:
         """The hash of the file's bytes in hexadecimal.
@@ -162,7 +162,10 @@ def hash_of(fd: int, size: int | None = None, deadline: float | None = None) -> 
 
 
 def read_build_id(fd: int) -> str:
-    """Return the GNU build-id of an ELF file in hexadecimal; empty for a file without one."""
+    """Return the GNU build-id of an ELF file in hexadecimal; empty for a file without one.
+
+    Notes are read on beyond the end of their segment, as CRIU does: Go's linker leaves this one right behind.
+    """
     head = os.pread(fd, 4096, 0)
     if len(head) < 64 or head[:4] != _MAGIC or head[4] not in (1, 2) or head[5] != 1:
         return ""
@@ -175,15 +178,12 @@ def read_build_id(fd: int) -> str:
     headers = os.pread(fd, entry_size * count, table)
     for at in range(0, len(headers) - (55 if wide else 31), max(1, entry_size)):
         if struct.unpack_from("<I", headers, at)[0] == _PROGRAM_NOTE:
-            offset, size = (
-                (struct.unpack_from("<Q", headers, at + 8)[0], struct.unpack_from("<Q", headers, at + 32)[0])
+            (offset,) = (
+                struct.unpack_from("<Q", headers, at + 8)
                 if wide
-                else (
-                    struct.unpack_from("<I", headers, at + 4)[0],
-                    *struct.unpack_from("<I", headers, at + 16),
-                )
+                else struct.unpack_from("<I", headers, at + 4)
             )
-            if found := _build_id_among(os.pread(fd, min(size, _NOTE_BYTES), offset)):
+            if found := _build_id_among(os.pread(fd, _NOTE_BYTES, offset)):
                 return found
     return ""
 
