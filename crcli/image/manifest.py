@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, pack_container, unpack_container
-from crcli.image.head import read_head
+from crcli.image.head import check_head, read_head
 from crcli.image.names import IMAGES, ImageRef, image_at, manifest_key
 from crcli.image.newest import newest_in
 from crcli.image.tables import (
@@ -117,8 +117,8 @@ class Manifest(Struct, frozen=True):
     """Pages that are found in the files of `weights`."""
 
     def encode(self) -> bytes:
-        """Return the manifest object."""
-        head = {
+        """Return the manifest object. Raises ImageDamaged where its head is none that could be read again."""
+        head: dict[str, Any] = {
             "name": self.name,
             "id": self.id,
             "skeleton": [file.as_json() for file in self.skeleton],
@@ -129,6 +129,7 @@ class Manifest(Struct, frozen=True):
         if self.references:
             head["weights"] = [asdict(file) for file in self.weights]
             sections["WREF"], sections["WPCE"] = write_references(self.references)
+        check_head(head, f"{self.name}@{self.id}")
         table, extents = write_spaces(self.spaces)
         return pack_container(
             ContainerKind.MANIFEST,
