@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcli.errors import ImageDamaged, NotFound
 from crcli.image.container import ContainerKind, pack_container, unpack_container
-from crcli.image.head import check_head, read_head
+from crcli.image.head import read_head
 from crcli.image.names import IMAGES, ImageRef, image_at, manifest_key
 from crcli.image.newest import newest_in
 from crcli.image.tables import (
@@ -118,7 +118,7 @@ class Manifest(Struct, frozen=True):
 
     def encode(self) -> bytes:
         """Return the manifest object. Raises ImageDamaged where its head is none that could be read again."""
-        head: dict[str, Any] = {
+        head = {
             "name": self.name,
             "id": self.id,
             "skeleton": [file.as_json() for file in self.skeleton],
@@ -129,12 +129,13 @@ class Manifest(Struct, frozen=True):
         if self.references:
             head["weights"] = [asdict(file) for file in self.weights]
             sections["WREF"], sections["WPCE"] = write_references(self.references)
-        check_head(head, f"{self.name}@{self.id}")
+        meta = json.dumps(head, separators=(",", ":")).encode()
+        read_head(meta, f"{self.name}@{self.id}")
         table, extents = write_spaces(self.spaces)
         return pack_container(
             ContainerKind.MANIFEST,
             {
-                "META": json.dumps(head, separators=(",", ":")).encode(),
+                "META": meta,
                 "PACK": write_packs(self.packs),
                 "CHNK": write_chunks(self.chunks),
                 "SPCE": table,

@@ -416,7 +416,7 @@ def test_an_odd_image_hides_no_other_in_the_cache(remote: Remote) -> None:
     for number, counts in enumerate(([], {"total": "much"}, {"total": 1e999})):
         image_id = f"20260101T00000000{number}-abcdef"
         forged = replace(manifest, id=image_id, meta={**manifest.meta, "counts": counts})
-        with patch.object(manifests, "check_head"):
+        with patch.object(manifests, "read_head"):
             publish(remote.files, forged)
         with pytest.raises(ImageDamaged):
             forged.encode()
