@@ -38,7 +38,7 @@ class Outrun(DumpFailed):
             name,
             f"{failure.message}, {why}",
             {"frozen_ms": report.frozen_ms},
-            "dumps it again, with packets held back, and frozen for as long as the trial takes",
+            "dumps it again, with packets held back, and frozen until reads, writes and the trial are over",
         )
 
     def alone(self) -> Outrun:

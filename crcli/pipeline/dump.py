@@ -797,12 +797,15 @@ class _Dump:
         if any(mapping.path == aio.NAME for mapping in evidence.mappings):
             tree = scan_tree(evidence.root.identity)
             self.aio = aio.Rings(process.pid for process in tree.living)
-            if not self.aio.settle(_AIO_S):
+            if not self.aio.settle(_AIO_S, aio.LONG_QUIET_S if self.is_careful else aio.QUIET_S):
                 raise _aio_under_way(f"after {_AIO_S:g} s")
 
     def _see_that_aio_was_over(self) -> None:
         if self.aio is not None and self.aio.have_moved():
-            raise _aio_under_way("while its memory was taken")
+            failure = _aio_under_way("while its memory was taken")
+            if self.is_careful:
+                raise failure
+            raise self._outrun("aio-again", failure, "which may have changed it")
 
     def _on_answered(self, script: str) -> None:
         """CRIU works on. While it looks at the tree that it has frozen, nobody wants our processor; while it

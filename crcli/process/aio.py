@@ -24,8 +24,9 @@ NAME = "/[aio]"
 _TAIL = struct.Struct("=12xI")
 """struct aio_ring of the kernel, as far as to the place of the next end that it notes."""
 
-_QUIET_S = 0.02
-"""When nothing has ended for so long (seconds), nothing is under way: a disk answers sooner."""
+QUIET_S, LONG_QUIET_S = 0.02, 0.3
+"""When nothing has ended for so long (seconds), nothing is under way: a disk answers sooner, and one that is
+kept busy, or is far away, sooner than the second."""
 
 _STEP_S = 0.001
 
@@ -37,11 +38,11 @@ class Rings:
         self._places = [place for pid in pids for place in _places(pid)]
         self._seen = self._tails()
 
-    def settle(self, limit_s: float) -> bool:
-        """Wait until nothing ends any more, so long at most (seconds); say whether that came."""
+    def settle(self, limit_s: float, quiet_s: float = QUIET_S) -> bool:
+        """Wait until nothing has ended for `quiet_s`, but not beyond `limit_s`; say whether that came."""
         end = time.monotonic() + limit_s
         since = time.monotonic()
-        while self._places and time.monotonic() < since + _QUIET_S:
+        while self._places and time.monotonic() < since + quiet_s:
             time.sleep(_STEP_S)
             if self.have_moved():
                 self._seen = self._tails()

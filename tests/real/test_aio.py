@@ -53,8 +53,8 @@ for number in itertools.count():
 WAITS = (
     BEGIN
     + """
-fifo = os.open(PATH, os.O_RDONLY | os.O_NONBLOCK)
-begin(5, fifo, 1, 0, 0)  # until it can be read
+for path in PATHS:
+    begin(5, os.open(path, os.O_RDONLY | os.O_NONBLOCK), 1, 0, 0)  # until it can be read
 for number in itertools.count():
     print(number, "0" * 16)
     if not number:
@@ -76,24 +76,34 @@ def test_reads_that_are_under_way_are_not_lost(crcli: Crcli, tmp_path: Path) -> 
             assert_goes_on(program)
 
 
-def test_what_ends_too_late_is_no_image(
-    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What does not end while it is waited for, but while the memory is taken, may have changed it: there is
-    no image, and the program runs on."""
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
+@pytest.mark.parametrize("ends", [1, 2])
+def test_what_ends_too_late(crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: int) -> None:
+    """What does not end while it is waited for, but while the memory is taken, may have changed it: the tree
+    is dumped again; and if that happens again, there is no image, and it runs on."""
+    fifos = [str(tmp_path / f"fifo-{number}") for number in range(ends)]
+    for fifo in fifos:
+        os.mkfifo(fifo)
     code = f"""
         from crcli.plugins import hookimpl
 
+        left = {fifos!r}
+
         @hookimpl
         def crcli_dump_frozen(target):
-            open({str(fifo)!r}, "wb").write(b"x")
+            if left:
+                open(left.pop(), "wb").write(b"x")
         """
     install_plugin(tmp_path / "site", "ender", code, monkeypatch)
-    for how in ((), ("--leave-running",)):
-        with spawn_python(WAITS.replace("PATH", repr(str(fifo)))) as program:
-            error = crcli.dump(program.pid, *how, code=11)["error"]
-            assert "libaio" in error["message"] and error["state"] == "running"
+    for options in (["--leave-running"], []):
+        with spawn_python(WAITS.replace("PATHS", repr(fifos))) as program:
+            if ends == 1:
+                report = crcli.dump(program.pid, *options)
+                assert "aio-again" in {finding["name"] for finding in report["findings"]}
+                if not options:
+                    crcli.restore(report["image"])
+            else:
+                error = crcli.dump(program.pid, *options, code=11)["error"]
+                assert "libaio" in error["message"] and error["state"] == "running"
             assert_goes_on(program)
-    assert crcli.run("ls", "--store", crcli.store, "--json").json["images"] == []
+    images = crcli.run("ls", "--store", crcli.store, "--json").json["images"]
+    assert len(images) == (2 if ends == 1 else 0)
