@@ -357,11 +357,9 @@ def test_a_unix_client_outside_sees_its_connection_closed(crcli: Crcli, tmp_path
 def test_a_unix_connection_to_a_service_outside_is_made_again(crcli: Crcli, tmp_path: Path) -> None:
     """A client of a unix service outside finds itself connected to the same path after the restore."""
     path = str(tmp_path / "service")
-    with socket.socket(socket.AF_UNIX) as service:
-        service.bind(path)
-        service.listen()
-        service.settimeout(10)
-        with spawn_python(
+    with (
+        unix_service(path) as service,
+        spawn_python(
             f"""
             import socket, time
             peer = socket.socket(socket.AF_UNIX)
@@ -371,24 +369,22 @@ def test_a_unix_connection_to_a_service_outside_is_made_again(crcli: Crcli, tmp_
                 peer.sendall(b"%d\\n" % number)
                 time.sleep(0.01)
             """
-        ) as program:
-            first = service.accept()[0]
-            image = crcli.dump(program.pid)["image"]
-            first.close()
-            crcli.restore(image)
-            second = service.accept()[0]
-            second.settimeout(10)
-            assert int(second.makefile("rb").readline()) > 0
-            second.close()
+        ) as program,
+    ):
+        first = service.accept()[0]
+        image = crcli.dump(program.pid)["image"]
+        first.close()
+        crcli.restore(image)
+        second = service.accept()[0]
+        second.settimeout(10)
+        assert int(second.makefile("rb").readline()) > 0
+        second.close()
 
 
 def test_a_unix_connection_that_an_event_loop_waits_for(crcli: Crcli, tmp_path: Path) -> None:
     """An event loop with a connection to a service outside goes on, and has another connection to it."""
     path = str(tmp_path / "service")
-    with socket.socket(socket.AF_UNIX) as service:
-        service.bind(path)
-        service.listen()
-        service.settimeout(10)
+    with unix_service(path) as service:
         code = f"""
             import asyncio
             async def talk():
@@ -407,6 +403,16 @@ def test_a_unix_connection_that_an_event_loop_waits_for(crcli: Crcli, tmp_path: 
                 second.settimeout(10)
                 second.sendall(b"here\n")
                 assert second.recv(100) == b"here\n"
+
+
+@contextmanager
+def unix_service(path: str) -> Iterator[socket.socket]:
+    """What listens at a unix socket."""
+    with socket.socket(socket.AF_UNIX) as service:
+        service.bind(path)
+        service.listen()
+        service.settimeout(10)
+        yield service
 
 
 @contextmanager
