@@ -231,12 +231,18 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: noter\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[crcli.plugins]\nnoter = noter\n")
     code = f"""
-        import json, os
+        import json, time
         from crcli.plugins import hookimpl
 
+        def state(pid):
+            for _ in range(1000):  # on a busy machine one may not have come to where it waits for CRIU
+                if (state := open(f"/proc/{{pid}}/stat").read().split()[2]) != "R":
+                    break
+                time.sleep(0.001)
+            return state
+
         def note(hook, target):
-            here = target.host_pids.values()
-            states = {{pid: open(f"/proc/{{pid}}/stat").read().split()[2] for pid in here}}
+            states = {{pid: state(pid) for pid in target.host_pids.values()}}
             with open({str(said)!r}, "a") as file:
                 file.write(json.dumps([hook, target.host_pids, states]) + "\\n")
 

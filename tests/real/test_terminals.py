@@ -380,6 +380,7 @@ def test_a_number_that_is_taken_at_the_last_moment_is_given_up(crcli: Crcli, tmp
             use_jobs(one)
 
 
+@pytest.mark.alone  # terminals that other tests give back are none of the forty
 def test_a_number_that_is_taken_again_and_again_is_named(crcli: Crcli, tmp_path: Path) -> None:
     """After a few tries the restore ends with what stood in its way, and nothing is left running."""
     with agent(tmp_path, "dash -i") as one:
