@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import struct
@@ -10,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from crcli import kernel
+from crcli.process.identity import read_proc
 from crcli.process.maps import areas
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ class Machine(NamedTuple):
 
     registers: int
     number: int
-    arguments: tuple[int, int, int, int]
+    arguments: tuple[int, int, int, int, int, int]
     result: int
     instruction_pointer: int
     stack_pointer: int
@@ -31,13 +33,54 @@ class Machine(NamedTuple):
     nr_fcntl: int
     nr_ptrace: int
     nr_munmap: int
+    nr_mmap: int
+    nr_dup3: int
+    nr_epoll_create1: int
+    waits: tuple[int, ...]
+    """epoll_wait, epoll_pwait and epoll_pwait2: what ptrace interrupts, and nothing begins again."""
     instruction: bytes
 
 
 MACHINES = {
-    "x86_64": Machine(27, 10, (14, 13, 12, 7), 10, 16, 19, 15, 3, 72, 101, 11, b"\x0f\x05"),
-    "aarch64": Machine(34, 8, (0, 1, 2, 3), 0, 32, 31, None, 57, 25, 117, 215, b"\x01\x00\x00\xd4"),
+    "x86_64": Machine(
+        27,
+        10,
+        (14, 13, 12, 7, 9, 8),
+        10,
+        16,
+        19,
+        15,
+        3,
+        72,
+        101,
+        11,
+        9,
+        292,
+        291,
+        (232, 281, 441),
+        b"\x0f\x05",
+    ),
+    "aarch64": Machine(
+        34,
+        8,
+        (0, 1, 2, 3, 4, 5),
+        0,
+        32,
+        31,
+        None,
+        57,
+        25,
+        117,
+        215,
+        222,
+        24,
+        20,
+        (22, 441),
+        b"\x01\x00\x00\xd4",
+    ),
 }
+
+_INTERRUPTED = (1 << 64) - errno.EINTR
 
 _AT_SYSTEM_CALL = signal.SIGTRAP | 0x80
 _ALL_SIGNALS = (1 << 64) - 1
@@ -119,6 +162,16 @@ class Puppet:
         self._see_that_it_stands()
         kernel.go_on(self.tid, 0)
         self._wait()
+
+    def make_again(self) -> None:
+        """Have a wait for events that was interrupted begin again, when it gets its registers."""
+        machine, registers = self.machine, list(self.registers)
+        at = machine.original_number
+        if at is not None and registers[machine.result] == _INTERRUPTED and registers[at] in machine.waits:
+            registers[machine.result] = registers[at]
+            registers[machine.instruction_pointer] -= len(machine.instruction)
+            registers[at] = (1 << 64) - 1
+            self.registers = tuple(registers)
 
     def _system_call_instruction(self) -> int:
         """The address of one in the kernel's own code that each process has mapped (vdso)."""
@@ -224,3 +277,11 @@ class Seized(Puppet):
         kernel.let_go(self.tid)
         for number in self._missed:
             os.kill(self.tid, number)
+
+
+def seized(pid: int, tid: int, limit_s: float) -> Seized:
+    """A thread of a living process, which may have seccomp filters: even these calls may be what it is killed
+    for."""
+    status = read_proc(f"/proc/{pid}/task/{tid}/status")
+    is_filtered = b"\nSeccomp:\t" in status and b"\nSeccomp:\t0" not in status
+    return Seized(tid, MACHINES[os.uname().machine], limit_s=limit_s, past_filters=is_filtered)

@@ -17,17 +17,14 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from crcli import kernel
-from crcli.criu.puppet import MACHINES, Ending, Seized
+from crcli.criu.puppet import MACHINES, Ending, seized
 from crcli.process.identity import read_proc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from crcli.criu.puppet import Machine, Puppet
+    from crcli.criu.puppet import Puppet
     from crcli.process.rings import EventRing
-
-_WAITS = {"x86_64": (232, 281, 441), "aarch64": (22, 441)}
-"""epoll_wait, epoll_pwait and epoll_pwait2."""
 
 _SLEEPS = {"x86_64": (202, 7, 271, 23, 270, 35, 230), "aarch64": (98, 73, 72, 101, 115)}
 """futex, poll, ppoll, select, pselect6, nanosleep, clock_nanosleep: nobody makes these at a ring either."""
@@ -36,7 +33,6 @@ _AT_HAND, _BEFORE, _BEHIND = 2048, 1024, 256
 """How much of its stack a thread is at work with, and how far the data of a loop reach before and behind its
 ring's descriptor (bytes)."""
 
-_INTERRUPTED = (1 << 64) - 4
 _STEP_S, _STOP_S = 0.002, 0.5
 """Between two tries, and how long a thread may take to come to stand (seconds): longer in a frozen cgroup."""
 _F_GETFD = 1
@@ -78,28 +74,27 @@ def _leave_and_exit(rings: Sequence[EventRing], until: float) -> NoReturn:
             signal.signal(number, lambda number, _: signals.append(number))
         os.setsid()
         kernel.close_all_but()
-        machine = MACHINES[os.uname().machine]
-        done = [_leave(ring, machine, lambda: bool(signals) or time.monotonic() > until) for ring in rings]
+        done = [_leave(ring, lambda: bool(signals) or time.monotonic() > until) for ring in rings]
         code = 0 if all(done) else 1
     finally:
         os._exit(code)
 
 
-def _leave(ring: EventRing, machine: Machine, is_over: Callable[[], bool]) -> bool:
-    while ring.is_there() and not _left(ring, machine):
+def _leave(ring: EventRing, is_over: Callable[[], bool]) -> bool:
+    while ring.is_there() and not _left(ring):
         if is_over():
             return False
         time.sleep(_STEP_S)
     return True
 
 
-def _left(ring: EventRing, machine: Machine) -> bool:
+def _left(ring: EventRing) -> bool:
     """Try once."""
     try:
         tids = sorted(map(int, os.listdir(f"/proc/{ring.pid}/task")))
         waiting = [tid for tid in tids if _waits_for(ring, tid)][:1]
         with ExitStack() as held:
-            puppets = [held.enter_context(_seized(ring, tid, machine)) for tid in waiting or tids]
+            puppets = [held.enter_context(seized(ring.pid, tid, _STOP_S)) for tid in waiting or tids]
             if waiting:
                 is_away = _waits_for(ring, waiting[0])
             else:
@@ -108,26 +103,16 @@ def _left(ring: EventRing, machine: Machine) -> bool:
             if is_away and ring.is_idle():
                 _take_away(ring, puppets[0])
             for puppet in puppets:
-                _make_again(puppet)
+                puppet.make_again()
             return not ring.is_there()
     except (OSError, Ending):
         return False
 
 
-def _seized(ring: EventRing, tid: int, machine: Machine) -> Seized:
-    return Seized(tid, machine, limit_s=_STOP_S, past_filters=_is_filtered(ring.pid, tid))
-
-
-def _is_filtered(pid: int, tid: int) -> bool:
-    """Whether a thread has seccomp filters: even these calls may be what it is killed for."""
-    status = read_proc(f"/proc/{pid}/task/{tid}/status")
-    return b"\nSeccomp:\t" in status and b"\nSeccomp:\t0" not in status
-
-
 def _waits_for(ring: EventRing, tid: int) -> bool:
     """Whether a thread waits for the events of the ring's loop."""
     call, first = _call_of(ring.pid, tid)
-    return call in _WAITS[os.uname().machine] and first == ring.epoll
+    return call in MACHINES[os.uname().machine].waits and first == ring.epoll
 
 
 def _call_of(pid: int, tid: int) -> tuple[int, int]:
@@ -139,8 +124,7 @@ def _call_of(pid: int, tid: int) -> tuple[int, int]:
 def _may_be_at(ring: EventRing, puppet: Puppet) -> bool:
     """Whether a thread that stands still may be at work on the ring: it has something of the loop at hand, in
     its registers or on top of its stack, and does not merely wait for something."""
-    machine = os.uname().machine
-    if _call_of(ring.pid, puppet.tid)[0] in (*_WAITS[machine], *_SLEEPS[machine]):
+    if _call_of(ring.pid, puppet.tid)[0] in (*puppet.machine.waits, *_SLEEPS[os.uname().machine]):
         return False
     top = os.pread(puppet.memory, _AT_HAND, puppet.registers[puppet.machine.stack_pointer])
     words = (*puppet.registers, *memoryview(top[: len(top) // 8 * 8]).cast("Q"))
@@ -155,14 +139,3 @@ def _take_away(ring: EventRing, puppet: Puppet) -> None:
         puppet.call(puppet.machine.nr_munmap, start, size)
     puppet.call(puppet.machine.nr_close, ring.fd)
     puppet.stand_as_if_signalled()
-
-
-def _make_again(puppet: Puppet) -> None:
-    """Have a wait for events that was interrupted begin again."""
-    machine, registers = puppet.machine, list(puppet.registers)
-    at = machine.original_number
-    if at is not None and registers[machine.result] == _INTERRUPTED and registers[at] in _WAITS["x86_64"]:
-        registers[machine.result] = registers[at]
-        registers[machine.instruction_pointer] -= len(machine.instruction)
-        registers[at] = (1 << 64) - 1
-        puppet.registers = tuple(registers)

@@ -119,13 +119,7 @@ class Hand:
 
         One that does not say what state it is in is SILENT. Raises HostLacks.
         """
-        processes = []
-        for pid in dict.fromkeys(pids):
-            try:
-                processes.append([pid, identify(pid).start_time, 0.0])
-            except ProcessLookupError:
-                continue
-        if not processes:
+        if not (processes := _named(pids)):
             return []
         answer = self._ask_again("find", processes, START_LIMIT_S)
         found = [
@@ -162,6 +156,15 @@ class Hand:
     def unlock(self, pids: Sequence[int], limit_s: float = LOCK_LIMIT_S) -> None:
         """They are RUNNING."""
         self._do("unlock", pids, limit_s, limit_s * len(pids))
+
+    def take_devices(self, pids: Iterable[int]) -> None:
+        """Take NVIDIA's devices from processes that have them from a fork, as far as this can be done."""
+        if not (processes := _named(pids)):
+            return
+        try:
+            self._ask("take_devices", processes, _SPARE_S)
+        except _Lost as error:
+            raise GpuFailed("take_devices", processes[0][0], "HAND_LOST", {}) from error
 
     def resume(self) -> dict[int, CudaState]:
         """Have all that were locked run as before, in the reverse order; return the state of each now.
@@ -367,6 +370,17 @@ class Hand:
 
     def _move_s(self, pids: Iterable[int]) -> float:
         return max((move_s for _, _, move_s in self._described(pids)), default=0.0)
+
+
+def _named(pids: Iterable[int]) -> list[list[Any]]:
+    """Those of the processes that are there, as the hand is told of them; their memory is not moved."""
+    processes: list[list[Any]] = []
+    for pid in dict.fromkeys(pids):
+        try:
+            processes.append([pid, identify(pid).start_time, 0.0])
+        except ProcessLookupError:
+            continue
+    return processes
 
 
 def _environment() -> dict[str, str]:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from crcli.errors import HostLacks
 from crcli.findings import Finding, gravest_first
 from crcli.gpu.facts import CudaProcess, CudaState, Gpu, GpuHost
+from crcli.gpu.inherited import DEVICE_PREFIX, forked_from
 from crcli.gpu.managed import managed_bytes
 from crcli.process.identity import read_proc
-from crcli.process.maps import areas
 from crcli.process.memory_room import too_tight
 from crcli.process.wording import (
     and_more,
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from crcli.process.files import FileId
     from crcli.process.tree import Process
     from crcli.process.wording import Held
-
-DEVICE_PREFIX = "/dev/nvidia"
-"""How the device files of NVIDIA's kernel driver begin: nvidia0, nvidiactl, nvidia-uvm, nvidia-caps/…"""
 
 OLDEST_DRIVER = {"aarch64": 595}
 """The first driver branch that checkpoints on an architecture; `OLDEST_DRIVER_ELSEWHERE` on all others."""
@@ -88,19 +85,6 @@ def holders(evidence: Evidence) -> dict[int, list[Held]]:
         if one.path.startswith(DEVICE_PREFIX):
             found.setdefault(one.pid, []).append(one)
     return found
-
-
-def left_open(pid: int) -> str:
-    """Return a device of NVIDIA's that a process has open or mapped now; empty when it has none, or is gone.
-
-    The driver closes its own at the checkpoint: what is left (NVIDIA/cuda-checkpoint 31) stops CRIU.
-    """
-    try:
-        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-        mapped = [area.path for area in areas(pid, holding=DEVICE_PREFIX.encode())]
-    except OSError:
-        return ""
-    return next((path for path in links + mapped if path.startswith(DEVICE_PREFIX)), "")
 
 
 def _is_library(path: str, name: str = _DRIVER_LIBRARY) -> bool:
@@ -400,7 +384,17 @@ def without_cuda(scene: Scene) -> Iterator[Finding]:
     """
     known = {one.pid for one in scene.processes}
     strangers = {pid: held for pid, held in scene.holders.items() if pid not in known}
-    monitors = {pid for pid in strangers if _asks_nvml_only(scene, pid, known)}
+    heirs = {pid for pid in strangers if forked_from(pid, known)}
+    if held := [one for pid in strangers if pid in heirs for one in strangers[pid]]:
+        children = [scene.evidence.tree.process(pid) for pid in strangers if pid in heirs]
+        yield note(
+            "gpu-inherited-left",
+            f"{first_of(children)} has GPU devices from a fork: CUDA cannot use them there, and they "
+            "cannot be saved",
+            places(scene.evidence, held),
+            "takes them from the process, which goes on without them",
+        )
+    monitors = {pid for pid in strangers if pid not in heirs and _asks_nvml_only(scene, pid, known)}
     if held := [one for pid in strangers if pid in monitors for one in strangers[pid]]:
         yield blocker(
             "gpu-nvml",
@@ -409,11 +403,12 @@ def without_cuda(scene: Scene) -> Iterator[Finding]:
             places(scene.evidence, held),
             "let the process call nvmlShutdown (or end it) before the dump: pynvml, nvidia-smi, monitors",
         )
-    if held := [one for pid in strangers if pid not in monitors for one in strangers[pid]]:
+    others = [pid for pid in strangers if pid not in heirs | monitors]
+    if held := [one for pid in others for one in strangers[pid]]:
         yield blocker(
             "gpu-inherited",
             f"{who(scene.evidence, held)} is {held[0].path}, in a process that does not use CUDA itself: "
-            "most likely a child that was forked from one which does",
+            "most likely a child of one which does, or did",
             places(scene.evidence, held),
             "start such children afresh, not by a fork (PyTorch: DataLoader(multiprocessing_context="
             "'spawn' or 'forkserver'); Python: multiprocessing.set_start_method), or before the first use of "

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from crcli.gpu.care import Care
 from crcli.gpu.driver import CudaLacks, CudaRefused, Driver
 from crcli.gpu.facts import CudaState
+from crcli.gpu.inherited import take_devices
 from crcli.gpu.words import COMM, LOCK_LIMIT_S, MESSAGE_LIMIT, PATIENCE_S, Purpose
 from crcli.logs import keep_log
 from crcli.process.identity import ProcessId, identify, read_proc, read_stat
@@ -191,6 +192,7 @@ class Worker:
             "unlock": self._unlock,
             "resume": self._resume,
             "release": self._release,
+            "take_devices": self._take_devices,
             "settled": lambda _: {},
         }
         is_refused = bool(order.others) and order.name not in _SETS_RIGHT
@@ -282,6 +284,10 @@ class Worker:
     def _release(self, order: _Order) -> dict[str, Any]:
         self._put_down(order)
         return self._told(order.charges)
+
+    def _take_devices(self, order: _Order) -> dict[str, Any]:
+        """One after the other, of those that do not use CUDA: it is no charge of the driver's."""
+        return {"left": [one.pid for one in order.charges if not take_devices(one.id)]}
 
     def _told(self, charges: Sequence[_Charge], failures: Iterable[Any] = ()) -> dict[str, Any]:
         """The answer. Of whom nothing could be heard, the worst is told that can still be set right."""

@@ -37,8 +37,9 @@ from crcli.findings import Finding, Severity
 from crcli.gpu.care import alone, is_cared_for
 from crcli.gpu.facts import CudaState
 from crcli.gpu.hand import GpuFailed, Hand
+from crcli.gpu.inherited import forked_from, holds_devices
 from crcli.gpu.mapping import in_force
-from crcli.gpu.preflight import Scene, gpu_findings, host_memory, left_open, survey
+from crcli.gpu.preflight import Scene, gpu_findings, host_memory, survey
 from crcli.gpu.saved import added, ordinary_memory
 from crcli.gpu.words import LINK_BYTES_PER_S, LOCK_LIMIT_S, Purpose
 from crcli.pipeline.interrupts import seconds_left
@@ -218,6 +219,7 @@ class DumpSide:
                 states = self._hand.lock([process.pid for process in waiting], _lock_limit_s())
                 self._locked += [pid for pid, state in states.items() if state is not CudaState.GONE]
                 waiting = self._newcomers(self._locked)
+            self._take_inherited_devices()
         self.see_time_left()
         dump.reserve_for_gpus()
         before = {pid: (_anonymous_bytes(pid), ordinary_memory(pid)) for pid in self._locked}
@@ -226,8 +228,14 @@ class DumpSide:
         for pid, (size, places) in before.items():
             self._saved_bytes += max(0, _anonymous_bytes(pid) - size)
             self._saved[pid] = added(places, ordinary_memory(pid))
-        if left := [pid for pid in self._locked if left_open(pid)]:
+        if left := [pid for pid in _pids_of(self._evidence.root.pid) if holds_devices(pid)]:
             raise GpuFailed("checkpoint", left[0], "DEVICE_LEFT", {})
+
+    def _take_inherited_devices(self) -> None:
+        """Have no process hold devices but those that use them, who make no more forks of themselves now."""
+        others = [pid for pid in _pids_of(self._evidence.root.pid) if pid not in self._locked]
+        if heirs := [pid for pid in others if holds_devices(pid) and forked_from(pid, self._locked)]:
+            self._hand.take_devices(heirs)
 
     def _newcomers(self, known: Sequence[int]) -> list[CudaProcess]:
         """The CUDA processes of the tree that were not there, or did not use CUDA, when it was looked at."""

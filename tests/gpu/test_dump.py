@@ -16,15 +16,18 @@ import pytest
 
 from crcli.errors import StoreError, TooLate, TreeState
 from crcli.gpu.facts import CudaState
+from crcli.gpu.inherited import holds_devices, mapped_devices, open_devices
 from crcli.gpu.preflight import Survey, survey
 from crcli.pipeline.dump import dump
 from crcli.pipeline.gpu import DumpSide
 from crcli.pipeline.stages import DumpOptions, Outcome, Stopwatch
 from crcli.process.gather import gather
 from crcli.process.identity import identify
-from crcli.process.tree import scan_tree
+from crcli.process.maps import areas
+from crcli.process.tree import child_pids, scan_tree
 from tests.support.crcli import assert_goes_on, tree_of, wait_until
 from tests.support.gpu_simulator import MIB, GpuCrcli, SimulatedHost
+from tests.support.programs import spawn_python
 
 NOT_READY, OUT_OF_MEMORY, UNKNOWN = 600, 2, 999
 
@@ -81,6 +84,47 @@ def test_a_tree_of_three_on_two_gpus_is_locked_before_any_is_checkpointed(
         crcli.restore(report["image"])
         for one in family:
             assert_goes_on(one)
+
+
+FORKED = """
+import ctypes, mmap, os, select
+assert ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+device = os.open("/dev/nvidia-uvm", os.O_RDWR)
+mapped = mmap.mmap(device, 8192, flags=mmap.MAP_PRIVATE)
+if os.fork() == 0:
+    os.closerange(device, device + 2)  # mmap's own as well
+    events = select.epoll()
+    number = 0
+    print("ready", flush=True)
+    while True:
+        print(number, "0" * 16, flush=True)
+        number += 1
+        assert events.poll(0.02) == []
+mapped.close()
+os.close(device)
+os.wait()
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--leave-running",)])
+def test_a_fork_that_has_devices_goes_on_without_them(
+    sim: SimulatedHost, crcli: GpuCrcli, options: tuple[str, ...]
+) -> None:
+    """They are taken from it, their numbers and addresses kept; it waits on for what it waited for."""
+    with spawn_python(FORKED, env=os.environ | sim.environment) as program:
+        (child,) = child_pids(program.pid)
+        before = {fd: os.readlink(f"/proc/{child}/fd/{fd}") for fd in open_devices(child)}
+        mapped = mapped_devices(child)
+        assert before and mapped
+        report = crcli.dump(program.pid, *options)
+        assert "gpu-inherited-left" in {one["name"] for one in report["findings"]}
+        if not options:
+            crcli.restore(report["image"])
+        assert_goes_on(program)
+        assert not holds_devices(child)
+        assert {os.readlink(f"/proc/{child}/fd/{fd}") for fd in before} == {"anon_inode:[eventpoll]"}
+        kept = {area.bounds: area.permissions for area in areas(child)}
+        assert all(kept[bounds] == b"---p" for bounds in mapped)
 
 
 def test_a_second_image_stores_what_changed(sim: SimulatedHost, crcli: GpuCrcli) -> None:

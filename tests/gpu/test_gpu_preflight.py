@@ -111,13 +111,13 @@ def test_managed_memory_is_refused(sim: SimulatedHost, crcli: GpuCrcli) -> None:
         assert refused["evidence"]["processes"][0]["managed_bytes"] >= 3 * MIB
 
 
-def test_devices_that_a_fork_inherited_are_refused(sim: SimulatedHost, crcli: GpuCrcli) -> None:
+def test_devices_that_a_fork_inherited_will_be_taken(sim: SimulatedHost, crcli: GpuCrcli) -> None:
     """A child that only sleeps holds what its parent opened, as a worker of PyTorch's DataLoader does."""
     with sim.start_program("--fork") as program:
-        refused = check(crcli, program.pid, code=10)["gpu-inherited"]
+        told = check(crcli, program.pid)["gpu-inherited-left"]
         (child,) = child_pids(program.pid)
-        assert {one["pid"] for one in refused["evidence"]["where"]} == {child}
-        assert "spawn" in refused["remedy"]
+        assert {one["pid"] for one in told["evidence"]["where"]} == {child}
+        assert holders(look(program.pid))[child]
 
 
 def test_nvml_beside_cuda_is_no_reason_to_refuse(sim: SimulatedHost, crcli: GpuCrcli) -> None:
@@ -243,10 +243,28 @@ os.set_inheritable(os.open('/dev/nvidiactl', os.O_RDWR), False)
     tool = then_wait(holding)
     fork = f"{holding}\nif os.fork() == 0:\n    print('ready')\n    import time; time.sleep(600)\nos.wait()"
     with spawn_python(fork) as trainer:
-        evidence = look(trainer.pid)
-        assert blockers(found(evidence, [cuda(trainer.pid)])) == ["gpu-inherited"]
+        told = found(look(trainer.pid), [cuda(trainer.pid)])
+        assert not blockers(told) and told["gpu-inherited-left"].evidence
     with spawn_python(tool) as monitor:
         assert blockers(found(look(monitor.pid), [])) == ["gpu-nvml"]
+
+
+@pytest.mark.parametrize(
+    "own", ["os.open('/dev/nvidiactl', os.O_RDWR)", "os.dup2(os.open('/dev/nvidiactl', os.O_RDWR), 3)"]
+)
+def test_a_device_that_a_fork_opened_by_itself_is_refused(gpu_nodes: None, own: str) -> None:
+    """It has a use for that one, be it under a number that it inherited."""
+    code = f"""
+import os, time
+inherited = os.dup2(os.open('/dev/nvidiactl', os.O_RDWR), 3)
+if os.fork() == 0:
+    {own}
+    print('ready')
+    time.sleep(600)
+os.wait()
+"""
+    with spawn_python(code) as trainer:
+        assert blockers(found(look(trainer.pid), [cuda(trainer.pid)])) == ["gpu-inherited"]
 
 
 @pytest.mark.parametrize(

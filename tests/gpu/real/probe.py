@@ -27,6 +27,8 @@ from crcli import kernel
 from crcli.criu.binary import criu_command
 from crcli.errors import CrcliError
 from crcli.gpu import managed as uvm
+from crcli.gpu.inherited import forked_from, take_devices
+from crcli.process.identity import identify
 from tests.gpu.real import growth
 from tests.gpu.real.commands import Failed, end_descendants, run
 from tests.gpu.real.cuda_calls import Calls
@@ -269,6 +271,48 @@ def _checkpointed(subject: Subject, found: dict[str, Any]) -> None:
     found["goes_on"] = True
 
 
+def forked(setting: Setting) -> dict[str, Any]:
+    """What forks of a CUDA process hold of its devices, and what a checkpoint makes of that one: while they
+    hold them, and once they were taken from them."""
+    calls = Calls()
+    told: dict[str, Any] = {"calls": calls.noted}
+    with _told_failure(told), Subject(setting, setting.folder / "forked", "loader") as subject:
+        subject.wait_ready(60)
+        calls.init()
+        children = subject.tree()[1:]
+        for title in ("held", "taken"):
+            found = told.setdefault(title, {})
+            if title == "taken":
+                found["taken"] = [take_devices(identify(pid)) for pid in children]
+            found["forked_from"] = {pid: forked_from(pid, [subject.pid]) for pid in children}
+            found["children"] = {pid: _evidence(pid) | {"areas": _device_areas(pid)} for pid in children}
+            found["parent"] = _evidence(subject.pid) | {"areas": _device_areas(subject.pid)}
+            calls.lock(subject.pid)
+            calls.tried("cuCheckpointProcessCheckpoint", None, pid=subject.pid)
+            found["state"] = calls.state(subject.pid)
+            found["parent_then"] = _evidence(subject.pid)
+            found["memory_then"] = run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv"], 20).said
+            if found["state"] == "CHECKPOINTED":
+                calls.restore(subject.pid)
+            calls.unlock(subject.pid)
+            subject.wait_more(20, 20)
+            found["goes_on"] = True
+    return told
+
+
+def _device_areas(pid: int) -> list[str]:
+    """Where a process has NVIDIA's devices mapped, how, and with which flags."""
+    found = []
+    for line in _text(f"/proc/{pid}/smaps").splitlines():
+        if "-" in line.split(" ")[0]:
+            here = "/dev/nvidia" in line
+            if here:
+                found.append(line)
+        elif here and line.startswith("VmFlags:"):
+            found[-1] += line.removeprefix("VmFlags:")
+    return found
+
+
 def torch(setting: Setting) -> dict[str, Any]:
     """What the programs' PyTorch sees. From here on its files are in the page cache."""
     done = run([setting.python, "-c", _LOOK_OF_TORCH], 120, setting.programs_environment("torch"))
@@ -322,6 +366,7 @@ STEPS: Mapping[str, tuple[Callable[[Setting], dict[str, Any]], float]] = {
     "torch": (torch, 130),
     "cycle": (cycle, 90),
     "managed": (managed, 100),
+    "forked": (forked, 90),
     "criu": (criu, 60),
     "doctor": (doctor, 90),
     "storage": (storage, 60),
@@ -329,7 +374,7 @@ STEPS: Mapping[str, tuple[Callable[[Setting], dict[str, Any]], float]] = {
 }
 """Each step, and for how long it may run (seconds)."""
 
-NEED_CUDA = ("nvidia", "cuda", "torch", "cycle", "managed")
+NEED_CUDA = ("nvidia", "cuda", "torch", "cycle", "managed", "forked")
 NEED_KERNEL = ("criu", "doctor")
 """What makes no sense on gVisor, which is no Linux."""
 

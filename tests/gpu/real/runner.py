@@ -80,7 +80,7 @@ def main() -> int:
     record = Record(Path(options.out), options.began, _header(setting, options))
     try:
         if not options.no_probe:
-            _probe(setting, budget, record)
+            _probe(setting, budget, record, options.probe or list(probe.STEPS))
         _scenarios(setting, budget, record, options.only or list(SCENARIOS), options.keep_going)
     except Stopped as why:
         record.stopped(str(why))
@@ -105,6 +105,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--on", choices=PLACES, default="gpu", help="all but gpu are trials of the machinery")
     parser.add_argument("--python", default=sys.executable, help="what the programs run on (this one)")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="SCENARIO", help=", ".join(SCENARIOS))
+    parser.add_argument("--probe", nargs="+", choices=probe.STEPS, metavar="STEP", help="these steps only")
     parser.add_argument("--no-probe", action="store_true", help="the machine is known from an earlier run")
     parser.add_argument("--keep-going", action="store_true", help="also where the first scenarios all failed")
     parser.add_argument("--weights-mib", type=int, help="the size of the model's weights")
@@ -144,9 +145,10 @@ def _header(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _probe(setting: Setting, budget: Budget, record: Record) -> None:
+def _probe(setting: Setting, budget: Budget, record: Record, steps: list[str]) -> None:
     gvisor = False
-    for step, (_, limit_s) in probe.STEPS.items():
+    for step in steps:
+        limit_s = probe.STEPS[step][1]
         if (step in probe.NEED_CUDA and not setting.has_cuda) or (step in probe.NEED_KERNEL and gvisor):
             continue
         found = _probed(step, setting, max(1.0, min(limit_s, budget.left_s())))

@@ -108,9 +108,12 @@ def main(name: str, setting: str, result: str) -> int:
     return 0
 
 
-def counter(run: Run, library: str, way: Way) -> None:
+def counter(run: Run, library: str, way: Way, environment: Mapping[str, str] | None = None) -> None:
     """A counter and random bytes in GPU memory: it counts on without a gap, and the bytes are the same."""
-    with Subject(run.setting, run.folder / "subject", "counter", *_size(run), library=library) as subject:
+    folder = run.folder / "subject"
+    with Subject(
+        run.setting, folder, "counter", *_size(run), library=library, environment=environment
+    ) as subject:
         run.doing("start")
         run.note(gpu_bytes=subject.wait_ready(START_LIMIT_S))
         subject.wait_steps(5, STEP_LIMIT_S)
@@ -121,23 +124,31 @@ def counter(run: Run, library: str, way: Way) -> None:
     run.note(same="count and bytes", steps=len(subject.steps()))
 
 
-def like_reference(run: Run, program: str, way: Way) -> None:
-    """What it gives, step by step, is what an uninterrupted run gives; so is its memory at the end."""
+def like_reference(run: Run, program: str, way: Way, *needs: str, steps: int = 0) -> None:
+    """What it gives, step by step, is what an uninterrupted run beside it gives; so is its memory at the end.
+
+    Skipped where the programs' Python lacks one of the modules that it `needs`.
+    """
     if not run.setting.has_torch:
         raise Skipped("no PyTorch for the programs here")
-    steps = ("--steps", str(run.setting.steps))
-    with Subject(run.setting, run.folder / "subject", program, *steps) as subject:
+    if missing := run.setting.missing(*needs):
+        raise Skipped(f"no {', '.join(missing)} for the programs here")
+    count = min(steps or run.setting.steps, run.setting.steps)
+    wanted = ("--steps", str(count))
+    with (
+        Subject(run.setting, run.folder / "reference", program, *wanted, "--pace", "0") as reference,
+        Subject(run.setting, run.folder / "subject", program, *wanted) as subject,
+    ):
         run.doing("start")
         subject.wait_ready(START_LIMIT_S)
-        subject.wait_steps(run.setting.steps // 8, STEP_LIMIT_S)
+        subject.wait_steps(count // 8, STEP_LIMIT_S)
         before = _moved(run, way, subject)
         run.note(steps_before=before)
-        if before >= run.setting.steps:
+        if before >= count:
             raise Failed("it was at its end before the dump")
         run.doing("steps after the restore, and without interruption")
-        with Subject(run.setting, run.folder / "reference", program, *steps, "--pace", "0") as reference:
-            reference.wait_done(ALL_STEPS_LIMIT_S)
-            expected, memory = reference.steps(), reference.digest(STEP_LIMIT_S)
+        reference.wait_done(ALL_STEPS_LIMIT_S)
+        expected, memory = reference.steps(), reference.digest(STEP_LIMIT_S)
         subject.wait_done(ALL_STEPS_LIMIT_S)
         run.doing("compare")
         _assert_same(subject.steps(), expected)
@@ -330,10 +341,16 @@ class Scenario:
     only_on: tuple[str, ...] = ("gpu", "simulator", "host")
 
 
+def _like_reference(program: str, *needs: str) -> Callable[[Run], None]:
+    """The program by crcli, compared with an uninterrupted run of fewer steps than the usual."""
+    return lambda run: like_reference(run, program, run.crcli(), *needs, steps=160)
+
+
 def _counter_by(
-    library: str = "", *, plain: bool = False, restoring: tuple[str, ...] = ()
+    library: str = "", *, plain: bool = False, restoring: tuple[str, ...] = (), **environment: str
 ) -> Callable[[Run], None]:
-    """The counter with this library, or with what programs use here; restored with these options."""
+    """The counter with this library, or with what programs use here, and these variables in its environment;
+    restored with these options."""
 
     def story(run: Run) -> None:
         wanted = library or run.setting.library
@@ -343,6 +360,7 @@ def _counter_by(
             run,
             wanted,
             replace(run.plainly(), log_level=4) if plain else replace(run.crcli(), restoring=restoring),
+            environment,
         )
 
     return story
@@ -374,6 +392,37 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "lazy": Scenario("PyTorch: a counter, restored lazily", _counter_by(restoring=("--lazy",)), 90, 25),
     "cupy": Scenario("CuPy: a counter", _counter_by("cupy"), 90, 25, ("gpu",)),
+    "loader": Scenario("PyTorch: forked DataLoader workers", _like_reference("loader"), 100, 30),
+    "compiled": Scenario(
+        "PyTorch: torch.compile and CUDA graphs", _like_reference("compiled"), 120, 40, ("gpu", "host")
+    ),
+    "llama": Scenario("transformers: a Llama's tokens", _like_reference("llama", "transformers"), 100, 30),
+    "served": Scenario(
+        "HTTP server and spawned engine", _like_reference("served", "aiohttp", "uvloop"), 100, 30
+    ),
+    "jaxed": Scenario("JAX: training", _like_reference("jaxed", "jax"), 100, 30),
+    "streams": Scenario("PyTorch: streams, pinned memory", _like_reference("streams"), 90, 30, ("gpu",)),
+    "monitored": Scenario(
+        "PyTorch: asks NVML all the time", _like_reference("monitored", "pynvml"), 90, 30, ("gpu",)
+    ),
+    "parallel": Scenario("PyTorch: DDP over NCCL, alone", _like_reference("parallel"), 90, 30, ("gpu",)),
+    "kernels": Scenario(
+        "Numba's and Triton's kernels", _like_reference("kernels", "numba", "triton"), 90, 30, ("gpu",)
+    ),
+    "expandable": Scenario(
+        "PyTorch: a counter, expandable segments",
+        _counter_by(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"),
+        90,
+        25,
+        ("gpu",),
+    ),
+    "async": Scenario(
+        "PyTorch: a counter, cudaMallocAsync",
+        _counter_by(PYTORCH_CUDA_ALLOC_CONF="backend:cudaMallocAsync"),
+        90,
+        25,
+        ("gpu",),
+    ),
     "weights-2": Scenario("PyTorch: a large model, --weights", weights, 200, 60),
     "weights-3": Scenario("PyTorch: a large model, --weights", weights, 200, 60),
     "weights-cold": Scenario(

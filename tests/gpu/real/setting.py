@@ -60,12 +60,19 @@ class Setting:
     @cached_property
     def has_torch(self) -> bool:
         """Whether the programs' Python has PyTorch."""
-        if self.on == "simulator":
-            return False
-        look = "import importlib.util as u; raise SystemExit(u.find_spec('torch') is None)"
-        return (
-            subprocess.run([self.python, "-c", look], env=self.programs_environment("torch")).returncode == 0
+        return self.on != "simulator" and not self.missing("torch")
+
+    def missing(self, *modules: str) -> list[str]:
+        """Those of the modules that the programs' Python does not have."""
+        look = "import importlib.util as u, sys; print(*(m for m in sys.argv[1:] if not u.find_spec(m)))"
+        done = subprocess.run(
+            [self.python, "-c", look, *modules],
+            env=self.programs_environment("torch"),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
+        return done.stdout.split()
 
     def programs_environment(self, library: str) -> Mapping[str, str]:
         """What a program finds in its environment: nothing of what was carried here for crcli, where it can

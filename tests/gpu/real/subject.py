@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Subject:
         *arguments: str,
         library: str = "",
         under: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.setting = setting
         self.folder = folder
@@ -47,9 +48,9 @@ class Subject:
         self._command += ["--progress", str(self.progress), "--device", setting.device]
         if library:
             self._command += ["--with", library]
-        self._environment = setting.programs_environment(library or "torch")
+        self._environment = {**setting.programs_environment(library or "torch"), **(environment or {})}
         if under:
-            self._environment = setting.crcli_environment()
+            self._environment = dict(setting.crcli_environment())
         self._doomed: list[psutil.Process] = []
         self.pid = 0
 

@@ -1,0 +1,110 @@
+"""GPU devices that a process has from a fork, taken from it: it has no use for them, and CRIU can take none.
+
+CUDA does not outlive a fork: in the child its driver refuses every call. But what it had open and mapped is
+the child's too, as each worker's of PyTorch's DataLoader that was forked by a training job. The driver's
+checkpoint takes the devices of the process that uses them, and no other's (NVIDIA/cuda-checkpoint 28).
+
+In their place the child gets what keeps their numbers and addresses: an epoll that waits for nothing, and
+memory that may not be touched, as the driver itself leaves where it had its mappings. Its first thread is
+stopped for that, for some tenths of a millisecond, and makes the calls. Whoever does it must not be killed in
+the middle, so it is the hand.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from crcli import kernel
+from crcli.criu.puppet import Ending, seized
+from crcli.process.identity import ProcessId, read_proc, read_stat
+from crcli.process.maps import areas
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+DEVICE_PREFIX = "/dev/nvidia"
+"""How the device files of NVIDIA's kernel driver begin: nvidia0, nvidiactl, nvidia-uvm, nvidia-caps/…"""
+
+_STOP_S = 2.0
+"""How long a thread may take to come to stand (seconds)."""
+
+_KEPT_MAPPING = 0x02 | 0x10 | 0x20 | 0x4000
+"""MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE."""
+
+_NO_FD = (1 << 64) - 1
+
+
+def open_devices(pid: int) -> list[int]:
+    """The descriptors of a process that are NVIDIA's devices. Raises OSError when it is gone."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            if os.readlink(f"/proc/{pid}/fd/{name}").startswith(DEVICE_PREFIX):
+                found.append(int(name))
+        except FileNotFoundError:
+            continue  # closed meanwhile
+    return found
+
+
+def mapped_devices(pid: int) -> list[tuple[int, int]]:
+    """Where a process has NVIDIA's devices mapped: start and end. Raises OSError when it is gone."""
+    prefix = DEVICE_PREFIX.encode()
+    return [area.bounds for area in areas(pid, holding=prefix) if area.name.startswith(prefix)]
+
+
+def holds_devices(pid: int) -> bool:
+    """Whether a process has one of NVIDIA's devices open or mapped now; False when it is gone."""
+    try:
+        return bool(open_devices(pid) or mapped_devices(pid))
+    except OSError:
+        return False
+
+
+def forked_from(pid: int, users: Collection[int]) -> int:
+    """The nearest of those above a process that is one of `users`, those who use CUDA, if all of the devices
+    that the process has open were opened there, before a fork; else 0. Changes nothing.
+    """
+    try:
+        child = read_stat(pid)
+        above = read_stat(child.ppid)
+        while above.pid not in users:
+            above = read_stat(above.ppid)
+        if not any(child.layout) or child.layout != above.layout:  # another program
+            return 0
+        theirs = set(open_devices(above.pid))
+        is_heir = all(
+            fd in theirs and kernel.is_same_open_file(pid, fd, above.pid, fd) for fd in open_devices(pid)
+        )
+    except OSError:
+        return 0
+    return above.pid if is_heir else 0
+
+
+def take_devices(process: ProcessId) -> bool:
+    """Take them from a process that was forked from one which uses CUDA; say whether it has none left."""
+    pid = process.pid
+    try:
+        with seized(pid, pid, _STOP_S) as puppet:
+            if not process.alive():
+                return True
+            machine = puppet.machine
+            kept = puppet.call(machine.nr_epoll_create1, os.O_CLOEXEC)
+            for fd in open_devices(pid):
+                puppet.call(machine.nr_dup3, kept, fd, _close_on_exec(pid, fd))
+            for start, end in mapped_devices(pid):
+                puppet.call(machine.nr_mmap, start, end - start, 0, _KEPT_MAPPING, _NO_FD, 0)
+            puppet.call(machine.nr_close, kept)
+            puppet.stand_as_if_signalled()
+            puppet.make_again()
+    except (OSError, Ending):
+        pass
+    return not holds_devices(pid)
+
+
+def _close_on_exec(pid: int, fd: int) -> int:
+    """O_CLOEXEC if a descriptor has it."""
+    for line in read_proc(f"/proc/{pid}/fdinfo/{fd}").splitlines():
+        if line.startswith(b"flags:"):
+            return int(line.split()[1], 8) & os.O_CLOEXEC
+    return 0
