@@ -406,8 +406,8 @@ SCENARIOS: Mapping[str, Scenario] = {
         "PyTorch: asks NVML all the time", _like_reference("monitored", "pynvml"), 90, 30, ("gpu",)
     ),
     "parallel": Scenario("PyTorch: DDP over NCCL, alone", _like_reference("parallel"), 90, 30, ("gpu",)),
-    "kernels": Scenario(
-        "Numba's and Triton's kernels", _like_reference("kernels", "numba", "triton"), 90, 30, ("gpu",)
+    "jitted": Scenario(
+        "Numba's and Triton's kernels", _like_reference("jitted", "numba", "triton"), 90, 30, ("gpu",)
     ),
     "expandable": Scenario(
         "PyTorch: a counter, expandable segments",
