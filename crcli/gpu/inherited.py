@@ -2,7 +2,8 @@
 
 CUDA does not outlive a fork: in the child its driver refuses every call. But what it had open and mapped is
 the child's too, as each worker's of PyTorch's DataLoader that was forked by a training job. The driver's
-checkpoint takes the devices of the process that uses them, and no other's (NVIDIA/cuda-checkpoint 28).
+checkpoint takes the devices of the process that uses them, and no other's (NVIDIA/cuda-checkpoint 28). That a
+worker does without them is nothing new: NVIDIA's own training frameworks close them there (Megatron-LM 3684).
 
 In their place the child gets what keeps their numbers and addresses: an epoll that waits for nothing, and
 memory that may not be touched, as the driver itself leaves where it had its mappings. Its first thread is
@@ -62,8 +63,11 @@ def holds_devices(pid: int) -> bool:
 
 
 def forked_from(pid: int, users: Collection[int]) -> int:
-    """The nearest of those above a process that is one of `users`, those who use CUDA, if all of the devices
-    that the process has open were opened there, before a fork; else 0. Changes nothing.
+    """The nearest of those above a process that is one of `users`, those who use CUDA, if it was forked from
+    that one and goes on as the same program with devices that were opened there; else 0. Changes nothing.
+
+    That some of its devices are open there no more is no reason to think that it opened them by itself: the
+    driver has a descriptor for each of its mappings, and closes it with the mapping.
     """
     try:
         child = read_stat(pid)
@@ -72,9 +76,9 @@ def forked_from(pid: int, users: Collection[int]) -> int:
             above = read_stat(above.ppid)
         if not any(child.layout) or child.layout != above.layout:  # another program
             return 0
-        theirs = set(open_devices(above.pid))
-        is_heir = all(
-            fd in theirs and kernel.is_same_open_file(pid, fd, above.pid, fd) for fd in open_devices(pid)
+        ours, theirs = open_devices(pid), set(open_devices(above.pid))
+        is_heir = not ours or any(
+            fd in theirs and kernel.is_same_open_file(pid, fd, above.pid, fd) for fd in ours
         )
     except OSError:
         return 0
