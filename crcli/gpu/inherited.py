@@ -85,13 +85,13 @@ def forked_from(pid: int, users: Collection[int]) -> int:
     return above.pid if is_heir else 0
 
 
-def take_devices(process: ProcessId) -> bool:
-    """Take them from a process that was forked from one which uses CUDA; say whether it has none left."""
+def take_devices(process: ProcessId) -> None:
+    """Take them from a process that was forked from one which uses CUDA. It may be too busy, or end."""
     pid = process.pid
     try:
         with seized(pid, pid, _STOP_S) as puppet:
             if not process.alive():
-                return True
+                return
             machine = puppet.machine
             kept = puppet.call(machine.nr_epoll_create1, os.O_CLOEXEC)
             for fd in open_devices(pid):
@@ -103,7 +103,6 @@ def take_devices(process: ProcessId) -> bool:
             puppet.make_again()
     except (OSError, Ending):
         pass
-    return not holds_devices(pid)
 
 
 def _close_on_exec(pid: int, fd: int) -> int:

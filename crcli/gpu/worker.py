@@ -108,6 +108,8 @@ class Worker:
         self._lacks: CudaLacks | None = None
         self._is_ready = threading.Event()
         self._saying = threading.Lock()
+        self._taking = threading.Lock()
+        """Held while threads of the tree are made to act for us: nothing may end us meanwhile."""
 
     def run(self) -> None:
         """Do what is asked until nobody asks any more, then set right what is not settled."""
@@ -117,6 +119,7 @@ class Worker:
         self._end_order()
         if self._touched:
             self._set_right_alone()
+        self._taking.acquire()
 
     def _load(self) -> None:
         try:
@@ -286,8 +289,11 @@ class Worker:
         return self._told(order.charges)
 
     def _take_devices(self, order: _Order) -> dict[str, Any]:
-        """One after the other, of those that do not use CUDA: it is no charge of the driver's."""
-        return {"left": [one.pid for one in order.charges if not take_devices(one.id)]}
+        """One after the other, from processes that do not use CUDA."""
+        for charge in order.charges:
+            with self._taking:
+                take_devices(charge.id)
+        return {}
 
     def _told(self, charges: Sequence[_Charge], failures: Iterable[Any] = ()) -> dict[str, Any]:
         """The answer. Of whom nothing could be heard, the worst is told that can still be set right."""

@@ -283,7 +283,8 @@ def forked(setting: Setting) -> dict[str, Any]:
         for title in ("held", "taken"):
             found = told.setdefault(title, {})
             if title == "taken":
-                found["taken"] = [take_devices(identify(pid)) for pid in children]
+                for pid in children:
+                    take_devices(identify(pid))
             found["forked_from"] = {pid: forked_from(pid, [subject.pid]) for pid in children}
             found["children"] = {pid: _evidence(pid) | {"areas": _device_areas(pid)} for pid in children}
             found["parent"] = _evidence(subject.pid) | {"areas": _device_areas(subject.pid)}
