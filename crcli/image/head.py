@@ -125,6 +125,7 @@ _HEAD: Shape = {
             "unhashed?": _text,
         }
     ],
+    "databases?": [{"path": _path, "device": _whole(0, 64), "inode": _whole(0, 64)}],
     "folders?": [{"path": _path, "mode": _mode, "uid": _id, "gid": _id}],
     "mounts?": [{"point": _path, "fstype": _text, "source": _text}],
     "cgroups?": [_cgroup],

@@ -114,3 +114,17 @@ def distinct_bytes(spaces: Mapping[SpaceKey, Sequence[Extent]]) -> tuple[int, in
             else:
                 others += pages
     return zeros * PAGE, others * PAGE
+
+
+def filled_spans(extents: Iterable[Extent]) -> list[tuple[int, int]]:
+    """The addresses of pages that are not zeros: the first, and the one behind the last, of each run."""
+    spans: list[tuple[int, int]] = []
+    for extent in sorted(extents):
+        if extent.source == Source.ZERO:
+            continue
+        start, end = extent.start * PAGE, extent.end * PAGE
+        if spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((start, end))
+    return spans

@@ -1027,6 +1027,10 @@ class _Dump:
             "phases": dict(self.watch.phases),
             "opened": self.hashing.add_to(named_files(self.images)),
             "folders": self.folders,
+            "databases": [
+                {"path": one.path, "device": one.id.dev, "inode": one.id.ino}
+                for one in self.target.evidence.databases
+            ],
             "mounts": describe_mounts(self.target.evidence),
             "cgroups": self.target.evidence.root.cgroups.splitlines(),
             "plugins": [

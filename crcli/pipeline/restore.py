@@ -49,7 +49,7 @@ from crcli.guard.needs import Asked, cpu_promise, needs_of
 from crcli.guard.places import has_address
 from crcli.image.names import parse_image
 from crcli.image.weights import MemoryReader
-from crcli.memory.extents import PAGE, SpaceKey, SpaceKind
+from crcli.memory.extents import PAGE, SpaceKey, SpaceKind, filled_spans
 from crcli.memory.replay import Split, split, targets
 from crcli.pipeline.claims import WhoHolds
 from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
@@ -63,6 +63,7 @@ from crcli.pipeline.refill import Refill
 from crcli.pipeline.stages import ChangedFiles, PidNamespace, RestoreReport, Silent, Stopwatch, TcpPolicy
 from crcli.pipeline.stdio import Replacements, replace_links
 from crcli.plugins.loader import load_hooks
+from crcli.process.files import FileId
 from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
 from crcli.process.settings import give_back, give_core_filter
@@ -71,7 +72,7 @@ from crcli.records import Struct, asdict, replace
 from crcli.store.caching import CachingStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import FrameType
 
     from crcli.cause import Cause
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from crcli.pipeline.stages import Progress, RestoreOptions
     from crcli.plugins.loader import Hooks
     from crcli.plugins.spec import RestoreTarget
+    from crcli.process.databases import Moved
     from crcli.process.host_turn import HostTurn
     from crcli.store.base import Store
 
@@ -618,6 +620,7 @@ class _Restore:
                 self.missing_bytes = self.pager.go(self.init, self.processes)
             else:
                 self._fill_late()
+            self._correct_databases()
             self._give_back_settings()
             self._hang_up()
             self._tell()
@@ -654,6 +657,24 @@ class _Restore:
         began = time.monotonic()
         self.refill.finish(self.host, self.huge, self.handover, self.watch.progress.amount)
         self.watch.add("memory", time.monotonic() - began)
+
+    def _correct_databases(self) -> None:
+        """Let SQLite know databases again whose files are others here: it would not write to them."""
+        if not (saved := self.manifest.meta.get("databases")):
+            return
+        from crcli.process.databases import correct, moved_databases
+
+        files = {self._host_path(one["path"]): FileId(one["device"], one["inode"]) for one in saved}
+        for member in self.members:
+            if not member.alive or not (moved := moved_databases(self.host[member.pid], files)):
+                continue
+            if self.pager is None:
+                extents = self.manifest.spaces.get(SpaceKey(SpaceKind.PROCESS, member.pid), [])
+                moved = correct(self.host[member.pid], moved, filled_spans(extents))
+            if moved:
+                self.findings.append(
+                    _databases_moved(member.comm, member.pid, moved, is_lazy=self.pager is not None)
+                )
 
     def _give_back_settings(self) -> None:
         """Give back what CRIU does not save: processors, input/output priority, timer slack of threads, and
@@ -853,6 +874,21 @@ def _ended(process: ProcessId) -> Finding:
         f"process {process.pid} ended within a second of the restore",
         {"pid": process.pid},
         action="leaves it to its parent, as before",
+    )
+
+
+def _databases_moved(comm: str, pid: int, moved: Iterable[Moved], *, is_lazy: bool) -> Finding:
+    paths = [one.path for one in moved]
+    why = "with --lazy its memory is not here yet" if is_lazy else "what it knows of it was not found"
+    return Finding(
+        "database-moved",
+        Severity.CHANGE,
+        f"{paths[0]}, an SQLite database that {comm} ({pid}) has open, is another file than at the dump: "
+        "unless it is in WAL mode, writes end with 'attempt to write a readonly database' until it is opened "
+        "again",
+        {"pid": pid, "paths": paths},
+        action=f"leaves that to the program: {why}",
+        remedy="restore without --lazy" if is_lazy else "let the program open the database again",
     )
 
 

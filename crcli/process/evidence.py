@@ -215,6 +215,7 @@ class Database(Struct, frozen=True):
     """An SQLite database that the tree has open, and the files beside it that exist now."""
 
     path: str
+    id: FileId
     siblings: tuple[str, ...]
 
 

@@ -564,7 +564,7 @@ def _database(file: NamedFile, leased: Callable[[], frozenset[int]]) -> Database
     siblings = tuple(file.path + end for end in SQLITE_SIBLINGS if os.path.exists(seen_as + end))
     if not siblings and (not file.size or file.id.ino in leased() or not _is_sqlite(seen_as)):
         return None
-    return Database(file.path, siblings)
+    return Database(file.path, FileId(file.open[0].dev, file.open[0].ino), siblings)
 
 
 def _is_sqlite(path: str) -> bool:

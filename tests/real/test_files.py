@@ -475,6 +475,49 @@ def state():
         assert state(program, report["host_pid"]) == "[1, 2]"
 
 
+WRITERS = """
+import sqlite3, threading
+connect = lambda: sqlite3.connect({path!r}, isolation_level=None, check_same_thread=False)
+connections = [connect()]
+connections[0].execute("CREATE TABLE numbers (number)")
+if {in_thread}:
+    thread = threading.Thread(target=lambda: connections.append(connect()))  # in memory beside the heap
+    thread.start(), thread.join()
+    connections[1].execute("SELECT * FROM numbers").fetchall()
+def state():
+    for connection in [*connections, connect()]:
+        connection.execute("INSERT INTO numbers VALUES (1)")
+    return connections[0].execute("SELECT COUNT(*) FROM numbers").fetchone()[0]
+"""
+"""A program that writes to a database with a rollback journal, over connections of its own and a new one."""
+
+
+@pytest.mark.parametrize("in_thread", [False, True], ids=["one connection", "one of a thread's too"])
+def test_sqlite_writes_to_a_database_that_was_laid_out_anew(
+    crcli: Crcli, tmp_path: Path, in_thread: bool
+) -> None:
+    """SQLite knows a database by its inode, which is another on another host: it writes on all the same."""
+    path = tmp_path / "database"
+    with spawn_python(asked(WRITERS.format(path=str(path), in_thread=in_thread))) as program:
+        image = crcli.dump(program.pid)["image"]
+        path.rename(tmp_path / "kept")  # so that its inode stays taken
+        report = crcli.restore(image)
+        assert "database-moved" not in {one["name"] for one in report["findings"]}
+        assert state(program, report["host_pid"]) == ("3" if in_thread else "2")
+        with sqlite3.connect(path) as other:
+            assert other.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_moved_database_whose_memory_is_not_here_yet_is_told(crcli: Crcli, tmp_path: Path) -> None:
+    """A lazy restore does not search memory for what SQLite knows of a file: it says what will happen."""
+    path = tmp_path / "database"
+    with spawn_python(asked(WRITERS.format(path=str(path), in_thread=False))) as program:
+        image = crcli.dump(program.pid)["image"]
+        path.rename(tmp_path / "kept")
+        report = crcli.restore(image, "--lazy")
+        assert "database-moved" in {one["name"] for one in report["findings"]}
+
+
 def test_a_lock_is_held_again(crcli: Crcli, tmp_path: Path) -> None:
     """flock and fcntl locks are held before, and again after the restore."""
     path = tmp_path / "locked"

@@ -490,6 +490,7 @@ DOCUMENTED: Head = {
     "opened": [
         {"path": "/bin/agent", "size": 1, "mode": 33261, "build_id": "", "hash": "", "unhashed": "late"}
     ],
+    "databases": [{"path": "/tmp/db", "device": 1, "inode": 2}],
     "folders": [{"path": "/tmp", "mode": 1023, "uid": 0, "gid": 0}],
     "mounts": [{"point": "/mnt", "fstype": "ext4", "source": "/dev/vda"}],
     "cgroups": ["2:cpu,cpuacct:/", "1:name=systemd:/", "0::/user.slice"],
