@@ -60,6 +60,9 @@ the same."""
 _KEEP_RUN, _KEEP_PAGES = 64, 16 << 10
 """Early pages that are kept for the trial: runs up to this long, and so many pages in all (64 MiB)."""
 
+_LONGEST_VDSO, _ELF = 8, b"\x7fELF"
+"""How many pages the kernel's own code in each process (vdso) has at most, and how it begins."""
+
 
 class _Pages(Struct):
     """Pages that go the same way: what is known of each run, and how many there are."""
@@ -473,15 +476,17 @@ class Intake:
             self._spill.append(data)
 
     def _keep_early(self, run: Run, read: Callable[[], bytes]) -> None:
-        """Keep a copy of pages that the trial needs."""
-        if (
-            not run.lazy
-            and run.space.kind == SpaceKind.PROCESS
-            and run.pages <= _KEEP_RUN
-            and self._kept_pages + run.pages <= _KEEP_PAGES
-        ):
-            self.kept[run.space].append((run.start, read()))
+        """Keep a copy of pages that the trial needs.
+
+        Of each process it needs the vdso: CRIU looks at it, and crashes (4.2) at a process that has no pages.
+        """
+        if run.lazy or run.space.kind != SpaceKind.PROCESS or run.pages > _KEEP_RUN:
+            return
+        if self._kept_pages + run.pages <= _KEEP_PAGES:
             self._kept_pages += run.pages
+            self.kept[run.space].append((run.start, read()))
+        elif run.pages <= _LONGEST_VDSO and (data := read()).startswith(_ELF):
+            self.kept[run.space].append((run.start, data))
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -348,6 +348,38 @@ def test_threads_keep_their_turns_and_locals(crcli: Crcli) -> None:
         assert printed == [f"{n % 5}:{n // 5 + 1}" for n in range(len(printed))]
 
 
+FORKS = """
+    import mmap, os, time
+    for _ in range(3):
+        if os.fork() == 0:
+            own = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            time.sleep(600)
+    """
+
+
+def test_more_pages_than_the_trial_is_given(crcli: Crcli) -> None:
+    """Of many processes with much memory of their own in mapped files the trial has but the most needed: a
+    process without any page made CRIU crash, so that such a tree could not be dumped (torch.compile's)."""
+    code = f"""
+from unittest.mock import patch
+from crcli.pipeline.dump import dump
+from crcli.pipeline.stages import DumpOptions
+with patch("crcli.memory.intake._KEEP_PAGES", 40):
+    print(dump(DumpOptions(pid=int(sys.argv[1]), store={crcli.store!r}, name="many")).image)
+"""
+    with spawn_python(textwrap.dedent(FORKS) + counter()) as program:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys\n{code}", str(program.pid)],
+            cwd=ROOT,
+            env=crcli.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        crcli.restore(done.stdout.strip())
+        assert_goes_on(program)
+
+
 def test_memory_shared_since_a_fork_stays_shared(crcli: Crcli) -> None:
     """A restored family uses no more memory than before, and still sees each other's writes."""
     with spawn_python(SHARED_SINCE_THE_FORK) as program:
