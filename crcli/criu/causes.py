@@ -169,6 +169,13 @@ OF_DUMPS = (
         retry=True,
     ),
     KnownCause(
+        "unix-unaccepted",
+        r"Non-empty write queue on an in-flight socket|Found a closed in-flight socket",
+        "a unix socket of the tree was used, or closed again, before whoever listens had accepted it",
+        "try again: a moment later it has been accepted",
+        retry=True,
+    ),
+    KnownCause(
         "unix-outside",
         r"External socket is used|Can't dump half of stream unix connection|External socket found in image",
         "a unix socket of the tree leads to a process outside",

@@ -129,6 +129,9 @@ _DEATH_S, _DEATH_S_PER_BYTE = 3.0, 0.25 / (1 << 30)
 _LOOPS_S, _MOST_LOOKS_FOR_RINGS = 5.0, 4
 """How long event loops may take to wait for events (seconds), and how often new ones are looked for."""
 
+_MOMENTARY = frozenset(("process-ended", "socket-corked", "unix-unaccepted"))
+"""Causes of CRIU's that are mostly over a moment later."""
+
 _FRESH_S = 1.0
 """What was seen of a tree longer ago than this (seconds) is looked at again before it is frozen."""
 
@@ -745,7 +748,10 @@ class _Dump:
                     self.shared.end_turn()
         if not answer.success:
             receiver.raise_failure()  # CRIU fails when nobody takes its pages: it is not to blame
-            raise explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
+            failure = explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
+            if not self.is_careful and failure.cause is not None and failure.cause.name in _MOMENTARY:
+                raise self._outrun("moment-again", failure, "which is over a moment later")
+            raise failure
         self._begin_work()
 
     def _begin_work(self) -> None:

@@ -252,6 +252,11 @@ server.listen()
 OUTSIDE = f"\0crcli-test-causes-{os.urandom(4).hex()}"
 """The address of a service outside of every tree: one to each of several runs at once."""
 
+UNIX_UNACCEPTED = """
+import os, socket
+server = socket.socket(socket.AF_UNIX); server.bind("\\0crcli-test-%d" % os.getpid()); server.listen()
+client = socket.socket(socket.AF_UNIX); client.connect(server.getsockname())
+"""
 UNIX_OUTSIDE = f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({OUTSIDE!r})"
 SYSTEM_CALL = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
 FILTER = """
@@ -371,6 +376,7 @@ CASES = [
         TCP.replace("far, _ = server.accept()", ""),
         dump=KEEP_TCP,
     ),
+    *(Case("unix-unaccepted", UNIX_UNACCEPTED + how) for how in ("client.send(b'x')", "client.close()")),
     Case("unix-outside", UNIX_OUTSIDE, prepare=accepted),
     Case("unix-outside", UNIX_OUTSIDE, prepare=accepted, dump={"ext_unix_sk": True}),
     Case("terminal-outside", stdin="terminal"),

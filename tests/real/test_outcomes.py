@@ -243,6 +243,49 @@ def test_a_tree_that_ends_before_it_is_dumped_again_is_told_so(crcli: Crcli, ope
         assert "trial" in error["message"] and error["state"] == "dead"
 
 
+def test_a_connection_that_was_used_before_it_was_accepted_is_waited_for(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRIU gives up on a message to who has not accepted the connection yet (an X client's first, say): when
+    that came after the tree was looked at, it is dumped again."""
+    code = """
+        import os, signal, time
+        from crcli.pipeline import dump
+        from crcli.plugins import hookimpl
+
+        calls = []
+
+        @hookimpl
+        def crcli_dump_before_freeze(target):
+            dump._FRESH_S = 1e9
+            if not calls:
+                os.kill(target.pid, signal.SIGUSR1)
+                time.sleep(0.3)
+            calls.append(1)
+
+        @hookimpl
+        def crcli_dump_failed(target):
+            os.kill(target.pid, signal.SIGUSR2)
+            time.sleep(0.3)
+        """
+    install_plugin(tmp_path / "site", "late", code, monkeypatch)
+    talks = f"""
+        import signal, socket
+        server = socket.socket(socket.AF_UNIX); server.bind({str(tmp_path / "s")!r}); server.listen()
+        kept = []
+        def connect(*_):
+            client = socket.socket(socket.AF_UNIX); client.connect(server.getsockname()); client.send(b"x")
+            kept.append(client)
+        signal.signal(signal.SIGUSR1, connect)
+        signal.signal(signal.SIGUSR2, lambda *_: kept.append(server.accept()))
+        """
+    with spawn_python(textwrap.dedent(talks) + counter()) as program:
+        report = crcli.dump(program.pid)
+        assert "moment-again" in {finding["name"] for finding in report["findings"]}
+        crcli.restore(report["image"])
+        assert_goes_on(program)
+
+
 @pytest.mark.parametrize("outcome", [("--leave-running",), ()])
 def test_a_connection_that_is_opened_late_is_held_too(
     outcome: tuple[str, ...], crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
