@@ -32,8 +32,9 @@ class Machine(NamedTuple):
     nr_close: int
     nr_fcntl: int
     nr_ptrace: int
-    nr_munmap: int
     nr_mmap: int
+    nr_mremap: int
+    nr_munmap: int
     nr_dup3: int
     nr_epoll_create1: int
     waits: tuple[int, ...]
@@ -43,40 +44,42 @@ class Machine(NamedTuple):
 
 MACHINES = {
     "x86_64": Machine(
-        27,
-        10,
-        (14, 13, 12, 7, 9, 8),
-        10,
-        16,
-        19,
-        15,
-        3,
-        72,
-        101,
-        11,
-        9,
-        292,
-        291,
-        (232, 281, 441),
-        b"\x0f\x05",
+        registers=27,
+        number=10,
+        arguments=(14, 13, 12, 7, 9, 8),
+        result=10,
+        instruction_pointer=16,
+        stack_pointer=19,
+        original_number=15,
+        nr_close=3,
+        nr_fcntl=72,
+        nr_ptrace=101,
+        nr_mmap=9,
+        nr_mremap=25,
+        nr_munmap=11,
+        nr_dup3=292,
+        nr_epoll_create1=291,
+        waits=(232, 281, 441),
+        instruction=b"\x0f\x05",
     ),
     "aarch64": Machine(
-        34,
-        8,
-        (0, 1, 2, 3, 4, 5),
-        0,
-        32,
-        31,
-        None,
-        57,
-        25,
-        117,
-        215,
-        222,
-        24,
-        20,
-        (22, 441),
-        b"\x01\x00\x00\xd4",
+        registers=34,
+        number=8,
+        arguments=(0, 1, 2, 3, 4, 5),
+        result=0,
+        instruction_pointer=32,
+        stack_pointer=31,
+        original_number=None,
+        nr_close=57,
+        nr_fcntl=25,
+        nr_ptrace=117,
+        nr_mmap=222,
+        nr_mremap=216,
+        nr_munmap=215,
+        nr_dup3=24,
+        nr_epoll_create1=20,
+        waits=(22, 441),
+        instruction=b"\x01\x00\x00\xd4",
     ),
 }
 

@@ -5,14 +5,16 @@ the child's too, as each worker's of PyTorch's DataLoader that was forked by a t
 checkpoint takes the devices of the process that uses them, and no other's (NVIDIA/cuda-checkpoint 28). That a
 worker does without them is nothing new: NVIDIA's own training frameworks close them there (Megatron-LM 3684).
 
-In their place the child gets what keeps their numbers and addresses: an epoll that waits for nothing, and
-memory that may not be touched, as the driver itself leaves where it had its mappings. Its first thread is
-stopped for that, for some tenths of a millisecond, and makes the calls. Whoever does it must not be killed in
-the middle, so it is the hand.
+In their place the child gets what keeps their numbers and addresses: an epoll that waits for nothing; a copy
+of what it could read, as pinned memory with examples in it; for the GPU's own registers memory that may not
+be touched, as the driver itself leaves where it had its mappings. The child's first thread is stopped for
+that, for milliseconds, and makes the calls. Whoever does it must not be killed in the middle, so it is the
+hand.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 from typing import TYPE_CHECKING
 
@@ -24,16 +26,23 @@ from crcli.process.maps import areas
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from crcli.criu.puppet import Puppet
+    from crcli.process.maps import Area
+
 DEVICE_PREFIX = "/dev/nvidia"
 """How the device files of NVIDIA's kernel driver begin: nvidia0, nvidiactl, nvidia-uvm, nvidia-caps/…"""
 
 _STOP_S = 2.0
 """How long a thread may take to come to stand (seconds)."""
 
-_KEPT_MAPPING = 0x02 | 0x10 | 0x20 | 0x4000
-"""MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE."""
-
+_OWN_MEMORY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+_PROTECTIONS = ((b"r", mmap.PROT_READ), (b"w", mmap.PROT_WRITE), (b"x", mmap.PROT_EXEC))
 _NO_FD = (1 << 64) - 1
+_MOVE_THERE = 1 | 2
+"""MREMAP_MAYMOVE, MREMAP_FIXED."""
+
+_PIECE = 64 << 10
+_ZEROS = bytes(_PIECE)
 
 
 def open_devices(pid: int) -> list[int]:
@@ -48,10 +57,10 @@ def open_devices(pid: int) -> list[int]:
     return found
 
 
-def mapped_devices(pid: int) -> list[tuple[int, int]]:
-    """Where a process has NVIDIA's devices mapped: start and end. Raises OSError when it is gone."""
+def mapped_devices(pid: int) -> list[Area]:
+    """Where a process has NVIDIA's devices mapped. Raises OSError when it is gone."""
     prefix = DEVICE_PREFIX.encode()
-    return [area.bounds for area in areas(pid, holding=prefix) if area.name.startswith(prefix)]
+    return [area for area in areas(pid, holding=prefix) if area.name.startswith(prefix)]
 
 
 def holds_devices(pid: int) -> bool:
@@ -96,13 +105,41 @@ def take_devices(process: ProcessId) -> None:
             kept = puppet.call(machine.nr_epoll_create1, os.O_CLOEXEC)
             for fd in open_devices(pid):
                 puppet.call(machine.nr_dup3, kept, fd, _close_on_exec(pid, fd))
-            for start, end in mapped_devices(pid):
-                puppet.call(machine.nr_mmap, start, end - start, 0, _KEPT_MAPPING, _NO_FD, 0)
+            for area in mapped_devices(pid):
+                _replace(area, puppet)
             puppet.call(machine.nr_close, kept)
             puppet.stand_as_if_signalled()
             puppet.make_again()
     except (OSError, Ending):
         pass
+
+
+def _replace(area: Area, puppet: Puppet) -> None:
+    """Put memory of the process's own in the place of a mapping, with the same in it; where nobody can read
+    that, or may, memory that cannot be touched."""
+    machine, (start, end) = puppet.machine, area.bounds
+    allowed = sum(bit for letter, bit in _PROTECTIONS if letter in area.permissions)
+    if not allowed & mmap.PROT_READ or not _can_read(puppet.memory, start):
+        allowed = 0
+    own = puppet.call(machine.nr_mmap, 0, end - start, allowed, _OWN_MEMORY, _NO_FD, 0)
+    if allowed:
+        _copy(puppet.memory, start, end, own)
+    puppet.call(machine.nr_mremap, own, end - start, end - start, _MOVE_THERE, start)
+
+
+def _can_read(memory: int, address: int) -> bool:
+    try:
+        return bool(os.pread(memory, 1, address))
+    except OSError:  # registers of a device
+        return False
+
+
+def _copy(memory: int, start: int, end: int, to: int) -> None:
+    """Copy within a process what is not zero; the target may be read-only."""
+    for at in range(start, end, _PIECE):
+        piece = os.pread(memory, min(_PIECE, end - at), at)
+        if piece != _ZEROS[: len(piece)]:
+            os.pwrite(memory, piece, to + at - start)
 
 
 def _close_on_exec(pid: int, fd: int) -> int:

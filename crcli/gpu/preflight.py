@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -394,6 +394,7 @@ def without_cuda(scene: Scene) -> Iterator[Finding]:
             places(scene.evidence, held),
             "takes them from the process, which goes on without them",
         )
+        yield from _room_for_copies(scene, children)
     monitors = {pid for pid in strangers if pid not in heirs and _asks_nvml_only(scene, pid, known)}
     if held := [one for pid in strangers if pid in monitors for one in strangers[pid]]:
         yield blocker(
@@ -413,6 +414,26 @@ def without_cuda(scene: Scene) -> Iterator[Finding]:
             "start such children afresh, not by a fork (PyTorch: DataLoader(multiprocessing_context="
             "'spawn' or 'forkserver'); Python: multiprocessing.set_start_method), or before the first use of "
             "CUDA",
+        )
+
+
+def _room_for_copies(scene: Scene, heirs: Sequence[Process]) -> Iterator[Finding]:
+    """What such children have mapped of devices, as pinned memory, becomes memory of their own."""
+    sizes = Counter[int]()
+    for one in scene.evidence.device_mappings:
+        sizes[one.pid] += one.bytes if one.path.startswith(DEVICE_PREFIX) else 0
+    wanted = Counter[str]()
+    for process in heirs:
+        wanted[process.cgroups] += sizes[process.pid]
+    if tight := too_tight(wanted):
+        room, needed = tight
+        yield blocker(
+            "gpu-inherited",
+            f"{first_of(heirs)} has pinned memory from a fork, {_amount(needed)} in all, of which each would "
+            f"have a copy, and {room.label} has {_amount(room.free)} left",
+            {"needed": needed, "free": room.free, "cgroup": room.place},
+            "free memory or raise the cgroup's limit, or start such children afresh (PyTorch: DataLoader("
+            "multiprocessing_context='spawn'))",
         )
 
 

@@ -249,6 +249,27 @@ os.set_inheritable(os.open('/dev/nvidiactl', os.O_RDWR), False)
         assert blockers(found(look(monitor.pid), [])) == ["gpu-nvml"]
 
 
+def test_pinned_memory_that_forks_have_must_fit(gpu_nodes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them gets a copy: where there is no room for all they are refused."""
+    code = """
+import mmap, os, time
+device = os.open('/dev/nvidia-uvm', os.O_RDWR)
+pinned = mmap.mmap(device, 1 << 20, flags=mmap.MAP_PRIVATE)
+for _ in range(3):
+    if os.fork() == 0:
+        time.sleep(600)
+print('ready')
+os.wait()
+"""
+    with spawn_python(code) as trainer:
+        evidence = look(trainer.pid)
+        assert not blockers(found(evidence, [cuda(trainer.pid)]))
+        monkeypatch.setattr("crcli.process.memory_room.available", lambda: 3 * MIB - 1)
+        refused = found(evidence, [cuda(trainer.pid)])
+        assert blockers(refused) == ["gpu-inherited"]
+        assert refused["gpu-inherited"].evidence["needed"] == 3 * MIB
+
+
 def test_a_device_that_a_fork_opened_by_itself_is_refused(gpu_nodes: None) -> None:
     """It has a use for that one, though it has the number of one that its parent has."""
     code = """

@@ -406,9 +406,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         "PyTorch: asks NVML all the time", _like_reference("monitored", "pynvml"), 90, 30, ("gpu",)
     ),
     "parallel": Scenario("PyTorch: DDP over NCCL, alone", _like_reference("parallel"), 90, 30, ("gpu",)),
-    "jitted": Scenario(
-        "Numba's and Triton's kernels", _like_reference("jitted", "numba", "triton"), 90, 30, ("gpu",)
-    ),
+    "jitted": Scenario("Triton: a kernel of its own", _like_reference("jitted", "triton"), 90, 30, ("gpu",)),
     "expandable": Scenario(
         "PyTorch: a counter, expandable segments",
         _counter_by(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"),
