@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 from crcli.errors import ObjectExists, StoreError
 from crcli.main import main
 from crcli.store import open_store, retrying
-from crcli.store.s3 import S3Store
+from crcli.store.s3 import S3Store, calls
 from crcli.store.s3 import client as client_module
 from tests.support.faulty_proxy import (
     Exchange,
@@ -29,8 +29,10 @@ from tests.support.faulty_proxy import (
     lose_answer,
     pass_on,
     reset_midway,
+    send_elsewhere,
     swallow_answer,
     truncate_answer,
+    web_page,
 )
 
 if TYPE_CHECKING:
@@ -459,6 +461,57 @@ def test_a_store_that_is_given_up_is_not_waited_for(behind: Behind, what: str, i
     thread.join(60)
     assert errors and not thread.is_alive()
     store.close()
+
+
+@pytest.mark.parametrize("is_quick", [False, True], ids=["botocore", "obstore"])
+@pytest.mark.parametrize("what", [what for what in ASKED if what != "delete"])
+def test_a_web_page_is_no_store(behind: Behind, what: str, is_quick: bool) -> None:
+    """It is neither an empty listing, nor an object, nor a sign that one was written."""
+    store = behind.open(is_quick=is_quick)
+    behind.proxy.inject(web_page, times=float("inf"))
+    with pytest.raises(StoreError, match="not as S3 does"):
+        ASKED[what](store)
+    store.close()
+
+
+@pytest.mark.parametrize("is_quick", [False, True], ids=["botocore", "obstore"])
+@pytest.mark.parametrize("what", ["get", "list", "stat", "claim"])
+def test_where_a_store_sends_to_is_not_asked(behind: Behind, what: str, is_quick: bool) -> None:
+    """A redirect is said at once, with the address."""
+    store = behind.open(is_quick=is_quick)
+    behind.proxy.inject(send_elsewhere, times=float("inf"))
+    with pytest.raises(StoreError, match="302") as caught:
+        ASKED[what](store)
+    assert f"sends to {behind.proxy.endpoint_url.removeprefix('http://')}:" in caught.value.hint
+    store.close()
+
+
+@pytest.mark.parametrize("is_quick", [False, True], ids=["botocore", "obstore"])
+@pytest.mark.parametrize("what", ["get", "list", "stat"])
+def test_who_only_reads_is_not_told_of_a_taken_name(behind: Behind, what: str, is_quick: bool) -> None:
+    """What a proxy answers with 412 is a refusal like any other."""
+    store = behind.open(is_quick=is_quick)
+    behind.proxy.inject(answer(412, ""), times=float("inf"))
+    with pytest.raises(StoreError, match="412") as caught:
+        ASKED[what](store)
+    assert not isinstance(caught.value, ObjectExists)
+    assert "--endpoint-url" in caught.value.hint
+    store.close()
+
+
+def test_a_store_that_is_waited_for_is_named(
+    behind: Behind, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, when the first answer takes long; with --json nothing is said."""
+    monkeypatch.setattr(calls, "LAST_S", 0.1)
+    url = behind.server.url("none")
+    command = ["ls", "--store", url, "--endpoint-url", behind.proxy.endpoint_url]
+    for more, said in ([], [f"crcli: waiting for {url}"]), (["--json"], []):
+        released = threading.Event()
+        behind.proxy.inject(hold_until(released))
+        threading.Timer(1, released.set).start()
+        assert main([*command, *more]) == 0
+        assert [line for line in capsys.readouterr().err.splitlines() if "waiting" in line] == said
 
 
 def test_a_pause_of_an_upload_ends_when_the_store_is_given_up(

@@ -92,6 +92,29 @@ def answer(status: int, code: str) -> Callable[[Exchange], None]:
     return fault
 
 
+def web_page(exchange: Exchange) -> None:
+    """Something else answers in the store's place: its console, or the login of a network."""
+    exchange.read_body()
+    page = b"<html><body>Please log in</body></html>"
+    exchange.handler.send_response_only(200)
+    exchange.handler.send_header("Content-Length", str(len(page)))
+    exchange.handler.end_headers()
+    if exchange.handler.command != "HEAD":
+        exchange.handler.wfile.write(page)
+
+
+def send_elsewhere(exchange: Exchange) -> None:
+    """The store redirects to another address, where there is a web page."""
+    exchange.read_body()
+    if exchange.handler.path == "/elsewhere":
+        web_page(exchange)
+        return
+    exchange.handler.send_response_only(302)
+    exchange.handler.send_header("Location", f"http://{exchange.handler.headers['Host']}/elsewhere")
+    exchange.handler.send_header("Content-Length", "0")
+    exchange.handler.end_headers()
+
+
 def reset_midway(exchange: Exchange) -> None:
     """The connection breaks while the request is being sent."""
     exchange.handler.rfile.read(int(exchange.handler.headers.get("Content-Length") or 0) // 2)

@@ -24,6 +24,18 @@ Result = TypeVar("Result")
 FIRST_CONTACT_PATIENCE_S = 10.0
 """Patience with a store that has never answered: it is misspelt more often than it is busy."""
 
+_SIGNS = {
+    "complete_multipart_upload": "ETag",
+    "create_multipart_upload": "UploadId",
+    "get_object": "ETag",
+    "head_object": "ETag",
+    "list_multipart_uploads": "IsTruncated",
+    "list_objects_v2": "IsTruncated",
+    "put_object": "ETag",
+    "upload_part": "ETag",
+}
+"""What the answers of all S3 servers have."""
+
 
 class Bucket:
     """The objects of the bucket `name` whose keys begin with `prefix` (empty, or ending in a slash)."""
@@ -96,8 +108,20 @@ class Bucket:
             parameters = parameters | {name: page[field] for name, field in resume.items()}
 
     def send(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Send a request once; raises what botocore raises."""
+        """Send a request once; raises what botocore raises, and StoreError where no S3 server answers.
+
+        botocore takes a web page for an empty listing, or for an object that is there.
+        """
         response: dict[str, Any] = getattr(self.connection.client, operation)(**parameters)
+        if (sign := _SIGNS.get(operation, "ResponseMetadata")) not in response:
+            from crcli.store.s3.errors import Place
+
+            raise StoreError(
+                f"{Place(self.name, self.prefix, self.connection.endpoint_url)} answers, but not as S3 does "
+                f"(no {sign} for {operation})",
+                hint="Does --endpoint-url name the S3 server, and not its console? Does a proxy or a login "
+                "page answer in its place?",
+            )
         self._has_answered = True
         return response
 

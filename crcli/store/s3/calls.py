@@ -13,6 +13,7 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from crcli import waiting
 from crcli.errors import StoreUnreachable
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ an upload for instance. Of one that did not answer within it nothing more is ask
 class Calls:
     """The calls of one store, from whatever thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, waits_for: str = "the store") -> None:
+        """`waits_for` is said of a first call that takes longer than others do in all."""
+        self._waits_for = waits_for
+        self._has_answered = self._has_told = False
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._idle: list[_Caller] = []
@@ -106,6 +110,10 @@ class Calls:
                 if was_given_up:
                     self._is_silent = True
                     raise _not_waited_for() from None
+                if not self._has_answered and not self._has_told:
+                    self._has_told = True
+                    waiting.say(f"waiting for {self._waits_for}")
+        self._has_answered = True
         return call.result()
 
 

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import botocore.session
 from botocore.config import Config
+from botocore.exceptions import ClientError
 
 from crcli.records import Struct
 
@@ -83,6 +84,7 @@ def connect(settings: S3Settings) -> Connection:
         ),
     )
     _leave_payloads_unsigned_where_safe(client)
+    client.meta.events.register_first("needs-retry.s3", _end_at_redirects)
     return Connection(
         client=client,
         pulse=_watch_over(client),
@@ -106,6 +108,19 @@ def _find_services_at_once(session: Any) -> None:
         )
 
     loader.list_available_services = folders
+
+
+def _end_at_redirects(response: tuple[Any, dict[str, Any]] | None, operation: Any, **_: Any) -> None:
+    """Have a redirect that is none of S3's end a request. botocore takes it for a bucket in another region,
+    asks for that, and is redirected again, until Python's stack is full."""
+    if response is None or response[0].status_code // 100 != 3:
+        return
+    parsed = response[1]
+    if (
+        parsed.get("Error", {}).get("Code", "").isdigit()
+        and "x-amz-bucket-region" not in parsed["ResponseMetadata"]["HTTPHeaders"]
+    ):
+        raise ClientError(parsed, operation.name)
 
 
 def _configured_region(session: Any) -> str:

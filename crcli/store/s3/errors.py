@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
 from urllib3.exceptions import HTTPError
@@ -38,6 +39,7 @@ _GATEWAY_STATUS = frozenset((502, 503, 504))
 _REFUSED_CREDENTIALS = frozenset(
     ("400", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired")
 )
+_WRITES = frozenset(("CompleteMultipartUpload", "PutObject"))
 _ABSENT = frozenset(("NoSuchKey", "404", "NotFound", "NoSuchVersion"))
 
 FOREIGN = (boto.BotoCoreError, boto.ClientError, HTTPError, OSError)
@@ -96,6 +98,10 @@ _REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("400",), "The store gave no reason; look at credentials, region and addressing style."),
 )
 
+_REDIRECTS = frozenset(("301", "302", "303", "307", "308"))
+_PASSES = "It was asked several times; try again later."
+_NO_REASON = "An S3 server would give its reason: does --endpoint-url name one?"
+
 
 class Place(Struct, frozen=True):
     """Where a request went, for messages."""
@@ -116,7 +122,7 @@ class Place(Struct, frozen=True):
 def code_of(error: BaseException | None) -> str:
     """The code of a refusal (`NoSuchKey`, `412`, …), or nothing if the store did not answer."""
     if isinstance(error, boto.ClientError):
-        return str(error.response.get("Error", {}).get("Code", ""))
+        return str(error.response.get("Error", {}).get("Code") or "")
     return ""
 
 
@@ -175,7 +181,7 @@ def _translate_refusal(error: Any, place: Place, key: str) -> StoreError:
     code = code_of(error) or str(status_of(error))
     if code in _ABSENT:
         return NotFound(f"no object {key} in {place.url}")
-    if status_of(error) == 412:
+    if status_of(error) == 412 and error.operation_name in _WRITES:
         return taken(key)
     what = f"{error.operation_name} of {key}" if key else error.operation_name
     said = error.response.get("Error", {}).get("Message", "")
@@ -193,8 +199,14 @@ def _remedy(code: str, response: Any, place: Place) -> str:
         "region": headers.get("x-amz-bucket-region") or response.get("Error", {}).get("Region") or "REGION",
         "date": headers.get("date") or "another time",
     }
+    if code in _REDIRECTS and facts["region"] == "REGION":
+        there = urlsplit(headers.get("location", "")).netloc or "another address"
+        return f"The server sends to {there}: name the S3 server itself with --endpoint-url."
     family = "KMS" if code.startswith("KMS") else code
-    return next((text.format(**facts) for codes, text in _REMEDIES if family in codes), "")
+    remedy = next((text.format(**facts) for codes, text in _REMEDIES if family in codes), "")
+    if not remedy and code.isdigit():
+        return _PASSES if int(code) in _PASSING_STATUS else _NO_REASON
+    return remedy or (_PASSES if code in _PASSING_CODES else "")
 
 
 def _explain_failure(error: Exception, place: Place) -> tuple[str, str]:

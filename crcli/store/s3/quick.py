@@ -35,6 +35,9 @@ _CONNECT_S, _SILENCE_S, _WHOLE_S = 2.0, 5.0, 30.0
 _AT_ONCE = 1000
 """Entries of a listing that come in one answer."""
 
+_NOTHING = "no-such-object"
+"""Where no store has an object: asked for it, an S3 server says so in its own words."""
+
 
 class Page(NamedTuple):
     """What one answer to a listing tells of, in key order, and the key behind which the next begins; empty
@@ -59,6 +62,7 @@ class QuickRequests:
         self._making = threading.Lock()
         self._store: S3Store | None = None
         self._is_aws = False
+        self._is_s3 = False
         self._is_over = bool(prefix) and not is_key(prefix.rstrip("/"))
 
     @property
@@ -70,12 +74,7 @@ class QuickRequests:
         """The whole object. Raises NotFound if the store says that there is no such object."""
         path = self._prefix + check_key(key)
 
-        def read(store: S3Store) -> bytes:
-            import obstore
-
-            return obstore.get(store, path).bytes().to_bytes()
-
-        return self._try(read, key)
+        return self._try(lambda store: self._read(store, path), key)
 
     def get_range(self, key: str, offset: int, length: int) -> memoryview | None:
         """Exactly `length` bytes (more than none) at `offset`. Raises NotFound like `get`.
@@ -96,10 +95,11 @@ class QuickRequests:
         """The object's description."""
         path = self._prefix + check_key(key)
 
-        def read(store: S3Store) -> ObjectInfo:
+        def read(store: S3Store) -> ObjectInfo | None:
             import obstore
 
-            return self._described(obstore.head(store, path))
+            found = obstore.head(store, path)
+            return self._described(found) if found["e_tag"] else None
 
         return self._try(read, key)
 
@@ -115,6 +115,8 @@ class QuickRequests:
             entries = next(obstore.list(store, self._prefix + prefix, offset=behind, chunk_size=_AT_ONCE), [])
             found = sorted(map(self._described, entries), key=lambda info: info.key)
             last = found[-1].key if len(found) >= _AT_ONCE else ""
+            if not found and not self._is_of_s3(store):
+                return None  # a web page that it took for a listing tells of no objects
             if (found and found[0].key <= after) or (last and not is_key(last)):
                 return None  # it pays no heed to `after`, or there is nothing to go on from
             return Page([info for info in found if is_key(info.key)], last)
@@ -135,11 +137,11 @@ class QuickRequests:
             import obstore
 
             is_doubted = if_absent and not self._is_aws  # see `creating`: others may ignore the condition
-            if is_doubted and _read(store, path) is not None:
+            if is_doubted and not self._lacks(store, path):
                 return None
             was_sent = True
             obstore.put(store, path, data, mode="create" if if_absent else "overwrite", use_multipart=False)
-            return not is_doubted or _read(store, path) == data
+            return not is_doubted or self._read(store, path) == data
 
         done = None if self._settings.encryption else self._try(write, key)
         return bool(done) if was_sent else None
@@ -159,7 +161,7 @@ class QuickRequests:
     def reopened(self, calls: Calls) -> QuickRequests:
         """The same, open again after `close`, with the client, if it was of use."""
         again = QuickRequests(self._bucket, self._prefix, self._settings, calls)
-        again._store, again._is_aws = self._store, self._is_aws
+        again._store, again._is_aws, again._is_s3 = self._store, self._is_aws, self._is_s3
         return again
 
     def close(self) -> None:
@@ -170,7 +172,30 @@ class QuickRequests:
         key = entry["path"][len(self._prefix) :]
         return ObjectInfo(key, entry["size"], entry["last_modified"].timestamp())
 
-    def _try(self, read: Callable[[S3Store], Result], key: str) -> Result | None:
+    def _read(self, store: S3Store, path: str) -> bytes | None:
+        """An object; None where what answers is no S3 server: those send an ETag."""
+        import obstore
+
+        found = obstore.get(store, path)
+        self._is_s3 |= bool(found.meta["e_tag"])
+        return found.bytes().to_bytes() if found.meta["e_tag"] else None
+
+    def _lacks(self, store: S3Store, path: str) -> bool:
+        """Whether the store says that it has no such object."""
+        try:
+            self._read(store, path)
+        except FileNotFoundError as error:
+            if not _is_absent(error):
+                raise
+            self._is_s3 = True
+            return True
+        return False
+
+    def _is_of_s3(self, store: S3Store) -> bool:
+        """Whether an S3 server answers, and not a console, a portal's login or what a redirect leads to."""
+        return self._is_s3 or self._lacks(store, f"{self._prefix}{_NOTHING}")
+
+    def _try(self, read: Callable[[S3Store], Result | None], key: str) -> Result | None:
         store = None if self._is_over else self._made()
         if store is None:
             return None
@@ -178,6 +203,7 @@ class QuickRequests:
             return self._calls.make(lambda: read(store))
         except FileNotFoundError as error:
             if _is_absent(error):
+                self._is_s3 = True
                 raise NotFound(f"no object {key} in s3://{self._bucket}/{self._prefix}".rstrip("/")) from None
         except StoreUnreachable:
             raise  # nobody waits any more
@@ -233,18 +259,6 @@ class QuickRequests:
     def _at_most(self, seconds: float) -> str:
         """That long, or for as long as there is patience with the store at all."""
         return f"{1000 * min(seconds, self._settings.patience_s):.0f}ms"
-
-
-def _read(store: S3Store, path: str) -> bytes | None:
-    """An object; None where the store says that there is none."""
-    import obstore
-
-    try:
-        return obstore.get(store, path).bytes().to_bytes()
-    except FileNotFoundError as error:
-        if _is_absent(error):
-            return None
-        raise
 
 
 def _is_absent(error: FileNotFoundError) -> bool:

@@ -42,7 +42,7 @@ class S3Store:
         bucket, _, prefix = address.place.partition("/")
         self._address = address
         self._settings = settings
-        self._calls = Calls()
+        self._calls = Calls(address.url)
         self._bucket = Bucket(bucket, prefix + "/" if prefix else "", settings, self._calls)
         self._quick = QuickRequests(bucket, self._bucket.prefix, settings, self._calls)
         if like is not None:
