@@ -225,6 +225,8 @@ class Vigil:
         """When the tree is to be looked at, if no image was begun by then."""
         self._obstacle = ""
         """What keeps it from being dumped, as it was said last, if a look finds it."""
+        self._instead, self._again = "", 0
+        """What was said last instead of an image, and how often it has happened since the last one."""
         self._history = History.noted(keeping.dump.job)
         rate = keeping.failure_rate_per_h
         self._schedule = Schedule(
@@ -358,7 +360,7 @@ class Vigil:
         is_known = self._seen is not None and not activity.matters_since(self._seen)
         if is_known and not self._uses_gpus:  # a GPU may work while its processes only wait
             self._schedule.skipped(now)
-            self._say("skipped", "no image was taken: nothing has changed since the last one")
+            self._say_now_and_then("skipped", "no image was taken: nothing has changed since the last one")
             return
         self._begin(purpose, activity, replace(self._keeping.dump, outcome=Outcome.RUNNING))
 
@@ -392,7 +394,7 @@ class Vigil:
         return {**self._keeping.dump.job, "purpose": purpose.value, **asdict(history)}
 
     def _image_taken(self, under_way: _UnderWay, report: dict[str, Any]) -> None:
-        self._seen = under_way.seen
+        self._seen, self._instead = under_way.seen, ""
         cost = Cost(report["frozen_ms"], report["total_ms"])
         self._schedule.taken(under_way.began, cost)
         self._say(
@@ -412,7 +414,7 @@ class Vigil:
             return
         self._obstacle = error.message if _is_seen_by_looking(error) else ""
         self._schedule.failed(time.monotonic())
-        self._say("image-failed", f"no image could be taken: {error.message}", **_of(error))
+        self._say_now_and_then("image-failed", f"no image could be taken: {error.message}", **_of(error))
 
     def _saw(self, error: CrcliError) -> None:
         """A look has failed: say what is in the way, unless that was said, or the tree has just ended."""
@@ -659,6 +661,15 @@ class Vigil:
 
     def _say(self, name: str, message: str, **data: Any) -> None:
         self._tell(Event(name, message, data))
+
+    def _say_now_and_then(self, name: str, message: str, **data: Any) -> None:
+        """Say what happened instead of an image. What happens time and again in the same words is said the
+        first, second, fourth, eighth time and so on, with how often it was: a log has other lines too."""
+        self._again = self._again + 1 if message == self._instead else 1
+        self._instead = message
+        if self._again.bit_count() == 1:
+            often = f" ({self._again} times by now)" if self._again > 1 else ""
+            self._say(name, message + often, **data, times=self._again)
 
 
 _OTHER_SIDES = {"pipe-outside": "other_end", "fifo-outside": "other_end", "terminal-outside": "driver"}

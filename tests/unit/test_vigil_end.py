@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from functools import partial
 from unittest.mock import Mock
 
 from crcli.errors import DumpFailed, TreeState
@@ -50,3 +51,21 @@ def test_a_dump_is_tried_again_for_as_long_as_there_is_time() -> None:
     leaving = _Leaving(notice, time.monotonic(), time.monotonic() + 7200, tries=1440)
     assert vigil._cannot_save(leaving, DumpFailed("no answer", state=TreeState.RUNNING)) is None
     assert told == ["retry"]
+
+
+def test_what_fails_time_and_again_is_said_now_and_then() -> None:
+    """In the same words: the first, second and fourth time; another reason at once; after an image anew."""
+    told: list[str] = []
+    root = identify(os.getpid())
+    keeping = Keeping(DumpOptions(pid=root.pid, store="none"))
+    vigil = Vigil(keeping, root, Mock(spec=Notices), lambda event: told.append(event.message))
+    under_way = _UnderWay(Purpose.PERIODIC, 0.0, "", activity_of(root))
+    fails = partial(vigil._image_failed, under_way)
+    for _ in range(5):
+        fails(DumpFailed("no answer"))
+    fails(DumpFailed("no room"))
+    vigil._image_taken(under_way, {"frozen_ms": 1.0, "total_ms": 1.0, "stored_bytes": 1})
+    fails(DumpFailed("no room"))
+    assert [text.removeprefix("no image could be taken: ") for text in told if "could" in text] == [
+        "no answer", "no answer (2 times by now)", "no answer (4 times by now)", "no room", "no room",
+    ]  # fmt: skip
