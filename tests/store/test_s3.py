@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,30 @@ def test_settings_that_make_no_sense(
     server = s3("moto")
     monkeypatch.setenv(variable, value)
     assert refusal(server.url("x")).hint
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"AWS_ENDPOINT_URL": "http://user:SECRET@127.0.0.1:9/a?b"}, "not a valid URI"),
+        ({"AWS_SESSION_TOKEN": "SECRET\nb"}, "line break"),
+        (
+            {"AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere", "AWS_ROLE_ARN": "role", "AWS_ACCESS_KEY_ID": ""},
+            "cannot be used: .*/nowhere",
+        ),
+    ],
+)
+def test_what_is_secret_is_not_shown(
+    s3: Choose, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    """What is wrong with the settings is said at once, without passwords and tokens, and not as the network's
+    fault."""
+    url = s3("moto").url("x")
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    error = refusal(url)
+    assert re.search(words, error.message), error.message
+    assert "SECRET" not in error.message and "network" not in error.hint
 
 
 def test_unknown_profile(s3: Choose) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -159,6 +160,8 @@ def passes(error: Exception) -> bool:
         return code_of(error) in _PASSING_CODES or status_of(error) in _PASSING_STATUS
     if isinstance(error, boto.SSLError) and _is_for_ever(error):
         return False
+    if _is_no_header(error):
+        return False
     return isinstance(error, _LOST_ON_THE_WAY)
 
 
@@ -169,6 +172,7 @@ def translate(error: Exception, place: Place, key: str = "") -> StoreError:
     if isinstance(error, boto.ClientError):
         return _translate_refusal(error, place, key)
     message, hint = _explain_failure(error, place)
+    message = re.sub(r"//[^/\s]*@", "//", message)  # a user and password in the URL of the server
     return (StoreUnreachable if _is_silence(error) else StoreError)(message, hint=hint)
 
 
@@ -218,6 +222,10 @@ def _explain_failure(error: Exception, place: Place) -> tuple[str, str]:
             return str(error), "`aws configure list-profiles` shows them; check AWS_PROFILE and ?profile=."
         case boto.CredentialRetrievalError() | boto.TokenRetrievalError() | boto.SSOError():
             return f"credentials could not be had: {error}", "Renew them (`aws sso login`) or use others."
+        case _ if _is_no_header(error):
+            return f"{place} cannot be used: the credentials hold a line break", _CREDENTIALS
+        case FileNotFoundError() | PermissionError() | IsADirectoryError():
+            return f"{place} cannot be used: {error}", "A file that the AWS settings name cannot be read."
         case boto.SSLError():
             return f"no TLS connection to {place}: {_innermost(error)}", _tls_remedy(error)
         case boto.ConnectTimeoutError() | boto.ReadTimeoutError():
@@ -235,6 +243,12 @@ def _sudo_remark() -> str:
     if "SUDO_USER" not in os.environ:
         return ""
     return " (sudo drops variables and changes ~; `sudo -E` keeps both.)"
+
+
+def _is_no_header(error: Exception) -> bool:
+    """Whether a request was never sent because of a value, which is secret, that cannot stand in a header."""
+    inner = _innermost(error)
+    return isinstance(inner, ValueError) and str(inner).startswith("Invalid header value")
 
 
 def _is_for_ever(error: boto.SSLError) -> bool:
