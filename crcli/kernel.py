@@ -227,17 +227,24 @@ _oom_score_before = ""
 
 
 @contextmanager
-def gone_first_without_memory() -> Iterator[None]:
+def gone_first_without_memory() -> Iterator[str]:
     """Within the block, where memory runs out, the kernel ends this process and what it starts, not others.
 
-    By itself it takes the largest, which in a container is the program that somebody is to look after.
+    By itself it takes the largest, which in a container is the program that somebody is to look after. The
+    block is given the score that others have (empty: not known).
     """
     global _oom_score_before
-    _oom_score_before = _set_oom_score("1000")
+    _oom_score_before = go_first_without_memory()
     try:
-        yield
+        yield _oom_score_before
     finally:
         _set_oom_score(_oom_score_before)
+
+
+def go_first_without_memory() -> str:
+    """Have the kernel end this process, and what it starts, before others where memory runs out; return the
+    score that it had."""
+    return _set_oom_score("1000")
 
 
 def stay_without_memory() -> None:

@@ -103,6 +103,8 @@ class TreeMember(Struct, frozen=True):
     comm: str
     rseq_pages: tuple[int, ...]
     """Pages that hold an rseq area: the kernel writes there while CRIU restores."""
+    has_oom_score: bool = False
+    """Whether CRIU gives it an oom_score_adj: one that is not 0."""
 
 
 def read_tree(images: ImageFolder) -> list[TreeMember]:
@@ -110,12 +112,13 @@ def read_tree(images: ImageFolder) -> list[TreeMember]:
     members: list[TreeMember] = []
     there = set(images.names())
     for entry in ImageFile.parse(images.read("pstree.img"), messages.pstree_entry).entries:
-        state, comm, rseq = 0, "", set()
+        state, comm, rseq, has_oom_score = 0, "", set(), False
         threads = _threads_of(entry, there)
         for thread in threads:
             core = ImageFile.parse(images.read(f"core-{thread}.img"), messages.core_entry).entries[0]
             if thread == entry.pid:
                 state, comm = core.tc.task_state, text_of(core.tc.comm)
+                has_oom_score = core.tc.oom_score_adj != 0
             if core.thread_core.HasField("rseq_entry"):
                 rseq.add(core.thread_core.rseq_entry.rseq_abi_pointer // PAGE)
         members.append(
@@ -129,6 +132,7 @@ def read_tree(images: ImageFolder) -> list[TreeMember]:
                 state == _TASK_STOPPED,
                 comm,
                 tuple(rseq),
+                has_oom_score,
             )
         )
     return members

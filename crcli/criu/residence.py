@@ -249,6 +249,7 @@ class _Duty(Struct, frozen=True):
         pid = os.fork()
         if pid == 0:
             reset_signals()
+            kernel.go_first_without_memory()  # its processes get scores of their own from the image
             exec_criu(self.criu_end, (), self.keep)
         return pid
 

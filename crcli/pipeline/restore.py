@@ -66,7 +66,7 @@ from crcli.plugins.loader import load_hooks
 from crcli.process.files import FileId
 from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
-from crcli.process.settings import give_back, give_core_filter
+from crcli.process.settings import give_back, give_core_filter, give_oom_score
 from crcli.process.tree import child_pids
 from crcli.records import Struct, asdict, replace
 from crcli.store.caching import CachingStore
@@ -302,6 +302,8 @@ class _Restore:
         self.store: Store | None = None
         self.children_before: set[int] = set()
         self.is_settled = False
+        self.oom_score = ""
+        """What oom_score_adj is here (empty: not known), but for us and CRIU while that restores."""
         self.ready_ms = 0.0
 
     def run(self) -> Restored:
@@ -536,7 +538,8 @@ class _Restore:
             self._note(Change("loan", kerndat.PATH))
             kerndat.lend(self.images)
         try:
-            with self.residence.criu as criu:
+            # Where memory runs out we and CRIU go first, not the warden, who clears away then.
+            with self.residence.criu as criu, kernel.gone_first_without_memory() as self.oom_score:
                 answer = criu.request(
                     rpc.RESTORE, options, self._on_notify, CRIU_LIMIT_S, meanwhile=self.refill.finish_early
                 )
@@ -678,7 +681,11 @@ class _Restore:
 
     def _give_back_settings(self) -> None:
         """Give back what CRIU does not save: processors, input/output priority, timer slack of threads, and
-        what a core dump of a process is to hold."""
+        what a core dump of a process is to hold. Of who had no score for when memory runs out it takes its
+        own, which is not meant for the tree."""
+        for member in self.members:
+            if member.alive and not member.has_oom_score and self.oom_score:
+                give_oom_score(self.host[member.pid], self.oom_score)
         depth = namespace_depth(self.init)
         for process in self.manifest.meta.get("tree", []):
             host_pid = self.host.get(process["pid"])

@@ -84,6 +84,15 @@ def give_core_filter(pid: int, value: int) -> None:
         return
 
 
+def give_oom_score(pid: int, score: str) -> None:
+    """Have the kernel weigh a process so where memory runs out (oom_score_adj), where the host permits."""
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", "w") as file:
+            file.write(score)
+    except OSError:
+        return
+
+
 def parse_cpus(text: str) -> set[int]:
     """Return the processors of a list such as "0-3,8"."""
     found: set[int] = set()
