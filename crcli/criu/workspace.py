@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from crcli.store.base import Buffer
 
 
+def temporary_folder() -> str:
+    """The folder for temporary files. Where none can be written to, as on a full disk, it is the usual one:
+    Python would have no word for it, and a folder may be made there all the same."""
+    import tempfile
+
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:
+        return "/tmp"
+
+
 class Workspace:
     """A private folder, named by descriptor; a context manager that frees it."""
 

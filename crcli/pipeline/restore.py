@@ -40,7 +40,7 @@ from crcli.criu.skeleton import (
     mend_connections,
     move_terminals,
 )
-from crcli.criu.workspace import Workspace
+from crcli.criu.workspace import Workspace, temporary_folder
 from crcli.errors import CrcliError, RestoreFailed, TreeState
 from crcli.findings import Finding, Severity
 from crcli.guard.here import Here
@@ -602,9 +602,7 @@ class _Restore:
 
     def _mountable_folder(self) -> int:
         """A folder in which CRIU can mount the cgroup hierarchies while it works."""
-        import tempfile
-
-        path = f"{tempfile.gettempdir()}/crcli-cgroups-{os.urandom(8).hex()}"
+        path = f"{temporary_folder()}/crcli-cgroups-{os.urandom(8).hex()}"
         self._note(Change("mounts", path))
         os.mkdir(path, 0o700)
         self.held.callback(undo, [asdict(Change("mounts", path))])

@@ -54,6 +54,12 @@ def test_a_host_that_works() -> None:
     assert checks["python"]["evidence"]["packages"]["numpy"]
 
 
+def test_no_place_for_temporary_files() -> None:
+    """As on a full disk: the doctor says what there is."""
+    checks = doctor("prlimit", "--fsize=0:0")
+    assert {"temporary-folder", "killed-commands"} <= set(checks)
+
+
 def test_missing_capabilities() -> None:
     """Without them nothing can be dumped: they are named, and what cannot be done without them."""
     checks = doctor("setpriv", "--bounding-set=-sys_ptrace,-sys_admin", "--inh-caps=-all", code=40)

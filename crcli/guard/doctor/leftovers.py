@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
-import tempfile
 from typing import TYPE_CHECKING
 
 from crcli.criu import netlock
+from crcli.criu.workspace import temporary_folder
 from crcli.guard.doctor.check import Check, note, passed
 from crcli.process.identity import read_proc, read_stat
 
@@ -41,7 +41,7 @@ def release_locks() -> list[str]:
 
 def _killed_commands() -> Iterator[Check]:
     orphans = sorted(_orphaned_criu())
-    folders = sorted(glob.glob(f"{glob.escape(tempfile.gettempdir())}/crcli-cgroups-*"))
+    folders = sorted(glob.glob(f"{glob.escape(temporary_folder())}/crcli-cgroups-*"))
     if orphans or folders:
         parts = [f"CRIU as process {pid}, without its crcli" for pid in orphans]
         parts += [f"the folder {path}" for path in folders]

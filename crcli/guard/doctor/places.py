@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
+from crcli.criu.workspace import temporary_folder
 from crcli.errors import CrcliError
 from crcli.guard.doctor.check import Check, lacks, note, passed
 
@@ -26,7 +26,7 @@ def examine(choice: StoreChoice) -> Iterator[Check]:
     yield _folder(
         "logs", os.environ.get("CRCLI_LOG_DIR", "/var/log/crcli"), "CRIU's logs are kept after failures"
     )
-    yield _folder("temporary-folder", tempfile.gettempdir(), "CRIU mounts cgroups there")
+    yield _folder("temporary-folder", temporary_folder(), "CRIU mounts cgroups there")
 
 
 def _store(choice: StoreChoice) -> Iterator[Check]:
