@@ -41,7 +41,7 @@ _NO_FD = (1 << 64) - 1
 _MOVE_THERE = 1 | 2
 """MREMAP_MAYMOVE, MREMAP_FIXED."""
 
-_PIECE = 64 << 10
+_PIECE = 256 << 10
 _ZEROS = bytes(_PIECE)
 
 

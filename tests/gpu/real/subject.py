@@ -16,6 +16,9 @@ from tests.gpu.real.commands import Failed
 from tests.gpu.real.setting import Setting
 
 PROGRAMS = Path(__file__).with_name("programs")
+ASKING = signal.SIGRTMIN + 1
+"""The signal that asks a program for a digest (see programs/progress.py)."""
+
 _DEATH_LIMIT_S = 15.0
 
 
@@ -105,7 +108,7 @@ class Subject:
     def digest(self, limit_s: float) -> str:
         """Ask it for the digest of all its GPU memory."""
         before = len(self._lines("digest"))
-        os.kill(self.pid, signal.SIGUSR1)
+        os.kill(self.pid, ASKING)
         self._wait(
             lambda: "said" if len(self._lines("digest")) > before else "", limit_s, "it says no digest"
         )

@@ -4,7 +4,7 @@ Each line goes into a file by one write, so that whoever reads it sees whole lin
 
     ready USED          it has allocated all that it will; USED bytes of GPU memory, as it counts them
     step N VALUE TIME   VALUE is what must be the same in an uninterrupted run; TIME is seconds since 1970
-    digest HEX          of all its GPU memory: written once for each SIGUSR1
+    digest HEX          of all its GPU memory: written once for each signal SIGRTMIN + 1
     done N              after the last step; it then waits to be killed
 """
 
@@ -37,7 +37,7 @@ class Progress:
         self._asked = 0
         self._answered = 0
         self._steps = 0
-        signal.signal(signal.SIGUSR1, self._ask)
+        signal.signal(signal.SIGRTMIN + 1, self._ask)  # SIGUSR1 LLVM takes away, in Triton
 
     def ready(self, used: int) -> None:
         """Say that all memory is allocated."""
