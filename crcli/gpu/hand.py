@@ -40,6 +40,9 @@ RESUME_LIMIT_S = 60.0
 _SPARE_S = 30.0
 """How much longer than all its calls may take an answer of the hand may be on the way (seconds)."""
 
+_COPIES_S = 120.0
+"""How long it may take to copy pinned memory that forks share with those who use CUDA (seconds)."""
+
 _END_LIMIT_S = 2.0
 _MASKS = (
     "CUDA_VISIBLE_DEVICES",
@@ -162,7 +165,7 @@ class Hand:
         if not (processes := _named(pids)):
             return
         try:
-            self._ask("take_devices", processes, _SPARE_S)
+            self._ask("take_devices", processes, _COPIES_S)
         except _Lost as error:
             raise GpuFailed("take_devices", processes[0][0], "HAND_LOST", {}) from error
 

@@ -7,15 +7,16 @@ worker does without them is nothing new: NVIDIA's own training frameworks close 
 
 In their place the child gets what keeps their numbers and addresses: an epoll that waits for nothing; a copy
 of what it could read, as pinned memory with examples in it; for the GPU's own registers memory that may not
-be touched, as the driver itself leaves where it had its mappings. The child's first thread is stopped for
-that, for milliseconds, and makes the calls. Whoever does it must not be killed in the middle, so it is the
-hand.
+be touched, as the driver itself leaves where it had its mappings. The child is stopped for that, a tenth of a
+second or less, and its first thread makes the calls. Whoever does it must not be killed in the middle, so it
+is the hand.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from crcli import kernel
@@ -98,7 +99,10 @@ def take_devices(process: ProcessId) -> None:
     """Take them from a process that was forked from one which uses CUDA. It may be too busy, or end."""
     pid = process.pid
     try:
-        with seized(pid, pid, _STOP_S) as puppet:
+        with ExitStack() as held:
+            tids = sorted(map(int, os.listdir(f"/proc/{pid}/task")))
+            puppets = [held.enter_context(seized(pid, tid, _STOP_S)) for tid in tids]
+            puppet = puppets[0]
             if not process.alive():
                 return
             machine = puppet.machine
@@ -109,7 +113,8 @@ def take_devices(process: ProcessId) -> None:
                 _replace(area, puppet)
             puppet.call(machine.nr_close, kept)
             puppet.stand_as_if_signalled()
-            puppet.make_again()
+            for one in puppets:
+                one.make_again()
     except (OSError, Ending):
         pass
 

@@ -392,7 +392,8 @@ def without_cuda(scene: Scene) -> Iterator[Finding]:
             f"{first_of(children)} has GPU devices from a fork: CUDA cannot use them there, and they "
             "cannot be saved",
             places(scene.evidence, held),
-            "takes them from the process, which goes on without them",
+            "takes them from the process, which goes on without them, and with a copy of the pinned memory "
+            "that it shared",
         )
         yield from _room_for_copies(scene, children)
     monitors = {pid for pid in strangers if pid not in heirs and _asks_nvml_only(scene, pid, known)}

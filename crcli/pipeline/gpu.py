@@ -232,10 +232,16 @@ class DumpSide:
             raise GpuFailed("checkpoint", left[0], "DEVICE_LEFT", {})
 
     def _take_inherited_devices(self) -> None:
-        """Have no process hold devices but those that use them, who make no more forks of themselves now."""
-        others = [pid for pid in _pids_of(self._evidence.root.pid) if pid not in self._locked]
-        if heirs := [pid for pid in others if holds_devices(pid) and forked_from(pid, self._locked)]:
+        """Have no process hold devices but those that use them; a child that a fork of theirs has forked
+        meanwhile holds them as well."""
+        tried: set[int] = set(self._locked)
+        for _ in range(_MOST_LOOKS):
+            others = [pid for pid in _pids_of(self._evidence.root.pid) if pid not in tried]
+            heirs = [pid for pid in others if holds_devices(pid) and forked_from(pid, self._locked)]
+            if not heirs:
+                return
             self._hand.take_devices(heirs)
+            tried.update(heirs)
 
     def _newcomers(self, known: Sequence[int]) -> list[CudaProcess]:
         """The CUDA processes of the tree that were not there, or did not use CUDA, when it was looked at."""
