@@ -109,7 +109,8 @@ def test_a_restore_without_room_leaves_nothing(crcli: Crcli, group: Group) -> No
                     arguments = ("restore", image, "--store", crcli.store, "--force-guard", "memory")
                     command = held.enter_context(crcli.start(*arguments))
                 out, err = command.communicate(timeout=COMMAND_LIMIT_SECONDS)
-            assert command.returncode == -signal.SIGKILL, f"there was room enough: {out}\n{err}"
+            ends = (-signal.SIGKILL, 21)  # the kernel took us, or CRIU alone
+            assert command.returncode in ends, f"there was room enough: {out}\n{err}"
             wait_until(group.is_empty, f"with {share} MiB a process stays")
             assert not carried.exists(), f"with {share} MiB a file stays"
         group.limit(UNLIMITED)
