@@ -390,6 +390,7 @@ def test_lasting_trouble_is_said_before_it_is_over(
     assert err == "" and json.loads(out)["error"]["code"] == "store"
 
 
+@pytest.mark.alone
 def test_a_failed_part_stops_the_writer(behind: Behind) -> None:
     """A part that cannot be sent fails a later write or commit, and the upload is aborted."""
     store = behind.open()
