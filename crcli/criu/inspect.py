@@ -5,13 +5,14 @@ Nothing here looks at the host.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from typing import TYPE_CHECKING, Any
 
 from crcli.criu import messages
 from crcli.criu.images import ImageFile, mapped_ids, read_files, remapped_ids, text_of
-from crcli.criu.needs import InetSocket, OpenedFile, Rights
+from crcli.criu.needs import InetSocket, LockedFile, OpenedFile, Rights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -35,6 +36,8 @@ CRIU gives every tree a time namespace, so that its clocks go on from where they
 _WITH_PORTS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 _TCP_STATES = {7: "bound", 10: "listening"}
 _OUTSIDE_SOCKET = 1
+_POSIX, _FLOCK, _OPEN_FILE = 1, 2, 1024
+"""The kernel's FL_POSIX, FL_FLOCK and FL_OFDLCK."""
 
 
 def opened_files(images: ImageFolder) -> list[OpenedFile]:
@@ -150,6 +153,25 @@ def joined_inside(images: ImageFolder) -> set[str]:
             ends.setdefault(entry.pipe.pipe_id, set()).add(entry.pipe.flags & os.O_ACCMODE)
     sockets = {f"unix[{inode}]" for inode, peer in peers.items() if peer in peers}
     return sockets | {f"pipe:[{pipe}]" for pipe, modes in ends.items() if modes >= {os.O_RDONLY, os.O_WRONLY}}
+
+
+def locked_files(images: ImageFolder) -> list[LockedFile]:
+    """The locks that CRIU takes again when it restores, but for those on deleted files."""
+    if "filelocks.img" not in images.names():
+        return []
+    gone = remapped_ids(images)
+    files = [file for file in read_files(images).entries if file.type == messages.fd_types.REG]
+    paths = {file.id: text_of(file.reg.name) for file in files if file.id not in gone and not file.reg.ext}
+    found: dict[LockedFile, None] = {}
+    for entry in ImageFile.parse(images.read("filelocks.img"), messages.file_lock_entry).entries:
+        kobj = ImageFile.parse(images.read(f"ids-{entry.pid}.img"), messages.task_kobj_ids_entry).entries[0]
+        opened = ImageFile.parse(images.read(f"fdinfo-{kobj.files_id}.img"), messages.fdinfo_entry).entries
+        path = next((paths.get(one.id, "") for one in opened if one.fd == entry.fd), "")
+        if path and entry.flag & (_FLOCK | _POSIX | _OPEN_FILE):
+            is_whole = bool(entry.flag & _FLOCK)
+            span = (0, 0) if is_whole else (entry.start, entry.len)
+            found[LockedFile(path, is_whole, entry.type == fcntl.F_WRLCK, *span)] = None
+    return list(found)
 
 
 def cpu_words(images: ImageFolder) -> tuple[int, ...]:

@@ -52,6 +52,17 @@ class InetSocket(Struct, frozen=True):
         return is_client and not any(one.protocol == "udp" and one.remote == ends for one in others)
 
 
+class LockedFile(Struct, frozen=True):
+    """A lock that the tree has on a file, and that CRIU takes again: flock(2)'s, which is of the whole, or
+    fcntl(2)'s on a range (length 0: to the end). `exclusive`: nobody else may have one."""
+
+    path: str
+    whole: bool
+    exclusive: bool
+    start: int = 0
+    length: int = 0
+
+
 class Rights(Struct, frozen=True):
     """Whom the tree's processes belong to, and which capabilities they hold or pass on (a bit for each)."""
 

@@ -20,6 +20,7 @@ BLOCKERS = (
     "gpu-mig",
     "kernel",
     "library-changed",
+    "lock-taken",
     "memory",
     "namespaces",
     "page-size",

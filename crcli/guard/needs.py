@@ -9,7 +9,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Any
 
-from crcli.criu.needs import InetSocket, OpenedFile, Rights
+from crcli.criu.needs import InetSocket, LockedFile, OpenedFile, Rights
 from crcli.errors import ImageDamaged
 from crcli.records import Struct, replace
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from crcli.image.manifest import Manifest, Weights
     from crcli.image.packs import ChunkReader
 
-_TELLING = ("core-", "cpuinfo.img", "files.img", "mm-", "pstree.img", "remap-fpath.img")
+_TELLING = (
+    *("core-", "cpuinfo.img", "fdinfo-", "filelocks.img", "files.img", "ids-", "mm-", "pstree.img"),
+    "remap-fpath.img",
+)
 """The images of CRIU's that are read, by how their names begin."""
 
 
@@ -57,6 +60,7 @@ class Needs(Struct, frozen=True):
     unix_names: tuple[str, ...] = ()
     watched: tuple[str, ...] = ()
     """Paths of files and folders that the tree watches."""
+    locks: tuple[LockedFile, ...] = ()
     rights: Rights = NOBODYS
     cpu_words: tuple[int, ...] = ()
     own_namespaces: frozenset[str] = frozenset()
@@ -133,6 +137,7 @@ def _needs_of(manifest: Manifest, images: ImageFolder, asked: Asked) -> Needs:
         sockets=tuple(inspect.inet_sockets(images)),
         unix_names=tuple(inspect.unix_names(images)),
         watched=tuple(inspect.watched_paths(images)),
+        locks=tuple(inspect.locked_files(images)),
         rights=inspect.rights(images),
         cpu_words=inspect.cpu_words(images),
         own_namespaces=inspect.own_namespaces(images.names()),

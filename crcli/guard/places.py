@@ -1,4 +1,4 @@
-"""Places that only one can have: pids, ports, addresses, connections, names of sockets.
+"""Places that only one can have: pids, ports, addresses, connections, names of sockets, locks.
 
 Whether a port is free the kernel is asked by taking it for a moment, as the program would. CRIU alone would
 not notice: it lets two sockets listen on one port.
@@ -10,23 +10,28 @@ import errno
 import os
 import socket
 import stat
+import time
 from typing import TYPE_CHECKING, Any
 
+from crcli.guard.carried import Standing
 from crcli.guard.wording import blocker, note
+from crcli.process.file_locks import flock_holder, range_holder
 from crcli.process.here import holder_of, kernel_file_id, pid_limit
 from crcli.process.sockets import Address, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from crcli.criu.needs import InetSocket
+    from crcli.criu.needs import InetSocket, LockedFile
     from crcli.findings import Finding
     from crcli.guard.here import Here
     from crcli.guard.needs import Needs
     from crcli.guard.wording import Check
+    from crcli.image.manifest import StoredFile
     from crcli.process.sockets import Socket
 
 _NAMED = 20
+_LOCK_PATIENCE_S, _LOCK_STEP_S = 1.0, 0.05
 _WILDCARDS = ("0.0.0.0", "::")
 _NOT_OURS = (errno.EADDRNOTAVAIL, errno.ENODEV)
 
@@ -235,4 +240,43 @@ def _name_taken(name: str, owner: str) -> Finding:
     )
 
 
-PLACES: tuple[Check, ...] = (pids, ports, addresses, connections, socket_names)
+def locks(needs: Needs, here: Here) -> Iterator[Finding]:
+    """Locks on files that the tree had: for one that another process has CRIU would wait, and we for CRIU.
+
+    What somebody has for a moment is waited for.
+    """
+    if "mnt" in needs.own_namespaces:
+        return
+    put_back = {file.name for file in needs.manifest.files if _is_put_back(file, needs, here)}
+    waited_for = [lock for lock in needs.locks if lock.path not in put_back]
+    end = time.monotonic() + _LOCK_PATIENCE_S
+    while taken := {lock.path: owner for lock in waited_for if (owner := _lock_owner(lock)) is not None}:
+        if time.monotonic() >= end:
+            break
+        time.sleep(_LOCK_STEP_S)
+    for path, owner in taken.items():
+        yield blocker(
+            "lock-taken",
+            f"{path}, which the tree has locked, is locked here" + (f" by {owner}" if owner else ""),
+            {"path": path, "holder": owner},
+            f"end {owner or 'what has the lock'} first, or restore on another host",
+        )
+
+
+def _is_put_back(file: StoredFile, needs: Needs, here: Here) -> bool:
+    """Whether the tree gets a file of its own, on which nobody has a lock."""
+    is_wanted = needs.asked.changed_files != "host"
+    return is_wanted and here.standing(file, needs.manifest.chunks) == Standing.CHANGED
+
+
+def _lock_owner(lock: LockedFile) -> str | None:
+    """Who has a lock in the way of this one, empty where that is not known; None when nobody has."""
+    try:
+        if lock.whole:
+            return flock_holder(lock.path, exclusive=lock.exclusive)
+        return range_holder(lock.path, exclusive=lock.exclusive, start=lock.start, length=lock.length)
+    except OSError:
+        return None  # it is still to be laid out, or other checks are about it
+
+
+PLACES: tuple[Check, ...] = (pids, ports, addresses, connections, socket_names, locks)

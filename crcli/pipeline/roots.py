@@ -108,4 +108,5 @@ def needs_below(root: str, needs: Needs) -> Needs:
         files=tuple(files),
         unix_names=tuple(below(root, name) for name in needs.unix_names),
         watched=tuple(below(root, path) for path in needs.watched),
+        locks=tuple(replace(lock, path=below(root, lock.path)) for lock in needs.locks),
     )

@@ -619,12 +619,18 @@ def test_a_store_that_goes_away_during_a_restore_leaves_nothing(restores: Restor
 
 @pytest.mark.parametrize("killed", [False, True], ids=["time limit", "SIGKILL"])
 def test_a_lock_that_another_process_holds_does_not_hang_a_restore(killed: bool, restores: Restores) -> None:
-    """CRIU waits for the lock for ever; the restore does not, nor does CRIU outlive a killed crcli."""
+    """The restore is refused. CRIU would wait for the lock for ever: where it is to try all the same the
+    restore does not, nor does CRIU outlive a killed crcli."""
     restores.clear()
     shutil.copytree(restores.saved, restores.tree.folder)
     with (restores.tree.folder / "lock").open("r+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        attempt = restores.begin(CRCLI_RESTORE_LIMIT="60" if killed else "2")
+        refused = restores.begin()
+        refused.end()
+        assert refused.code == 20, refused.describe()
+        assert refused.json["error"]["findings"][0]["name"] == "lock-taken"
+        forced = ("--force-guard", "lock-taken")
+        attempt = restores.begin(*forced, CRCLI_RESTORE_LIMIT="60" if killed else "2")
         if killed:
             attempt.wait_for(restores.tree.remains)
             time.sleep(0.5)

@@ -182,7 +182,10 @@ def test_a_restore_that_fails_leaves_nothing_below_it(
             image = crcli.dump(program.pid)["image"]
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which CRIU would wait for, for ever
             monkeypatch.setenv("CRCLI_RESTORE_LIMIT", "1")
-            crcli.restore(image, "--root", str(root), code=21)
+            copy = root / file.name[1:]
+            (finding,) = crcli.restore(image, "--root", str(root), code=20)["error"]["findings"]
+            assert finding["evidence"]["path"] == str(copy)
+            crcli.restore(image, "--root", str(root), "--force-guard", "lock-taken", code=21)
             assert list((root / "tmp").iterdir()) == []
             monkeypatch.delenv("CRCLI_RESTORE_LIMIT")
             fcntl.lockf(file, fcntl.LOCK_UN)

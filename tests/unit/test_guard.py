@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from crcli.criu.needs import InetSocket, OpenedFile, Rights
+from crcli.criu.needs import InetSocket, LockedFile, OpenedFile, Rights
 from crcli.errors import GuardRefused
 from crcli.findings import Finding, Severity
 from crcli.guard import contents as contents_of
-from crcli.guard import cpu
+from crcli.guard import cpu, places
 from crcli.guard.contents import Contents
 from crcli.guard.here import Here
 from crcli.guard.host import CHECKS, examine, forced_paths, guard
@@ -28,6 +28,7 @@ from crcli.pipeline.pids import namespace_for
 from crcli.pipeline.stages import PidNamespace
 from crcli.process.here import await_pids, pid_limit
 from crcli.records import replace
+from tests.support.programs import spawn_python, then_wait
 
 ROOT = Path(__file__).parents[2]
 
@@ -486,6 +487,31 @@ def test_names_of_unix_sockets(here: Here, tmp_path: Path) -> None:
     Path(path).write_text("not a socket")
     assert blocked_by(needs(unix_names=(path,)), now) == {"socket-name-taken"}
     assert blocked_by(needs(unix_names=(f"{tmp_path}/gone/socket",)), now) == {"file-missing"}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["flock", "fcntl"])
+def test_a_lock_that_somebody_has(
+    whole: bool, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a blocker that names the holder, unless both share it, or their ranges do not meet."""
+    monkeypatch.setattr(places, "_LOCK_PATIENCE_S", 0.0)
+    path = tmp_path / "locked"
+    path.write_text("x" * 100)
+
+    def findings(exclusive: bool, start: int = 20) -> list[Finding]:
+        lock = LockedFile(str(path), whole, exclusive, start, 10)
+        return list(places.locks(needs(locks=(lock,)), here))
+
+    take = "fcntl.flock(file, fcntl.LOCK_SH)" if whole else "fcntl.lockf(file, fcntl.LOCK_SH, 10, 20)"
+    assert findings(exclusive=True) == []
+    with spawn_python(then_wait(f"import fcntl; file = open({str(path)!r}, 'r+'); {take}")) as program:
+        found = only(findings(exclusive=True))
+        assert (found.name, found.severity) == ("lock-taken", Severity.BLOCKER)
+        assert f"({program.pid})" in found.evidence["holder"]
+        assert findings(exclusive=False) == []
+        assert bool(findings(exclusive=True, start=40)) == whole
+    path.unlink()
+    assert findings(exclusive=True) == []
 
 
 def test_pids_that_are_taken(here: Here) -> None:
