@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _PREFIXES = ("run",)
 """Commands that take another command, with options of its own."""
 
-_ClickUsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, or imports it: ask it
+ClickUsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, or imports it: ask it
 
 
 class LazyCommands(TyperGroup):
@@ -131,7 +131,7 @@ def run(arguments: Sequence[str], as_json: bool) -> int:
         return result if isinstance(result, int) else 0
     except typer.Exit as done:
         return done.exit_code
-    except (typer.Abort, _ClickUsageError) as error:
+    except (typer.Abort, ClickUsageError) as error:
         from crcli.ui import errors
 
         show = errors.show_interrupt if isinstance(error, typer.Abort) else errors.show_usage

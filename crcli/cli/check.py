@@ -6,16 +6,9 @@ from typing import Annotated
 
 import typer
 
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption, parse_pid
 from crcli.config import choose_store, weights_folders
-from crcli.errors import GuardRefused, PreflightRefused, UsageError
-
-
-def _pid(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:  # Python makes no number of thousands of digits
-        raise UsageError(f"{text[:10]}… is not the number of a process: it has {len(text)} digits") from None
+from crcli.errors import GuardRefused, PreflightRefused
 
 
 def check(
@@ -43,7 +36,7 @@ def check(
     with showing(as_json) as progress:
         progress.phase("looking")
         if target.isdecimal():
-            report = check_process(_pid(target), chosen.url, chosen.endpoint_url)
+            report = check_process(parse_pid(target), chosen.url, chosen.endpoint_url)
             refused = PreflightRefused.exit_code
         else:
             report = check_image(target, chosen.url, chosen.endpoint_url, weights_folders())

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from crcli.cli.dumping import options_of, take
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption, check_seconds, parse_paths
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption, parse_paths, parse_pid, parse_seconds
 from crcli.errors import UsageError
 from crcli.pipeline.stages import NOTIFY_WAIT_S, PRE_COPY_AUTO
 
@@ -15,7 +15,12 @@ from crcli.pipeline.stages import NOTIFY_WAIT_S, PRE_COPY_AUTO
 def dump(
     pids: Annotated[
         list[int],
-        typer.Argument(metavar="PID...", help="The root of the tree, or of each tree.", show_default=False),
+        typer.Argument(
+            metavar="PID...",
+            help="The root of the tree, or of each tree.",
+            parser=parse_pid,
+            show_default=False,
+        ),
     ],
     name: Annotated[
         str,
@@ -52,8 +57,7 @@ def dump(
         typer.Option(
             metavar="SECONDS",
             help="When this node goes away, from now.",
-            min=0,
-            callback=check_seconds,
+            parser=parse_seconds,
             show_default=False,
         ),
     ] = None,
@@ -62,8 +66,7 @@ def dump(
         typer.Option(
             metavar="SECONDS",
             help="How long programs that use crcli.notify may get ready; 0: not told.",
-            min=0,
-            callback=check_seconds,
+            parser=parse_seconds,
         ),
     ] = NOTIFY_WAIT_S,
     pre_copy: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption, check_seconds
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption, parse_seconds
 from crcli.cli.stores import opened
 
 
@@ -17,9 +17,7 @@ def gc(
     ] = False,
     grace: Annotated[
         float,
-        typer.Option(
-            metavar="SECONDS", min=0, callback=check_seconds, help="Keep whatever is younger than this."
-        ),
+        typer.Option(metavar="SECONDS", parser=parse_seconds, help="Keep whatever is younger than this."),
     ] = 3600.0,
     as_json: JsonOption = False,
     endpoint_url: EndpointOption = None,

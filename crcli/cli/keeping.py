@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crcli.cli.options import check_seconds
+from crcli.cli.options import parse_count, parse_seconds
 from crcli.errors import UsageError
 from crcli.pipeline.interrupts import LONGEST_S
 
@@ -37,7 +37,7 @@ KeepOption = Annotated[
         "--keep",
         metavar="N",
         help="How many images of this job stay, the newest, when another is taken (0: all).",
-        min=0,
+        parser=parse_count,
     ),
 ]
 
@@ -69,7 +69,7 @@ GraceOption = Annotated[
         "--grace",
         metavar="SECONDS",
         help="How long there is after a notice that does not say. Default: $CRCLI_GRACE.",
-        min=0,
+        parser=parse_seconds,
         show_default=False,
     ),
 ]
@@ -80,8 +80,7 @@ ReserveOption = Annotated[
         "--reserve",
         metavar="SECONDS",
         help="By how much a dump must have ended before the deadline; a fifth of the time, if that is less.",
-        min=0,
-        callback=check_seconds,
+        parser=parse_seconds,
     ),
 ]
 

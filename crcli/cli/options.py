@@ -9,8 +9,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from crcli.app import ClickUsageError
 from crcli.errors import UsageError
 from crcli.pipeline.interrupts import LONGEST_S
+
+_NOT_SET = "is it a variable that is not set? What is left out has its default"
+_DIGITS = 10
+"""More than any pid has; Python makes no number of thousands."""
 
 StoreOption = Annotated[
     str | None,
@@ -43,22 +48,30 @@ ImageArgument = Annotated[
 
 
 class Command(TyperCommand):
-    """A command that takes no empty word: it stands for a variable that is not set, and not for the default.
+    """A command that takes no empty word, and no option as the value of another: either comes of a variable
+    that is not set, and does not mean the default.
 
     The words of a command to run are its own.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Raise UsageError for what is empty."""
-        rest: list[str] = super().parse_args(ctx, args)
+        """Raise UsageError for what comes of no value, and have every mistake name its command."""
+        try:
+            rest: list[str] = super().parse_args(ctx, args)
+        except ClickUsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+        options = {name for param in self.params if self._is_option(param) for name in param.opts}
         for param in self.params:
             value = ctx.params.get(param.name)
             values = value if isinstance(value, list | tuple) else (value,)
             if "" in values and self._was_typed(ctx, param):
                 raise UsageError(
                     f"{param.opts[0] if self._is_option(param) else param.human_readable_name} is empty",
-                    hint="is it a variable that is not set? What is left out has its default",
+                    hint=_NOT_SET,
                 )
+            if self._is_option(param) and (taken := options.intersection(map(str, values))):
+                raise UsageError(f"{param.opts[0]} has no value: {taken.pop()} follows it", hint=_NOT_SET)
         return rest
 
     def _was_typed(self, ctx: Any, param: Any) -> bool:
@@ -84,13 +97,44 @@ class Commands(TyperGroup):
             )
 
 
-def check_seconds(param: typer.CallbackParam, value: float | None) -> float | None:
-    """The callback of options that take seconds: `nan` and `inf` are no times."""
-    if value is None:
-        return None
-    if not isfinite(value):
-        raise UsageError(f"{param.opts[0]} is a number of seconds, not {value}")
-    return min(value, LONGEST_S)
+def parse_pid(text: str) -> int:
+    """The number of a process, with blanks around it maybe; raise UsageError for all other words."""
+    words = text.split()
+    if not words:
+        raise UsageError(
+            "PID is empty", hint="does the file, or the command, that is to tell it say nothing?"
+        )
+    are_numbers = all(word.isascii() and word.isdecimal() and len(word) <= _DIGITS for word in words)
+    if are_numbers and len(words) == 1:
+        return int(text)
+    raise UsageError(
+        f"{text[:40]!r} is not the number of a process",
+        hint="the shell splits several, where there are no quotes around $(…)"
+        if are_numbers
+        else "`pgrep -f` finds it by a part of the command line",
+    )
+
+
+def parse_seconds(text: str) -> float:
+    """A time, at most as long as anything is waited for; `nan` and `inf` are none."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not (isfinite(seconds) and seconds >= 0):
+        raise typer.BadParameter(f"it takes a number of seconds, such as 30 or 0.5, not {text!r}")
+    return min(seconds, LONGEST_S)
+
+
+def parse_count(text: str) -> int:
+    """A whole number, 0 or more."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise typer.BadParameter(f"it takes a whole number, 0 or more, not {str(text)[:40]!r}")
+    return count
 
 
 def parse_paths(paths: list[str] | None, option: str) -> tuple[str, ...]:

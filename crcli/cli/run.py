@@ -19,7 +19,7 @@ from crcli.cli.keeping import (
     WeightsOption,
     keeping,
 )
-from crcli.cli.options import EndpointOption, StoreOption, check_seconds, parse_pair, parse_paths
+from crcli.cli.options import EndpointOption, StoreOption, parse_pair, parse_paths, parse_seconds
 from crcli.config import choose_store, weights_folders
 from crcli.errors import CrcliError
 from crcli.pipeline.stages import (
@@ -126,8 +126,7 @@ def run(
         typer.Option(
             metavar="SECONDS",
             help="How long to wait while another has the name. Default: until it is seen whether it lives.",
-            min=0,
-            callback=check_seconds,
+            parser=parse_seconds,
             show_default=False,
         ),
     ] = None,

@@ -20,13 +20,16 @@ from crcli.cli.keeping import (
     WeightsOption,
     keeping,
 )
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption, parse_paths
+from crcli.cli.options import EndpointOption, JsonOption, StoreOption, parse_paths, parse_pid
 from crcli.config import choose_store
 from crcli.pipeline.stages import DumpOptions, Outcome
 
 
 def watch(
-    pid: Annotated[int, typer.Argument(metavar="PID", help="The root of the tree.", show_default=False)],
+    pid: Annotated[
+        int,
+        typer.Argument(metavar="PID", help="The root of the tree.", parser=parse_pid, show_default=False),
+    ],
     name: Annotated[
         str,
         typer.Option(metavar="NAME", help="The images' name. Default: the command's.", show_default=False),

@@ -84,12 +84,22 @@ def parse_image(text: str) -> tuple[str | None, ImageRef]:
         url, rest = split_name(text)
         place, mark, query = (url, "", "") if url.startswith("/") else url.partition("?")
         url = place.removesuffix("/images") + mark + query  # the address of the object itself works as well
-    name, _, image_id = rest.partition("@")
+    name, at, image_id = rest.partition("@")
+    if url is not None and (not url or url.endswith(":/")):  # /NAME, or the URL of no more than a bucket
+        raise UsageError(
+            f"{text!r} names no image in a store",
+            hint="is a variable with the store's URL not set? It looks like s3://bucket/prefix/NAME",
+        )
     if not name:
         raise UsageError(
             f"{text!r} names no image", hint="write NAME or NAME@ID, alone or behind the URL of its store"
         )
     check_name(name)
+    if at and not image_id:  # not the newest: it may be another than was meant, and `rm` removes it
+        raise UsageError(
+            f"{text!r} has no id after its @",
+            hint=f"is it a variable that is not set? {name} alone is the newest of that name",
+        )
     if image_id and not _ID.match(image_id):
         raise UsageError(f"{image_id!r} is not an image id", hint="ids look like 20260131T235959123-0a1b2c")
     return url or None, ImageRef(name, image_id)

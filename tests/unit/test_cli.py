@@ -220,6 +220,10 @@ def test_no_arguments_show_the_help() -> None:
     [
         ["dump"],
         ["dump", "abc"],
+        ["dump", ""],
+        ["dump", "1\n2"],
+        ["dump", "1_0"],
+        ["dump", "+1"],
         ["dump", "1", "--no-such-option"],
         ["dump", "9" * 5000],
         ["dump", "1", "--pre-copy", "9" * 5000],
@@ -227,6 +231,9 @@ def test_no_arguments_show_the_help() -> None:
         ["restore", "x", "--signal", "9" * 5000],
         ["dump", "1", "--leave-running", "--leave-stopped"],
         ["dump", "1", "--deadline", "-1"],
+        ["dump", "1", "--deadline", "5s"],
+        ["watch", "1", "--grace", "inf"],
+        ["watch", "1", "--keep", "-1"],
         ["dump", "1", "--deadline", "nan"],
         ["dump", "1", "--notify-wait", "inf"],
         ["dump", "1", "--include", ""],
@@ -238,6 +245,9 @@ def test_no_arguments_show_the_help() -> None:
         ["restore", "x", "--lazy", "--eager"],
         ["restore", "no/such name"],
         ["restore", "x@yesterday"],
+        ["restore", "x@"],
+        ["rm", "/x"],
+        ["show", "s3://x"],
         ["show", "x", "--store", "relative/path"],
         ["gc", "--store", "ftp://host/path"],
         ["ls", "../x"],
@@ -255,6 +265,37 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr()
     assert said.err == ""
     assert one_error(said.out)["code"] == "usage"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dump", "", "--json"], "PID is empty"),
+        (["dump", "12\n34"], "no quotes around $(…)"),
+        (["dump", "agent"], "pgrep"),
+        (["dump", "1", "--deadline", "5s"], "'--deadline': it takes a number of seconds"),
+        (["watch", "1", "--keep", "few"], "'--keep': it takes a whole number"),
+        (["dump", "1", "--name"], "crcli dump --help"),
+        (["cache", "ls", "--no-such-option"], "crcli cache ls --help"),
+        (["dump", "1", "--include", "--leave-running"], "--include has no value"),
+        (["run", "--name", "x", "--report", "--every", "5m"], "--report has no value"),
+        (["rm", "x@"], "no id after its @"),
+        (["rm", "/x"], "a variable with the store's URL"),
+    ],
+    ids=lambda words: " ".join(words)[:80],
+)
+def test_wrong_usage_is_explained(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is wrong with a word is said in words of crcli's, and where there is more to read."""
+    assert main(arguments) == 2
+    assert said in "".join(capsys.readouterr())
+
+
+def test_a_pid_may_stand_between_blanks(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `ps -o pid=` prints it."""
+    assert main(["dump", "  4194304 "]) == PreflightRefused.exit_code
+    assert "there is no process 4194304" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--variable", "A=B", "--", "true"], ["--", ""]])
