@@ -143,47 +143,47 @@ def run(
     When this node goes away the job is dumped in time, and crcli ends with 75: the same command line, here or
     elsewhere, goes on with it. Otherwise crcli ends as the job does, with its exit code.
     """
-    chosen = choose_store(store, endpoint_url)
     from crcli.guard.baseline import read_baseline
     from crcli.pipeline import run as story
     from crcli.ui.errors import as_object
     from crcli.ui.vigils import teller
 
     tell = teller(as_json=False)
-    dump = DumpOptions(
-        pid=0,
-        store=chosen.url,
-        include=parse_paths(include, "--include"),
-        weights=tuple(weights or ()),
-        endpoint_url=chosen.endpoint_url,
-    )
-    options = story.RunOptions(
-        name=name,
-        store=chosen.url,
-        command=tuple(command),
-        keeping=keeping(dump, every, keep, mtbf, reserve),
-        restore=RestoreOptions(
-            image=name,
-            store=chosen.url,
-            weights_map=tuple(parse_pair(one, "--weights-map") for one in weights_map or ()),
-            weights_folders=weights_folders(),
-            changed_files=files,
-            lazy=lazy,
-            gpu_map=tuple(parse_pair(one, "--gpu-map") for one in gpu_map or ()),
-        ),
-        endpoint_url=chosen.endpoint_url,
-        fresh=fresh,
-        on_mismatch=on_mismatch,
-        on_failure=on_failure,
-        notices=tuple(notice or ()),
-        grace_s=grace,
-        baseline=read_baseline(cpu_baseline) if cpu_baseline else None,
-        config=tuple(config or ()),
-        variables=tuple(variable or ()),
-        pid_namespace=pid_namespace,
-        claim_wait_s=claim_wait,
-    )
     try:
+        chosen = choose_store(store, endpoint_url)
+        dump = DumpOptions(
+            pid=0,
+            store=chosen.url,
+            include=parse_paths(include, "--include"),
+            weights=tuple(weights or ()),
+            endpoint_url=chosen.endpoint_url,
+        )
+        options = story.RunOptions(
+            name=name,
+            store=chosen.url,
+            command=tuple(command),
+            keeping=keeping(dump, every, keep, mtbf, reserve),
+            restore=RestoreOptions(
+                image=name,
+                store=chosen.url,
+                weights_map=tuple(parse_pair(one, "--weights-map") for one in weights_map or ()),
+                weights_folders=weights_folders(),
+                changed_files=files,
+                lazy=lazy,
+                gpu_map=tuple(parse_pair(one, "--gpu-map") for one in gpu_map or ()),
+            ),
+            endpoint_url=chosen.endpoint_url,
+            fresh=fresh,
+            on_mismatch=on_mismatch,
+            on_failure=on_failure,
+            notices=tuple(notice or ()),
+            grace_s=grace,
+            baseline=read_baseline(cpu_baseline) if cpu_baseline else None,
+            config=tuple(config or ()),
+            variables=tuple(variable or ()),
+            pid_namespace=pid_namespace,
+            claim_wait_s=claim_wait,
+        )
         done = story.run(options, tell)
     except CrcliError as error:
         _write(report, {"error": as_object(error)}, tell)

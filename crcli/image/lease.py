@@ -432,7 +432,10 @@ def break_lease(store: Store, name: str, by: str) -> Claim:
     while True:
         claim = newest_claim(store, name)
         if claim is None or claim.is_released:
-            raise NotFound(f"nobody has claimed {name} in {store.url}")
+            raise NotFound(
+                f"nobody has claimed {name} in {store.url}",
+                hint="`crcli lease ls` shows who holds which name",
+            )
         if claim.sight() == Sight.ALIVE:
             refusal = _refusal(claim)
             refusal.hint = "its holder, or its job, runs on this host: end that"

@@ -82,4 +82,6 @@ def make(name: str, argument: str, surroundings: Surroundings) -> list[Source]:
     """The source of `--notice file:/PATH`."""
     if not argument.startswith("/"):
         raise UsageError(f"--notice file: takes the full path of a file, not {argument!r}")
+    if os.path.isdir(argument):  # it is there, and would be word to leave at once
+        raise UsageError(f"--notice file:{argument} is a folder", hint="name a file that is to appear in it")
     return [FileAppears(name, argument, surroundings)]

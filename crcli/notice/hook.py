@@ -140,7 +140,7 @@ def make(name: str, argument: str, surroundings: Surroundings) -> list[Source]:
     host, _, port = where.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") or "127.0.0.1"
     try:
-        if not 0 < int(port) < 65536:
+        if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
             raise ValueError("a port is a number from 1 to 65535")
         ip_address(host)
         allowed = tuple(ip_network(option.removeprefix("allow=")) for option in options)

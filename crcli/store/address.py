@@ -35,6 +35,10 @@ class StoreAddress(Struct, frozen=True):
         """Take `url` apart; raises UsageError if it is not a store's."""
         if not _is_text(url):
             raise UsageError(f"not the URL of a store, but bytes that are no UTF-8: {url!r}", hint=_EXAMPLES)
+        if not url.isprintable():  # a line end of Windows, say
+            raise UsageError(
+                f"not the URL of a store: {url!r} has a character that nobody sees", hint=_EXAMPLES
+            )
         if url.startswith("/"):
             return cls("file", _folder(url))
         if plain := _PLAIN_FOLDER.fullmatch(url):
@@ -94,7 +98,7 @@ def _split(url: str) -> SplitResult:
 
 
 def _absolute_hint(url: str) -> str:
-    if not url:
+    if ":" in url.partition("/")[0] or not url:
         return _EXAMPLES
     from urllib.parse import quote
 

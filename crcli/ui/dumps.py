@@ -38,10 +38,11 @@ def _line(one: TreeResult, dry_run: bool) -> str:
 
 
 def _done(report: DumpReport) -> str:
-    return (
+    line = (
         f"{report.image}: {count(report.processes, 'process')} dumped {OUTCOMES[report.outcome]}, "
         f"frozen {duration(report.frozen_ms)}, {size(report.stored_bytes)} stored"
     )
+    return "; ".join([line, *(one.remedy for one in report.findings if one.name == "left-stopped")])
 
 
 def _foreseen(report: DumpReport) -> str:

@@ -25,7 +25,8 @@ def teller(as_json: bool) -> Callable[[Event], None]:
     def tell(event: Event) -> None:
         text = json_text(event.as_json()) if as_json else printable(f"crcli: {event.message}")
         try:
-            print(text, end=end, file=sys.stderr, flush=True)
+            sys.stderr.write(text + end)  # at once: sources of notices have threads of their own
+            sys.stderr.flush()
         except OSError:
             pass  # a log that went away must not end what is being done
 

@@ -54,6 +54,7 @@ def test_good_urls(url: str, scheme: str, place: str, options: dict[str, str]) -
         ("file:///", "file:///absolute/path"),
         ("/..", "file:///absolute/path"),
         ("/no\udcfftext", "file:///absolute/path"),
+        ("/var/lib/crcli\r", "file:///absolute/path"),
         ("file:///nu%00ll", "file:///absolute/path"),
         ("s3://", "s3://bucket/prefix"),
         ("s3:///prefix", "s3://bucket/prefix"),
@@ -73,6 +74,14 @@ def test_bad_urls(url: str, hint: str) -> None:
         open_store(url)
     assert caught.value.exit_code == 2
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("url", ["file:/path", "s3:/bucket"])
+def test_no_folder_is_made_of_a_url_that_lacks_a_slash(url: str) -> None:
+    """It is told how URLs look, and not to write one of a folder called `s3:` here."""
+    with pytest.raises(UsageError) as found:
+        StoreAddress.parse(url)
+    assert "For that directory" not in found.value.hint
 
 
 def test_bad_endpoint_on_the_command_line() -> None:

@@ -305,6 +305,15 @@ def test_a_job_that_cannot_be(words: list[str], capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.startswith("crcli: ")
 
 
+def test_the_report_of_a_run_says_what_is_wrong_with_it(tmp_path: Path) -> None:
+    """Wrong usage is written there as well: one of an earlier run does not stand for this."""
+    report = tmp_path / "report"
+    report.write_text('{"end": "ended"}')
+    for words in (["--every", "often"], ["--cpu-baseline", "/nonexistent"], ["--store", "x"]):
+        assert main(["run", "--name", "x", "--report", str(report), *words, "--", "true"]) == 2
+        assert words[1] in one_error(report.read_text())["message"]
+
+
 def test_a_misspelt_command_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
     """An unknown command names the one that may have been meant."""
     main(["restor"])

@@ -7,8 +7,10 @@ import os
 import pytest
 
 from crcli.errors import EXIT_CODES, WORST_FIRST, DumpFailed, StoreError, TreeState, UsageError, worst
+from crcli.findings import Finding, Severity
 from crcli.pipeline.many import refuse_overlap
 from crcli.pipeline.stages import DumpReport, DumpsReport, TreeResult
+from crcli.ui.dumps import show
 
 
 def done(pid: int, frozen_ms: float, stored: int) -> TreeResult:
@@ -40,6 +42,18 @@ def test_sums_are_of_what_was_done() -> None:
     assert sums["frozen_ms_most"] == 50.0
     assert report.exit_code == 11
     assert DumpsReport((failed, TreeResult(4, error=StoreError("gone"))), 1.0).exit_code == 30
+
+
+def test_trees_left_stopped_come_with_the_way_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each says how it goes on, as a tree that is dumped alone does."""
+    one = done(7, 1.0, 1)
+    assert one.report is not None
+    one.report.outcome = "stopped"
+    one.report.findings = [
+        Finding("left-stopped", Severity.NOTE, "left stopped", remedy="`kill -CONT 7 8` continues them")
+    ]
+    show(DumpsReport((one,), 1.0), as_json=False)
+    assert "left stopped" in (said := capsys.readouterr().out) and "`kill -CONT 7 8`" in said
 
 
 def test_nothing_done_is_summed_up_too() -> None:

@@ -814,6 +814,7 @@ def test_auto_and_named_ones_go_together() -> None:
         [""],
         ["file"],
         ["file:leave"],
+        ["file:/"],
         ["http"],
         ["http:"],
         ["http:80x"],
@@ -828,8 +829,9 @@ def test_auto_and_named_ones_go_together() -> None:
 )
 def test_a_spec_that_makes_no_sense_is_wrong_usage(specs: list[str]) -> None:
     """Before anything has begun, and with the names that there are."""
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as found:
         Notices(specs, environ={})
+    assert "int()" not in found.value.message
 
 
 def test_an_override_that_makes_no_sense() -> None:

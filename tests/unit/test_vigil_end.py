@@ -8,13 +8,16 @@ import time
 from functools import partial
 from unittest.mock import Mock
 
+import pytest
+
 from crcli.errors import DumpFailed, TreeState
 from crcli.notice.base import Notice
 from crcli.notice.notices import Notices
 from crcli.pipeline.schedule import activity_of
 from crcli.pipeline.stages import DumpOptions
-from crcli.pipeline.vigil import Keeping, Purpose, Vigil, VigilEnd, Why, _Leaving, _UnderWay
+from crcli.pipeline.vigil import Event, Keeping, Purpose, Vigil, VigilEnd, Why, _Leaving, _UnderWay
 from crcli.process.identity import ProcessId, identify
+from crcli.ui.vigils import teller
 
 
 def failed_dump(root: ProcessId) -> tuple[VigilEnd | None, list[str]]:
@@ -51,6 +54,16 @@ def test_a_dump_is_tried_again_for_as_long_as_there_is_time() -> None:
     leaving = _Leaving(notice, time.monotonic(), time.monotonic() + 7200, tries=1440)
     assert vigil._cannot_save(leaving, DumpFailed("no answer", state=TreeState.RUNNING)) is None
     assert told == ["retry"]
+
+
+def test_each_event_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources of notices tell from threads of their own: a line and its end are one."""
+    written: list[str] = []
+    stderr = Mock(write=written.append, isatty=lambda: False)
+    monkeypatch.setattr("sys.stderr", stderr)
+    for as_json in (True, False):
+        teller(as_json)(Event("notice", "word came"))
+    assert [text.count("\n") for text in written] == [1, 1] and written[1] == "crcli: word came\n"
 
 
 def test_what_fails_time_and_again_is_said_now_and_then() -> None:
