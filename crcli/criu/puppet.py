@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import signal
 import struct
@@ -87,8 +88,7 @@ _INTERRUPTED = (1 << 64) - errno.EINTR
 
 _AT_SYSTEM_CALL = signal.SIGTRAP | 0x80
 _ALL_SIGNALS = (1 << 64) - 1
-_BELOW_THE_STACK = 512
-"""Bytes under the stack pointer: what a function may use without moving it, and room for an argument."""
+_NO_FD = (1 << 64) - 1
 
 
 class Ending(Exception):
@@ -150,14 +150,18 @@ class Puppet:
         return result
 
     def call_with(self, number: int, first: int, second: int, argument: bytes) -> int:
-        """The same, with a pointer to `argument` as its third."""
-        place = (self.registers[self.machine.stack_pointer] - _BELOW_THE_STACK) & ~15
-        before = os.pread(self.memory, len(argument), place)
-        os.pwrite(self.memory, argument, place)
+        """The same, with a pointer to `argument` as its third.
+
+        That lies in memory of its own: a lazily restored stack may be missing, and what is missing nobody
+        else reads or writes (EIO).
+        """
+        allowed, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        place = self.call(self.machine.nr_mmap, 0, mmap.PAGESIZE, allowed, kind, _NO_FD, 0)
         try:
+            os.pwrite(self.memory, argument, place)
             return self.call(number, first, second, place)
         finally:
-            os.pwrite(self.memory, before, place)
+            self.call(self.machine.nr_munmap, place, mmap.PAGESIZE)
 
     def stand_as_if_signalled(self) -> None:
         """Have it stand where signals are looked at: the call that it was in when it stopped begins again."""

@@ -6,6 +6,7 @@ the trees live on what they touch until a test lets the rest through.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -244,6 +245,47 @@ def test_a_tree_runs_before_its_memory_is_here(far: Far) -> None:
         assert_goes_on(program)
         far.through.set()
         wait_until(lambda: not pagers(), "it is never whole", 20)
+        assert_goes_on(program)
+
+
+def test_more_address_space_may_be_reserved_than_there_is_memory(far: Far) -> None:
+    """A parent and its child have reserved twice of it, as Chromium has on most machines; both go on."""
+    code = f"""
+        import ctypes, os, signal
+        reserve = ctypes.CDLL(None).mmap
+        reserve.restype, reserve.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t] * 3
+        size = {2 * psutil.virtual_memory().total >> 12 << 12}
+        at = reserve(None, size, 0, 0x22, -1 % 2**32, 0)  # private, anonymous, and nobody may touch it
+        assert at != 2**64 - 1
+        if os.fork() == 0:
+            signal.pause()
+        """
+    with spawn_python(textwrap.dedent(code) + counter()) as program:
+        far.restore(far.dump(program))
+        assert_goes_on(program)
+
+
+def test_locks_are_taken_again_where_a_stack_is_missing(far: Far, tmp_path: Path) -> None:
+    """Locks on files that are mapped are taken by their owners, with whatever of their memory is here."""
+    code = f"""
+        import fcntl, mmap, os, signal
+        told, tell = os.pipe()
+        for number in range(6):
+            if os.fork() == 0:
+                file = open({str(tmp_path)!r} + f"/locked-{{number}}", "w+b")
+                file.truncate(4096)
+                mapped = mmap.mmap(file.fileno(), 4096)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+                os.write(tell, b"1")
+                signal.pause()
+        for _ in range(6):
+            os.read(told, 1)
+        """
+    with spawn_python(textwrap.dedent(code) + counter()) as program:
+        far.restore(far.dump(program))
+        for number in range(6):
+            with (tmp_path / f"locked-{number}").open("r+b") as file, pytest.raises(BlockingIOError):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert_goes_on(program)
 
 
