@@ -6,6 +6,7 @@ begin with a head message). Only files of that plain kind are touched here; the 
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from functools import lru_cache
@@ -27,6 +28,9 @@ _SIZE = struct.Struct("<I")
 _IN_PARENT, _PRESENT = 1, 4
 _REMEMBERED_RUNS = 4096
 _MADV_WIPEONFORK = 18
+_MAP_NORESERVE = 0x4000
+_LARGE_BYTES = 1 << 30
+"""From where on address space that may not be written is taken out of the kernel's account (bytes)."""
 _TASK_ALIVE, _TASK_STOPPED = 1, 3
 _COUNTS = ("nr_pages", "compat_nr_pages")
 """Where a pagemap entry counts its pages: CRIU 4.2 has two such fields, for its older readers."""
@@ -164,6 +168,28 @@ def join_threads_to_leaders(images: Workspace) -> None:
             if core.entries[0].thread_core.HasField("cg_set"):
                 core.entries[0].thread_core.ClearField("cg_set")
                 images.write(name, core.encode())
+
+
+def free_reservations(images: Workspace) -> None:
+    """Have address space that is only reserved take no memory by the kernel's account, where it did.
+
+    Of what a child shares with its parent, and of all in a lazy restore, CRIU makes such a mapping writable
+    for a moment, and the kernel refuses one that is larger than the host's memory, if it may be written and
+    is without MAP_NORESERVE. Chromium reserves 32 GiB that nobody may touch.
+    """
+    for name in images.names():
+        if name.startswith("mm-"):
+            mm = ImageFile.parse(images.read(name), messages.mm_entry)
+            large = [vma for vma in mm.entries[0].vmas if _is_reservation(vma)]
+            for vma in large:
+                vma.flags |= _MAP_NORESERVE
+            if large:
+                images.write(name, mm.encode())
+
+
+def _is_reservation(vma: Any) -> bool:
+    is_private = vma.flags & (mmap.MAP_PRIVATE | _MAP_NORESERVE) == mmap.MAP_PRIVATE
+    return is_private and not vma.prot & mmap.PROT_WRITE and vma.end - vma.start >= _LARGE_BYTES
 
 
 def read_files(images: ImageFolder) -> ImageFile:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import crcli
 from crcli import kernel
 from crcli.criu import kerndat, messages, netlock
-from crcli.criu.images import read_tree, rename_link_remaps, rename_sockets, run_id
+from crcli.criu.images import free_reservations, read_tree, rename_link_remaps, rename_sockets, run_id
 from crcli.criu.inspect import joined_inside
 from crcli.criu.log import version_in
 from crcli.criu.netlock import other_network
@@ -852,6 +852,7 @@ class _Dump:
             settle_terminals(self.images, evidence.root.identity, self.outside)
         if renamed := evidence.renamed_sockets:
             rename_sockets(self.images, {one.socket.socket.inode: one.path for one in renamed})
+        free_reservations(self.images)
         if self.stays:
             self.links.keep(self.images, self.target.image_id)
         self._capture()
