@@ -310,7 +310,7 @@ def write_pagemap(
     space: SpaceKey,
     pages_id: int,
     runs: Iterable[tuple[int, int]],
-    in_parent: Iterable[tuple[int, int]] = (),
+    in_parent: Iterable[tuple[int, int]],
 ) -> None:
     """Write the list of pages of one address space: `runs` stand in `pages-<pages_id>.img`, in order, those
     `in_parent` are to be found by the pagemap of the same name in the folder `parent`.

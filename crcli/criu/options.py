@@ -69,7 +69,7 @@ class RestorePlan(Struct, frozen=True):
     """A folder of ours for CRIU to work in, where the images' folder does not do: CRIU mounts there."""
 
 
-def dump_options(plan: DumpPlan, images_fd: int, page_fd: int, parent: str = "") -> Any:
+def dump_options(plan: DumpPlan, images_fd: int, page_fd: int, parent: str) -> Any:
     """Return the request's options for a dump into the folder `images_fd`, pages into the socket `page_fd`.
 
     Both are descriptors that CRIU has inherited from us under the same numbers. `parent` is the folder of the
@@ -91,7 +91,7 @@ def dump_options(plan: DumpPlan, images_fd: int, page_fd: int, parent: str = "")
     return options
 
 
-def pre_dump_options(plan: DumpPlan, images_fd: int, page_fd: int, parent: str = "") -> Any:
+def pre_dump_options(plan: DumpPlan, images_fd: int, page_fd: int, parent: str) -> Any:
     """Return the same for a pre-dump: memory alone, of a tree that is stopped only for a moment."""
     options = _memory_options(plan, images_fd, page_fd, parent)
     options.track_mem = True

@@ -55,9 +55,9 @@ class Residence:
         self,
         keep_fds: Sequence[int],
         undo: Callable[[list[dict[str, Any]]], None],
-        taken_pids: Sequence[int] | None = None,
-        new_root: str = "",
-        first: int = -1,
+        taken_pids: Sequence[int] | None,
+        new_root: str,
+        first: int,
     ) -> None:
         """Fork it and start CRIU below it. Call before any thread is started. `undo` runs in the warden.
 

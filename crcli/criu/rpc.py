@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _MESSAGE_LIMIT = 1 << 20
-_DEATH_LIMIT_S = 10.0
+_START_LIMIT_S, _DEATH_LIMIT_S = 2.0, 10.0
 
 
 def _entering(pid: int) -> list[str]:
@@ -49,12 +49,10 @@ class CriuTimeout(Exception):
 
 
 class CriuAnswer(Struct, frozen=True):
-    """What CRIU said at the end: whether it worked, its errno and error text, and the restored pid."""
+    """What CRIU said at the end: whether it worked, and its error text."""
 
     success: bool
-    errno: int
     message: str
-    pid: int
 
 
 class _Patience(Struct):
@@ -172,8 +170,7 @@ class CriuProcess:
         self.wait()
         if failure is not None:
             raise failure
-        pid = answer.restore.pid if answer.HasField("restore") else -1
-        return CriuAnswer(answer.success, answer.cr_errno, answer.cr_errmsg.strip(), pid)
+        return CriuAnswer(answer.success, answer.cr_errmsg.strip())
 
     def _receive(self, patience: _Patience) -> Any:
         if not patience.wait_for(self.channel):
@@ -187,23 +184,23 @@ class CriuProcess:
             raise CriuDied("CRIU ended without an answer")
         return rpc.criu_resp.FromString(data)
 
-    def host_pid(self, limit_s: float = 2.0) -> int:
+    def host_pid(self) -> int:
         """The pid of CRIU itself as we see it: where it works inside other namespaces, nsenter's child."""
         if self.process is None or self.enter == 0:
             return self.process.pid if self.process is not None else 0
-        end = time.monotonic() + limit_s
+        end = time.monotonic() + _START_LIMIT_S
         while time.monotonic() < end and self.process.poll() is None:
             if children := child_pids(self.process.pid):
                 return children[0]
             time.sleep(0.001)
         return 0
 
-    def wait(self, limit_s: float = 10.0) -> int | None:
-        """Wait until the process has ended; kill it when it has not after `limit_s` seconds."""
+    def wait(self) -> int | None:
+        """Wait until the process has ended; kill it when it does not."""
         if self.process is None:
             return None
         try:
-            return self.process.wait(limit_s)
+            return self.process.wait(_DEATH_LIMIT_S)
         except subprocess.TimeoutExpired:
             self.kill()
             return self.process.returncode

@@ -493,7 +493,7 @@ def forget_sizes(images: Workspace, paths: Collection[str] | None = None) -> Non
     images.write("files.img", files.encode())
 
 
-def forget_files(images: Workspace, paths: Collection[str], here: Callable[[str], str] = str) -> None:
+def forget_files(images: Workspace, paths: Collection[str], here: Callable[[str], str]) -> None:
     """Let CRIU open these files whatever they are now: the user takes the blame.
 
     `here` says where on this host a path of the tree lies; `paths` are such places.
@@ -506,7 +506,7 @@ def forget_files(images: Workspace, paths: Collection[str], here: Callable[[str]
     images.write("files.img", files.encode())
 
 
-def accept_growth(images: Workspace, here: Callable[[str], str] = str) -> list[tuple[str, int, int]]:
+def accept_growth(images: Workspace, here: Callable[[str], str]) -> list[tuple[str, int, int]]:
     """Let CRIU open files that have only grown since the dump, such as logs that the tree reads.
 
     Returns their paths, sizes then and sizes now. Files that are mapped, or that the tree writes to other

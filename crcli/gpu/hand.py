@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
-__all__ = ["LOCK_LIMIT_S", "GpuFailed", "Hand", "Purpose"]
+__all__ = ["GpuFailed", "Hand", "Purpose"]
 
 START_LIMIT_S = 30.0
 """How long cuInit may take (seconds): it was seen to take 3, and waits for GPUs that are being reset."""
@@ -156,9 +156,9 @@ class Hand:
         """
         self._do("restore", pids, 0.0, self._move_s(pids), mapping, feeder)
 
-    def unlock(self, pids: Sequence[int], limit_s: float = LOCK_LIMIT_S) -> None:
+    def unlock(self, pids: Sequence[int]) -> None:
         """They are RUNNING."""
-        self._do("unlock", pids, limit_s, limit_s * len(pids))
+        self._do("unlock", pids, LOCK_LIMIT_S, LOCK_LIMIT_S * len(pids))
 
     def take_devices(self, pids: Iterable[int]) -> None:
         """Take NVIDIA's devices from processes that have them from a fork, as far as this can be done."""

@@ -40,7 +40,6 @@ class Job(Struct, frozen=True):
     child: int
     ended: int
     relay: Relay
-    in_namespace: bool
 
 
 _PYTHONS_OWN = {signal.SIGPIPE, signal.SIGXFSZ}
@@ -105,7 +104,7 @@ def start_job(
             f"the job cannot be started: {answer.decode() or 'its first process died'}",
             hint="--pid-namespace host starts it without a namespace of its own" if own_namespace else "",
         )
-    return Job(root, child, ended, stdio.relay, own_namespace)
+    return Job(root, child, ended, stdio.relay)
 
 
 def _only_child(pid: int) -> ProcessId | None:

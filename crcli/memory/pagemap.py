@@ -32,7 +32,7 @@ nor a guard (0x04). Bit 0 says that nobody else has mapped the page, bit 1 belon
 
 _SLICE_PAGES = 32 << 20 >> 12
 _ENTRY = 8
-_PRESENT, _EXCLUSIVE, _WRITTEN, _FRAME = 1 << 63, 1 << 56, 1 << 55, (1 << 55) - 1
+_PRESENT, _WRITTEN, _FRAME = 1 << 63, 1 << 55, (1 << 55) - 1
 
 
 class PageRun(NamedTuple):
@@ -46,7 +46,6 @@ class PageState(NamedTuple):
     """One page as pagemap shows it. Who shares it sees the same `frame` (0: not for us to see)."""
 
     in_memory: bool
-    exclusive: bool
     frame: int
 
 
@@ -96,7 +95,7 @@ class AddressSpace:
         count = run.end - run.start
         entries = os.pread(self._pagemap, count * _ENTRY, run.start * _ENTRY)
         return [
-            PageState(bool(entry & _PRESENT), bool(entry & _EXCLUSIVE), entry & _FRAME)
+            PageState(bool(entry & _PRESENT), entry & _FRAME)
             for entry in struct.unpack(f"<{len(entries) // _ENTRY}Q", entries)
         ]
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from crcli.findings import Finding
     from crcli.notice.base import Source
-    from crcli.plugins import Hooks
 
 _JOIN_S = 1.0
 """How long leaving waits for sources; one that is still in a system call then is a daemon thread."""
@@ -51,7 +50,6 @@ class Notices:
         *,
         found: Callable[[Finding], None] | None = None,
         environ: Mapping[str, str] | None = None,
-        hooks: Hooks | None = None,
     ) -> None:
         self.findings: list[Finding] = []
         self.fd = -1
@@ -59,7 +57,7 @@ class Notices:
         self._found = found
         environ = os.environ if environ is None else environ
         surroundings = Surroundings(grace_of(grace_s, environ), environ, self._report)
-        self.sources: list[Source] = choose(specs, surroundings, hooks)
+        self.sources: list[Source] = choose(specs, surroundings)
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._waiting: deque[Notice] = deque()

@@ -41,7 +41,6 @@ from crcli.image.packs import PackWriter
 from crcli.image.session import Session
 from crcli.image.weights import only_used, weights_report
 from crcli.memory.classify import MemoryCounts
-from crcli.memory.extents import PAGE
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import Lookahead
 from crcli.memory.overflow import Overflow
@@ -290,8 +289,6 @@ class _Dump:
         """The nice value of our thread while no tree stands still."""
         self.store: Store | None = None
         self.lookahead: Lookahead | None = None
-        self.known_bytes = 0
-        """So much memory the store has of earlier images."""
         self.vouched_by: list[str] = []
         """The manifests of earlier images on whose word we rely."""
         self.published = False
@@ -561,7 +558,6 @@ class _Dump:
         self._date_after(known.newest_image)
         self.writer.learn(known, self.target.image_id)
         self.vouched_by = known.vouched_by
-        self.known_bytes = known.page_count * PAGE
         if known.page_count:
             self.intake.learn(KnownPagesOf(known, self.writer.adopt), known.group_keys())
         return known

@@ -90,11 +90,6 @@ class Dumper:
         """Its pid; 0 where there is none."""
         return self._process.pid if self._process is not None else 0
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a dump is under way whose end was not heard of yet."""
-        return self._asked is not None
-
     def fileno(self) -> int:
         """See the class."""
         return self._events.fileno()

@@ -26,7 +26,7 @@ class Interrupted(BaseException):
 class Interrupts:
     """Says whether a signal may still interrupt."""
 
-    def __init__(self, later: Callable[[int, FrameType | None], None] | None = None) -> None:
+    def __init__(self, later: Callable[[int, FrameType | None], None] | None) -> None:
         self._raised = False
         self._past_return = False
         self._later = later

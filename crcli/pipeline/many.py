@@ -43,9 +43,7 @@ _SIZE = struct.Struct("<Q")
 _FOR_PEOPLE = (signal.SIGINT, signal.SIGHUP)
 
 
-def dump_many(
-    pids: Sequence[int], options: DumpOptions, progress: Progress | None = None, workers: int | None = None
-) -> DumpsReport:
+def dump_many(pids: Sequence[int], options: DumpOptions, progress: Progress | None = None) -> DumpsReport:
     """Dump the trees of `pids` into the store; return what became of each. `options.pid` does not count.
 
     Each image is called NAME-PID, or after the command and the pid. Only a dry run makes forecasts: dumps
@@ -59,7 +57,7 @@ def dump_many(
     work = _Work(calls, progress or Silent(), began, options.deadline_s)
     if calls:
         warm(options)
-        work.run(min(workers or os.cpu_count() or 1, len(calls)))
+        work.run(min(os.cpu_count() or 1, len(calls)))
     results = [work.results[one.pid] if isinstance(one, Call) else one for one in trees]
     return DumpsReport(tuple(results), round((time.monotonic() - began) * 1000, 2))
 

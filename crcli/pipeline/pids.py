@@ -57,7 +57,7 @@ def _nspid(pid: int) -> tuple[int, ...]:
     return process.nspid if process is not None else ()
 
 
-def kill_descendants(but: Collection[int] = ()) -> None:
+def kill_descendants(but: Collection[int]) -> None:
     """Kill and reap every descendant of this process (a subreaper, so none escapes) but these children."""
     for _ in range(1000):
         children = [pid for pid in child_pids(os.getpid()) if pid not in but]

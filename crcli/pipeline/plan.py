@@ -101,7 +101,7 @@ def _unix_link(held: HeldSocket) -> OutsideLink:
 
 
 def make_plan(
-    evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outcome, *, careful: bool = False
+    evidence: Evidence, links: tuple[OutsideLink, ...], outcome: Outcome, *, careful: bool
 ) -> DumpPlan:
     """Decide how CRIU is to take this tree.
 

@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 
 _STEP_S = 0.005
 
+_LET_GO_S = 2.0
+"""How long a tree may take to be let go (seconds)."""
 
-def wait_until_dead(processes: Iterable[ProcessId], limit_s: float = 3.0) -> list[ProcessId]:
+_CRASH_S = 0.05
+"""How long after it was let go a process has died of what it ran into (seconds)."""
+
+
+def wait_until_dead(processes: Iterable[ProcessId], limit_s: float) -> list[ProcessId]:
     """Wait until none of the processes runs any more; return those that do after the limit.
 
     A zombie is dead: who reaps it, and when, is its parent's affair.
@@ -45,9 +51,9 @@ def kill_all(processes: Iterable[ProcessId]) -> None:
 _CRASHES = (signal.SIGTRAP, signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, None)
 
 
-def crashed(processes: Iterable[ProcessId], within_s: float = 0.05) -> list[ProcessId]:
+def crashed(processes: Iterable[ProcessId]) -> list[ProcessId]:
     """Those of these processes, let go a moment ago, that died of what they ran into, or are gone."""
-    time.sleep(within_s)
+    time.sleep(_CRASH_S)
     return [one for one in processes if not one.alive() and _ending_signal(one.pid) in _CRASHES]
 
 
@@ -59,12 +65,12 @@ def _ending_signal(pid: int) -> int | None:
         return None
 
 
-def tree_state(tree: Tree, limit_s: float = 2.0) -> TreeState:
+def tree_state(tree: Tree) -> TreeState:
     """Say what the tree does now, after giving it a moment to be let go.
 
     RUNNING when every process that lived lives, and none is stopped that was not before.
     """
-    end = time.monotonic() + limit_s
+    end = time.monotonic() + _LET_GO_S
     while True:
         states = [_state(process.identity) for process in tree.living]
         held = [

@@ -86,10 +86,9 @@ class Terminal(Struct, frozen=True):
 
     `index` is N of /dev/pts/N, also behind /dev/tty; None for a console or a serial line. `rdev` and `dev`
     name it to CRIU (`criu_key`). `master_inside`: a process of the tree drives it; else `master` is who does,
-    if found. `controls` are the processes of the tree whose controlling terminal it is; `inner_shells` have
-    opened it to control jobs (as /dev/tty, under a number that shells keep for themselves) without leading
-    its session. `opens` is how often it was opened: what was inherited or duplicated counts once, but only
-    beyond `MOST_EXTERNAL_TERMINALS` of `holders` is that looked into.
+    if found. `inner_shells` have opened it to control jobs (as /dev/tty, under a number that shells keep for
+    themselves) without leading its session. `opens` is how often it was opened: what was inherited or
+    duplicated counts once, but only beyond `MOST_EXTERNAL_TERMINALS` of `holders` is that looked into.
     """
 
     path: str
@@ -99,7 +98,6 @@ class Terminal(Struct, frozen=True):
     holders: tuple[OpenFile, ...]
     master_inside: bool
     master: Outsider | None
-    controls: tuple[int, ...]
     inner_shells: tuple[OpenFile, ...] = ()
     opens: int = 1
 

@@ -14,7 +14,6 @@ from crcli import kernel
 from crcli.errors import PreflightRefused
 from crcli.process import notify
 from crcli.process.asking import (
-    device_of_tty_nr,
     joined_groups,
     multicast_groups,
     netlink_groups,
@@ -251,7 +250,6 @@ def _terminal(
         holders=tuple(holders),
         master_inside=inside,
         master=None if inside or index is None else outside.master_of(index),
-        controls=tuple(process.pid for process in tree if device_of_tty_nr(process.tty_nr) == device),
         opens=_opens(holders),
         inner_shells=tuple(file for file in holders if _is_inner_shell(tree, file, holders)),
     )

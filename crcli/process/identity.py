@@ -36,7 +36,6 @@ class Stat(Struct, frozen=True):
     flags: int
     threads: int
     start_time: int
-    rss_pages: int
     layout: tuple[int, int, int]
 
     @property
@@ -69,7 +68,6 @@ def parse_stat(raw: bytes) -> Stat:
         flags=int(rest[6]),
         threads=int(rest[17]),
         start_time=int(rest[19]),
-        rss_pages=int(rest[21]),
         layout=(int(rest[23]), int(rest[25]), int(rest[44])),
     )
 

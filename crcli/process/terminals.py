@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _TERMINALS = "/dev/pts"
 
 
-def free_terminals(wanted: Collection[int], more: int = 0) -> list[int]:
+def free_terminals(wanted: Collection[int], more: int) -> list[int]:
     """The numbers that new pseudo-terminals get here (N of /dev/pts/N), ascending.
 
     They reach to the greatest `wanted`, and are twice as many and so many `more`, where this process can open

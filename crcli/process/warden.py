@@ -129,7 +129,7 @@ def reopen(fd: int) -> None:
         os.close(again)
 
 
-def become_reaper(root: int, until: str, ending: int, bound_to: int | None = None) -> NoReturn:
+def become_reaper(root: int, until: str, ending: int, bound_to: int | None) -> NoReturn:
     """Reap until the `root` has ended, or "all" have; write the root's exit code to `ending`; end with it.
 
     With `bound_to` (a pidfd of our parent) our parent's death, by SIGKILL as well, is that of all below.

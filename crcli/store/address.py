@@ -62,14 +62,8 @@ class StoreAddress(Struct, frozen=True):
         return f"{self.scheme}://{quote(self.place, safe='/@+:')}{query}"
 
 
-def join_name(store_url: str, name: str) -> str:
-    """The URL of `name` in a store: options stay at the end, as in `s3://bucket/prefix/name?region=…`."""
-    place, mark, query = store_url.partition("?")
-    return f"{place.rstrip('/')}/{name}{mark}{query}"
-
-
 def split_name(url: str) -> tuple[str, str]:
-    """The store's URL and the name that `join_name` joined; a plain path has no options."""
+    """The store's URL and the name of `s3://bucket/prefix/name?region=…`; a plain path has no options."""
     place, mark, query = (url, "", "") if url.startswith("/") else url.partition("?")
     store, _, name = place.rpartition("/")
     return store + mark + query, name

@@ -114,15 +114,13 @@ class Index:
         return first, np.searchsorted(self.keys, keys, side="right") - first
 
 
-def index_of(
-    file: WeightsFile, *, casts: bool = True, amount: Callable[[int], None] = lambda done: None
-) -> tuple[Index, bytes]:
+def index_of(file: WeightsFile, *, amount: Callable[[int], None] = lambda done: None) -> tuple[Index, bytes]:
     """Read a file; return its samples, and the BLAKE3 of all of its bytes.
 
     Of a large one other processes take the samples while this one hashes. `amount` is told now and then how
     many bytes are done; what it raises ends the work.
     """
-    found = _Sampling(file, casts)
+    found = _Sampling(file)
     count = min(usable_processors(), _MOST_PROCESSES) if file.size >= _WORTH_BYTES else 0
     digest = blake3()
     with _Samplers(found, count) as samplers:
@@ -246,14 +244,14 @@ def _sample_and_exit(found: _Sampling, share: Share, writer: int) -> NoReturn:
 class _Sampling:
     """The samples of a file as they are gathered."""
 
-    def __init__(self, file: WeightsFile, casts: bool) -> None:
+    def __init__(self, file: WeightsFile) -> None:
         self.file = file
         self.rarity_bits = RARITY_BITS + max(0, (file.size - 1) // _LARGE_BYTES).bit_length()
         self.rarities: list[int] = []
         self.streams: list[Stream] = []
         self.parts: list[tuple[Any, Any, Any]] = []
         """Keys, owners and places, block by block, in any order."""
-        self.regions = [(region, self._streams_of(region, casts)) for region in regions(file)]
+        self.regions = [(region, self._streams_of(region)) for region in regions(file)]
 
     def take(self, share: Share, note: Callable[[], None] = lambda: None) -> None:
         """Take the samples of this share; `note` is called now and then."""
@@ -299,12 +297,12 @@ class _Sampling:
         keys, owners, places = (np.concatenate(column) for column in zip(*self.parts, strict=True))
         return keys, owners, places
 
-    def _streams_of(self, region: Region, casts: bool) -> list[int]:
+    def _streams_of(self, region: Region) -> list[int]:
         """Begin the streams of a region; return their numbers."""
         rarer = (len(region.phases) - 1).bit_length()
         plain = [self._stream(View.BYTES, region.start + at, region.end, rarer) for at in region.phases]
-        views = CASTS_OF.get(region.dtype, ()) if casts else ()
-        return plain + [self._stream(view, region.start, region.end, 0) for view in views]
+        casts = CASTS_OF.get(region.dtype, ())
+        return plain + [self._stream(view, region.start, region.end, 0) for view in casts]
 
     def _stream(self, view: View, start: int, end: int, rarer_bits: int) -> int:
         """Begin a stream, of which one sample in 2**rarer_bits is kept; return its number.

@@ -29,7 +29,7 @@ def put_soon(bucket: Bucket, quick: QuickRequests, key: str, body: Body, *, if_a
         put_whole(bucket, key, body, if_absent=if_absent, was_tried=done is False)
 
 
-def put_whole(bucket: Bucket, key: str, body: Body, *, if_absent: bool, was_tried: bool = False) -> None:
+def put_whole(bucket: Bucket, key: str, body: Body, *, if_absent: bool, was_tried: bool) -> None:
     """Write `body` in one request. `was_tried`: somebody has sent one for us, and does not know what came
     of it."""
     parameters = {**bucket.of(key), **bucket.settings.encryption, **bucket.checksum(body)}
