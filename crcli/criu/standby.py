@@ -394,11 +394,7 @@ class _Watch:
 
     def _signal_all(self, number: int) -> None:
         for member in self.members:
-            if member.alive():
-                try:
-                    os.kill(member.pid, number)
-                except ProcessLookupError:
-                    continue
+            member.send(number)
 
     def _log(self) -> bytes:
         """The beginning of CRIU's log, where it says which run this is."""

@@ -237,6 +237,5 @@ def _kill_tree(root: ProcessId) -> None:
     except CrcliError:
         return  # it ended while it was looked at
     for member in members:
-        if member.alive():
-            os.kill(member.pid, signal.SIGKILL)
+        if member.send(signal.SIGKILL):
             _reap(member.pid)

@@ -432,7 +432,7 @@ class Worker:
         else:
             self._put_down(order)
             for charge in order.charges:
-                _kill(charge.id)
+                charge.id.send(signal.SIGKILL)
                 self._care.let_go(charge.id)
         lines = [f"process {one.pid} was {before[one.pid]}, is {self._state(one)}" for one in order.charges]
         for one in order.charges:
@@ -529,14 +529,6 @@ def _is_held(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return b"\nTracerPid:\t0\n" not in status
-
-
-def _kill(process: ProcessId) -> None:
-    if process.alive():
-        try:
-            os.kill(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def main(control: int, crcli: int, purpose: str) -> None:

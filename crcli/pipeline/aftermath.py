@@ -13,7 +13,7 @@ from crcli.criu.standby import AfterDeath
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TreeState
 from crcli.pipeline.interrupts import Interrupted
 from crcli.pipeline.logs import explain_failure
-from crcli.pipeline.watch import crashed, kill_all, tree_state
+from crcli.pipeline.watch import crashed, tree_state
 from crcli.process.wording import note
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def set_right(tree: Tree, images: Workspace, network: int | None, *, is_durable:
     was to be killed if its image `is_durable`."""
     members = tree.identities
     if is_durable and not all(member.alive() for member in members):
-        kill_all(members)
+        for member in members:
+            member.send(signal.SIGKILL)
         return AfterDeath(finished=True, held=())
     pids = [process.pid for process in tree.living]
     free_sockets(pids)

@@ -479,11 +479,7 @@ def _end_tree(processes: Sequence[ProcessId]) -> None:
         for process in living:
             victims |= {child.pid: child for child in _children(process.pid)}
         for process in victims.values():
-            try:
-                if process.alive():
-                    os.kill(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            process.send(signal.SIGKILL)
         time.sleep(0.01)
 
 

@@ -143,8 +143,8 @@ class _PassedOn:
         """The signal handler."""
         if self._root is None:
             self._kept.append(number)
-        elif self._root.alive():
-            os.kill(self._root.pid, number)
+        else:
+            self._root.send(number)
 
     def to(self, root: ProcessId) -> None:
         """Send what was kept, and from now on whatever comes."""
@@ -744,15 +744,7 @@ class _Restore:
 
     def _signal(self, root: ProcessId) -> None:
         """Send the signal that was asked for, now that a program which dies of it is no failed restore."""
-        try:
-            pidfd = os.pidfd_open(root.pid)
-            try:
-                if not root.alive():
-                    raise ProcessLookupError
-                signal.pidfd_send_signal(pidfd, self.options.signal)
-            finally:
-                os.close(pidfd)
-        except ProcessLookupError:
+        if not root.send(self.options.signal):
             self.findings.append(_not_signalled(root))
 
     def _bad_end(self, root: ProcessId) -> str:

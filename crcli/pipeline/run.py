@@ -489,9 +489,8 @@ class _Run:
 
         def pass_on(number: int, _frame: FrameType | None) -> None:
             must_stand_still = number == signal.SIGCONT and self.lease.state is not LeaseState.HELD
-            if job.root.alive() and not must_stand_still:  # we may have been stopped until the lease lapsed
-                with suppress(ProcessLookupError):  # it has just ended
-                    os.kill(job.root.pid, number)
+            if not must_stand_still:  # we may have been stopped until the lease lapsed
+                job.root.send(number)
 
         before = ExitStack()
         for number in _PASSED_ON:
@@ -531,17 +530,14 @@ class _Run:
             if not new:
                 return
             for one in new:
-                with suppress(ProcessLookupError):
-                    os.kill(one.pid, signal.SIGSTOP)
+                one.send(signal.SIGSTOP)
             self.stopped += new
 
     def _let_go_on(self) -> None:
         with self.stopping:
             stopped, self.stopped = self.stopped, []
         for one in reversed(stopped):
-            if one.alive():
-                with suppress(ProcessLookupError):
-                    os.kill(one.pid, signal.SIGCONT)
+            one.send(signal.SIGCONT)
 
     def _lost(self) -> NameClaimed:
         self.report.end = "lost"
@@ -558,7 +554,7 @@ def _wake(root: ProcessId) -> None:
     """
     with suppress(ProcessLookupError, PreflightRefused):
         for process in scan_tree(root):
-            os.kill(process.pid, signal.SIGCONT)
+            process.identity.send(signal.SIGCONT)
 
 
 def _end_it(job: _Running) -> None:

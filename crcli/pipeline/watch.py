@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -36,16 +35,6 @@ def wait_until_dead(processes: Iterable[ProcessId], limit_s: float) -> list[Proc
         if not left or time.monotonic() >= end:
             return left
         time.sleep(_STEP_S)
-
-
-def kill_all(processes: Iterable[ProcessId]) -> None:
-    """Kill exactly these processes (by pid and start time), and none that took a pid over."""
-    for process in processes:
-        if process.alive():
-            try:
-                os.kill(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
 
 
 _CRASHES = (signal.SIGTRAP, signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, None)

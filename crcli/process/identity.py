@@ -7,6 +7,7 @@ nobody. With the start time in clock ticks since boot (field 22 of /proc/PID/sta
 from __future__ import annotations
 
 import os
+import signal
 
 from crcli.records import Struct
 
@@ -126,6 +127,21 @@ class ProcessId(Struct, frozen=True):
         except ProcessLookupError:
             return False
         return stat.start_time == self.start_time and stat.state in "tT"
+
+    def send(self, number: int) -> bool:
+        """Send a signal to this very process, never to one that took its pid over; say whether it lived."""
+        try:
+            process = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return False
+        try:
+            if is_there := self.alive():
+                signal.pidfd_send_signal(process, number)
+            return is_there
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(process)
 
 
 def identify(pid: int) -> ProcessId:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 import socket
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,22 @@ def test_a_process_is_its_pid_and_its_start() -> None:
     me = identify(os.getpid())
     assert me.alive()
     assert not ProcessId(me.pid, me.start_time + 1).alive()
+
+
+def test_a_signal_is_for_the_very_process() -> None:
+    """Who took its pid over gets none, nor has who ended."""
+    child = subprocess.Popen(["sleep", "1000"])
+    try:
+        there = identify(child.pid)
+        assert not ProcessId(there.pid, there.start_time + 1).send(signal.SIGKILL)
+        assert child.poll() is None and there.send(signal.SIGTERM)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not there.send(signal.SIGTERM)  # a zombie
+        assert child.wait() == -signal.SIGTERM
+        assert not there.send(signal.SIGTERM)
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_nobody_is_not_alive() -> None:

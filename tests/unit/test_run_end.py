@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from crcli.job.relay import Relay
 from crcli.pipeline import run
 from crcli.process.identity import identify
+from crcli.process.tree import read_process
 
 
 def test_a_job_is_reaped_without_a_descriptor_to_be_had() -> None:
@@ -31,3 +33,22 @@ def test_a_job_is_reaped_without_a_descriptor_to_be_had() -> None:
         os.waitpid(job.child, os.WNOHANG)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(reader)
+
+
+def test_a_tree_is_woken_though_one_of_it_has_just_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else would wake those that come after it."""
+    sleepers = [subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL) for _ in range(2)]
+    members = [read_process(one.pid) for one in sleepers]
+    monkeypatch.setattr(run, "scan_tree", lambda root: members)
+    try:
+        gone, last = sleepers
+        gone.kill()
+        gone.wait()
+        last.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, last.pid, os.WSTOPPED)
+        run._wake(identify(os.getpid()))
+        assert os.waitid(os.P_PID, last.pid, os.WCONTINUED | os.WNOHANG) is not None
+    finally:
+        for one in sleepers:
+            one.kill()
+            one.wait()
