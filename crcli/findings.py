@@ -46,3 +46,13 @@ class Finding(Struct, frozen=True):
             "action": self.action,
             "remedy": self.remedy,
         }
+
+
+def change(name: str, message: str, evidence: dict[str, Any], action: str = "", remedy: str = "") -> Finding:
+    """Return a finding about something that will not be as it was after a restore."""
+    return Finding(name, Severity.CHANGE, message, evidence, action, remedy)
+
+
+def note(name: str, message: str, evidence: dict[str, Any], action: str = "", remedy: str = "") -> Finding:
+    """Return a finding about something worth knowing that is in the way of nothing."""
+    return Finding(name, Severity.NOTE, message, evidence, action, remedy)

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import HostLacks
-from crcli.findings import Finding, gravest_first
+from crcli.findings import Finding, gravest_first, note
 from crcli.gpu.facts import CudaProcess, CudaState, Gpu, GpuHost
 from crcli.gpu.inherited import DEVICE_PREFIX, forked_from
 from crcli.gpu.managed import managed_bytes
@@ -27,7 +27,6 @@ from crcli.process.wording import (
     blocker,
     first_of,
     how_to_continue,
-    note,
     places,
     process_list,
     who,

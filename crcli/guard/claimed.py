@@ -6,7 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from crcli.guard.wording import change
+from crcli.findings import change
 from crcli.image.owner import Sight
 from crcli.process.identity import read_stat
 

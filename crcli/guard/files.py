@@ -6,9 +6,10 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
+from crcli.findings import change, note
 from crcli.guard.carried import Standing
 from crcli.guard.contents import hash_of, open_quietly
-from crcli.guard.wording import blocker, change, note
+from crcli.guard.wording import blocker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,10 +11,10 @@ import stat
 from typing import TYPE_CHECKING, Any
 
 from crcli.errors import HostLacks, ImageDamaged
-from crcli.findings import Finding, Severity
+from crcli.findings import Finding, Severity, change, note
 from crcli.gpu.facts import Gpu, GpuHost
 from crcli.gpu.mapping import MappingRefused, choose_mapping, describe
-from crcli.guard.wording import blocker, change, note
+from crcli.guard.wording import blocker
 from crcli.memory.extents import distinct_bytes
 
 if TYPE_CHECKING:

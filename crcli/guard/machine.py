@@ -6,8 +6,9 @@ import re
 import time
 from typing import TYPE_CHECKING
 
+from crcli.findings import change, note
 from crcli.guard import cpu
-from crcli.guard.wording import blocker, change, note
+from crcli.guard.wording import blocker
 from crcli.memory.extents import distinct_bytes
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ import stat
 import time
 from typing import TYPE_CHECKING, Any
 
+from crcli.findings import note
 from crcli.guard.carried import Standing
-from crcli.guard.wording import blocker, note
+from crcli.guard.wording import blocker
 from crcli.process.file_locks import flock_holder, range_holder
 from crcli.process.here import holder_of, kernel_file_id, pid_limit
 from crcli.process.sockets import Address, State

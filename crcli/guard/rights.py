@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from crcli.guard.wording import blocker, change, note
+from crcli.findings import change, note
+from crcli.guard.wording import blocker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,13 +18,3 @@ if TYPE_CHECKING:
 def blocker(name: str, message: str, evidence: dict[str, Any], remedy: str) -> Finding:
     """Return a finding with which a restore must not begin. Its name must stand in `names.BLOCKERS`."""
     return Finding(name, Severity.BLOCKER, message, evidence, "starts nothing", remedy)
-
-
-def change(name: str, message: str, evidence: dict[str, Any], action: str = "", remedy: str = "") -> Finding:
-    """Return a finding about something that will not be as it was."""
-    return Finding(name, Severity.CHANGE, message, evidence, action, remedy)
-
-
-def note(name: str, message: str, evidence: dict[str, Any], action: str = "", remedy: str = "") -> Finding:
-    """Return a finding about something that is other here and does not matter by itself."""
-    return Finding(name, Severity.NOTE, message, evidence, action, remedy)

@@ -11,10 +11,10 @@ from crcli.criu.rescue import free_sockets, remove_link_remaps, remove_tables
 from crcli.criu.rpc import CriuDied, CriuTimeout
 from crcli.criu.standby import AfterDeath
 from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TreeState
+from crcli.findings import note
 from crcli.pipeline.interrupts import Interrupted
 from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.watch import crashed, tree_state
-from crcli.process.wording import note
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

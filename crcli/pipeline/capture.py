@@ -17,7 +17,7 @@ from crcli.criu.skeleton import regular_files
 from crcli.findings import Finding, Severity
 from crcli.image.manifest import StoredFile
 from crcli.image.packs import BLOB_BYTES
-from crcli.process.evidence import MEMORY_FILE_SYSTEMS
+from crcli.process.evidence import MEMORY_FILE_SYSTEMS, MEMORY_LIMIT, WRITTEN_LIMIT
 from crcli.process.files import leased_inodes
 from crcli.records import Struct
 
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
     from crcli.criu.workspace import Workspace
     from crcli.image.packs import PackWriter
     from crcli.process.files import Mount
-
-WRITTEN_LIMIT = 64 << 20
-"""A file that is open for writing and larger than this (bytes) is not taken along, but named in a finding."""
-
-MEMORY_LIMIT = 1 << 30
-"""The same for files on memory file systems, which exist nowhere else."""
 
 _SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
 _SQLITE_MAGIC = b"SQLite format 3\0"

@@ -32,7 +32,7 @@ from crcli.criu.standby import Standby
 from crcli.criu.unread import give_back_unread
 from crcli.criu.workspace import Workspace
 from crcli.errors import DumpFailed, PreflightRefused, TreeState
-from crcli.findings import Finding, Severity
+from crcli.findings import Finding, Severity, note
 from crcli.image.claims import is_held_by
 from crcli.image.index import KnownPagesOf
 from crcli.image.manifest import Manifest
@@ -86,7 +86,7 @@ from crcli.process.processors import usable_processors
 from crcli.process.tree import scan_tree
 from crcli.process.tree_lock import TreeLock
 from crcli.process.waits import waited_ms
-from crcli.process.wording import first_of, how_to_continue, note, process_list
+from crcli.process.wording import first_of, how_to_continue, process_list
 from crcli.records import asdict, replace
 
 if TYPE_CHECKING:

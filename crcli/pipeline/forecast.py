@@ -24,6 +24,7 @@ from crcli.pipeline.facts import is_of
 from crcli.pipeline.rates import Rates, learn, load_rates
 from crcli.pipeline.stages import Forecast, Outcome
 from crcli.pipeline.weights import WeightsInUse, chosen_files
+from crcli.process.evidence import MEMORY_LIMIT, WRITTEN_LIMIT
 from crcli.process.files import Kind, leased_inodes
 from crcli.process.memory_room import spare_memory
 from crcli.records import Struct
@@ -64,7 +65,6 @@ _RATIO_OF_WEIGHTS = 0.8
 """How small numbers of 16 bits become, compressed: most of what is on GPUs."""
 
 _MOST_BLOCKS, _FEWEST_BLOCKS = 24, 3
-_WRITTEN_LIMIT, _MEMORY_LIMIT = 64 << 20, 1 << 30  # as in capture.py, which needs CRIU's Python package
 _LOOK_INTO_FILES = 64 << 10
 """Files that travel along are read when they hold more than this together (bytes)."""
 
@@ -283,7 +283,7 @@ def _carried(evidence: Evidence, include: tuple[str, ...]) -> dict[str, int]:
     in_memory = {file.path for file in evidence.in_memory_files}
     found: dict[str, int] = {}
     for file in evidence.named:
-        limit = _MEMORY_LIMIT if file.path in in_memory else _WRITTEN_LIMIT if file.written else 0
+        limit = MEMORY_LIMIT if file.path in in_memory else WRITTEN_LIMIT if file.written else 0
         if 0 < file.size <= limit:
             found[root + file.path] = file.size
     for gone in evidence.deleted:

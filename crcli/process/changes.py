@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from crcli.findings import Finding
+from crcli.findings import Finding, change, note
 from crcli.process.capabilities import CAP_SYS_NICE, capability_names
 from crcli.process.evidence import Evidence, HeldSocket
 from crcli.process.watches import Fate
 from crcli.process.wording import (
     Check,
     and_more,
-    change,
     connections,
     first_of,
-    note,
     outsider_list,
     place,
     places,

@@ -22,6 +22,13 @@ from crcli.process.watches import Watch
 from crcli.records import Struct
 
 MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs", "hugetlbfs"))
+
+WRITTEN_LIMIT = 64 << 20
+"""A file that is open for writing and larger than this (bytes) is not taken along, but named in a finding."""
+
+MEMORY_LIMIT = 1 << 30
+"""The same for files on memory file systems, which exist nowhere else."""
+
 PSEUDO_FILE_SYSTEMS = frozenset(
     [
         "autofs",

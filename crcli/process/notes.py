@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from crcli.findings import Finding
+from crcli.findings import Finding, note
 from crcli.process.evidence import Evidence
 from crcli.process.files import Kind, OpenFile
 from crcli.process.watches import Fate
@@ -17,7 +17,6 @@ from crcli.process.wording import (
     file_list,
     first_of,
     how_to_continue,
-    note,
     place,
     places,
     process_list,

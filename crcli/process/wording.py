@@ -27,16 +27,6 @@ def blocker(name: str, message: str, evidence: dict[str, Any], remedy: str) -> F
     return Finding(name, Severity.BLOCKER, message, evidence, "refuses, before anything is touched", remedy)
 
 
-def change(name: str, message: str, evidence: dict[str, Any], action: str = "", remedy: str = "") -> Finding:
-    """Return a finding about something that will not be as it was after a restore."""
-    return Finding(name, Severity.CHANGE, message, evidence, action, remedy)
-
-
-def note(name: str, message: str, evidence: dict[str, Any], action: str = "", remedy: str = "") -> Finding:
-    """Return a finding about something that crcli takes care of."""
-    return Finding(name, Severity.NOTE, message, evidence, action, remedy)
-
-
 # --- sentences ---------------------------------------------------------------------------------------------
 
 

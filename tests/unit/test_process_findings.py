@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from crcli.findings import Severity
+from crcli.findings import Severity, change, note
 from crcli.process import preflight as preflight_module
 from crcli.process.capabilities import capability_names
 from crcli.process.gather import gather
@@ -17,7 +17,7 @@ from crcli.process.notes import is_confined
 from crcli.process.preflight import CHECKS, preflight
 from crcli.process.settings import parse_cpus
 from crcli.process.tree import scan_tree
-from crcli.process.wording import Check, and_more, blocker, change, count, note
+from crcli.process.wording import Check, and_more, blocker, count
 
 
 def test_every_family_is_registered_once_and_explained() -> None:
