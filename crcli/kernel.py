@@ -285,6 +285,27 @@ def loopback_up() -> None:
         ioctl(sock, _SIOCSIFFLAGS, request)
 
 
+def in_network(network: int, work: Callable[[], None]) -> None:
+    """Have a thread do this in the network of this descriptor, as a network is a thread's own; return when it
+    is done. Raises what keeps it from there, or what `work` raises, if that is an OSError."""
+    import threading
+
+    failed: list[OSError] = []
+
+    def enter_and_work() -> None:
+        try:
+            setns(network, CLONE_NEWNET)
+            work()
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=enter_and_work, name="network")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
 def own_every_address() -> None:
     """Have every address of this network namespace be one of `lo` (IPv6 as far as it is there).
 

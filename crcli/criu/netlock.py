@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import threading
+from contextlib import suppress
 
 from crcli import kernel
 
@@ -83,18 +83,9 @@ def other_network(pid: int) -> int | None:
 
 
 def remove_in(network: int, run_id: str) -> None:
-    """As `remove_for`, in the network of this descriptor: by a thread, as a network is a thread's own."""
-
-    def enter_and_remove() -> None:
-        try:
-            kernel.setns(network, kernel.CLONE_NEWNET)
-        except OSError:
-            return
-        remove_for(run_id)
-
-    thread = threading.Thread(target=enter_and_remove, name="netlock")
-    thread.start()
-    thread.join()
+    """As `remove_for`, in the network of this descriptor, where we may work in that."""
+    with suppress(OSError):
+        kernel.in_network(network, lambda: remove_for(run_id))
 
 
 def _open() -> socket.socket:

@@ -58,8 +58,9 @@ class Relay(Struct):
 
     def finish(self, limit_s: float) -> None:
         """The tree has ended: return once all that it wrote is passed on, or after so many seconds."""
+        end = time.monotonic() + limit_s
         for reader in self._readers:
-            reader.join(limit_s)
+            reader.join(max(0.0, end - time.monotonic()))
 
     def close(self) -> None:
         """Give the other sides back, of a tree that never came to be."""

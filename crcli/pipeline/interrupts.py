@@ -96,31 +96,44 @@ def interruptible(
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    with heard_at_once(), _handled_by(interrupts):
-        if deadline_s is not None:
-            ring_in(deadline_s)
+    with heard_at_once(), _handled_by(interrupts.handle, deadline_s, lambda: interrupts.are_over):
         yield interrupts
 
 
 @contextmanager
-def _handled_by(interrupts: Interrupts) -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
-    ignored_before = {
-        number for number in _FOR_PEOPLE if signal.getsignal(number) is signal.SIG_IGN
-    }  # by nohup, or a shell's &
-    before = {
-        number: signal.signal(number, interrupts.handle) for number in numbers if number not in ignored_before
-    }
+def noted(note: Callable[[int], None], deadline_s: float | None = None) -> Iterator[None]:
+    """Within the block the signals that would interrupt are only told to `note`; so is the deadline's.
+
+    Job control is ignored, as in `interruptible`, and a second signal changes nothing.
+    """
+    with _handled_by(lambda number, _: note(number), deadline_s, lambda: True):
+        yield
+
+
+@contextmanager
+def _handled_by(
+    handle: Callable[[int, FrameType | None], None], deadline_s: float | None, are_over: Callable[[], bool]
+) -> Iterator[None]:
+    """Within the block these signals are handled so. `are_over` says at its end whether one that comes then
+    is to be heard no more, where whoever has called us answers first."""
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+        if number not in _FOR_PEOPLE or signal.getsignal(number) is not signal.SIG_IGN  # by nohup, or a &
+    ]
+    before = {number: signal.signal(number, handle) for number in numbers}
     stops = {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_CONTROL}
     try:
+        if deadline_s is not None:
+            ring_in(deadline_s)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in stops.items():
             signal.signal(number, handler)
+        is_mute = _answers_first and are_over()
         for number, handler in before.items():
-            ignored = _answers_first and interrupts.are_over and handler in _DEFAULTS
-            signal.signal(number, signal.SIG_IGN if ignored else handler)
+            signal.signal(number, signal.SIG_IGN if is_mute and handler in _DEFAULTS else handler)
 
 
 def ring_in(seconds: float) -> None:
@@ -133,28 +146,3 @@ def seconds_left() -> float | None:
     if threading.current_thread() is not threading.main_thread():
         return None
     return signal.getitimer(signal.ITIMER_REAL)[0] or None
-
-
-@contextmanager
-def noted(note: Callable[[int], None], deadline_s: float | None = None) -> Iterator[None]:
-    """Within the block the signals that would interrupt are only told to `note`; so is the deadline's.
-
-    Job control is ignored, as in `interruptible`, and a second signal changes nothing.
-    """
-    numbers = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
-        if number not in _FOR_PEOPLE or signal.getsignal(number) is not signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, lambda number, _: note(number)) for number in numbers}
-    stops = {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_CONTROL}
-    if deadline_s is not None:
-        ring_in(deadline_s)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in stops.items():
-            signal.signal(number, handler)
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if _answers_first and handler in _DEFAULTS else handler)

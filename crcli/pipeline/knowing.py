@@ -13,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from crcli.errors import CrcliError
+from crcli.threads import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from crcli.store.base import Store
 
 
-class Knowing(threading.Thread):
+class Knowing(Worker):
     """Reads what a store has by `read`, which is given what to tell early on what will be relied on; without
     that it looks for packs itself (see load_known). It is told when the dump is `announced`, and `finish`
     follows."""
 
     def __init__(self, store: Store, read: Callable[[Expect | None], KnownChunks]) -> None:
-        super().__init__(name="knowing", daemon=True)
+        super().__init__(self._work, name="knowing")
         self._store = store
         self._read = read
         self._known: KnownChunks | None = None
@@ -36,8 +37,7 @@ class Knowing(threading.Thread):
         self._expected: set[str] = set()
         self._look: _Look | None = None
 
-    def run(self) -> None:
-        """What the thread does."""
+    def _work(self) -> None:
         try:
             self._known = self._read(self._expect)
         except (CrcliError, MemoryError, RuntimeError):
@@ -81,18 +81,17 @@ class Knowing(threading.Thread):
                 self._look = None
 
 
-class _Look(threading.Thread):
+class _Look(Worker):
     """Looks for objects in a store that was told of the dump."""
 
     def __init__(self, store: Store, keys: frozenset[str]) -> None:
-        super().__init__(name="look", daemon=True)
+        super().__init__(self._work, name="look")
         self._store = store
         self._keys = keys
         self._seen = frozenset[str]()
         self._error: CrcliError | None = None
 
-    def run(self) -> None:
-        """What the thread does."""
+    def _work(self) -> None:
         try:
             self._seen = self._keys - self._store.missing(self._keys)
         except CrcliError as error:

@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     from crcli.image.catalog import Entry
     from crcli.job.relay import Relay
     from crcli.notice import Notice
-    from crcli.pipeline.stages import Progress
     from crcli.process.identity import ProcessId
     from crcli.store.base import Store
 
@@ -157,7 +156,7 @@ class _Running(Struct, frozen=True):
     since: float = field(default_factory=time.monotonic)
 
 
-def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress | None = None) -> RunReport:
+def run(options: RunOptions, tell: Callable[[Event], None]) -> RunReport:
     """Run a job to its end, or until it is saved because this node goes away; return what was done.
 
     Raises NameClaimed (another has the job), JobMismatch (the image is of another job), TryAgain and what a
@@ -191,7 +190,7 @@ def run(options: RunOptions, tell: Callable[[Event], None], progress: Progress |
         with _told_when_slow(tell, waiting):
             lease = _claimed(notices, store, claim)
         report.lease = lease.number
-        work = _Run(options, identity, handling, store, lease, notices, report, tell, progress or Silent())
+        work = _Run(options, identity, handling, store, lease, notices, report, tell)
         try:
             lease.keep(work.on_lease)
             work.to_the_end()
@@ -215,7 +214,6 @@ class _Run:
         notices: Notices,
         report: RunReport,
         tell: Callable[[Event], None],
-        progress: Progress,
     ) -> None:
         self.options = options
         self.identity = identity
@@ -226,7 +224,6 @@ class _Run:
         self.notices = notices
         self.report = report
         self.tell = tell
-        self.progress = progress
         self.job: _Running | None = None
         self.vigil: Vigil | None = None
         self.notice: Notice | None = None
@@ -364,7 +361,7 @@ class _Run:
             pid_namespace=self._namespace(),
         )
         self.lease_file.follow(entry.meta.get("job", {}))
-        restored = bring_back(options, self.progress, Stay(later, bound=True))
+        restored = bring_back(options, Silent(), Stay(later, bound=True))
         if restored.stopped:
             _wake(restored.root)
         self.report.begun, self.report.image = "restored", restored.report.image

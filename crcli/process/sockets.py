@@ -7,15 +7,14 @@ through a socket opened inside it.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import struct
-import threading
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
+from crcli import kernel
 from crcli.records import Struct
 
 NETLINK_SOCK_DIAG = 4
@@ -24,7 +23,6 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_DUMP = 1, 0x300
 UDIAG_SHOW_NAME, UDIAG_SHOW_PEER, UDIAG_SHOW_ICONS, UDIAG_SHOW_RQLEN = 1, 4, 8, 16
 UNIX_DIAG_NAME, UNIX_DIAG_PEER, UNIX_DIAG_ICONS, UNIX_DIAG_RQLEN = 0, 2, 3, 4
-CLONE_NEWNET = 0x40000000
 
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _INET_REQUEST = struct.Struct("=BBBxI48x")  # inet_diag_req_v2: family, protocol, extensions, states, id
@@ -161,29 +159,13 @@ def _diag_socket_here() -> socket.socket:
 
 
 def _diag_socket_inside(pid: int) -> socket.socket:
-    """Open the socket in the process's network namespace: by a thread, as a namespace is a thread's own."""
+    """Open the socket in the process's network namespace."""
     opened: list[socket.socket] = []
-    failed: list[OSError] = []
-
-    def enter_and_open() -> None:
-        namespace = -1
-        try:
-            namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.setns(namespace, CLONE_NEWNET) != 0:
-                raise OSError(ctypes.get_errno(), "setns")
-            opened.append(_diag_socket_here())
-        except OSError as error:
-            failed.append(error)
-        finally:
-            if namespace >= 0:
-                os.close(namespace)
-
-    thread = threading.Thread(target=enter_and_open)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
+    network = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        kernel.in_network(network, lambda: opened.append(_diag_socket_here()))
+    finally:
+        os.close(network)
     return opened[0]
 
 

@@ -6,6 +6,8 @@ import os
 import resource
 import signal
 import subprocess
+import threading
+import time
 
 import pytest
 
@@ -52,3 +54,16 @@ def test_a_tree_is_woken_though_one_of_it_has_just_ended(monkeypatch: pytest.Mon
         for one in sleepers:
             one.kill()
             one.wait()
+
+
+def test_last_words_are_waited_for_together() -> None:
+    """Who has left its output open to others, as a daemon has, is waited for once, not for each of them."""
+    asked: list[float] = []
+
+    class Busy(threading.Thread):
+        def join(self, timeout: float | None = None) -> None:
+            asked.append(timeout or 0.0)
+            time.sleep(timeout or 0.0)
+
+    Relay(_readers=[Busy(), Busy()]).finish(0.05)
+    assert asked[0] > 0 and asked[1] == 0

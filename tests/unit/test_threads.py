@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from crcli.image.index import KnownChunks
+from crcli.pipeline.knowing import Knowing
+from crcli.store.file import FileStore
 from crcli.threads import Worker, start_workers
 
 
@@ -47,6 +50,24 @@ def test_an_interrupted_wait_is_no_end(interrupting: None) -> None:
     worker.join()
     assert done and not worker.is_alive()
     worker.join()
+
+
+def test_nothing_is_asked_of_a_store_after_an_interrupted_wait(interrupting: None) -> None:
+    """What it has is read in a thread: whoever closes the store waits for that, interrupted or not."""
+    may_end, done = threading.Event(), []
+
+    def read(_: object) -> KnownChunks:
+        may_end.wait()
+        done.append(1)
+        raise MemoryError
+
+    knowing = Knowing(FileStore("/nowhere"), read)
+    knowing.start()
+    with pytest.raises(_Interrupted):
+        knowing.finish()
+    threading.Timer(0.2, may_end.set).start()
+    knowing.end()
+    assert done
 
 
 def test_one_that_fails_has_ended() -> None:
