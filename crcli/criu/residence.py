@@ -309,7 +309,7 @@ def _oversee(duty: _Duty) -> None:
         _reap_within(criu, _GRACE_S)
         if word is None:
             duty.let_others_finish()
-            _kill_children()
+            warden.kill_descendants()
             duty.undo(changes)
             remove_question(began)
         elif word["stay"]:
@@ -318,17 +318,6 @@ def _oversee(duty: _Duty) -> None:
         say(duty.control, str(error))
     finally:
         os._exit(0)
-
-
-def _kill_children() -> None:
-    """Kill and reap all below us (a subreaper, so that none escapes)."""
-    while children := child_pids(os.getpid()):
-        for pid in children:
-            try:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            except (ProcessLookupError, ChildProcessError):
-                continue
 
 
 def _reside(duty: _Duty, taken: tuple[int, ...]) -> NoReturn:

@@ -158,7 +158,7 @@ def _address_missing(one: InetSocket) -> Finding:
 
 
 def _lives_on(one: InetSocket, needs: Needs, here: Here) -> bool:
-    """Whether a connection will be kept: see `criu.skeleton.close_outside_connections`."""
+    """Whether a connection will be kept: see `criu.connections.close_outside_connections`."""
     if needs.asked.tcp != "auto":
         return needs.asked.tcp == "keep"
     ends = (_plain(one.host, one.port), _plain(*one.remote))

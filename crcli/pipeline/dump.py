@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import crcli
 from crcli import kernel
 from crcli.criu import kerndat, messages, netlock
+from crcli.criu.connections import has_connections
 from crcli.criu.images import free_reservations, read_tree, rename_link_remaps, rename_sockets, run_id
 from crcli.criu.inspect import joined_inside
 from crcli.criu.log import version_in
@@ -27,7 +28,7 @@ from crcli.criu.page_server import socket_pair
 from crcli.criu.rescue import free_sockets, remove_tables
 from crcli.criu.rpc import CriuProcess, rpc
 from crcli.criu.sandbox import Sandbox
-from crcli.criu.skeleton import has_connections, named_files
+from crcli.criu.skeleton import named_files
 from crcli.criu.standby import Standby
 from crcli.criu.unread import give_back_unread
 from crcli.criu.workspace import Workspace

@@ -1,9 +1,8 @@
-"""Pids: whether those of a tree are free here, which they are on this host, and clearing away."""
+"""Pids: whether those of a tree are free here, and which they are on this host."""
 
 from __future__ import annotations
 
 import os
-import signal
 from typing import TYPE_CHECKING
 
 from crcli.criu.interrupted import calls_to_make_again
@@ -12,7 +11,7 @@ from crcli.process.here import taken_pids
 from crcli.process.tree import child_pids, read_process, scan_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from crcli.criu.images import ImageFolder
     from crcli.process.identity import ProcessId
@@ -55,20 +54,6 @@ def namespace_depth(init: int) -> int:
 def _nspid(pid: int) -> tuple[int, ...]:
     process = read_process(pid)
     return process.nspid if process is not None else ()
-
-
-def kill_descendants(but: Collection[int]) -> None:
-    """Kill and reap every descendant of this process (a subreaper, so none escapes) but these children."""
-    for _ in range(1000):
-        children = [pid for pid in child_pids(os.getpid()) if pid not in but]
-        if not children:
-            return
-        for pid in children:
-            try:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            except (ProcessLookupError, ChildProcessError):
-                continue
 
 
 def interrupted_threads(

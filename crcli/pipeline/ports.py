@@ -6,14 +6,14 @@ import errno
 import socket
 from typing import TYPE_CHECKING
 
-from crcli.criu.skeleton import bound_sockets, move_ports
+from crcli.criu.connections import bound_sockets, move_ports
 from crcli.errors import GuardRefused
 from crcli.findings import Finding, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from crcli.criu.skeleton import BoundSocket
+    from crcli.criu.connections import BoundSocket
     from crcli.criu.workspace import Workspace
 
 

@@ -16,6 +16,13 @@ from typing import TYPE_CHECKING, Any
 from crcli import kernel
 from crcli.criu import kerndat, netlock
 from crcli.criu.binary import DOES_IT_START, see_criu
+from crcli.criu.connections import (
+    close_outside_connections,
+    forget_network_lock,
+    free_lost_addresses,
+    has_connections,
+    mend_connections,
+)
 from crcli.criu.images import memfd_names, read_tree, wiped_on_fork
 from crcli.criu.inspect import own_namespaces
 from crcli.criu.interrupted import resume_interrupted_calls
@@ -26,20 +33,13 @@ from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.skeleton import (
     accept_growth,
     ask_for_huge_pages,
-    close_outside_connections,
     forget_death_of_parent,
     forget_files,
-    forget_foreign_sessions,
-    forget_network_lock,
     forget_sizes,
-    free_lost_addresses,
-    has_connections,
-    hung_up_terminals,
     keep_orphans,
     make_room_for_deleted,
-    mend_connections,
-    move_terminals,
 )
+from crcli.criu.terminals import forget_foreign_sessions, hung_up_terminals, move_terminals
 from crcli.criu.workspace import Workspace, temporary_folder
 from crcli.errors import CrcliError, RestoreFailed, TreeState
 from crcli.findings import Finding, Severity
@@ -56,7 +56,7 @@ from crcli.pipeline.interrupts import Interrupted, Interrupts, interruptible
 from crcli.pipeline.logs import explain_failure
 from crcli.pipeline.opening import Opening
 from crcli.pipeline.own_limits import limits_lifted, see_file_size, shortage
-from crcli.pipeline.pids import host_pids, host_threads, kill_descendants, namespace_depth, namespace_for
+from crcli.pipeline.pids import host_pids, host_threads, namespace_depth, namespace_for
 from crcli.pipeline.place import Change, place_files, undo
 from crcli.pipeline.plan import OutsideLink
 from crcli.pipeline.refill import Refill
@@ -68,6 +68,7 @@ from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
 from crcli.process.settings import give_back, give_core_filter, give_oom_score
 from crcli.process.tree import child_pids
+from crcli.process.warden import kill_descendants
 from crcli.records import Struct, asdict, replace
 from crcli.store.caching import CachingStore
 

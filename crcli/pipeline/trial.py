@@ -9,24 +9,25 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
+from crcli.criu.connections import forget_devices, forget_network_lock
 from crcli.criu.images import join_threads_to_leaders, link_remaps, read_tree
 from crcli.criu.options import LOG_NAME, RestorePlan, restore_options
 from crcli.criu.rpc import CriuDied, CriuTimeout, rpc
 from crcli.criu.sandbox import STAND_IN_FD, Order
 from crcli.criu.skeleton import (
-    forget_control_of_devices,
-    forget_devices,
-    forget_foreign_sessions,
-    forget_network_lock,
     forget_sizes,
     keep_orphans,
     laid_out_memory,
     make_room_for_deleted,
-    move_terminals,
     named_files,
     outside_sockets,
     regular_files,
     touched_folders,
+)
+from crcli.criu.terminals import (
+    forget_control_of_devices,
+    forget_foreign_sessions,
+    move_terminals,
 )
 from crcli.errors import DumpFailed, TreeState
 from crcli.memory.extents import PAGE, Extent, Source, SpaceKey

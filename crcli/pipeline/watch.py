@@ -23,8 +23,8 @@ _CRASH_S = 0.05
 """How long after it was let go a process has died of what it ran into (seconds)."""
 
 
-def wait_until_dead(processes: Iterable[ProcessId], limit_s: float) -> list[ProcessId]:
-    """Wait until none of the processes runs any more; return those that do after the limit.
+def wait_until_dead(processes: Iterable[ProcessId], limit_s: float) -> None:
+    """Return when none of the processes runs any more, or so many seconds have passed.
 
     A zombie is dead: who reaps it, and when, is its parent's affair.
     """
@@ -33,7 +33,7 @@ def wait_until_dead(processes: Iterable[ProcessId], limit_s: float) -> list[Proc
     while True:
         left = [process for process in left if process.alive()]
         if not left or time.monotonic() >= end:
-            return left
+            return
         time.sleep(_STEP_S)
 
 

@@ -18,9 +18,10 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from crcli import kernel
+from crcli.process.tree import child_pids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 READY = b"ready"
 
@@ -108,6 +109,17 @@ def found(control: socket.socket, live: Callable[[], NoReturn]) -> NoReturn:
         say(control, str(error))
     finally:
         os._exit(0)
+
+
+def kill_descendants(but: Collection[int] = ()) -> None:
+    """Kill and reap every descendant of this process (a subreaper, so none escapes) but these children."""
+    while children := [pid for pid in child_pids(os.getpid()) if pid not in but]:
+        for pid in children:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            except (ProcessLookupError, ChildProcessError):
+                continue
 
 
 def mount_proc() -> None:
