@@ -18,6 +18,7 @@ from crcli.store.address import StoreAddress
 
 DEFAULT_STORE = "file:///var/lib/crcli/store"
 DEFAULT_CACHE = "/var/cache/crcli"
+DEFAULT_STATE = "/var/lib/crcli"
 
 _UNITS = {"": 1} | {
     unit: factor**power
@@ -86,6 +87,11 @@ class CacheChoice(Struct, frozen=True):
 
     folder: str
     limit: int | None
+
+
+def state_folder() -> str:
+    """Return where what crcli has found out about this host is noted: $CRCLI_STATE_DIR, then the default."""
+    return os.environ.get("CRCLI_STATE_DIR") or DEFAULT_STATE
 
 
 def choose_cache() -> CacheChoice:

@@ -33,7 +33,6 @@ _MNT_DETACH = 2
 
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _SYS_PIDFD_GETFD = 438
-_O_PATH = 0o10000000
 _SYS_IOPRIO_GET, _SYS_IOPRIO_SET = (31, 30) if os.uname().machine == "aarch64" else (252, 251)
 _IOPRIO_WHO_PROCESS = 1
 _SYS_KCMP = 272 if os.uname().machine == "aarch64" else 312
@@ -587,7 +586,7 @@ def set_io_priority(tid: int, value: int) -> None:
 def open_by_handle(mount_fd: int, kind: int, handle: bytes) -> int:
     """Return a descriptor (O_PATH) of the file with this handle on the file system behind `mount_fd`."""
     raw = ctypes.create_string_buffer(struct.pack("=Ii", len(handle), kind) + handle)
-    return _checked(_libc.open_by_handle_at(mount_fd, raw, _O_PATH | os.O_CLOEXEC), "open_by_handle_at")
+    return _checked(_libc.open_by_handle_at(mount_fd, raw, os.O_PATH | os.O_CLOEXEC), "open_by_handle_at")
 
 
 def is_same_open_file(pid: int, fd: int, other_pid: int, other_fd: int) -> bool:

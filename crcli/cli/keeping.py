@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 KEEP = 3
 """How many images stay by default."""
 
-RESERVE_S = 1.0
-
 EveryOption = Annotated[
     str,
     typer.Option(

@@ -8,7 +8,6 @@ import typer
 
 from crcli.cli.keeping import (
     KEEP,
-    RESERVE_S,
     EveryOption,
     GraceOption,
     IncludeOption,
@@ -23,6 +22,7 @@ from crcli.cli.options import EndpointOption, StoreOption, parse_pair, parse_pat
 from crcli.config import choose_store, weights_folders
 from crcli.errors import CrcliError
 from crcli.pipeline.stages import (
+    RESERVE_S,
     ChangedFiles,
     DumpOptions,
     OnFailure,

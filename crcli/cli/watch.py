@@ -9,7 +9,6 @@ import typer
 
 from crcli.cli.keeping import (
     KEEP,
-    RESERVE_S,
     EveryOption,
     GraceOption,
     IncludeOption,
@@ -22,7 +21,7 @@ from crcli.cli.keeping import (
 )
 from crcli.cli.options import EndpointOption, JsonOption, StoreOption, parse_paths, parse_pid
 from crcli.config import choose_store
-from crcli.pipeline.stages import DumpOptions, Outcome
+from crcli.pipeline.stages import RESERVE_S, DumpOptions, Outcome
 
 
 def watch(

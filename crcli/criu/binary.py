@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 
 from crcli.errors import HostLacks
+from crcli.process.capabilities import CAP_SYS_ADMIN
 
 DEFAULT_PREFIX = "/usr/local/lib/crcli/criu"
 _LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
@@ -19,15 +20,13 @@ _LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"
 DOES_IT_START = "`crcli doctor` says whether CRIU works here"
 """What to do about a CRIU that says nothing at all."""
 
-_CAP_SYS_ADMIN = 21
-
 
 def see_criu() -> None:
     """Raise HostLacks where CRIU can neither freeze nor restore: it is not here, or we may not."""
     criu_command()
     with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
         effective = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
-    if not effective >> _CAP_SYS_ADMIN & 1:
+    if not effective >> CAP_SYS_ADMIN & 1:
         raise HostLacks(
             "crcli may not freeze or restore processes here: it lacks CAP_SYS_ADMIN",
             hint="run crcli as root"

@@ -35,7 +35,7 @@ CRIU gives every tree a time namespace, so that its clocks go on from where they
 
 _WITH_PORTS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 _TCP_STATES = {7: "bound", 10: "listening"}
-_OUTSIDE_SOCKET = 1
+OUTSIDE_SOCKET = 1
 _POSIX, _FLOCK, _OPEN_FILE = 1, 2, 1024
 """The kernel's FL_POSIX, FL_FLOCK and FL_OFDLCK."""
 
@@ -130,7 +130,7 @@ def unix_names(images: ImageFolder) -> list[str]:
     found = set()
     for entry in read_files(images).entries:
         sock = entry.usk
-        if entry.type != messages.fd_types.UNIXSK or sock.uflags & _OUTSIDE_SOCKET or sock.deleted:
+        if entry.type != messages.fd_types.UNIXSK or sock.uflags & OUTSIDE_SOCKET or sock.deleted:
             continue
         if sock.name[:1] == b"\0":
             found.add("@" + os.fsdecode(sock.name[1:]))
@@ -145,7 +145,7 @@ def joined_inside(images: ImageFolder) -> set[str]:
     peers = {
         entry.usk.ino: entry.usk.peer
         for entry in entries
-        if entry.type == messages.fd_types.UNIXSK and not entry.usk.uflags & _OUTSIDE_SOCKET
+        if entry.type == messages.fd_types.UNIXSK and not entry.usk.uflags & OUTSIDE_SOCKET
     }
     ends: dict[int, set[int]] = {}
     for entry in entries:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from crcli import kernel
+from crcli.config import state_folder
 from crcli.criu.binary import criu_command
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ _QUESTION = ("check", "--feature", "pidfd_store")
 _ASK_LIMIT_S = 5
 
 _KEPT_NAME = "kernel-"
-_DEFAULT_STATE = "/var/lib/crcli"
 
 
 def is_wanted() -> bool:
@@ -168,7 +168,7 @@ class Answers:
     """The answers that were kept on this host. Whatever goes wrong with them, CRIU only asks again."""
 
     def __init__(self) -> None:
-        self._folder = os.environ.get("CRCLI_STATE_DIR") or _DEFAULT_STATE
+        self._folder = state_folder()
         self._path = f"{self._folder}/{_KEPT_NAME}{_circumstances()}"
         self.known = self._read(self._path)
 

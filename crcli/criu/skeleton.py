@@ -24,7 +24,7 @@ from crcli.criu.images import (
     unnamed_ids,
     write_pagemap,
 )
-from crcli.criu.inspect import writes_anywhere
+from crcli.criu.inspect import OUTSIDE_SOCKET, writes_anywhere
 from crcli.criu.options import PARENT_LINK
 from crcli.memory.extents import PAGE, Extent, SpaceKey
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from crcli.memory.huge import Runs
     from crcli.memory.replay import Inherited
 
-_OUTSIDE_SOCKET = 1
 _MADV_HUGEPAGE = 14
 _ORDINARY = 1 << 0 | 1 << 9
 """VMA_AREA_REGULAR and VMA_ANON_PRIVATE: private memory of no file."""
@@ -296,7 +295,7 @@ def touched_folders(images: Workspace) -> list[str]:
     fifos = {entry.fifo.regf_id for entry in entries if entry.type == messages.fd_types.FIFO}
     special = remapped_ids(images) | fifos
     for entry in entries:
-        if entry.type == messages.fd_types.UNIXSK and not entry.usk.uflags & _OUTSIDE_SOCKET:
+        if entry.type == messages.fd_types.UNIXSK and not entry.usk.uflags & OUTSIDE_SOCKET:
             if path := _socket_path(entry.usk):
                 found.add(os.path.dirname(path))
         elif entry.type == messages.fd_types.REG and entry.id in special:
@@ -310,7 +309,7 @@ def outside_sockets(images: Workspace) -> list[str]:
         path
         for entry in read_files(images).entries
         if entry.type == messages.fd_types.UNIXSK
-        and entry.usk.uflags & _OUTSIDE_SOCKET
+        and entry.usk.uflags & OUTSIDE_SOCKET
         and (path := _socket_path(entry.usk))
     )
 

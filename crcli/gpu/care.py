@@ -15,12 +15,12 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from crcli.config import state_folder
 from crcli.process.identity import ProcessId, identify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_DEFAULT_STATE = "/var/lib/crcli"
 
 _ALONE_S = 120.0
 """For how long one tree waits for another to be put to sleep (seconds)."""
@@ -209,7 +209,7 @@ def _named(name: str) -> ProcessId | None:
 
 
 def _folder() -> str:
-    return os.path.join(os.environ.get("CRCLI_STATE_DIR") or _DEFAULT_STATE, "gpu")
+    return os.path.join(state_folder(), "gpu")
 
 
 def _path(process: ProcessId) -> str:

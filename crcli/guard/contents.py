@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from crcli.config import state_folder
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-DEFAULT_FOLDER = "/var/lib/crcli"
 KEPT_NOTES = 4096
 """So many files are remembered at most, those noted last."""
 
@@ -40,7 +41,7 @@ class Contents:
     """
 
     def __init__(self, folder: str | None = None) -> None:
-        self._folder = folder or os.environ.get("CRCLI_STATE_DIR") or DEFAULT_FOLDER
+        self._folder = folder or state_folder()
         self._notes: dict[str, str] | None = None
         self._new: dict[str, str] = {}
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049l\x1b[?25h"
 _PIECE = 1 << 16
+
+LAST_WORDS_S = 5.0
+"""How long what a tree has written may take to be passed on when it has ended (seconds)."""
+
 _LOOK_S = 0.2
 """How often it is looked whether a shell has brought us to the front (seconds)."""
 
@@ -56,7 +60,7 @@ class Relay(Struct):
         if self.masters:
             threading.Thread(target=_pass_keys, args=(self.masters[0],), daemon=True).start()
 
-    def finish(self, limit_s: float) -> None:
+    def finish(self, limit_s: float = LAST_WORDS_S) -> None:
         """The tree has ended: return once all that it wrote is passed on, or after so many seconds."""
         end = time.monotonic() + limit_s
         for reader in self._readers:

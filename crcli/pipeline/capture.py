@@ -19,6 +19,7 @@ from crcli.image.manifest import StoredFile
 from crcli.image.packs import BLOB_BYTES
 from crcli.process.evidence import MEMORY_FILE_SYSTEMS, MEMORY_LIMIT, WRITTEN_LIMIT
 from crcli.process.files import leased_inodes
+from crcli.process.gather import SQLITE_MAGIC, SQLITE_SIBLINGS
 from crcli.records import Struct
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from crcli.image.packs import PackWriter
     from crcli.process.files import Mount
 
-_SQLITE_SIBLINGS = ("-journal", "-wal", "-shm")
-_SQLITE_MAGIC = b"SQLite format 3\0"
 _NEVER = ("/proc/", "/sys/", "/dev/pts/")
 
 
@@ -160,13 +159,13 @@ def _database_siblings(root: str, path: str, leased: Callable[[], Collection[int
         if os.stat(root + path).st_ino in leased():
             return
         with open(root + path, "rb") as file:
-            is_database = file.read(len(_SQLITE_MAGIC)) == _SQLITE_MAGIC
+            is_database = file.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC
     except OSError:
         return
     if is_database:
         yield from (
             Wanted(path + suffix, "database")
-            for suffix in _SQLITE_SIBLINGS
+            for suffix in SQLITE_SIBLINGS
             if os.path.exists(root + path + suffix)
         )
 

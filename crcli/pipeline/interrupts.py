@@ -64,7 +64,7 @@ class Interrupts:
             raise self._instead or Interrupted(number)
 
 
-_FOR_PEOPLE = (signal.SIGINT, signal.SIGHUP)
+FOR_PEOPLE = (signal.SIGINT, signal.SIGHUP)
 _JOB_CONTROL = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 LONGEST_S = 1e9
@@ -119,7 +119,7 @@ def _handled_by(
     numbers = [
         number
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
-        if number not in _FOR_PEOPLE or signal.getsignal(number) is not signal.SIG_IGN  # by nohup, or a &
+        if number not in FOR_PEOPLE or signal.getsignal(number) is not signal.SIG_IGN  # by nohup, or a &
     ]
     before = {number: signal.signal(number, handle) for number in numbers}
     stops = {number: signal.signal(number, signal.SIG_IGN) for number in _JOB_CONTROL}

@@ -23,7 +23,7 @@ from crcli import kernel
 from crcli.errors import CrcliError, DumpFailed, TreeState, UsageError
 from crcli.image.names import check_name, suggested_name
 from crcli.pipeline.dump import dump
-from crcli.pipeline.interrupts import Interrupted, noted
+from crcli.pipeline.interrupts import FOR_PEOPLE, Interrupted, noted
 from crcli.pipeline.own_limits import shortage
 from crcli.pipeline.shared import Shared, Turn
 from crcli.pipeline.stages import DumpsReport, Silent, TreeResult
@@ -40,7 +40,6 @@ _AGAIN_S = 0.1
 """How often (seconds) a worker is told again to stop: word that comes before its dump listens is lost."""
 
 _SIZE = struct.Struct("<Q")
-_FOR_PEOPLE = (signal.SIGINT, signal.SIGHUP)
 
 
 def dump_many(pids: Sequence[int], options: DumpOptions, progress: Progress | None = None) -> DumpsReport:
@@ -217,7 +216,7 @@ class _Worker:
         self.channel, theirs = socket.socketpair()
         self.call: Call | None = None
         self.is_gone = False
-        ignored = [number for number in _FOR_PEOPLE if signal.getsignal(number) is signal.SIG_IGN]
+        ignored = [number for number in FOR_PEOPLE if signal.getsignal(number) is signal.SIG_IGN]
         self._pid = kernel.quiet_fork()
         if self._pid == 0:
             self.channel.close()
@@ -271,7 +270,7 @@ def _lost(call: Call) -> DumpFailed:
 def _work(channel: socket.socket, shared: Shared, ignored: Sequence[int]) -> None:
     """What a worker does: a tree after another, until the parent has no more or is gone. Never returns."""
     try:
-        for number in (*_FOR_PEOPLE, signal.SIGTERM, signal.SIGALRM):
+        for number in (*FOR_PEOPLE, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, lambda *_: None)  # between two dumps there is nothing to interrupt
         for other in (*ignored, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(other, signal.SIG_IGN)

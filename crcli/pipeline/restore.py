@@ -99,9 +99,6 @@ _PASSED_ON = tuple(
     signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "WINCH", "CONT")
 )
 
-_LAST_WORDS_S = 5.0
-"""How long what a tree has written may take to be passed on when it has ended (seconds)."""
-
 _BOARD = "crcli-notify"
 """The name of the memory through which crcli.notify is told (importing it costs a restore that needs it)."""
 
@@ -188,7 +185,7 @@ def restore_and_wait(
         running(restored.report)
         with restored.relay.raw_terminal():
             _, status = os.waitpid(restored.child, 0)
-            restored.relay.finish(_LAST_WORDS_S)
+            restored.relay.finish()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

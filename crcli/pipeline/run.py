@@ -56,6 +56,7 @@ from crcli.pipeline.stages import (
     Stdio,
 )
 from crcli.pipeline.vigil import Event, Keeping, Vigil, VigilEnd, Why
+from crcli.process.capabilities import CAP_SYS_ADMIN
 from crcli.process.tree import scan_tree
 from crcli.records import Struct, asdict, field, replace
 from crcli.store import open_store
@@ -80,7 +81,6 @@ SAVED = TryAgain.exit_code
 _PASSED_ON = tuple(
     signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "CONT", "TSTP")
 )
-_CAP_SYS_ADMIN = 21
 
 SECOND_LOOK_S = 1.0
 """A job that dies within so many seconds (of one of `_BAD_ENDS`) has died of being restored here."""
@@ -93,9 +93,6 @@ warden is (seconds)."""
 
 _LEAVE_S = 1.5
 """How long what was begun on a store may take to end once it was given up (seconds)."""
-
-_LAST_WORDS_S = 5.0
-"""How long what a job has written may take to be passed on when it has ended (seconds)."""
 
 
 class RunOptions(Struct, frozen=True):
@@ -263,7 +260,7 @@ class _Run:
                 self._on_event(job.began)  # who reads it may send a signal, which is the job's from here on
                 job.relay.start()
                 self._keep(job)
-                job.relay.finish(_LAST_WORDS_S)
+                job.relay.finish()
         finally:
             self.job = None
             _end_it(job)
@@ -669,4 +666,4 @@ def _may_unshare() -> bool:
     """Whether this host lets us make a pid namespace: without one a job runs all the same."""
     from crcli.guard.here import Here
 
-    return bool(Here().capabilities >> _CAP_SYS_ADMIN & 1)
+    return bool(Here().capabilities >> CAP_SYS_ADMIN & 1)

@@ -76,6 +76,10 @@ NOTIFY_WAIT_S = 2.0
 """How long a dump waits for the on_checkpoint callbacks of `crcli.notify` (seconds), by default."""
 
 
+RESERVE_S = 1.0
+"""What a dump on notice keeps back of the time before its deadline, by default (seconds)."""
+
+
 PRE_COPY_AUTO = -1
 """As many rounds before the freeze as pay, where the kernel allows for any."""
 

@@ -31,7 +31,7 @@ from crcli.image.names import ImageRef, new_image_id
 from crcli.notice.base import Urgency
 from crcli.pipeline.dumper import Dumper
 from crcli.pipeline.schedule import LEAVE, Activity, Cost, History, Schedule, activity_of
-from crcli.pipeline.stages import PRE_COPY_AUTO, Outcome
+from crcli.pipeline.stages import PRE_COPY_AUTO, RESERVE_S, Outcome
 from crcli.pipeline.weights import absent_ones
 from crcli.process.identity import read_stat
 from crcli.records import Struct, asdict, field, replace
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     from crcli.notice.notices import Notices
     from crcli.pipeline.stages import DumpOptions
     from crcli.process.identity import ProcessId
-
-RESERVE_S = 1.0
-"""What is kept back of the time before a deadline, by default (seconds)."""
 
 _RESERVE_SHARE = 0.2
 """Of a short time no more than this is kept back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from crcli.process.identity import read_proc
 
-CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_SYS_NICE, CAP_SYS_RESOURCE = 6, 7, 8, 23, 24
+CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RESOURCE = 6, 7, 8, 21, 23, 24
 
 _NAMES = [
     "chown",

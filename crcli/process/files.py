@@ -14,7 +14,6 @@ from crcli.process.tree import PID_GONE
 from crcli.records import Struct
 
 DELETED = " (deleted)"
-O_PATH = 0o10000000
 
 
 class Kind(StrEnum):
@@ -98,17 +97,17 @@ class OpenFile(Struct, frozen=True):
     @property
     def readable(self) -> bool:
         """Whether the descriptor was opened for reading."""
-        return self.flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR) and not self.flags & O_PATH
+        return self.flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR) and not self.flags & os.O_PATH
 
     @property
     def writable(self) -> bool:
         """Whether the descriptor was opened for writing."""
-        return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR) and not self.flags & O_PATH
+        return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR) and not self.flags & os.O_PATH
 
     @property
     def path_only(self) -> bool:
         """Whether it only names a file and does not open it (O_PATH)."""
-        return bool(self.flags & O_PATH)
+        return bool(self.flags & os.O_PATH)
 
     @property
     def locks(self) -> tuple[Lock, ...]:

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 CGROUPS = "/sys/fs/cgroup"
-_UNLIMITED = 1 << 60
+UNLIMITED = 1 << 60
+"""A limit from here on is none (bytes, or processes)."""
+
 _RECLAIMABLE = frozenset(("active_file", "inactive_file", "slab_reclaimable"))
 _V1_RECLAIMABLE = frozenset(("total_active_file", "total_inactive_file"))
 
@@ -84,7 +86,7 @@ def _free_in(folder: str) -> int | None:
         (("memory.limit_in_bytes", "memory.usage_in_bytes"), _V1_RECLAIMABLE),
     ):
         limit, used = (_number(f"{folder}/{name}") for name in names)
-        if limit is not None and used is not None and limit < _UNLIMITED:
+        if limit is not None and used is not None and limit < UNLIMITED:
             known = _numbers(f"{folder}/memory.stat")
             return max(0, limit - used + sum(known.get(name, 0) for name in reclaimable))
     return None

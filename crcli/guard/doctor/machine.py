@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from crcli import kernel
 from crcli.guard.doctor.check import Check, lacks, note, passed, read
+from crcli.process.memory_room import CGROUPS, UNLIMITED, own_cgroup_folders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _SCARCE_BYTES = 1 << 30
-_UNLIMITED = 1 << 60
-_CGROUPS = "/sys/fs/cgroup"
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """The inode number of the host's own pid namespace (PROC_PID_INIT_INO)."""
 
@@ -68,30 +67,21 @@ def _huge_pages(known: dict[str, int]) -> Check:
 
 
 def _cgroup() -> Iterator[Check]:
-    version = 2 if os.path.exists(f"{_CGROUPS}/cgroup.controllers") else 1
-    limit = _limit(version, "memory", "memory.max", "memory.limit_in_bytes")
-    processes = _limit(version, "pids", "pids.max", "pids.max")
+    version = 2 if os.path.exists(f"{CGROUPS}/cgroup.controllers") else 1
+    limit = _limit("memory", "memory.max", "memory.limit_in_bytes")
+    processes = _limit("pids", "pids.max")
     evidence = {"version": version, "memory_limit": limit, "pids_limit": processes}
     parts = [f"{limit >> 20} MiB of memory" if limit else "", f"{processes} processes" if processes else ""]
     limits = " and ".join(filter(None, parts)) or "no limits"
     yield passed("cgroup", f"version {version}, {limits} for crcli's own", **evidence)
 
 
-def _limit(version: int, controller: str, new: str, old: str) -> int | None:
-    """The least limit of our own cgroup and those above it that can be seen; None where there is none."""
-    path = next((path for names, path in own_cgroups() if controller in names or version == 2), "/")
-    folder = _CGROUPS if version == 2 else f"{_CGROUPS}/{controller}"
-    parts = [part for part in path.split("/") if part]
-    above = ["/".join([folder, *parts[:depth]]) for depth in range(len(parts) + 1)]
-    values = [read(f"{one}/{new if version == 2 else old}") for one in above]
-    limits = [int(value) for value in values if value.isdecimal() and int(value) < _UNLIMITED]
+def _limit(controller: str, *names: str) -> int | None:
+    """The least limit, in files of these names, of our own cgroup and those above it that can be seen; None
+    where there is none."""
+    values = [read(f"{folder}/{name}") for folder in own_cgroup_folders(controller) for name in names]
+    limits = [int(value) for value in values if value.isdecimal() and int(value) < UNLIMITED]
     return min(limits, default=None)
-
-
-def own_cgroups() -> list[tuple[list[str], str]]:
-    """Our cgroups: their controllers (none: version 2) and their paths."""
-    lines = [line.split(":", 2) for line in read("/proc/self/cgroup").splitlines()]
-    return [(names.split(","), path) for _, names, path in lines]
 
 
 def _container() -> Iterator[Check]:
