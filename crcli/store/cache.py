@@ -212,8 +212,7 @@ class Cache:
         """Have what waits written, if that takes no longer than FLUSH_LIMIT_S."""
         with self._lock:
             is_idle = self._writer is None and self._waiting.empty()
-        if not is_idle:
-            writer = self._writing()
+        if not is_idle and (writer := self._writing()) is not None:
             self._waiting.put(None)
             writer.join(FLUSH_LIMIT_S)
         self._trouble = self._trouble or "closed"
@@ -236,11 +235,17 @@ class Cache:
             self._writing()
         return True
 
-    def _writing(self) -> threading.Thread:
+    def _writing(self) -> threading.Thread | None:
+        """The thread; None where no more threads can be had: then nothing is kept any more."""
         with self._lock:
             if self._writer is None:
-                self._writer = threading.Thread(target=self._work, name="cache", daemon=True)
-                self._writer.start()
+                writer = threading.Thread(target=self._work, name="cache", daemon=True)
+                try:
+                    writer.start()
+                except RuntimeError as error:
+                    self._trouble = str(error)
+                    return None
+                self._writer = writer
             return self._writer
 
     def _work(self) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,6 +174,20 @@ def test_a_disk_that_cannot_be_read_is_no_error(folder: str, monkeypatch: pytest
 
     monkeypatch.setattr(os, "pread", fail)
     assert Cache(folder).read("pack", 0, MIB) is None
+
+
+def test_a_thread_that_cannot_be_had_is_no_error(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restore goes on where its process may have no more of them; nothing is kept of it."""
+
+    def no_more(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    one = Cache(folder)
+    one.add("pack", 0, b"a" * cache_module.AT_ONCE_BYTES)
+    one.go_on()
+    one.close()
+    assert not Cache(folder).holds("pack", 0, 1)
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
