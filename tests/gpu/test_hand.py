@@ -399,12 +399,12 @@ def test_it_is_in_nobodys_way(here: SimulatedHost) -> None:
 
 def test_it_ends_with_its_context(here: SimulatedHost) -> None:
     """With nothing to set right there is nothing to stay for, also before CUDA is initialised."""
-    here.configure(gpu(1), init_ms=2000)
+    here.configure(gpu(1), init_ms=100_000)
     began = time.monotonic()
     with Hand(Purpose.DUMP) as hand:
         pid = hand.pid
     assert not is_running(pid)
-    assert time.monotonic() - began < 1.9
+    assert time.monotonic() - began < 50
 
 
 def is_running(pid: int) -> bool:

@@ -461,8 +461,6 @@ def test_who_made_the_file_finds_another_when_the_job_is_saved(tmp_path: Path) -
 
 # --- Kubernetes and its hook -------------------------------------------------------------------------------
 
-PRE_STOP = ROOT / "scripts" / "hooks" / "kubernetes" / "pre-stop"
-
 
 def test_kubernetes_hears_sigterm_and_the_hook(tmp_path: Path) -> None:
     """Both of what a pod that is stopped is told; the file is where the variable says."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from tests.gpu.real.commands import Failed, Ran, run
 from tests.gpu.real.plain import telling_lines
-from tests.gpu.real.setting import MIB, Setting
+from tests.gpu.real.setting import Setting
 from tests.gpu.real.subject import Subject
 
 Figures = dict[str, Any]
@@ -203,11 +203,6 @@ def drop_page_cache() -> None:
             file.write("3")
     except OSError as error:
         raise Failed(f"the page cache cannot be dropped: {error}") from error
-
-
-def as_mib(count: float) -> float:
-    """Bytes in MiB."""
-    return count / MIB
 
 
 def _told(report: dict[str, Any], *names: str) -> Figures:
