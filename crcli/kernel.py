@@ -159,6 +159,15 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     return _checked(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0), "pidfd_getfd")
 
 
+def copy_descriptor(pid: int, fd: int) -> int:
+    """Duplicate descriptor `fd` of a process into this one."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        return pidfd_getfd(pidfd, fd)
+    finally:
+        os.close(pidfd)
+
+
 def terminal_number(master: int) -> int:
     """Return N of /dev/pts/N, which this descriptor drives."""
     return _number_from(master, _TIOCGPTN)

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from crcli.cli.dumping import options_of, take
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption, parse_paths, parse_pid, parse_seconds
+from crcli.cli.options import (
+    EndpointOption,
+    IncludeOption,
+    JsonOption,
+    StoreOption,
+    parse_paths,
+    parse_pid,
+    parse_seconds,
+)
 from crcli.errors import UsageError
 from crcli.pipeline.stages import NOTIFY_WAIT_S, PRE_COPY_AUTO
 
@@ -46,12 +54,7 @@ def dump(
             show_default=False,
         ),
     ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATH", help="A file or folder to take along; may be repeated.", show_default=False
-        ),
-    ] = None,
+    include: IncludeOption = None,
     deadline: Annotated[
         float | None,
         typer.Option(
@@ -104,7 +107,7 @@ def dump(
         leave_running=leave_running,
         leave_stopped=leave_stopped,
         name=name,
-        include=parse_paths(include, "--include"),
+        include=parse_paths(include),
         trial=not no_trial,
         dry_run=dry_run,
         deadline_s=deadline,

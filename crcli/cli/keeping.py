@@ -92,16 +92,6 @@ WeightsOption = Annotated[
     ),
 ]
 
-IncludeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--include",
-        metavar="PATH",
-        help="A file or folder to take along; may be repeated.",
-        show_default=False,
-    ),
-]
-
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 

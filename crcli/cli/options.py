@@ -37,6 +37,36 @@ EndpointOption = Annotated[
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="PATH",
+        help="A file or folder to take along; may be repeated.",
+        show_default=False,
+    ),
+]
+
+WeightsMapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights-map",
+        metavar="OLD=NEW",
+        help="Where a file or folder of weights is here; may be repeated.",
+        show_default=False,
+    ),
+]
+
+GpuMapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gpu-map",
+        metavar="OLD=NEW",
+        help="Which GPU here (index or UUID) takes the place of which of the image; may be repeated.",
+        show_default=False,
+    ),
+]
+
 ImageArgument = Annotated[
     str,
     typer.Argument(
@@ -137,16 +167,17 @@ def parse_count(text: str) -> int:
     return count
 
 
-def parse_paths(paths: list[str] | None, option: str) -> tuple[str, ...]:
-    """The paths as they are meant from here; raise UsageError for an empty one (this folder)."""
-    if paths and "" in paths:
-        raise UsageError(f"{option} takes a path, not ''")
+def parse_paths(paths: list[str] | None) -> tuple[str, ...]:
+    """The paths as they are meant from here."""
     return tuple(map(os.path.abspath, paths or ()))
 
 
-def parse_pair(text: str, option: str) -> tuple[str, str]:
-    """Split `OLD=NEW` at its first `=`; raise UsageError when it is not of that form."""
-    old, equals, new = text.partition("=")
-    if not (old and equals and new):
-        raise UsageError(f"{option} takes OLD=NEW, not {text!r}")
-    return old, new
+def parse_pairs(texts: list[str] | None, option: str) -> tuple[tuple[str, str], ...]:
+    """Split each `OLD=NEW` at its first `=`; raise UsageError when one is not of that form."""
+    pairs = []
+    for text in texts or ():
+        old, equals, new = text.partition("=")
+        if not (old and equals and new):
+            raise UsageError(f"{option} takes OLD=NEW, not {text!r}")
+        pairs.append((old, new))
+    return tuple(pairs)

@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from crcli.cli.options import EndpointOption, ImageArgument, JsonOption, StoreOption, parse_pair
+from crcli.cli.options import (
+    EndpointOption,
+    GpuMapOption,
+    ImageArgument,
+    JsonOption,
+    StoreOption,
+    WeightsMapOption,
+    parse_pairs,
+)
 from crcli.cli.restoring import bring_back, options_of
 from crcli.errors import UsageError
 from crcli.guard.names import BLOCKERS
@@ -81,22 +89,8 @@ def restore(
             help="Files of the image that differ here: refuse, take the image's, or keep the host's."
         ),
     ] = ChangedFiles.REFUSE,
-    weights_map: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="OLD=NEW",
-            help="Where a file or folder of weights is here; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    gpu_map: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="OLD=NEW",
-            help="Which GPU here (index or UUID) takes the place of which of the image; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    weights_map: WeightsMapOption = None,
+    gpu_map: GpuMapOption = None,
     port: Annotated[
         list[str] | None,
         typer.Option(
@@ -162,12 +156,12 @@ def restore(
         tcp=tcp,
         stdio=stdio,
         changed_files=files,
-        weights_map=tuple(parse_pair(one, "--weights-map") for one in weights_map or ()),
+        weights_map=parse_pairs(weights_map, "--weights-map"),
         ports=_ports(port or []),
         root=os.path.realpath(root).rstrip("/") if root is not None else "",
         signal=0 if send is None else _signal(send),
         forced=forced,
         lazy=lazy,
-        gpu_map=tuple(parse_pair(one, "--gpu-map") for one in gpu_map or ()),
+        gpu_map=parse_pairs(gpu_map, "--gpu-map"),
     )
     return bring_back(options, wait=wait, as_json=as_json)

@@ -10,7 +10,6 @@ from crcli.cli.keeping import (
     KEEP,
     EveryOption,
     GraceOption,
-    IncludeOption,
     KeepOption,
     MtbfOption,
     NoticeOption,
@@ -18,7 +17,16 @@ from crcli.cli.keeping import (
     WeightsOption,
     keeping,
 )
-from crcli.cli.options import EndpointOption, StoreOption, parse_pair, parse_paths, parse_seconds
+from crcli.cli.options import (
+    EndpointOption,
+    GpuMapOption,
+    IncludeOption,
+    StoreOption,
+    WeightsMapOption,
+    parse_pairs,
+    parse_paths,
+    parse_seconds,
+)
 from crcli.config import choose_store, weights_folders
 from crcli.errors import CrcliError
 from crcli.pipeline.stages import (
@@ -85,20 +93,8 @@ def run(
             show_default=False,
         ),
     ] = None,
-    weights_map: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="OLD=NEW", help="Where a file or folder of weights is here.", show_default=False
-        ),
-    ] = None,
-    gpu_map: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="OLD=NEW",
-            help="Which GPU here takes the place of which of the image.",
-            show_default=False,
-        ),
-    ] = None,
+    weights_map: WeightsMapOption = None,
+    gpu_map: GpuMapOption = None,
     lazy: Annotated[bool, typer.Option("--lazy", help="Let it run before all its memory is here.")] = False,
     every: EveryOption = "",
     keep: KeepOption = KEEP,
@@ -154,7 +150,7 @@ def run(
         dump = DumpOptions(
             pid=0,
             store=chosen.url,
-            include=parse_paths(include, "--include"),
+            include=parse_paths(include),
             weights=tuple(weights or ()),
             endpoint_url=chosen.endpoint_url,
         )
@@ -166,11 +162,11 @@ def run(
             restore=RestoreOptions(
                 image=name,
                 store=chosen.url,
-                weights_map=tuple(parse_pair(one, "--weights-map") for one in weights_map or ()),
+                weights_map=parse_pairs(weights_map, "--weights-map"),
                 weights_folders=weights_folders(),
                 changed_files=files,
                 lazy=lazy,
-                gpu_map=tuple(parse_pair(one, "--gpu-map") for one in gpu_map or ()),
+                gpu_map=parse_pairs(gpu_map, "--gpu-map"),
             ),
             endpoint_url=chosen.endpoint_url,
             fresh=fresh,

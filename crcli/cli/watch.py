@@ -11,7 +11,6 @@ from crcli.cli.keeping import (
     KEEP,
     EveryOption,
     GraceOption,
-    IncludeOption,
     KeepOption,
     MtbfOption,
     NoticeOption,
@@ -19,7 +18,7 @@ from crcli.cli.keeping import (
     WeightsOption,
     keeping,
 )
-from crcli.cli.options import EndpointOption, JsonOption, StoreOption, parse_paths, parse_pid
+from crcli.cli.options import EndpointOption, IncludeOption, JsonOption, StoreOption, parse_paths, parse_pid
 from crcli.config import choose_store
 from crcli.pipeline.stages import RESERVE_S, DumpOptions, Outcome
 
@@ -62,7 +61,7 @@ def watch(
         store=chosen.url,
         name=name,
         outcome=Outcome.RUNNING if leave_running else Outcome.KILLED,
-        include=parse_paths(include, "--include"),
+        include=parse_paths(include),
         weights=tuple(weights or ()),
         endpoint_url=chosen.endpoint_url,
     )

@@ -72,7 +72,7 @@ def _give_back(images: Workspace, pids: dict[int, int]) -> None:
         for file in files:
             if file.id in holders:
                 pid, fd = holders[file.id]
-                copy = _copy(pids[pid], fd)
+                copy = kernel.copy_descriptor(pids[pid], fd)
                 closing.callback(os.close, copy)
                 sides.setdefault(file.tty_info_id, copy)
                 opened.append((copy, file.flags))
@@ -88,14 +88,6 @@ def _give_back(images: Workspace, pids: dict[int, int]) -> None:
                 fcntl.fcntl(copy, fcntl.F_SETFL, flags)
             for name in (_UNREAD, _RECORDS):
                 images.remove(name)
-
-
-def _copy(pid: int, fd: int) -> int:
-    pidfd = os.pidfd_open(pid)
-    try:
-        return kernel.pidfd_getfd(pidfd, fd)
-    finally:
-        os.close(pidfd)
 
 
 def _unread(images: Workspace) -> list[Any]:

@@ -697,11 +697,7 @@ class _Restore:
         """Let the tree see that terminals which it drives were left: else it would wait for more for ever."""
         for pid, fd in hung_up_terminals(self.images):
             try:
-                pidfd = os.pidfd_open(self.host[pid])
-                try:
-                    master = kernel.pidfd_getfd(pidfd, fd)
-                finally:
-                    os.close(pidfd)
+                master = kernel.copy_descriptor(self.host[pid], fd)
                 try:
                     kernel.hang_up(master)
                 finally:

@@ -121,11 +121,7 @@ def multicast_groups(pid: int) -> tuple[tuple[int, str], ...]:
 
 @contextmanager
 def _copy(pid: int, fd: int) -> Iterator[int]:
-    pidfd = os.pidfd_open(pid)
-    try:
-        copy = kernel.pidfd_getfd(pidfd, fd)
-    finally:
-        os.close(pidfd)
+    copy = kernel.copy_descriptor(pid, fd)
     try:
         yield copy
     finally:
