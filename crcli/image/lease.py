@@ -43,6 +43,7 @@ import os
 import struct
 import threading
 import time
+import weakref
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,7 @@ class Lease:
         self.name = check_name(name)
         self.number = 0
         self.deadline = os.memfd_create("crcli-lease")
+        weakref.finalize(self, os.close, self.deadline).atexit = False  # threads may still write to it then
         self.good_until = 0.0
         self._store = store
         self._ttl_s = ttl_s

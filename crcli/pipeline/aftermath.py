@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from crcli.criu.workspace import Workspace
-    from crcli.pipeline.stages import DumpReport
+    from crcli.pipeline.stages import DumpOptions, DumpReport
     from crcli.process.identity import ProcessId
     from crcli.process.tree import Tree
 
@@ -134,6 +134,15 @@ def failure(
         return DumpFailed(f"the dump failed: {error}", state=state)
     error.state = state  # type: ignore[attr-defined]  # a bug of ours: what became of the tree counts
     return error
+
+
+def lost(options: DumpOptions, state: TreeState) -> DumpFailed:
+    """The error of a dump whose own process was killed: CRIU lets go of a tree whose image is not durable."""
+    return DumpFailed(
+        f"the process of crcli that dumped {options.pid} was killed",
+        hint=f"`crcli ls {options.name}` says whether its image became durable; else run it again",
+        state=state,
+    )
 
 
 def explained(images: Workspace, what: str, state: TreeState) -> DumpFailed:

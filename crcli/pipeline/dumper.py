@@ -250,15 +250,11 @@ class Dumper:
                 yield json.loads(line)
 
     def _lost(self) -> DumpFailed:
-        """The error of a dump whose process was killed: CRIU lets go of a tree whose image is not durable."""
+        from crcli.pipeline.aftermath import lost
+
         assert self._asked is not None
         options, self._asked = self._asked, None
-        state = tree_state(self._tree) if self._tree is not None else TreeState.DEAD
-        return DumpFailed(
-            f"the process of crcli that dumped {options.pid} was killed",
-            hint=f"`crcli ls {options.name}` says whether its image became durable; else run it again",
-            state=state,
-        )
+        return lost(options, tree_state(self._tree) if self._tree is not None else TreeState.DEAD)
 
 
 _PROGRAM = (

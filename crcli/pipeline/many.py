@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from crcli import kernel
 from crcli.errors import CrcliError, DumpFailed, TreeState, UsageError
 from crcli.image.names import check_name, suggested_name
+from crcli.pipeline.aftermath import lost
 from crcli.pipeline.dump import dump
 from crcli.pipeline.interrupts import FOR_PEOPLE, Interrupted, noted
 from crcli.pipeline.own_limits import shortage
@@ -241,7 +242,8 @@ class _Worker:
             found = _receive(self.channel)
         except (OSError, EOFError):
             self.is_gone = True
-            return TreeResult(call.pid, error=_lost(call))
+            state = TreeState.RUNNING if call.root.alive() else TreeState.DEAD
+            return TreeResult(call.pid, error=lost(call.options, state))
         assert isinstance(found, TreeResult)
         return found
 
@@ -256,15 +258,6 @@ class _Worker:
         if self._pid:
             os.waitpid(self._pid, 0)
             self._pid = 0
-
-
-def _lost(call: Call) -> DumpFailed:
-    """The error of a tree whose worker was killed: CRIU lets it go, unless its image was durable."""
-    return DumpFailed(
-        f"the process of crcli that dumped {call.pid} was killed",
-        hint=f"`crcli ls {call.options.name}` says whether its image became durable; else run it again",
-        state=TreeState.RUNNING if call.root.alive() else TreeState.DEAD,
-    )
 
 
 def _work(channel: socket.socket, shared: Shared, ignored: Sequence[int]) -> None:
