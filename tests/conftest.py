@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from crcli.pipeline import interrupts
 from tests.support.programs import FORMER_FOLDERS, SLOWNESS
 
 # No test asserts on time: on a busy machine an example takes as long as it takes.
@@ -34,6 +35,17 @@ def hang_ups_end_us() -> Iterator[None]:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_heard_again() -> Iterator[None]:
+    """A command that a test has run in this process ends it in earnest, and hears no signals any more."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    interrupts._answers_first = False
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from crcli.image.lease import Lease, LeaseState
 from crcli.image.manifest import list_images
 from crcli.image.names import PACKS, manifest_key
 from crcli.main import main
-from crcli.pipeline import interrupts
 from crcli.store.file import FileStore
 from tests.support.images import make_image, pages
 
@@ -48,21 +45,14 @@ class Cli:
 
 
 @pytest.fixture
-def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
+def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """The command, with an empty store."""
-    monkeypatch.setattr(interrupts, "_answers_first", False)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for name in ("CRCLI_STORE", "CRCLI_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     store = FileStore(str(tmp_path / "store"))
     store.warm(for_writing=True)
-    yield Cli(store, capsys)
-    for (
-        number,
-        handler,
-    ) in before.items():  # a command that only has to say that it failed ignores them
-        signal.signal(number, handler)
+    return Cli(store, capsys)
 
 
 def test_ls(cli: Cli) -> None:
