@@ -133,7 +133,7 @@ def _too_little(what: str, state: TreeState) -> HostLacks:
     named = " and ".join(f"{limit} bytes ({name})" for name, limit in limits.items())
     remedy = "; ".join(_OF_MEMORY[name] for name in limits)
     return HostLacks(
-        f"crcli gets too little {what}: its hard limits are {named}",
+        f"crcli gets too {'few' if what == 'threads' else 'little'} {what}: its hard limits are {named}",
         hint=f"start it with larger ones: {remedy}",
         state=state,
     )

@@ -555,6 +555,16 @@ def test_max_attempts_of_the_aws_tools(behind: Behind, monkeypatch: pytest.Monke
     store.close()
 
 
+@pytest.mark.parametrize("value", ["x", "1.5", ""])
+def test_attempts_that_are_no_number_are_named(
+    behind: Behind, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    """Who set it hears which setting it is."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", value)
+    with pytest.raises(StoreError, match="AWS_MAX_ATTEMPTS"):
+        behind.open().get("key")
+
+
 # --- credentials that do not last --------------------------------------------------------------------------
 
 

@@ -69,6 +69,7 @@ def connect(settings: S3Settings) -> Connection:
     """Make the client; nothing is sent yet. Raises botocore's errors for settings that make no sense."""
     session = botocore.session.Session(profile=settings.profile)
     _find_services_at_once(session)
+    max_attempts = _configured_attempts(session)
     client = session.create_client(
         "s3",
         region_name=settings.region or _configured_region(session),
@@ -94,7 +95,7 @@ def connect(settings: S3Settings) -> Connection:
         credentials=session.get_credentials(),
         is_aws=_host(client).endswith((".amazonaws.com", ".amazonaws.com.cn")),
         checksums=client.meta.config.request_checksum_calculation == "when_supported",
-        max_attempts=_configured_attempts(session),
+        max_attempts=max_attempts,
     )
 
 
@@ -130,7 +131,10 @@ def _configured_region(session: Any) -> str:
 
 def _configured_attempts(session: Any) -> int | None:
     """AWS_MAX_ATTEMPTS or max_attempts of the profile, if the user set either."""
-    value = session.get_config_variable("max_attempts")
+    try:
+        value = session.get_config_variable("max_attempts")
+    except ValueError:
+        raise ValueError("AWS_MAX_ATTEMPTS, or max_attempts of the profile, is no whole number") from None
     return int(value) if value else None
 
 
