@@ -182,7 +182,7 @@ def run(options: RunOptions, tell: Callable[[Event], None]) -> RunReport:
         store = open_store(options.store, endpoint_url=options.endpoint_url)
         held.callback(store.close)
         held.enter_context(notices)
-        waiting = Event("waiting", f"waiting to see whether who has {options.name} is alive")
+        waiting = Event("waiting", f"waiting to see whether anybody else has {options.name}")
         claim = partial(Lease.claim, store, options.name, "crcli run", wait_s=options.claim_wait_s)
         with _told_when_slow(tell, waiting):
             lease = _claimed(notices, store, claim)
