@@ -13,7 +13,7 @@ StoreForIt = Annotated[
     typer.Option(
         "--store",
         metavar="URL",
-        help="Where the images are meanwhile. Default: a temporary directory.",
+        help="Where the image is meanwhile; `crcli gc` frees its space. Default: a temporary directory.",
         show_default=False,
     ),
 ]

@@ -80,7 +80,9 @@ def ports(needs: Needs, here: Here) -> Iterator[Finding]:
             "port-taken",
             f"{one.protocol} {address}, {_use(one)}, is in use here" + (f" by {owner}" if owner else ""),
             {"protocol": one.protocol, "address": address, "holder": owner},
-            f"end {owner or 'what uses it'} first, or restore on another host",
+            f"end {owner or 'what uses it'} first, restore with --port {one.port}=OTHER, or on another host"
+            if one.state != "connected"
+            else f"end {owner or 'what uses it'} first, or restore on another host",
         )
 
 

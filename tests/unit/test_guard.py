@@ -416,6 +416,7 @@ def test_a_port_that_somebody_listens_on(here: Here, taken: int, host: str) -> N
     """Refused by address or wildcard, IPv4 and IPv6, and the process that has it is named."""
     found = only(examine(needs(sockets=(listener(host, taken),)), here))
     assert found.name == "port-taken" and f"({os.getpid()})" in found.message
+    assert "--port" in found.remedy
 
 
 def test_ports_that_do_not_meet(here: Here, taken: int) -> None:
