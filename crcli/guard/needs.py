@@ -5,6 +5,7 @@ Reading it fetches no memory: of CRIU's images only the few that say something a
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,18 @@ class Needs(Struct, frozen=True):
     def cpu_promise(self) -> frozenset[str] | None:
         """The only features of a CPU that the job was started to use; None where nobody promised that."""
         return cpu_promise(self.manifest.meta)
+
+
+def places_of(needs: Needs) -> Iterator[str]:
+    """Words for the places that only one tree can have, and for who else may want them."""
+    yield f"name {needs.manifest.name}"
+    if needs.asked.pid_namespace != "new" and needs.root_pid != 1:
+        yield f"pid {needs.root_pid}"
+    if "net" not in needs.own_namespaces:
+        yield from (f"{one.protocol} {one.port}" for one in needs.sockets)
+    yield from (f"socket {name}" for name in needs.unix_names)
+    yield from (f"file {lock.path}" for lock in needs.locks)
+    yield from (f"folder {os.path.dirname(file.name)}" for file in needs.manifest.files)
 
 
 def cpu_promise(meta: Mapping[str, Any]) -> frozenset[str] | None:

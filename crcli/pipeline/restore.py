@@ -45,7 +45,7 @@ from crcli.errors import CrcliError, RestoreFailed, TreeState
 from crcli.findings import Finding, Severity
 from crcli.guard.here import Here
 from crcli.guard.host import forced_paths, guard, guard_machine
-from crcli.guard.needs import Asked, cpu_promise, needs_of
+from crcli.guard.needs import Asked, cpu_promise, needs_of, places_of
 from crcli.guard.places import has_address
 from crcli.image.names import parse_image
 from crcli.image.weights import MemoryReader
@@ -66,6 +66,7 @@ from crcli.plugins.loader import load_hooks
 from crcli.process.files import FileId
 from crcli.process.here import established_here
 from crcli.process.identity import ProcessId, identify
+from crcli.process.place_turn import LIMIT_S, PlaceTurn
 from crcli.process.settings import give_back, give_core_filter, give_oom_score
 from crcli.process.tree import child_pids
 from crcli.process.warden import kill_descendants
@@ -373,10 +374,23 @@ class _Restore:
         self.hooks.call("restore_before", target=self.described)
         if self.gpu is not None:
             self.gpu.tell(self.here)
+        self._take_turn(PlaceTurn(places_of(needs)))
         self.findings = [*guard(needs, self.here), *self.claim.findings()]
         self.members = read_tree(self.images)
         for finding in self.findings:
             self.watch.progress.finding(finding)
+
+    def _take_turn(self, turn: PlaceTurn) -> None:
+        """What is seen to be free from here on nobody else takes before CRIU has it."""
+        self.turn = turn
+        self.held.callback(turn.end)
+        if not turn.take():
+            self.watch.progress.phase("turn")
+            began = time.monotonic()
+            turn.take(LIMIT_S)
+            waited_s = time.monotonic() - began
+            self.watch.add("turn", waited_s)
+            self.watch.add("guard", -waited_s)
 
     # CRIU's images stand in the workspace, edited for this place; files stand where they were.
 
@@ -556,6 +570,7 @@ class _Restore:
         self.interrupts.past_return()
         root = self.members[0].pid
         self.is_settled = True
+        self.turn.end()
         if self.gpu is not None:
             self.gpu.settled()
         self.child = self.residence.settle(

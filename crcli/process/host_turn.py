@@ -34,7 +34,7 @@ class HostTurn:
         self._fds: list[int] = []
         self._end = time.monotonic() + _TURN_LIMIT_S
         try:
-            self._wait_for(_open_ours(name), lambda fd: True)
+            self._wait_for(open_ours(name), lambda fd: True)
             self._wait_for(_open(shared, os.O_DIRECTORY), lambda fd: any(map(_is_trusted, _holders(fd))))
         except BaseException:
             self.end()
@@ -57,16 +57,17 @@ class HostTurn:
             os.close(fd)
 
 
-def _open_ours(name: str) -> int:
+def open_ours(name: str) -> int:
+    """A file of ours to be locked; -1 where there can be none."""
     with suppress(OSError):
         os.makedirs(FOLDER, 0o755, exist_ok=True)
-    return _open(f"{FOLDER}/{name}.lock", os.O_CREAT | os.O_NOFOLLOW)
+    return _open(f"{FOLDER}/{name}.lock", os.O_CREAT | os.O_NOFOLLOW | os.O_RDWR)
 
 
 def _open(path: str, flags: int) -> int:
     """A descriptor of the file; -1 where there is none for us."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags, 0o600)
+        return os.open(path, os.O_CLOEXEC | flags, 0o600)
     except OSError:
         return -1
 

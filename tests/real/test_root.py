@@ -70,7 +70,8 @@ def test_a_tree_goes_on_below_another_folder(crcli: Crcli, root: Path) -> None:
         assert inside.output.startswith(before)  # the file that travelled in the image was laid out there
         wait_until(lambda: counted(inside)[-1] > counted(program)[-1] + 5, "it stands still")
         assert program.output == before
-        assert counted(inside) == list(range(len(counted(inside))))
+        numbers = counted(inside)
+        assert numbers == list(range(len(numbers)))
         pid = report["host_pid"]
         assert report["pid"] == program.pid != pid and report["pid_namespace"] == "new"
         assert os.readlink(f"/proc/{pid}/cwd") == "/tmp" and os.readlink(f"/proc/{pid}/root") == "/"
