@@ -22,7 +22,7 @@ from crcli.guard.here import Here
 from crcli.guard.host import CHECKS, examine, forced_paths, guard
 from crcli.guard.names import BLOCKERS
 from crcli.guard.needs import Asked, NeededFile, Needs
-from crcli.image.manifest import Manifest
+from crcli.image.manifest import Manifest, Weights
 from crcli.memory.extents import Extent, Source, SpaceKey, SpaceKind
 from crcli.pipeline.pids import namespace_for
 from crcli.pipeline.stages import PidNamespace
@@ -409,6 +409,15 @@ def listener(host: str, port: int, **fields: Any) -> InetSocket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     where: dict[str, Any] = {"family": family, "host": host, "port": port, "remote": ("", 0)}
     return InetSocket(**{"protocol": "tcp", "state": "listening", **where, **fields})
+
+
+def test_weights_that_are_another_file_here(here: Here, tmp_path: Path) -> None:
+    """Whoever sees a file of that name hears that it has another size."""
+    path = tmp_path / "weights"
+    file = Weights(str(path), 4, 0, "00" * 32)
+    assert "neither here nor" in only(examine(needs(missing_weights=(file,)), here)).message
+    path.write_bytes(b"12345")
+    assert "another here (5 bytes, not 4)" in only(examine(needs(missing_weights=(file,)), here)).message
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::"])
