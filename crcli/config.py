@@ -118,7 +118,7 @@ def parse_size(text: str, source: str) -> int:
 def _path() -> str | None:
     """The configuration file that counts, if there is one."""
     if named := os.environ.get("CRCLI_CONFIG"):
-        if not os.path.isfile(named):
+        if not os.path.isfile(named) and named != os.devnull:
             raise UsageError(f"CRCLI_CONFIG names {named}, which is not a file")
         return named
     places = (os.path.expanduser("~/.config/crcli/config.yaml"), "/etc/crcli/config.yaml")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
 
 from crcli import waiting
-from crcli.errors import CrcliError
+from crcli.errors import CrcliError, UsageError
 from crcli.pipeline.interrupts import Interrupted
 from crcli.wakeups import heard_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_NOWHERE = UsageError(
+    "the folder that this is started in was removed", hint="start it in another, or name all paths in full"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, as_json)
 
 
+def _is_nowhere() -> bool:
+    """Whether the folder that this is started in was removed, so that a path means nothing but in full."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def _say(text: str) -> None:
     from crcli.ui.progress import remark
 
@@ -52,6 +66,8 @@ def _report(error: BaseException, as_json: bool) -> int:
         return errors.show(error, as_json)
     if isinstance(error, KeyboardInterrupt | Interrupted):
         return errors.show_interrupt(error, as_json)
+    if isinstance(error, FileNotFoundError) and error.filename is None and _is_nowhere():
+        return errors.show(_NOWHERE, as_json)
     from crcli.pipeline.own_limits import shortage
 
     if (short := shortage(error)) is not None:

@@ -314,6 +314,19 @@ def test_the_report_of_a_run_says_what_is_wrong_with_it(tmp_path: Path) -> None:
         assert words[1] in one_error(report.read_text())["message"]
 
 
+def test_a_relative_path_in_a_folder_that_was_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It means nothing: that is said, and is no bug."""
+    (folder := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    for words in (["dump", "1", "--include", "x"], ["ls", "--store", "x"]):
+        assert main(words) == 2
+        assert "was removed" in capsys.readouterr().err
+    assert main(["dump", "4194304", "--include", "/x"]) == PreflightRefused.exit_code
+
+
 def test_a_misspelt_command_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
     """An unknown command names the one that may have been meant."""
     main(["restor"])
@@ -694,6 +707,12 @@ def test_an_s3_server_without_a_store_is_no_folder_of_this_host(monkeypatch: pyt
     assert choose_store("/a/folder", "http://s3:9000").url == "file:///a/folder"
     monkeypatch.setenv("CRCLI_STORE", "file:///a/folder")
     assert choose_store(None, "http://s3:9000").url == "file:///a/folder"
+
+
+def test_no_settings_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/null as the configuration file says that there is to be none."""
+    monkeypatch.setenv("CRCLI_CONFIG", "/dev/null")
+    assert choose_store(None).source == "the default"
 
 
 @pytest.mark.parametrize(
