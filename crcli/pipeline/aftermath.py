@@ -78,11 +78,12 @@ def set_right(tree: Tree, images: Workspace, network: int | None, *, is_durable:
         for member in members:
             member.send(signal.SIGKILL)
         return AfterDeath(finished=True, held=())
+    if LOG_NAME not in images.names():  # it ended before it came to the tree: nobody can have died of it
+        return AfterDeath(finished=False, held=())
     pids = [process.pid for process in tree.living]
     free_sockets(pids)
     remove_link_remaps(pids)
-    if LOG_NAME in images.names():
-        remove_tables(images.read(LOG_NAME), network)
+    remove_tables(images.read(LOG_NAME), network)
     return AfterDeath(finished=False, held=tuple(members))
 
 

@@ -609,6 +609,27 @@ def test_a_criu_that_cannot_be_run_is_named(
         assert_goes_on(program)
 
 
+def test_who_ends_while_criu_does_not_start_did_not_die_of_it(
+    crcli: Crcli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell's child that is over by then is no reason to call the tree dead, and have the user end it."""
+    ending = tmp_path / "criu"
+    with spawn_python(
+        """
+        import subprocess, time
+        child = subprocess.Popen(["sleep", "60"])
+        print(f"child={child.pid}\\nready")
+        child.wait()
+        while True: time.sleep(60)
+        """
+    ) as program:
+        ending.write_text(f"#!/bin/sh\nkill {program.value_of('child')}\n")
+        ending.chmod(0o755)
+        monkeypatch.setenv("CRCLI_CRIU", str(ending))
+        assert crcli.dump(program.pid, code=11)["error"]["state"] == "running"
+        assert program.process.poll() is None
+
+
 def test_an_image_that_is_not_there_is_exit_31(crcli: Crcli) -> None:
     """A restore of an unknown name says so, and starts nothing."""
     assert crcli.restore("nobody", code=31)["error"]["code"] == "not-found"

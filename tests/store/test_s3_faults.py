@@ -9,6 +9,7 @@ import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -472,6 +473,21 @@ def test_a_web_page_is_no_store(behind: Behind, what: str, is_quick: bool) -> No
     behind.proxy.inject(web_page, times=float("inf"))
     with pytest.raises(StoreError, match="not as S3 does"):
         ASKED[what](store)
+    store.close()
+
+
+@pytest.mark.parametrize("is_quick", [False, True], ids=["botocore", "obstore"])
+@pytest.mark.parametrize("what", [what for what in ASKED if what not in ("delete", "stat", "missing")])
+def test_a_page_that_is_not_there_is_no_object_that_is_not_there(
+    behind: Behind, what: str, is_quick: bool
+) -> None:
+    """Who stands before a store that is gone, or at another address, says 404 and no more. To take it for the
+    store's word would be to start a job afresh, or to call an image damaged."""
+    store = behind.open(is_quick=is_quick)
+    behind.proxy.inject(partial(web_page, status=404), times=float("inf"))
+    with pytest.raises(StoreError, match="404") as caught:
+        ASKED[what](store)
+    assert type(caught.value) is StoreError and "--endpoint-url" in caught.value.hint
     store.close()
 
 

@@ -92,11 +92,11 @@ def answer(status: int, code: str) -> Callable[[Exchange], None]:
     return fault
 
 
-def web_page(exchange: Exchange) -> None:
+def web_page(exchange: Exchange, status: int = 200) -> None:
     """Something else answers in the store's place: its console, or the login of a network."""
     exchange.read_body()
     page = b"<html><body>Please log in</body></html>"
-    exchange.handler.send_response_only(200)
+    exchange.handler.send_response_only(status)
     exchange.handler.send_header("Content-Length", str(len(page)))
     exchange.handler.end_headers()
     if exchange.handler.command != "HEAD":

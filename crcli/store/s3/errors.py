@@ -42,6 +42,8 @@ _REFUSED_CREDENTIALS = frozenset(
 )
 _WRITES = frozenset(("CompleteMultipartUpload", "PutObject"))
 _ABSENT = frozenset(("NoSuchKey", "404", "NotFound", "NoSuchVersion"))
+_WITHOUT_REASON = frozenset(("HeadBucket", "HeadObject"))
+"""What an S3 server answers with no more than a number. To all else that is somebody else's word."""
 
 FOREIGN = (boto.BotoCoreError, boto.ClientError, HTTPError, OSError)
 """What botocore raises, with what it lets through of the layers below while a body is read."""
@@ -183,7 +185,7 @@ def _is_silence(error: Exception) -> bool:
 
 def _translate_refusal(error: Any, place: Place, key: str) -> StoreError:
     code = code_of(error) or str(status_of(error))
-    if code in _ABSENT:
+    if code in _ABSENT and (not code.isdigit() or error.operation_name in _WITHOUT_REASON):
         return NotFound(f"no object {key} in {place.url}")
     if status_of(error) == 412 and error.operation_name in _WRITES:
         return taken(key)
