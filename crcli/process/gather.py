@@ -520,8 +520,10 @@ def _shared_memory(
 
 
 def _likely_paths(tree: Tree, files: tuple[OpenFile, ...]) -> list[str]:
-    """Return the folders that the tree uses: what it watches for changes is seldom far."""
-    folders = [process.cwd for process in tree.living]
+    """Return the folders that the tree uses: what it watches for changes is seldom far. Browsers watch what
+    is to be set for all: names, certificates, the time zone."""
+    folders = ["/etc", "/usr/share/zoneinfo"]
+    folders += [process.cwd for process in tree.living]
     folders += [file.path for file in files if file.kind in (Kind.REGULAR, Kind.DIRECTORY)]
     folders += [process.exe for process in tree.living]
     return folders

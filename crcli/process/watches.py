@@ -11,14 +11,16 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from enum import StrEnum
 
 from crcli import kernel
 from crcli.process.files import DELETED, FileId, Mount, OpenFile
 from crcli.records import Struct
 
-SEARCH_LIMIT_S = 0.25
+SEARCH_LIMIT_S = 1.0
+"""How long all watches of a tree are looked for, at most: what is not found is in the way of a dump."""
+
 WITHOUT_LASTING_INODES = frozenset(("tmpfs", "devtmpfs"))
 _MINOR_BITS = 20  # the kernel's own way to write a device number, which fdinfo shows
 
@@ -48,14 +50,16 @@ def watches(
 
     `root` is the process whose mounts count; `likely` are paths at and around which a file is looked for.
     """
-    mounts, likely = tuple(mounts), tuple(dict.fromkeys(likely))
-    by_file: dict[tuple[FileId, str], tuple[str, Fate]] = {}
+    mounts = tuple(mounts)
+    held = [(file, watched, handle) for file in files for watched, handle in _parse(file)]
+    known = {(watched, handle): _by_handle(watched, handle, root, mounts) for _, watched, handle in held}
+    unknown = {watched for (watched, _), result in known.items() if result is None}
+    paths = _search(unknown, root, mounts, tuple(dict.fromkeys(likely)))
     found = []
-    for file in files:
-        for watched, handle in _parse(file):
-            if (watched, handle) not in by_file:
-                by_file[watched, handle] = _resolve(watched, handle, root, mounts, likely)
-            found.append(Watch(file, watched, *by_file[watched, handle]))
+    for file, watched, handle in held:
+        path = paths.get(watched, "")
+        searched = path, Fate.SEARCHED if path else Fate.LOST
+        found.append(Watch(file, watched, *(known[watched, handle] or searched)))
     return tuple(found)
 
 
@@ -72,10 +76,8 @@ def _parse(file: OpenFile) -> Iterator[tuple[FileId, str]]:
             yield watched, f"{fields.get('fhandle-type', '')}:{fields.get('f_handle', '')}"
 
 
-def _resolve(
-    watched: FileId, handle: str, root: int, mounts: tuple[Mount, ...], likely: tuple[str, ...]
-) -> tuple[str, Fate]:
-    """Return path and fate, as CRIU's check_open_handle decides it."""
+def _by_handle(watched: FileId, handle: str, root: int, mounts: tuple[Mount, ...]) -> tuple[str, Fate] | None:
+    """Return path and fate, as CRIU's check_open_handle decides it; None where no handle is opened."""
     candidates = [mount for mount in mounts if mount.dev == watched.dev]
     opened = False
     for mount in candidates:
@@ -83,13 +85,12 @@ def _resolve(
         if path is None:
             continue
         opened = True
-        if not path.endswith(DELETED) and _is(root, path, watched):
+        if not path.endswith(DELETED) and _id_of(root, path) == watched:
             return path, Fate.OPENABLE
-    if opened:
-        nameless = not any(mount.fstype in WITHOUT_LASTING_INODES for mount in candidates)
-        return "", Fate.NAMELESS if nameless else Fate.LOST
-    path = _search(watched, root, candidates, likely)
-    return path, Fate.SEARCHED if path else Fate.LOST
+    if not opened:
+        return None
+    nameless = not any(mount.fstype in WITHOUT_LASTING_INODES for mount in candidates)
+    return "", Fate.NAMELESS if nameless else Fate.LOST
 
 
 def _open_by_handle(mount: str, handle: str) -> str | None:
@@ -113,25 +114,40 @@ def _open_by_handle(mount: str, handle: str) -> str | None:
         os.close(fd)
 
 
-def _search(watched: FileId, root: int, mounts: list[Mount], likely: tuple[str, ...]) -> str:
-    """Return a path of the file, looked for at the likely paths, above them, then below; empty for none."""
-    points = [mount.point for mount in mounts]
+def _search(
+    wanted: Collection[FileId], root: int, mounts: tuple[Mount, ...], likely: tuple[str, ...]
+) -> dict[FileId, str]:
+    """Return a path of each of these files that is found: they are looked for at the likely paths, above
+    them, then below, all at once. Below what is watched first: who watches a folder may watch all in it.
+    """
+    if not wanted:
+        return {}
+    devices, inodes = {file.dev for file in wanted}, {file.ino for file in wanted}
+    points = [mount.point for mount in mounts if mount.dev in devices]
     around = dict.fromkeys((*likely, *(parent for path in likely for parent in _parents(path)), *points))
-    for path in around:
-        if _is(root, path, watched):
-            return path
-    end = time.monotonic() + SEARCH_LIMIT_S
-    waiting, seen = deque(path for path in around if path != "/"), set(around)
+    found: dict[FileId, str] = {}
+    waiting = deque(path for path in around if path != "/")
+    seen = set(around)
     waiting.extend(points)
-    while waiting and time.monotonic() < end:
+
+    def look(path: str) -> bool:
+        file = _id_of(root, path)
+        if file is None or file not in wanted:
+            return False
+        found.setdefault(file, path)
+        return True
+
+    for path in around:
+        look(path)
+    end = time.monotonic() + SEARCH_LIMIT_S
+    while waiting and len(found) < len(wanted) and time.monotonic() < end:
         folder = waiting.popleft()
-        for path, is_folder in _entries(root, folder, watched):
-            if _is(root, path, watched):
-                return path
+        for path, is_folder in _entries(root, folder, inodes):
+            is_watched = look(path)
             if is_folder and path not in seen:
                 seen.add(path)
-                waiting.append(path)
-    return ""
+                (waiting.appendleft if is_watched else waiting.append)(path)
+    return found
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -140,21 +156,22 @@ def _parents(path: str) -> Iterator[str]:
         yield path
 
 
-def _entries(root: int, folder: str, watched: FileId) -> Iterator[tuple[str, bool]]:
-    """Yield what in a folder is the file, or a folder in which to look further."""
+def _entries(root: int, folder: str, inodes: Collection[int]) -> Iterator[tuple[str, bool]]:
+    """Yield what in a folder is a folder itself (its inode there may be another, on overlay file systems), or
+    may be a file with one of these inodes."""
     try:
         with os.scandir(f"/proc/{root}/root{folder}") as entries:
             for entry in entries:
                 is_folder = entry.is_dir(follow_symlinks=False)
-                if is_folder or entry.inode() == watched.ino:
+                if is_folder or entry.inode() in inodes:
                     yield f"{folder.rstrip('/')}/{entry.name}", is_folder
     except OSError:
         return
 
 
-def _is(root: int, path: str, watched: FileId) -> bool:
+def _id_of(root: int, path: str) -> FileId | None:
     try:
         status = os.lstat(f"/proc/{root}/root{path}")
     except OSError:
-        return False
-    return FileId(status.st_dev, status.st_ino) == watched
+        return None
+    return FileId(status.st_dev, status.st_ino)
