@@ -67,6 +67,9 @@ IN_USE_S = 600.0
 FLUSH_LIMIT_S = 5.0
 """How long the end waits for the disk (seconds)."""
 
+_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+"""Nobody waits for what is no file but has the name of one."""
+
 _OPEN_FILES = 128
 _SEAL = 32
 
@@ -137,7 +140,7 @@ class Cache:
         """An object that is kept whole, exactly as it was put; None when it is not here or damaged."""
         try:
             folder = self._folder(create=False)
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder.fd)
+            fd = os.open(name, os.O_RDONLY | _FLAGS, dir_fd=folder.fd)
             with open(fd, "rb", buffering=0) as file:
                 data = file.read()
                 _note_use(fd)
@@ -327,7 +330,7 @@ class Cache:
                 return file
         try:
             folder = self._folder(create=create)
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+            flags = os.O_RDWR | _FLAGS | (os.O_CREAT if create else 0)
             file = _Descriptor(os.open(name, flags, 0o600, dir_fd=folder.fd))
             _note_use(file.fd)
         except OSError:

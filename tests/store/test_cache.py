@@ -226,6 +226,19 @@ def test_a_link_in_place_of_the_folder_or_a_file_is_not_followed(tmp_path: Path,
     assert victim.read_bytes() == b"precious"
 
 
+def test_a_named_pipe_in_place_of_a_file_is_not_waited_for(folder: str) -> None:
+    """What has the name of an object and is no file is no object."""
+    kept(folder, lambda cache: cache.put("table", b"x"))
+    os.unlink(os.path.join(folder, "table"))
+    for name in ("table", "pack"):
+        os.mkfifo(os.path.join(folder, name))
+    cache = Cache(folder)
+    assert cache.get("table") is None
+    assert cache.read("pack", 0, 100) is None
+    kept(folder, lambda cache: cache.add("pack", 0, b"a" * 100))
+    cache.close()
+
+
 def test_files_and_folder_are_for_us_only(folder: str) -> None:
     """What the cache makes is closed to everybody else from its first moment, whatever the umask."""
     before = os.umask(0)
