@@ -23,7 +23,7 @@ _NAME = re.compile(r"[\w.+-]{1,160}\.lease", re.ASCII)
 
 
 class LeaseFile:
-    """The file of a job, which is there from entry to exit, whole at any instant."""
+    """The file of a job, which is there from when it is written to exit, whole at any instant."""
 
     def __init__(self, lease: Lease) -> None:
         """Of a job that is started afresh, until it is said to be another."""
@@ -51,7 +51,6 @@ class LeaseFile:
             os.replace(f"{self.path}.new", self.path)
 
     def __enter__(self) -> Self:
-        self.write()
         return self
 
     def __exit__(

@@ -380,6 +380,7 @@ class _Run:
         if self.options.baseline is not None:
             environment |= environment_for(self.options.baseline, environment)
         start = partial(start_job, self.options.command, environment, self.handling)
+        self.lease_file.write()
         try:
             job = start(own_namespace)
         except HostLacks:

@@ -42,6 +42,8 @@ def test_a_job_finds_its_number_and_nobody_else_s(lease: Lease) -> None:
     """Two jobs of one name on one host have files of their own, gone after the block."""
     with LeaseFile(lease) as one, LeaseFile(lease) as other:
         assert one.path != other.path
+        assert not os.path.exists(one.path)  # a job that is brought back has its own
+        one.write()
         assert Path(one.path).read_text() == "1\n"
         lease.number = 7
         one.write()
@@ -54,6 +56,7 @@ def test_a_job_that_is_brought_back_finds_it_where_it_looks(lease: Lease) -> Non
     """The image says where; one that says nothing, or leads elsewhere, gives the file its plain name."""
     with LeaseFile(lease) as file:
         first = file.path
+        file.write()
         file.follow({"lease_file": "job-0badcafe.lease"})
         assert not os.path.exists(first)
         assert file.path == f"{lease_file.FOLDER}/job-0badcafe.lease" and os.path.exists(file.path)
@@ -70,6 +73,7 @@ def test_a_job_that_is_brought_back_finds_it_where_it_looks(lease: Lease) -> Non
 def test_the_file_of_another_stays(lease: Lease) -> None:
     """Who has lost the job to another on this host leaves that one's number alone."""
     with LeaseFile(lease) as file:
+        file.write()
         Path(file.path).write_text("2\n")
     assert Path(file.path).read_text() == "2\n"
 
