@@ -33,6 +33,7 @@ _MNT_DETACH = 2
 
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _SYS_PIDFD_GETFD = 438
+_PIDFD_GET_INFO, _PIDFD_INFO_EXIT = 0xC040FF0B, 1 << 3
 _SYS_IOPRIO_GET, _SYS_IOPRIO_SET = (31, 30) if os.uname().machine == "aarch64" else (252, 251)
 _IOPRIO_WHO_PROCESS = 1
 _SYS_KCMP = 272 if os.uname().machine == "aarch64" else 312
@@ -157,6 +158,18 @@ def is_in_memory(address: int, length: int) -> bool:
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """Duplicate descriptor `fd` of the process behind `pidfd` into this one."""
     return _checked(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0), "pidfd_getfd")
+
+
+def status_of_reaped(pidfd: int) -> int | None:
+    """The exit status of a process that its parent has reaped; None where the kernel does not tell (before
+    Linux 6.15), or it was not reaped yet."""
+    info = bytearray(struct.pack("=Q56x", _PIDFD_INFO_EXIT))
+    try:
+        ioctl(pidfd, _PIDFD_GET_INFO, info)
+    except OSError:
+        return None
+    mask, status = struct.unpack("=Q52xi", info)
+    return int(status) if mask & _PIDFD_INFO_EXIT else None
 
 
 def copy_descriptor(pid: int, fd: int) -> int:

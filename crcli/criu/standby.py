@@ -36,6 +36,7 @@ from crcli.criu.question import remove_question
 from crcli.criu.rescue import SocketSettings, free_sockets, remember, remove_link_remaps, remove_tables
 from crcli.criu.unread import give_back_unread
 from crcli.criu.workspace import Workspace
+from crcli.process.crash import Fates
 from crcli.process.identity import ProcessId, identify, read_proc
 from crcli.process.tree import child_pids
 from crcli.records import Struct
@@ -68,7 +69,7 @@ class AfterDeath(Struct, frozen=True):
     finished: bool
     held: tuple[ProcessId, ...]
     lost: tuple[ProcessId, ...] = ()
-    """Those of them that nobody could help: see crcli.criu.borrowed."""
+    """Those of them that nobody could help, and that died of it: see crcli.criu.borrowed."""
 
 
 class Standby:
@@ -246,6 +247,7 @@ class _Watch:
         self.keep_lock = True
         self.is_alone = False
         self.recalled: Recalled | None = None
+        self.fates = Fates(())
         self.pokes: list[tuple[int, list[tuple[int, int]]]] = []
 
     def run(self, criu: int) -> None:
@@ -284,6 +286,8 @@ class _Watch:
             self.recalled.give_back()
             report["lost"] = [pair for pair in report["held"] if pair[0] in self.recalled.lost]
         if report is not None:
+            crashed = [(one.pid, one.start_time) for one in self.fates.crashed()]
+            report["lost"] = list(dict.fromkeys(report["lost"] + crashed))
             self._say(report)
             if self.is_alone:
                 remove_question(began)
@@ -356,6 +360,7 @@ class _Watch:
         if self.outcome == "stopped":
             self._signal_all(signal.SIGSTOP)
         self._free()
+        self.fates = Fates(held)
         pairs = [(one.pid, one.start_time) for one in held]
         return {"finished": self.outcome == "stopped", "held": pairs, "lost": []}
 

@@ -14,7 +14,8 @@ from crcli.errors import CrcliError, DumpFailed, PreflightRefused, TreeState
 from crcli.findings import note
 from crcli.pipeline.interrupts import Interrupted
 from crcli.pipeline.logs import explain_failure
-from crcli.pipeline.watch import crashed, tree_state
+from crcli.pipeline.watch import tree_state
+from crcli.process.crash import Fates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,17 +81,18 @@ def set_right(tree: Tree, images: Workspace, network: int | None, *, is_durable:
         return AfterDeath(finished=True, held=())
     if LOG_NAME not in images.names():  # it ended before it came to the tree: nobody can have died of it
         return AfterDeath(finished=False, held=())
+    fates = Fates(members)
     pids = [process.pid for process in tree.living]
     free_sockets(pids)
     remove_link_remaps(pids)
     remove_tables(images.read(LOG_NAME), network)
-    return AfterDeath(finished=False, held=tuple(members))
+    return AfterDeath(finished=False, held=tuple(members), lost=tuple(fates.crashed()))
 
 
 def died_with_criu(tree: Tree, after: AfterDeath) -> str:
     """Name a process that did not survive CRIU's death; empty when all did."""
     labels = {process.pid: process.label for process in tree}
-    return next((labels.get(one.pid, str(one.pid)) for one in after.lost or crashed(after.held)), "")
+    return next((labels.get(one.pid, str(one.pid)) for one in after.lost), "")
 
 
 def failure(

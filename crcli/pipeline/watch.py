@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from typing import TYPE_CHECKING
 
 from crcli.errors import TreeState
-from crcli.process.identity import ProcessId, read_proc, read_stat
+from crcli.process.identity import ProcessId, read_stat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,9 +17,6 @@ _STEP_S = 0.005
 
 _LET_GO_S = 2.0
 """How long a tree may take to be let go (seconds)."""
-
-_CRASH_S = 0.05
-"""How long after it was let go a process has died of what it ran into (seconds)."""
 
 
 def wait_until_dead(processes: Iterable[ProcessId], limit_s: float) -> None:
@@ -35,23 +31,6 @@ def wait_until_dead(processes: Iterable[ProcessId], limit_s: float) -> None:
         if not left or time.monotonic() >= end:
             return
         time.sleep(_STEP_S)
-
-
-_CRASHES = (signal.SIGTRAP, signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, None)
-
-
-def crashed(processes: Iterable[ProcessId]) -> list[ProcessId]:
-    """Those of these processes, let go a moment ago, that died of what they ran into, or are gone."""
-    time.sleep(_CRASH_S)
-    return [one for one in processes if not one.alive() and _ending_signal(one.pid) in _CRASHES]
-
-
-def _ending_signal(pid: int) -> int | None:
-    """The signal that ended a process that was not reaped yet; None for one that was."""
-    try:
-        return int(read_proc(f"/proc/{pid}/stat").split()[-1]) & 0x7F
-    except (FileNotFoundError, ProcessLookupError):
-        return None
 
 
 def tree_state(tree: Tree) -> TreeState:

@@ -24,7 +24,7 @@ from crcli.criu import netlock
 from crcli.process.tree import child_pids
 from tests.support.crcli import COMMAND_LIMIT_SECONDS, wait_until
 from tests.support.faults import Attempt, Looks, Victim, end_marked, network_of_our_own, victim
-from tests.support.programs import Program, spawn_python
+from tests.support.programs import Program, kill_all, spawn_python
 from tests.support.s3servers import start_moto
 
 pytestmark = [
@@ -309,6 +309,27 @@ def test_a_tree_that_was_to_be_left_survives_the_death_of_criu(
     attempt.wait_for(attempt.deep_criu)
     attempt.kill_criu()
     dumps.assert_nothing_lost(attempt)
+
+
+@pytest.mark.skipif(
+    tuple(map(int, os.uname().release.split(".")[:2])) < (6, 15),
+    reason="the kernel tells nothing of a process that was reaped",
+)
+def test_whose_time_is_over_did_not_die_with_criu(tmp_path: Path) -> None:
+    """A shell's `sleep` ends as soon as it is let go, and the shell reaps it: the tree is not called dead."""
+    with subprocess.Popen(
+        ["sh", "-c", "while sleep 0.03; do :; done"], stdin=subprocess.DEVNULL, start_new_session=True
+    ) as shell:
+        words = ("dump", str(shell.pid), "--store", f"file://{tmp_path}/store", "--name", "shell")
+        attempt = Attempt(tmp_path, words, {})
+        try:
+            attempt.wait_for(attempt.deep_criu)
+            attempt.kill_criu()
+            attempt.end()
+            assert attempt.code == 11 and attempt.json["error"]["state"] == "running", attempt.describe()
+            assert shell.poll() is None
+        finally:
+            kill_all(shell.pid)
 
 
 # --- stores that fail --------------------------------------------------------------------------------------
