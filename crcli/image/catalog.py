@@ -51,7 +51,10 @@ class Entry(Struct, frozen=True):
 
     @property
     def command(self) -> str:
-        """The command line of the tree's root."""
+        """The command line of the tree's root, or of a job of `crcli run`: above that is an init of ours."""
+        job = self.meta.get("job")
+        if isinstance(job, dict) and isinstance(argv := job.get("argv"), list):
+            return " ".join(map(str, argv))
         tree = self.meta.get("tree") or [{}]
         return " ".join(tree[0].get("argv", ())) or str(tree[0].get("comm", ""))
 

@@ -23,7 +23,7 @@ from crcli.errors import CrcliError, ImageDamaged, NotFound, ObjectExists, Store
 from crcli.image import copy as copying
 from crcli.image import owner
 from crcli.image import session as announcing
-from crcli.image.catalog import list_entries
+from crcli.image.catalog import Entry, list_entries
 from crcli.image.container import ContainerKind, pack_container
 from crcli.image.copy import copy
 from crcli.image.gc import Collecting, collect_garbage
@@ -261,6 +261,15 @@ def test_what_is_copied_is_the_image_that_was_asked_for(directory: FileStore, fo
     with pytest.raises(ImageDamaged, match="says that it is"):
         copy(directory, other, target)
     assert not os.path.exists(target.root)
+
+
+def test_the_command_of_a_job_is_the_jobs() -> None:
+    """Not that of the init of ours below which it ran."""
+    tree = [{"argv": ["python3", "-I", "init.py"]}, {"argv": ["sleep", "9"]}]
+    ref = ImageRef("job", "20260101T000000000-000000")
+    assert Entry(ref, 0.0, {"tree": tree, "job": {"argv": ["sleep", "9"]}}).command == "sleep 9"
+    for job in ({"watched": [1, 2]}, {"argv": "x"}, 7):
+        assert Entry(ref, 0.0, {"tree": tree, "job": job}).command == "python3 -I init.py"
 
 
 @pytest.mark.parametrize(
