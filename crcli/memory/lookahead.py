@@ -240,7 +240,8 @@ class Lookahead:
 
     def close(self) -> None:
         """End them; safe to call again."""
-        for pid in self.pids:
+        while self.pids:
+            pid = self.pids.pop()  # interrupted, this is called again: nobody else's is to be killed then
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         if self._tasks >= 0:
@@ -248,7 +249,7 @@ class Lookahead:
             os.close(self._answers)
             os.close(self._known)
             self._shared.close()
-        self._tasks, self.pids = -1, []
+        self._tasks = -1
 
     def __enter__(self) -> Lookahead:
         return self

@@ -122,9 +122,9 @@ class Overflow:
             self._thread = None
         if self._pid:
             _wait_for_end(self._pid, left_s)
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-            self._pid = 0
+            pid, self._pid = self._pid, 0  # interrupted, this is called again
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
     def left_s(self) -> float:
         """For how long it will go on getting memory (seconds), if that goes on as fast as so far."""

@@ -1,14 +1,50 @@
-"""Who has a lock on a file that a restored tree is to take."""
+"""Locks on files: who has one, by what the kernel lists, and whether it can be had."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from crcli.process.identity import read_proc, read_stat
 
 _FLOCK = struct.Struct("=hh4xqqi4x")
+
+
+class KernelLock(NamedTuple):
+    """A lock that somebody has (`pid`, 0 or less where we do not see who), as /proc/locks lists it.
+
+    `kind` is FLOCK, POSIX, OFDLCK or LEASE, `mode` READ or WRITE; `device` is as the kernel writes it
+    (`00:1a`), and on some file systems another than that of stat(2).
+    """
+
+    kind: str
+    mode: str
+    pid: int
+    device: str
+    inode: int
+
+
+def kernel_locks() -> Iterator[KernelLock]:
+    """Every lock that is had, from lines such as `1: FLOCK  ADVISORY  WRITE 812 00:15:2 0 EOF`. Who waits for
+    one (`1: -> FLOCK …`) is left out. The kernel waits for every processor to list them."""
+    for line in read_proc("/proc/locks").decode().splitlines():
+        fields = line.split()
+        if len(fields) > 5 and fields[1] != "->":
+            device, _, inode = fields[5].rpartition(":")
+            yield KernelLock(fields[1], fields[3], int(fields[4]), device, int(inode))
+
+
+def try_lock(fd: int, how: int = fcntl.LOCK_EX) -> bool:
+    """Whether the file is locked by us now (flock(2)), or never can be by anybody."""
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno != errno.EWOULDBLOCK
+    return True
 
 
 def flock_holder(path: str, *, exclusive: bool) -> str | None:
@@ -40,13 +76,8 @@ def _open(path: str) -> int:
 
 
 def _flock_owner(inode: int) -> int:
-    """Who has an flock(2) on a file (0: nobody that we see), from lines of /proc/locks such as
-    `1: FLOCK  ADVISORY  WRITE 812 00:15:2 0 EOF`; devices are left out, for some file systems tell two."""
-    for line in read_proc("/proc/locks").decode().splitlines():
-        fields = line.split()
-        if len(fields) > 5 and fields[1] == "FLOCK" and int(fields[5].rpartition(":")[2]) == inode:
-            return int(fields[4])
-    return 0
+    """Who has an flock(2) on a file (0: nobody that we see)."""
+    return next((lock.pid for lock in kernel_locks() if (lock.kind, lock.inode) == ("FLOCK", inode)), 0)
 
 
 def _named(pid: int) -> str:

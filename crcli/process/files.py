@@ -8,6 +8,7 @@ from enum import StrEnum
 from functools import cache
 from typing import NamedTuple
 
+from crcli.process.file_locks import kernel_locks
 from crcli.process.identity import read_proc
 from crcli.process.maps import Area, areas
 from crcli.process.tree import PID_GONE
@@ -263,14 +264,9 @@ def mounts(pid: int) -> tuple[Mount, ...]:
 def leased_inodes() -> frozenset[int]:
     """Return the inodes that anybody here holds a lease on: merely opening such a file breaks the lease.
 
-    Their device is left out: on some file systems /proc/locks and stat(2) disagree about it.
+    Their device is left out, of which the kernel tells two on some file systems.
     """
-    found = set()
-    for line in read_proc("/proc/locks").decode().splitlines():
-        fields = line.replace("->", " ").split()
-        if len(fields) > 5 and fields[1] == "LEASE":
-            found.add(int(fields[5].rpartition(":")[2]))
-    return frozenset(found)
+    return frozenset(lock.inode for lock in kernel_locks() if lock.kind == "LEASE")
 
 
 def is_tty(rdev: int) -> bool:

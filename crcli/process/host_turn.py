@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from crcli.process.file_locks import kernel_locks, try_lock
 from crcli.process.identity import read_proc
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class HostTurn:
             return
         self._fds.append(fd)
         in_vain = 0
-        while not _lock(fd) and in_vain < 2 and time.monotonic() < self._end:
+        while not try_lock(fd) and in_vain < 2 and time.monotonic() < self._end:
             in_vain = 0 if is_worth_it(fd) else in_vain + 1  # once: who had it has given it up meanwhile
             time.sleep(_STEP_S)
 
@@ -72,26 +73,12 @@ def _open(path: str, flags: int) -> int:
         return -1
 
 
-def _lock(fd: int) -> bool:
-    """Whether the file is locked by us now, or never can be by anybody."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _holders(fd: int) -> Iterator[int]:
-    """Who has locked a file, as far as we see them, from lines of /proc/locks such as
-    `1: FLOCK  ADVISORY  WRITE 812 00:15:2 0 EOF`."""
+    """Who has locked a file, as far as we see them."""
     status = os.fstat(fd)
-    name = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    for line in read_proc("/proc/locks").decode().splitlines():
-        fields = line.split()
-        if len(fields) > 5 and fields[1] == "FLOCK" and fields[5] == name:
-            yield int(fields[4])
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    wanted = ("FLOCK", device, status.st_ino)
+    return (lock.pid for lock in kernel_locks() if (lock.kind, lock.device, lock.inode) == wanted)
 
 
 def _is_trusted(pid: int) -> bool:

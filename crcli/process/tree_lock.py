@@ -10,13 +10,13 @@ beside it.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import time
 from typing import TYPE_CHECKING
 
-from crcli.process.identity import read_proc, read_stat
+from crcli.process.file_locks import kernel_locks, try_lock
+from crcli.process.identity import read_stat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +49,7 @@ class TreeLock:
         while self._todo:
             pid, how = self._todo[0]
             fd = _open(pid)
-            if fd >= 0 and not _lock(fd, how):
+            if fd >= 0 and not try_lock(fd, how):
                 os.close(fd)
                 return False
             if fd >= 0:
@@ -97,15 +97,6 @@ def _open(pid: int) -> int:
         return -1
 
 
-def _lock(fd: int, how: int) -> bool:
-    """Whether the file is locked by us now, or never can be by anybody."""
-    try:
-        fcntl.flock(fd, how | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno != errno.EWOULDBLOCK
-    return True
-
-
 def _ancestors(pid: int) -> list[int]:
     """The processes above one, the highest first; process 1, which is never dumped, is left out."""
     found: list[int] = []
@@ -118,15 +109,11 @@ def _ancestors(pid: int) -> list[int]:
 
 
 def _holders(pid: int, among: tuple[str, ...]) -> Iterator[int]:
-    """Who has locked the file of a process in one of these ways, from lines of /proc/locks such as
-    `1: FLOCK  ADVISORY  WRITE 812 00:15:35616120 0 EOF`."""
+    """Who has locked the file of a process in one of these ways, as far as we see them."""
     try:
-        inode = str(os.stat(f"/proc/{pid}/maps").st_ino)
+        inode = os.stat(f"/proc/{pid}/maps").st_ino
     except OSError:
         return
-    for line in read_proc("/proc/locks").decode().splitlines():
-        fields = line.split()
-        if len(fields) < 6 or fields[1] != "FLOCK" or fields[3] not in among:
-            continue
-        if fields[5].rpartition(":")[2] == inode and int(fields[4]) > 0:
-            yield int(fields[4])
+    for lock in kernel_locks():
+        if (lock.kind, lock.inode) == ("FLOCK", inode) and lock.mode in among and lock.pid > 0:
+            yield lock.pid
