@@ -206,7 +206,8 @@ def _remedy(code: str, response: Any, place: Place) -> str:
         "date": headers.get("date") or "another time",
     }
     if code in _REDIRECTS and facts["region"] == "REGION":
-        there = urlsplit(headers.get("location", "")).netloc or "another address"
+        to = urlsplit(headers.get("location", ""))  # often https: where http was said
+        there = f"{to.scheme or 'https'}://{to.netloc}" if to.netloc else "another address"
         return f"The server sends to {there}: name the S3 server itself with --endpoint-url."
     family = "KMS" if code.startswith("KMS") else code
     remedy = next((text.format(**facts) for codes, text in _REMEDIES if family in codes), "")
