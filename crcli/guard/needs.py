@@ -28,6 +28,9 @@ _TELLING = (
 """The images of CRIU's that are read, by how their names begin."""
 
 
+_MOST_FILES = 64
+"""Of an image of more files their folders are what only one restore at a time may have."""
+
 NOBODYS = Rights(frozenset(), frozenset(), 0)
 
 
@@ -97,7 +100,11 @@ def places_of(needs: Needs) -> Iterator[str]:
         yield from (f"{one.protocol} {one.port}" for one in needs.sockets)
     yield from (f"socket {name}" for name in needs.unix_names)
     yield from (f"file {lock.path}" for lock in needs.locks)
-    yield from (f"folder {os.path.dirname(file.name)}" for file in needs.manifest.files)
+    files = [file.name for file in needs.manifest.files]
+    if len(files) <= _MOST_FILES:
+        yield from (f"file {path}" for path in files)
+    else:
+        yield from (f"folder {os.path.dirname(path)}" for path in files)
 
 
 def cpu_promise(meta: Mapping[str, Any]) -> frozenset[str] | None:
