@@ -144,7 +144,8 @@ class HeldCriu:
         self.command.write_text(
             f"""#!/bin/sh
                 if [ -e {self.hold} ]; then
-                    until cp {kerndat.PATH} {self.found}.new 2>/dev/null; do sleep 0.01; done
+                    until cp {kerndat.PATH} {self.found}.new 2>/dev/null || [ -e {self.go} ]
+                    do sleep 0.01; done
                     mv {self.found}.new {self.found}
                     until [ -e {self.go} ]; do sleep 0.01; done
                 fi
@@ -155,11 +156,12 @@ class HeldCriu:
 
 
 @pytest.fixture
-def held_criu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HeldCriu:
-    """crcli's CRIU from now on."""
+def held_criu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldCriu]:
+    """crcli's CRIU from now on. One that a failed test has left waiting goes on in the end, and ends."""
     criu = HeldCriu(tmp_path)
     monkeypatch.setenv("CRCLI_CRIU", str(criu.command))
-    return criu
+    yield criu
+    criu.go.touch()
 
 
 def wait_for(path: Path) -> None:
