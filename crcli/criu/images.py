@@ -89,6 +89,11 @@ def _message(entry: Any) -> bytes:
     return _SIZE.pack(len(body)) + body
 
 
+def single_magic(name: str) -> bytes:
+    """How the inventory begins, the one image that has no second magic."""
+    return struct.pack("<I", messages.magic(name))
+
+
 def _head(name: str) -> bytes:
     return struct.pack("<II", _COMMON_MAGIC, messages.magic(name))
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 FOLDER = "/run"
 _NAME = "criu.kdat"
 PATH = f"{FOLDER}/{_NAME}"
+_OWN_NAME = "own.kdat"
+"""Where CRIU's own file is while it is lent others: one that is lost, should we be killed, it writes anew."""
 _OWN_FILES = "/proc/self/fd/"
 _MOST_ENTRIES = 200
 """A /run with more in it than this is left as it is."""
@@ -89,24 +91,49 @@ def lay_out(answers: bytes, overlays: Sequence[str]) -> None:
             file.write(answers)
 
 
-def lend(folder: Workspace) -> None:
-    """Have a CRIU that works in our /run find the answers that are kept. It has `folder` open, under the
-    number that this has here.
+def answers_here() -> bytes:
+    """What CRIU has found out about this kernel, as far as it is kept; empty where it is not."""
+    if is_wanted():
+        return Answers().known
+    try:
+        with open(PATH, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def lend(folder: Workspace, answers: bytes = b"") -> None:
+    """Have a CRIU that works in our /run find these answers, or else those that are kept where CRIU keeps
+    none. It has `folder` open, under the number that this has here.
 
     What it looks for becomes a link to what it has open itself: that leads any other CRIU nowhere, also one
     of a later kernel, should it stay. Two crclis at once take it from each other: a CRIU then asks again.
     """
-    if is_wanted() and (answers := Answers().known):
+    if answers := answers or (Answers().known if is_wanted() else b""):
         folder.write(_NAME, answers)
         forget_loans()
         with suppress(OSError):
-            os.symlink(f"{_OWN_FILES}{folder.fd}/{_NAME}", PATH)
+            if os.path.isfile(PATH):
+                folder.write(_OWN_NAME, answers_here())
+            link = f"{FOLDER}/.{_NAME}-{os.getpid()}"
+            os.symlink(f"{_OWN_FILES}{folder.fd}/{_NAME}", link)
+            os.rename(link, PATH)
 
 
 def take_back(folder: Workspace) -> None:
     """Undo `lend`: CRIU has looked."""
     forget_loans()
     folder.remove(_NAME)
+    if _OWN_NAME in folder.names():
+        with suppress(OSError):
+            own = f"{FOLDER}/.{_NAME}-{os.getpid()}"
+            with open(own, "wb", opener=lambda path, flags: os.open(path, flags | os.O_EXCL, 0o600)) as file:
+                file.write(folder.read(_OWN_NAME))
+            try:
+                os.link(own, PATH)
+            finally:
+                os.unlink(own)
+        folder.remove(_OWN_NAME)
 
 
 def forget_loans() -> None:
@@ -181,7 +208,10 @@ class Answers:
 
     def learn(self, root: str) -> None:
         """Keep what the CRIU whose root folder is `root` has found out, if that is new."""
-        found = self._read(f"{root}{FOLDER}/{_NAME}")
+        self.keep(self._read(f"{root}{FOLDER}/{_NAME}"))
+
+    def keep(self, found: bytes) -> None:
+        """Keep what a CRIU has found out, if that is new."""
         if not found or found == self.known:
             return
         temporary = f"{self._folder}/.{_KEPT_NAME}{os.getpid()}"

@@ -47,6 +47,10 @@ class Order(Struct, frozen=True):
     stand_ins: tuple[str, ...] = ()
 
 
+_ANSWERS = b"answers:"
+_MOST_BYTES = 1 << 17
+
+
 class Sandbox:
     """See the module. A context manager: leaving it destroys everything inside."""
 
@@ -54,6 +58,9 @@ class Sandbox:
         """Fork it. Call before any thread is started. CRIU will find its images in `images_fd`."""
         self._began = time.time()
         self._answers = kerndat.Answers() if kerndat.is_wanted() else None
+        self._asks = self._answers is not None and not self._answers.known
+        self._was_heard = not self._asks
+        self._trouble = b""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel, criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.keeper = kernel.quiet_fork()
@@ -74,10 +81,26 @@ class Sandbox:
                 hint="run crcli as root; --no-trial dumps without the trial",
             )
 
+    def answers(self) -> bytes:
+        """What CRIU has found out about this kernel, empty where that is not known. Nobody else is to ask: a
+        CRIU inside was asked if need be, which is waited for."""
+        if self._answers is None:
+            return kerndat.answers_here()
+        if not self._was_heard:
+            self._was_heard = True
+            said = self._control.recv(_MOST_BYTES)
+            if said.startswith(_ANSWERS):
+                self._answers.keep(said.removeprefix(_ANSWERS))
+            else:
+                self._trouble = said or b"the sandbox died"
+        return self._answers.known
+
     def start_criu(self, order: Order) -> CriuProcess:
         """Start CRIU inside; its request's descriptors for external objects are 200, 201, …"""
-        self._control.send(json.dumps(asdict(order)).encode())
-        answer = self._control.recv(4096)
+        self.answers()
+        if not self._trouble:
+            self._control.send(json.dumps(asdict(order)).encode())
+        answer = self._trouble or self._control.recv(4096)
         if answer != READY:
             raise OSError(answer.decode() or "the sandbox died")
         return CriuProcess(self.channel, None)
@@ -98,7 +121,7 @@ class Sandbox:
                 except ProcessLookupError:
                     pass
             os.waitpid(keeper, 0)
-            if self._answers is not None and not self._answers.known:
+            if self._asks:
                 remove_question(self._began)  # of one that asked until now, or is still asking
         self._control.close()
         self.channel.close()
@@ -153,6 +176,7 @@ def _serve(control: socket.socket, criu_end: socket.socket, images_fd: int, answ
         control.send(READY)
         if answers == b"":
             answers = kerndat.ask()  # nobody waits for us yet
+            control.send(_ANSWERS + answers)
         text = control.recv(1 << 20)
         if not text:
             os._exit(0)

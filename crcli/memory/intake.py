@@ -10,8 +10,9 @@ before what lies in the overflow, so that a tree that does not fit stands frozen
 not until all is.
 
 Where the tree stands still until all is done, a process's own anonymous pages are not taken out of it: a list
-of them is kept, and each block is read in the process. What is there still a second after `finish` was called
-is copied after all, as far as there is room: who kills the tree once that is done takes no image with him.
+of them is kept, and each block is read in the process. Where CRIU can be had to leave pages in the tree
+(crcli.criu.left_pages) it only names them. What is there still a second after `finish` was called is copied
+after all, as far as there is room: who kills the tree once that is done takes no image with him.
 
 A dump may come in rounds, the last of which alone finds the tree frozen. Those before it use neither the gate
 nor the overflow.
@@ -24,6 +25,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from blake3 import blake3
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
 
     from crcli.memory.chunking import ChunkSink
     from crcli.memory.classify import KnownPages
+    from crcli.memory.huge import Runs
     from crcli.memory.lookahead import Lookahead
+    from crcli.memory.scattered import Part
     from crcli.memory.weights.match import Matcher
 
 BLOCK_COUNT = 16
@@ -59,6 +63,9 @@ the same."""
 
 _KEEP_RUN, _KEEP_PAGES = 64, 16 << 10
 """Early pages that are kept for the trial: runs up to this long, and so many pages in all (64 MiB)."""
+
+_ENDING_S = 1.0
+"""How long a process that is being killed is waited for (seconds)."""
 
 _LONGEST_VDSO, _ELF = 8, b"\x7fELF"
 """How many pages the kernel's own code in each process (vdso) has at most, and how it begins."""
@@ -180,6 +187,9 @@ class Intake:
         self.inherited: dict[SpaceKey, list[PageRun]] = {}
         """Pages of which CRIU says that they are as the round before sent them."""
         self._kept_before: dict[SpaceKey, list[tuple[int, bytes]]] = {}
+        self.leaves_pages = False
+        """Whether CRIU was told that an earlier round has sent all pages: `take_left` reads them."""
+        self._left: dict[SpaceKey, list[PageRun]] = {}
 
     def learn(self, known: KnownPages, group_keys: bytes = b"") -> None:
         """Take note of what the store has, before the first page comes. `group_keys` are the first bytes of
@@ -220,12 +230,17 @@ class Intake:
         return taken
 
     def has_parent(self, space: SpaceKey) -> bool:
-        """Whether pages of this space may be inherited."""
-        return space.kind == SpaceKind.PROCESS and space in self._parents
+        """Whether pages of this space may be inherited, or left in the tree."""
+        if space.kind != SpaceKind.PROCESS:
+            return False
+        return space in self._parents or (self.leaves_pages and self._owner(space) is not None)
 
     def inherit(self, space: SpaceKey, start: int, pages: int) -> None:
-        """Note pages that are as the round before sent them."""
+        """Note pages that are as the round before sent them, or that are left in the tree."""
         run = PageRun(start, start + pages)
+        if self.leaves_pages:
+            self._left.setdefault(space, []).append(run)
+            return
         self.inherited.setdefault(space, []).append(run)
         self.kept[space] += _within(self._kept_before.get(space, []), run)
 
@@ -263,6 +278,21 @@ class Intake:
         """Take pages that were read elsewhere, as `receive` takes them out of a channel."""
         for into, run in self._places(space, start, len(data) // PAGE, lazy):
             self._put(into, run, memoryview(data)[(run.start - start) * PAGE :][: run.pages * PAGE])
+
+    def take_left(self, lazy_of: Callable[[SpaceKey], Runs]) -> None:
+        """Take note of the pages that CRIU has left, now that it waits for us, and take those that it needs
+        itself: all but the lazy ones, which `lazy_of` tells for each space."""
+        left, self._left = self._left, {}
+        self.has_left_pages |= bool(left)
+        for space, runs in left.items():
+            owner, lazy = self._owner(space), lazy_of(space)
+            assert owner is not None
+            for start, end, is_lazy in (part for run in runs for part in lazy.divide(*run)):
+                for into, run in self._places(space, start, end - start, is_lazy, may_stay=is_lazy):
+                    if not into.owner:
+                        data = _bytes_of(owner, run)
+                        self._put(into, run, memoryview(data))
+                        self._keep_early(run, partial(bytes, data))
 
     def _places(
         self, space: SpaceKey, start: int, pages: int, lazy: bool, *, may_stay: bool = False
@@ -586,10 +616,7 @@ class Intake:
                 self._spill.read_into(view, aside.offset + begin * PAGE)
             return
         parts = [part for one in ranges for part in parts_of(aside.runs, *one)]
-        try:
-            read_scattered(aside.owner.pid, memoryview(block.memory), parts)
-        except OSError as error:
-            raise _unreadable(aside.owner, str(error.strerror)) from error
+        _read(aside.owner, memoryview(block.memory), parts)
 
     def _give_back(self, aside: _Aside) -> None:
         """Free the memory of pages that are stored, or need not be."""
@@ -621,6 +648,29 @@ def _is_as_seen(block: _Block, seen: Seen, begin: int, end: int) -> bool:
         else:
             return False
     return True
+
+
+def _bytes_of(owner: ProcessId, run: Run) -> bytearray:
+    """The pages of a run, read in the process that has them."""
+    data = bytearray(run.pages * PAGE)
+    _read(owner, memoryview(data), [(0, run.start * PAGE, len(data))])
+    return data
+
+
+def _read(owner: ProcessId, into: memoryview, parts: Sequence[Part]) -> None:
+    try:
+        read_scattered(owner.pid, into, parts)
+    except OSError as error:
+        if isinstance(error, ProcessLookupError):
+            _wait_for_end(owner)
+        raise _unreadable(owner, str(error.strerror)) from error
+
+
+def _wait_for_end(owner: ProcessId) -> None:
+    """See a process end that has no memory any more: it is said what has become of the tree."""
+    end = time.monotonic() + _ENDING_S
+    while owner.alive() and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 def _see_that_it_stands_still(owner: ProcessId) -> None:

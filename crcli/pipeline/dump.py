@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import crcli
 from crcli import kernel
-from crcli.criu import kerndat, messages, netlock
+from crcli.criu import kerndat, left_pages, messages, netlock
 from crcli.criu.connections import has_connections
 from crcli.criu.images import free_reservations, read_tree, rename_link_remaps, rename_sockets, run_id
 from crcli.criu.inspect import joined_inside
@@ -45,6 +45,7 @@ from crcli.memory.classify import MemoryCounts
 from crcli.memory.intake import Intake
 from crcli.memory.lookahead import Lookahead
 from crcli.memory.overflow import Overflow
+from crcli.memory.pagemap import tracks_writes
 from crcli.pipeline.aftermath import (
     CRIU_GONE,
     CriuKilled,
@@ -316,6 +317,8 @@ class _Dump:
         self.links = Links(target.evidence.root.pid)
         self.outside = target.links
         self.frozen = FrozenTree(target.evidence.root)
+        self.answers = b""
+        """What CRIU is to take for what it has found out about the kernel; empty: what it has."""
         self.looked_at = time.monotonic()
         """When it was seen what the plan is made for."""
         self.tree = target.evidence.tree
@@ -719,11 +722,11 @@ class _Dump:
             )
             receiver = Receiver(ours, self.intake)
             receiver.start()
-            parent = self.rounds.parent
+            parent = self.rounds.parent or self._leave_pages()
             options = dump_options(self.target.plan, self.images.fd, theirs.fileno(), parent)
             theirs.close()
             if not self.target.plan.enter:
-                kerndat.lend(self.images)
+                kerndat.lend(self.images, self.answers)
             try:
                 answer = criu.request(
                     rpc.DUMP,
@@ -744,12 +747,33 @@ class _Dump:
                 if not self.tries_later:
                     self.shared.end_turn()
         if not answer.success:
+            if self.intake.leaves_pages and left_pages.was_refused(self.images):
+                failure = DumpFailed("another crcli took away what CRIU was to be told of this kernel")
+                raise self._outrun("pages-again", failure, "before anything was frozen")
             receiver.raise_failure()  # CRIU fails when nobody takes its pages: it is not to blame
             failure = explained(self.images, "CRIU could not dump the tree", TreeState.RUNNING)
             if not self.is_careful and failure.cause is not None and failure.cause.name in _MOMENTARY:
                 raise self._outrun("moment-again", failure, "which is over a moment later")
             raise failure
         self._begin_work()
+
+    def _leave_pages(self) -> str:
+        """Have CRIU leave pages in a tree that stays until they are stored, where that is possible; return
+        where it finds the dump that it is to go on from.
+
+        Out of others CRIU takes them no more slowly than we would.
+        """
+        plan = self.target.plan
+        is_excluded = self.options.pre_copy or self.is_careful or plan.enter or plan.unprivileged
+        living = (process.pid for process in self.tree.living)
+        if is_excluded or not self.stays or not left_pages.is_possible(living):
+            return ""
+        known = self.sandbox.answers() if self.sandbox is not None else kerndat.answers_here()
+        if (answers := left_pages.answers_for(known)) is None:
+            return ""
+        self.answers = answers
+        self.intake.leaves_pages = True
+        return left_pages.make_parent(self.workspace)
 
     def _begin_work(self) -> None:
         """Have what was taken worked on, by threads that take every processor: nobody waits for us to let a
@@ -777,6 +801,9 @@ class _Dump:
             self.frozen_at = time.monotonic()
         elif script == "query-ext-files":  # CRIU has stopped the tree, and taken nothing yet
             self._wait_for_aio()
+            if self.intake.leaves_pages and tracks_writes():
+                tree = scan_tree(self.target.evidence.root.identity)
+                left_pages.clear_bits(process.pid for process in tree.living)
         elif script == "post-dump":
             self.is_holding = True
             try:
@@ -839,6 +866,9 @@ class _Dump:
         self.images.remove(PARENT_LINK)
         if self.rounds.done:
             self.rounds.prove(scan_tree(self.target.evidence.root.identity))
+        if self.intake.leaves_pages:
+            self.intake.take_left(lambda space: left_pages.lazy_areas(self.images, space.number))
+            self.frozen.see_that_it_stood_still()
         self.watch.add("take", time.monotonic() - self.frozen_at)
         self.tell("dump_frozen")
         evidence = self.target.evidence
