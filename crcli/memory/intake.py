@@ -64,9 +64,6 @@ the same."""
 _KEEP_RUN, _KEEP_PAGES = 64, 16 << 10
 """Early pages that are kept for the trial: runs up to this long, and so many pages in all (64 MiB)."""
 
-_ENDING_S = 1.0
-"""How long a process that is being killed is waited for (seconds)."""
-
 _LONGEST_VDSO, _ELF = 8, b"\x7fELF"
 """How many pages the kernel's own code in each process (vdso) has at most, and how it begins."""
 
@@ -661,16 +658,7 @@ def _read(owner: ProcessId, into: memoryview, parts: Sequence[Part]) -> None:
     try:
         read_scattered(owner.pid, into, parts)
     except OSError as error:
-        if isinstance(error, ProcessLookupError):
-            _wait_for_end(owner)
         raise _unreadable(owner, str(error.strerror)) from error
-
-
-def _wait_for_end(owner: ProcessId) -> None:
-    """See a process end that has no memory any more: it is said what has become of the tree."""
-    end = time.monotonic() + _ENDING_S
-    while owner.alive() and time.monotonic() < end:
-        time.sleep(0.001)
 
 
 def _see_that_it_stands_still(owner: ProcessId) -> None:

@@ -57,9 +57,10 @@ def tree_state(tree: Tree) -> TreeState:
 
 
 def _state(process: ProcessId) -> str:
-    """The process's state letter; empty when it is gone or a zombie."""
+    """The process's state letter; empty when it is gone or a zombie, or about to be."""
     try:
         stat = read_stat(process.pid)
     except ProcessLookupError:
         return ""
-    return "" if stat.start_time != process.start_time or stat.is_zombie else stat.state
+    is_over = stat.start_time != process.start_time or stat.is_zombie or stat.is_ending
+    return "" if is_over else stat.state

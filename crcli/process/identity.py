@@ -45,6 +45,11 @@ class Stat(Struct, frozen=True):
         return bool(self.flags & PF_KTHREAD)
 
     @property
+    def is_ending(self) -> bool:
+        """Whether its first thread is about to end: with all others mostly, for it was killed."""
+        return self.state not in ENDED and bool(self.flags & _PF_EXITING)
+
+    @property
     def is_zombie(self) -> bool:
         """Whether the process has ended, all its threads too, and only waits for its parent to look."""
         return self.state in ENDED and self.threads <= 1
@@ -117,7 +122,7 @@ class ProcessId(Struct, frozen=True):
             stat = read_stat(self.pid)
         except ProcessLookupError:
             return False
-        return stat.start_time == self.start_time and stat.state in "RSD" and not stat.flags & _PF_EXITING
+        return stat.start_time == self.start_time and stat.state in "RSD" and not stat.is_ending
 
     def stands_still(self) -> bool:
         """Whether it is stopped. Who kills it wakes it for good: then nothing has changed its memory since it
