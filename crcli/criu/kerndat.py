@@ -7,7 +7,8 @@ which everything of the real one is found again. What CRIU puts there is kept fo
 this boot, this CRIU and these rights. Where nothing is kept yet, it is asked before the freeze. CRIU itself
 refuses a cache that is not of its own build.
 
-Dumps, and restores of more than a trial, work in the real /run: their CRIU is lent what is kept.
+Dumps, and restores of more than a trial, work in the real /run: their CRIU is lent what is kept. A dump that
+is to leave pages in the tree (see left_pages.py) is lent other answers, wherever /run lies.
 """
 
 from __future__ import annotations
@@ -93,8 +94,11 @@ def lay_out(answers: bytes, overlays: Sequence[str]) -> None:
 
 def answers_here() -> bytes:
     """What CRIU has found out about this kernel, as far as it is kept; empty where it is not."""
-    if is_wanted():
-        return Answers().known
+    return Answers().known if is_wanted() else _read_own()
+
+
+def _read_own() -> bytes:
+    """The file that CRIU itself keeps; empty where there is none, or a loan in its place."""
     try:
         with open(PATH, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
             return file.read()
@@ -113,11 +117,10 @@ def lend(folder: Workspace, answers: bytes = b"") -> None:
         folder.write(_NAME, answers)
         forget_loans()
         with suppress(OSError):
-            if os.path.isfile(PATH):
-                folder.write(_OWN_NAME, answers_here())
-            link = f"{FOLDER}/.{_NAME}-{os.getpid()}"
-            os.symlink(f"{_OWN_FILES}{folder.fd}/{_NAME}", link)
-            os.rename(link, PATH)
+            if own := _read_own():
+                folder.write(_OWN_NAME, own)
+                os.unlink(PATH)
+            os.symlink(f"{_OWN_FILES}{folder.fd}/{_NAME}", PATH)
 
 
 def take_back(folder: Workspace) -> None:
@@ -125,15 +128,13 @@ def take_back(folder: Workspace) -> None:
     forget_loans()
     folder.remove(_NAME)
     if _OWN_NAME in folder.names():
-        with suppress(OSError):
-            own = f"{FOLDER}/.{_NAME}-{os.getpid()}"
-            with open(own, "wb", opener=lambda path, flags: os.open(path, flags | os.O_EXCL, 0o600)) as file:
-                file.write(folder.read(_OWN_NAME))
-            try:
-                os.link(own, PATH)
-            finally:
-                os.unlink(own)
+        with suppress(OSError), open(PATH, "xb", opener=_privately) as file:
+            file.write(folder.read(_OWN_NAME))  # who reads half of it asks again
         folder.remove(_OWN_NAME)
+
+
+def _privately(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def forget_loans() -> None:
@@ -217,7 +218,7 @@ class Answers:
         temporary = f"{self._folder}/.{_KEPT_NAME}{os.getpid()}"
         try:
             os.makedirs(self._folder, 0o700, exist_ok=True)
-            with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            with open(temporary, "wb", opener=_privately) as file:
                 file.write(found)
             for name in os.listdir(self._folder):
                 if name.startswith(_KEPT_NAME):  # of an earlier boot, or another CRIU
